@@ -1,0 +1,265 @@
+"""Every setting of a run: frozen pydantic models, read from one YAML file and dotted overrides.
+
+Field descriptions are the documentation: the README's table is made from them, and an error message ends in
+the description of the field that it is about.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LWOConfig",
+    "ModelConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "UserError",
+    "load_config",
+]
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: the value, the rule, the remedy. The command line exits with 2."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class LWOConfig(_Settings):
+    """What the hook needs: the optimizer, the schedule of layers and of the learning rate."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay, on every parameter of the active layer")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the active layer's gradient norm; 0 turns it off")
+    steps_per_layer: int = Field(50, ge=1, description="optimizer steps that a layer stays active")
+    order: Literal["ascending", "descending", "random", "weighted"] = Field(
+        "ascending", description="order of the layers; random is reshuffled each cycle, weighted draws by layer_weights"
+    )
+    layer_weights: dict[str, float] = Field(
+        default_factory=dict, description="order: weighted only; layer name -> relative frequency, 1 where unnamed"
+    )
+    seed: int = Field(0, ge=0, description="seed of the random and weighted orders")
+    state: Literal["reset"] = Field("reset", description="a layer's moments at a switch: reset drops them")
+    train_embeddings: bool = Field(True, description="make the embedding a trained layer")
+    train_head: bool = Field(True, description="make the output head, with the final norm, a trained layer")
+    layers_per_group: int = Field(1, ge=1, description="neighbouring transformer layers trained as one layer")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up")
+    lr_schedule_over: Literal["run", "cycle", "visit"] = Field(
+        "run", description="the stretch that one learning-rate schedule spans"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each such stretch")
+    visit_ramp_steps: int = Field(0, ge=0, description="n > 0: the first n steps of a visit run at lr/n, 2 lr/n, ...")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimizer steps of the run; a decay over the run needs it (train.steps fills it)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LWOConfig:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        if self.order == "weighted" and not self.layer_weights:
+            raise ValueError("order: weighted needs layer_weights, for example layer_weights: {head: 2.0}")
+        if self.order != "weighted" and self.layer_weights:
+            raise ValueError(f"layer_weights has no effect with order: {self.order}; set order: weighted or drop it")
+        if any(w <= 0 for w in self.layer_weights.values()):
+            raise ValueError(f"layer_weights {self.layer_weights} must be above 0; freeze a layer by other means")
+        return self
+
+
+class ModelConfig(_Settings):
+    """Which model is tuned."""
+
+    name: str = Field("tiny-code", description="a Hugging Face id, a folder, or tiny-code (made here, offline)")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class DataConfig(_Settings):
+    """Where examples come from."""
+
+    source: str | None = Field(None, description="a folder of source files, or a git repository (folder or URL)")
+    use_git: bool = Field(True, description="in a git work tree read only the files that git tracks")
+    extensions: tuple[str, ...] | None = Field(None, description="file endings to read, such as [.py]; unset: all text")
+    max_file_bytes: int = Field(500_000, ge=1, description="larger files are skipped and counted")
+    held_out_fraction: float = Field(0.15, gt=0, lt=1, description="share of the files kept for evaluation")
+    cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
+
+
+class TrainConfig(_Settings):
+    """The training loop."""
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    global_batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all workers")
+    sequence_length: int = Field(256, ge=8, description="tokens per sequence")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute in this; weights and reductions stay fp32")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward (non-reentrant)")
+    logging_steps: int = Field(10, ge=1, description="a progress line and a metrics point every so many steps")
+    max_skipped_steps: int = Field(10, ge=1, description="stop after so many non-finite steps in a row")
+
+
+class EvalConfig(_Settings):
+    """Scores on held-out files before, during and after training."""
+
+    steps: int = Field(0, ge=0, description="evaluate every so many steps; 0: only before and after")
+    num_lines: int = Field(1000, ge=1, description="held-out lines to complete")
+    batch_size: int = Field(32, ge=1, description="lines generated at once on a worker")
+    max_new_tokens: int = Field(48, ge=1, description="longest completion, in tokens")
+    metric: Literal["loss", "exact_match", "edit_similarity", "bleu"] = Field(
+        "loss", description="what names the best checkpoint"
+    )
+
+
+class CheckpointConfig(_Settings):
+    """Saving and resuming."""
+
+    steps: int = Field(0, ge=0, description="save every so many steps; 0: only at evaluations and at the end")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: go on where a run of this run_name stopped")
+
+
+class ClusterConfig(_Settings):
+    """Ray Train's workers."""
+
+    num_workers: int = Field(1, ge=1, description="worker processes, one per GPU where there are GPUs")
+    use_gpu: bool | None = Field(None, description="unset: GPUs where Ray has one for each worker")
+    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="as in Ray's ScalingConfig")
+    timeout_s: int = Field(300, ge=1, description="time limit of one collective")
+    env: dict[str, str] = Field(default_factory=dict, description="environment variables for the workers; no secrets")
+
+
+class TrackingConfig(_Settings):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="log to MLflow")
+    uri: str | None = Field(None, description="unset: MLFLOW_TRACKING_URI, else sqlite in <storage>/mlflow.db")
+    experiment: str = Field("lwo_dist", description="MLflow experiment")
+    flush_timeout_s: float = Field(30.0, ge=0, description="longest wait at the end for points that are still unsent")
+
+
+class Config(_Settings):
+    """One run."""
+
+    method: Literal["lwo", "full"] = Field("lwo", description="layer-wise optimisation, or full fine-tuning")
+    strategy: Literal["replicate", "fsdp"] = Field("fsdp", description="how a layer lives on the ranks")
+    task: Literal["completion"] = Field("completion", description="what is learned: completing lines of code")
+    seed: int = Field(0, ge=0, description="seed of data order and initialisation")
+    storage: str = Field("runs", description="folder for runs, seen by all workers")
+    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lwo: LWOConfig = LWOConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply dotted overrides such as `lwo.lr=1e-4`.
+
+    Raises:
+        UserError: unreadable file, malformed override, unknown key (with the nearest valid one), wrong value.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    _refuse_unknown_keys(values, Config, "")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+    if config.lwo.max_steps is None:
+        config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"max_steps": config.train.steps})})
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must read key=value, for example lwo.lr=1e-4")
+    *groups, name = key.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {group!r} is a value, not a group; see the README's table of keys")
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
+    for key, value in values.items():
+        field = model.model_fields.get(str(key))
+        if field is None:
+            names = _all_keys(Config)
+            near = difflib.get_close_matches(f"{prefix}{key}", names, n=1, cutoff=0.5) or difflib.get_close_matches(
+                str(key), [n.rpartition(".")[2] for n in names], n=1
+            )
+            # A key given at the wrong depth (`lr` for `lwo.lr`) is matched by its last part: say where it belongs.
+            hint = next((n for n in names if near and (n == near[0] or n.endswith(f".{near[0]}"))), None)
+            known = ", ".join(model.model_fields)
+            mend = f"did you mean {hint}?" if hint else f"known here: {known}"
+            raise UserError(f"unknown key {prefix}{key}; {mend}")
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} = {value!r} must be a group of keys: {', '.join(annotation.model_fields)}")
+            _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if first["type"] == "value_error":
+        return f"{location}: {message}" if location else message
+    field: Any = Config
+    for part in first["loc"]:
+        field = getattr(field, "model_fields", {}).get(str(part))
+        if field is None:
+            break
+        description = field.description
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            field = field.annotation
+        else:
+            return f"{location} = {first['input']!r}: {message} ({description})"
+    return f"{location} = {first['input']!r}: {message}"

@@ -1,0 +1,21 @@
+"""From source trees to token batches."""
+
+from .batches import global_batch_indices, label_tokens, micro_batch_size, micro_batches
+from .cache import cache_folder
+from .dataset import PreparedData, prepare_dataset
+from .examples import EvalExample, TrainExample
+from .source_tree import SourceTree, read_source_tree
+
+__all__ = [
+    "EvalExample",
+    "PreparedData",
+    "SourceTree",
+    "TrainExample",
+    "cache_folder",
+    "global_batch_indices",
+    "label_tokens",
+    "micro_batch_size",
+    "micro_batches",
+    "prepare_dataset",
+    "read_source_tree",
+]

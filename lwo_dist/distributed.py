@@ -1,0 +1,138 @@
+"""The process group and the few collectives that the package calls itself.
+
+Every function works without a process group: one process is then the whole world.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .config import UserError
+
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "assert_same_on_all_ranks",
+    "barrier",
+    "broadcast_object",
+    "init_process_group",
+    "local_device",
+    "max_over_ranks",
+    "rank",
+    "reduce_scatter",
+    "world_size",
+]
+
+# torch 2.13 renames these two and warns at the old names; 2.11 has only the old ones.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_device() -> torch.device:
+    """This worker's GPU, by LOCAL_RANK, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def init_process_group(timeout_s: int) -> torch.device:
+    """Join the group that torchrun's environment describes; keep the group that Ray Train has made.
+
+    gloo on CPUs; nccl, bound to this worker's GPU, on GPUs. Without RANK in the environment a group of one is
+    made, because FSDP2 needs a device mesh.
+
+    Returns:
+        The device that this worker computes on.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    timeout = timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, **options)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+    return device
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def reduce_scatter(output: torch.Tensor, flat: torch.Tensor) -> None:
+    """Sum `flat` (world_size x n elements) over ranks; rank r keeps the r-th n elements in `output`."""
+    if world_size() == 1:
+        output.copy_(flat)
+    else:
+        _reduce_scatter(output, flat)
+
+
+def all_gather(flat: torch.Tensor, shard: torch.Tensor) -> None:
+    """Concatenate every rank's `shard` into `flat`; `shard` may be this rank's slice of `flat`."""
+    if world_size() > 1:
+        _all_gather(flat, shard)
+    elif shard.data_ptr() != flat.data_ptr():
+        flat.copy_(shard)
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over ranks, in place; every rank gets the same bits."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over ranks."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [float(v) for v in tensor.tolist()]
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """`value` of rank `source`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:
+    """Compare small values, such as hashes by parameter name, with those of every other rank.
+
+    Raises:
+        UserError: on every rank alike, naming the first key that differs.
+    """
+    if world_size() == 1:
+        return
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, values)
+    for other_rank, other in enumerate(everyone):
+        if other == everyone[0]:
+            continue
+        keys = [key for key in {**everyone[0], **other} if everyone[0].get(key) != other.get(key)]
+        raise UserError(
+            f"{what} differ between rank 0 and rank {other_rank} ({len(keys)} of them, first {keys[0]}); "
+            "load the same weights on every rank, or set one seed before the model is made"
+        )

@@ -1,0 +1,192 @@
+"""The product: layer-wise optimisation in anyone's training loop.
+
+    lwo = lwo_dist.attach(model, LWOConfig(lr=1e-5, steps_per_layer=50))
+    loss = lwo.model(**batch).loss
+    lwo.backward(loss)
+    lwo.step()
+
+The hook knows the schedule and asks a strategy to do the work: `activate` a layer, `backward`, `step`. A switch
+comes right after the last optimizer step of a visit is wholly done, so every step changes the active layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import LWOConfig
+from .layers import Layer, rest_names
+from .methods import METHODS
+from .schedule import learning_rate, make_schedule
+from .strategies import choose_strategy, refuse_wrapped
+
+__all__ = ["LWO", "StepReport", "attach"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one call of `LWO.step` did. The tensors are 0-dim and on the device: reading one synchronises."""
+
+    stepped: bool
+    """False inside an accumulation: the optimizer step comes with a later micro-batch."""
+    switched: bool
+    """Another layer is active now."""
+    layer: str
+    """Name of the layer that this step trained."""
+    lr: float
+    grad_norm: Tensor | None
+    """Norm before clipping, over all ranks; None inside an accumulation."""
+    skipped: Tensor | None
+    """1.0 if loss or norm was not finite and nothing was changed; None inside an accumulation."""
+    bytes_sent: int
+    """Bytes of weights and gradients in this step's collectives, each counted as the whole tensor."""
+
+
+def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
+    """Train `model` layer by layer: a plain module or a `fully_shard`ed one, from the same weights on all ranks.
+
+    Raises:
+        UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage, reentrant
+            checkpointing, meshes of more than one dimension, a model without a stack of layers, initial weights
+            that differ between ranks.
+    """
+    return LWO(model, config, method)
+
+
+class LWO:
+    """The schedule and the strategy of one training run.
+
+    Attributes:
+        model: call it for the forward pass.
+        step_count: optimizer steps done, skipped ones included; all that a resume needs of the schedule.
+        layers: the trained layers in model order; `rest` is what no layer holds.
+        skipped_steps, skipped_in_a_row: 0-dim tensors; reading one synchronises.
+    """
+
+    def __init__(self, model: nn.Module, config: LWOConfig, method: str = "lwo"):
+        refuse_wrapped(model)
+        _end_backward_at_active_layer(model)
+        self.model = model
+        self.config = config
+        self.layers: Sequence[Layer] = METHODS[method](model, config)
+        self.rest = Layer("rest", tuple(rest_names(model, self.layers)), depth=0)
+        self.schedule = make_schedule(config, [layer.name for layer in self.layers])
+        learning_rate(config, self.schedule, 0)  # a schedule that lacks its length is refused now
+        self.strategy = choose_strategy(model, self.layers, config.gradient_accumulation_steps)
+        self.step_count = 0
+        self.skipped_steps = self.skipped_in_a_row = torch.zeros(())
+        self._micro_step = 0
+        self._active = -1
+        self._follow_schedule()
+
+    @property
+    def active_layer(self) -> Layer:
+        return self.layers[self._active]
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's mean loss; the gradients of an accumulation are averaged."""
+        self._micro_step += 1
+        self.strategy.backward(loss, boundary=self._at_boundary)
+
+    def step(self) -> StepReport:
+        """Call after every `backward`; acts on the last one of an accumulation."""
+        layer = self.active_layer
+        lr = learning_rate(self.config, self.schedule, self.step_count)
+        if not self._at_boundary:
+            return StepReport(False, False, layer.name, lr, None, None, 0)
+        if self._micro_step == 0:
+            raise RuntimeError("step() without backward(): call lwo.backward(loss) first")
+        bytes_sent = self.strategy.bytes_per_step()
+        update = self.strategy.step(lr, self.config.max_grad_norm)
+        self.skipped_steps = self.skipped_steps.to(update.skipped.device) + update.skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row.to(update.skipped.device) + 1) * update.skipped
+        self._micro_step = 0
+        self.step_count += 1
+        switched = self._follow_schedule()
+        return StepReport(True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent)
+
+    def flush(self) -> None:
+        """Call before evaluation or any read of the model's weights."""
+        self.strategy.flush()
+
+    def read_layer(self, layer: Layer) -> dict[str, Tensor]:
+        """Whole tensors on the CPU by parameter name: the exact fp32 masters. All ranks call it."""
+        self.strategy.flush()
+        return self.strategy.read_layer(layer)
+
+    def write_layer(self, tensors: dict[str, Tensor]) -> None:
+        """Set parameters from whole tensors by name. All ranks call it with the same tensors."""
+        self.strategy.flush()
+        self.strategy.write_layer(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and moments, the weights left out. All ranks call it; none depends on the world size."""
+        self._refuse_mid_accumulation("state_dict()")
+        self.strategy.flush()
+        return {
+            "step": self.step_count,
+            "active_layer": self.active_layer.name,
+            "skipped_steps": float(self.skipped_steps),
+            "moments": self.strategy.export_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`; load the weights (`write_layer`) too.
+
+        Raises:
+            ValueError: the schedule of this config has another layer active at that step.
+        """
+        self._refuse_mid_accumulation("load_state_dict()")
+        step = state_dict["step"]
+        scheduled = self.layers[self.schedule.active_layer(step)].name
+        if scheduled != state_dict["active_layer"]:
+            raise ValueError(
+                f"the checkpoint trains {state_dict['active_layer']} at step {step}, this schedule {scheduled}; "
+                "resume with the same order, seed, steps_per_layer, layers_per_group and trained layers"
+            )
+        self.step_count = step
+        self.skipped_steps = torch.tensor(state_dict["skipped_steps"])
+        self._active = -1  # also when the layer stays: its optimizer starts anew
+        self._follow_schedule()
+        self.strategy.import_state(state_dict["moments"])
+
+    @property
+    def _at_boundary(self) -> bool:
+        return self._micro_step % self.config.gradient_accumulation_steps == 0
+
+    def _follow_schedule(self) -> bool:
+        """Make the layer of the coming step active; True if that is another one."""
+        index = self.schedule.active_layer(self.step_count)
+        new_visit = self.schedule.position(self.step_count)[1] == 0 and len(self.layers) > 1
+        if index == self._active and not new_visit:
+            return False
+        with torch.profiler.record_function("LWO::switch"):
+            self.strategy.deactivate()
+            self.strategy.activate(self.layers[index], partial(_make_adamw, self.config))
+        switched, self._active = index != self._active, index
+        return switched
+
+    def _refuse_mid_accumulation(self, what: str) -> None:
+        if not self._at_boundary:
+            raise RuntimeError(f"{what} inside an accumulation would lose gradients; call it right after a whole step")
+
+
+def _make_adamw(config: LWOConfig, shards: Sequence[Tensor]) -> torch.optim.Optimizer:
+    # Fused, because that kernel can be told on the device to skip a step (`update_shards`).
+    return torch.optim.AdamW(
+        shards, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _end_backward_at_active_layer(model: nn.Module) -> None:
+    """Undo `enable_input_require_grads`, with which backward would run through the whole frozen prefix.
+
+    transformers enables it along with activation checkpointing, which needs it in its reentrant form only.
+    """
+    if getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None):
+        model.disable_input_require_grads()  # type: ignore[operator]

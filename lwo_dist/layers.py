@@ -1,0 +1,168 @@
+"""Which parameters are trained together: the layers of a decoder, found by structure and not by name.
+
+The stack of transformer layers is the largest `nn.ModuleList` of the model. What lies outside of it belongs to
+`embed` or to `head`. Layers that share a parameter (tied embeddings, repeated layers) are one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import UserError
+
+__all__ = ["Layer", "find_layers", "find_stack", "parameter_depths", "rest_names"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters that are trained at once."""
+
+    name: str
+    parameter_names: tuple[str, ...]
+    """As in `model.named_parameters()`: a tied parameter appears once, under its first name."""
+    depth: int
+    """Where backward may end: 0 for the embedding, i + 1 for transformer layer i, one more for the head."""
+
+
+def find_layers(
+    model: nn.Module, *, train_embeddings: bool = True, train_head: bool = True, layers_per_group: int = 1
+) -> list[Layer]:
+    """The trained layers of `model` in the order of the forward pass; whatever is in none of them is `rest`.
+
+    Raises:
+        UserError: no stack of layers, an encoder-decoder, or half of a tied embedding and head.
+    """
+    _, stack = find_stack(model)
+    depths = parameter_depths(model)
+    top = len(stack) + 1
+    groups = [[0], *_chunks(range(1, top), layers_per_group), [top]]
+    groups = _merge_tied(model, groups)
+    layers = []
+    for group in groups:
+        if not _is_trained(group, top, train_embeddings, train_head):
+            continue
+        names = tuple(name for name, depth in depths.items() if depth in group)
+        if names:
+            layers.append(Layer(_name(group, top), names, min(group)))
+    return layers
+
+
+def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path and module of the stack of transformer layers: the `nn.ModuleList` with the most parameters.
+
+    Experts of a mixture and heads of an attention are lists too, but lie inside of the stack and are smaller.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a decoder-only model")
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    # The first of equal sizes is the outermost: named_modules goes from the outside in.
+    path = max(sizes, key=lambda name: sizes[name], default=None)
+    if path is None or sizes[path] == 0:
+        raise UserError(
+            f"{type(model).__name__} has no stack of layers (an nn.ModuleList with parameters); "
+            "use method: full, or a decoder model such as Qwen2 or Llama"
+        )
+    stack = model.get_submodule(path)
+    assert isinstance(stack, nn.ModuleList)
+    return path, stack
+
+
+def parameter_depths(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> depth: 0 below the stack, i + 1 in its layer i, len(stack) + 1 above it.
+
+    Outside the stack, embeddings and what is registered before the stack count as below it, the output
+    embedding and what is registered behind the stack as above it. A norm that a model registers out of order
+    (OPT) ends up in the other of the two layers, which costs a longer backward and changes no result.
+    """
+    path, stack = find_stack(model)
+    top = len(stack) + 1
+    head = _output_embedding(model)
+    head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
+    depths, behind = {}, False
+    for name, module in model.named_modules():
+        behind = behind or module is stack
+        for parameter_name, parameter in module.named_parameters(prefix=name, recurse=False):
+            if parameter_name in depths:
+                continue
+            if parameter_name.startswith(f"{path}."):
+                depths[parameter_name] = int(parameter_name[len(path) + 1 :].split(".")[0]) + 1
+            elif isinstance(module, nn.Embedding) or not (behind or id(parameter) in head_parameters):
+                depths[parameter_name] = 0
+            else:
+                depths[parameter_name] = top
+    unique = dict(model.named_parameters())
+    return {name: depths[name] for name in unique}
+
+
+def rest_names(model: nn.Module, layers: Iterable[Layer]) -> list[str]:
+    """Names of the parameters and persistent buffers that are in no trained layer.
+
+    The second name of a tied parameter of a trained layer is not among them.
+    """
+    trained = {name for layer in layers for name in layer.parameter_names}
+    trained_ids = {id(p) for name, p in model.named_parameters() if name in trained}
+    return [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in trained and id(tensor) not in trained_ids
+    ]
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def _chunks(items: range, size: int) -> list[list[int]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
+    """Join the groups that share a parameter, in the order of their lowest depth."""
+    path, _ = find_stack(model)
+    depths = parameter_depths(model)
+    first_name = {id(p): name for name, p in model.named_parameters()}
+    owner = {depth: i for i, group in enumerate(groups) for depth in group}
+    joined = list(range(len(groups)))
+    top = max(owner)
+    head = _output_embedding(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{path}."):
+            depth = int(name[len(path) + 1 :].split(".")[0]) + 1
+        elif head is not None and any(parameter is p for p in head.parameters()) and name != first_name[id(parameter)]:
+            depth = top
+        else:
+            continue
+        a, b = joined[owner[depth]], joined[owner[depths[first_name[id(parameter)]]]]
+        joined = [min(a, b) if group in (a, b) else group for group in joined]
+    merged: dict[int, list[int]] = {}
+    for group, target in zip(groups, joined, strict=True):
+        merged.setdefault(target, []).extend(group)
+    return list(merged.values())
+
+
+def _is_trained(group: list[int], top: int, train_embeddings: bool, train_head: bool) -> bool:
+    if 0 in group and top in group and train_embeddings != train_head:
+        raise UserError(
+            f"train_embeddings: {train_embeddings} and train_head: {train_head}, but this model's embedding and head "
+            "are one tied matrix; set both alike"
+        )
+    return (0 not in group or train_embeddings) and (top not in group or train_head)
+
+
+def _name(group: list[int], top: int) -> str:
+    width = len(str(top - 2))
+    parts = {0: "embed", top: "head"}
+    inner = [depth - 1 for depth in group if depth not in parts]
+    names = [parts[depth] for depth in group if depth == 0]
+    if inner:
+        first, last = f"{inner[0]:0{width}}", f"{inner[-1]:0{width}}"
+        names.append(f"layer_{first}" if first == last else f"layer_{first}-{last}")
+    return "_".join(names + [parts[depth] for depth in group if depth == top])

@@ -1,0 +1,114 @@
+"""When each layer is active, and at which learning rate: pure functions of the step.
+
+A step is an optimizer step, counted from 0. Nothing here holds state or draws from a global generator, so every
+rank agrees without talking and a resume needs only the step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .config import LWOConfig, UserError
+
+__all__ = ["LayerSchedule", "learning_rate", "make_schedule"]
+
+
+@dataclass(frozen=True)
+class LayerSchedule:
+    """Which of `num_layers` layers is active at a step; a visit lasts `steps_per_layer` steps."""
+
+    num_layers: int
+    steps_per_layer: int
+    order: str = "ascending"
+    seed: int = 0
+    weights: tuple[float, ...] = ()
+    """`order: weighted` only: the relative frequency of each layer."""
+
+    def active_layer(self, step: int) -> int:
+        visit, _ = self.position(step)
+        cycle, place = divmod(visit, self.num_layers)
+        return self._order_of(cycle)[place]
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(visit, step inside the visit)."""
+        return divmod(step, self.steps_per_layer)
+
+    def cycle(self, step: int) -> int:
+        return step // self.steps_per_cycle
+
+    @property
+    def steps_per_cycle(self) -> int:
+        return self.steps_per_layer * self.num_layers
+
+    def never_active(self, steps: int) -> list[int]:
+        """Layers that a run of `steps` steps does not reach."""
+        visits = -(-steps // self.steps_per_layer)
+        active = {self.active_layer(visit * self.steps_per_layer) for visit in range(visits)}
+        return [layer for layer in range(self.num_layers) if layer not in active]
+
+    def _order_of(self, cycle: int) -> Sequence[int]:
+        return _cycle_order(self.num_layers, self.order, self.seed, self.weights, cycle)
+
+
+@lru_cache(maxsize=256)
+def _cycle_order(num_layers: int, order: str, seed: int, weights: tuple[float, ...], cycle: int) -> tuple[int, ...]:
+    layers = list(range(num_layers))
+    if order == "descending":
+        layers.reverse()
+    elif order == "random":
+        random.Random(f"{seed}/{cycle}").shuffle(layers)
+    elif order == "weighted":
+        layers = random.Random(f"{seed}/{cycle}").choices(layers, weights, k=num_layers)
+    return tuple(layers)
+
+
+def make_schedule(config: LWOConfig, layer_names: Sequence[str]) -> LayerSchedule:
+    """The schedule of `config` over the layers of these names.
+
+    Raises:
+        UserError: `layer_weights` names a layer that is not there.
+    """
+    for name in config.layer_weights:
+        if name not in layer_names:
+            raise UserError(f"lwo.layer_weights names {name!r}; the trained layers are {', '.join(layer_names)}")
+    weights = tuple(config.layer_weights.get(name, 1.0) for name in layer_names) if config.layer_weights else ()
+    return LayerSchedule(len(layer_names), config.steps_per_layer, config.order, config.seed, weights)
+
+
+def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> float:
+    """The learning rate of `step`: warm-up and decay over the run, a cycle or a visit, then the visit's ramp.
+
+    The first step of a stretch never has rate 0, nor has the last: a warm-up of n steps starts at lr/n, and a
+    decay over N steps ends at its value for step N-1 of N. A ramp of n steps multiplies by 1/n, 2/n, ... 1 at the
+    start of each visit, because Adam's first step after a reset moves every weight by the full rate.
+    """
+    _, step_in_visit = schedule.position(step)
+    length: int | None
+    if config.lr_schedule_over == "visit":
+        place, length = step_in_visit, config.steps_per_layer
+    elif config.lr_schedule_over == "cycle":
+        place, length = step % schedule.steps_per_cycle, schedule.steps_per_cycle
+    else:
+        place, length = step, config.max_steps
+    rate = config.lr * _shape(config, place, length)
+    if config.visit_ramp_steps:
+        rate *= min(1.0, (step_in_visit + 1) / config.visit_ramp_steps)
+    return rate
+
+
+def _shape(config: LWOConfig, place: int, length: int | None) -> float:
+    if place < config.warmup_steps:
+        return (place + 1) / config.warmup_steps
+    if config.lr_scheduler_type == "constant":
+        return 1.0
+    if length is None:
+        raise UserError(
+            f"lr_scheduler_type: {config.lr_scheduler_type} over the run needs its length; set max_steps, "
+            "or lr_schedule_over: cycle or visit"
+        )
+    done = min(1.0, (place - config.warmup_steps) / max(1, length - config.warmup_steps))
+    return 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,0 +1,180 @@
+"""Whole weights on each rank; only the active layer's gradients, moments and weights travel.
+
+A step is three phases over one flat buffer: reduce-scatter the gradients, AdamW on this rank's part of the flat
+weights, all-gather the weights. That is 2 x the layer's bytes, where DDP sends 2 x the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..config import UserError
+from ..layers import Layer
+from ..memory import local_bytes, padded_numel
+from .base import MakeOptimizer, Strategy, Update, update_shards
+
+__all__ = ["Replicate"]
+
+_ALIGN = 4  # elements: a parameter inside the flat buffer starts at 16 bytes, as the fast kernels want it
+
+
+class Replicate(Strategy):
+    """The shards are slices of the flat fp32 weights themselves: 8 bytes of state a parameter / world size."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], accumulation: int):
+        super().__init__(model, layers, accumulation)
+        self._parameters = dict(model.named_parameters())
+        self._refuse_16_bit()
+        distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
+        self._flat_weights: dict[str, Tensor] = {}
+        self._active: Layer | None = None
+
+    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in layer.parameter_names)
+        self._active = layer
+        flat = self._flatten(layer)
+        shard_numel = flat.numel() // distributed.world_size()
+        start = distributed.rank() * shard_numel
+        self._weight_shard = nn.Parameter(flat[start : start + shard_numel])
+        self._flat_gradient = torch.zeros_like(flat)
+        self._gradient_shard = (
+            torch.empty_like(self._weight_shard) if distributed.world_size() > 1 else self._flat_gradient
+        )
+        self._weight_shard.grad = self._gradient_shard
+        self._gradient_views = self._views(layer, self._flat_gradient)
+        self._hang_gradients()
+        self._optimizer = make_optimizer([self._weight_shard])
+
+    def deactivate(self) -> None:
+        if self._active is None:
+            return
+        for name in self._active.parameter_names:
+            self._parameters[name].grad = None
+        del self._optimizer, self._weight_shard, self._gradient_shard, self._flat_gradient, self._gradient_views
+        self._active = None
+
+    def step(self, lr: float, max_norm: float) -> Update:
+        assert self._active is not None
+        self._hang_gradients()
+        distributed.reduce_scatter(self._gradient_shard, self._flat_gradient)
+        self._gradient_shard.div_(distributed.world_size())
+        update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
+        distributed.all_gather(self._flat_weights[self._active.name], self._weight_shard.detach())
+        self._flat_gradient.zero_()
+        return update
+
+    def flush(self) -> None:
+        """Nothing is pending: `step` publishes before it returns."""
+
+    def read_layer(self, layer: Layer) -> dict[str, Tensor]:
+        tensors = dict(self.model.state_dict(keep_vars=True))
+        return {name: tensors[name].detach().to("cpu", copy=True) for name in layer.parameter_names}
+
+    def write_layer(self, tensors: dict[str, Tensor]) -> None:
+        own = dict(self.model.state_dict(keep_vars=True))
+        for name, tensor in tensors.items():
+            own[name].detach().copy_(tensor)
+
+    def export_state(self) -> dict[str, dict[str, Tensor]]:
+        state = self._optimizer.state.get(self._weight_shard)
+        if not state or self._active is None:
+            return {}
+        exported: dict[str, dict[str, Tensor]] = {name: {} for name in self._active.parameter_names}
+        for key in ("exp_avg", "exp_avg_sq"):
+            whole = torch.empty_like(self._flat_weights[self._active.name])
+            distributed.all_gather(whole, state[key])
+            for name, view in self._views(self._active, whole).items():
+                exported[name][key] = view.to("cpu", copy=True)
+        for moments in exported.values():
+            moments["step"] = state["step"].to("cpu", copy=True)
+        return exported
+
+    def import_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        if not state or self._active is None:
+            return
+        own: dict[str, Tensor] = {"step": next(iter(state.values()))["step"].to(self._weight_shard.device, copy=True)}
+        start = distributed.rank() * self._weight_shard.numel()
+        for key in ("exp_avg", "exp_avg_sq"):
+            whole = torch.zeros_like(self._flat_weights[self._active.name])
+            for name, view in self._views(self._active, whole).items():
+                view.copy_(state[name][key])
+            own[key] = whole[start : start + self._weight_shard.numel()].clone()
+        self._optimizer.state[self._weight_shard] = own
+
+    def bytes_per_step(self) -> int:
+        if distributed.world_size() == 1 or self._active is None:
+            return 0
+        return 2 * self._flat_gradient.numel() * self._flat_gradient.element_size()
+
+    def memory(self) -> dict[str, int]:
+        active = self._active is not None
+        moments = [t for t in self._optimizer.state.get(self._weight_shard, {}).values() if t.dim()] if active else []
+        gradients = [self._flat_gradient, self._gradient_shard] if active else []
+        return {
+            "parameter_bytes": local_bytes(self.model.parameters()),
+            "gradient_bytes": local_bytes(gradients),
+            "optimizer_state_bytes": local_bytes(moments),
+        }
+
+    def _flatten(self, layer: Layer) -> Tensor:
+        """The flat weights of `layer`, of which its parameters are views: made at the first visit, kept since.
+
+        A parameter that was given other storage in the meantime (`model.to`) makes it anew.
+        """
+        flat = self._flat_weights.get(layer.name)
+        if flat is not None:
+            views = self._views(layer, flat)
+            if all(self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()):
+                return flat
+        parameters = [self._parameters[name] for name in layer.parameter_names]
+        numel = sum(padded_numel(p.numel(), _ALIGN) for p in parameters)
+        flat = parameters[0].new_zeros(padded_numel(numel, distributed.world_size()), requires_grad=False)
+        for name, view in self._views(layer, flat).items():
+            view.copy_(self._parameters[name].detach())
+            self._parameters[name].data = view
+        self._flat_weights[layer.name] = flat
+        return flat
+
+    def _views(self, layer: Layer, flat: Tensor) -> dict[str, Tensor]:
+        views, start = {}, 0
+        for name in layer.parameter_names:
+            parameter = self._parameters[name]
+            views[name] = flat[start : start + parameter.numel()].view(parameter.shape)
+            start += padded_numel(parameter.numel(), _ALIGN)
+        return views
+
+    def _hang_gradients(self) -> None:
+        """Make each `.grad` a view of the flat buffer; autograd then adds in place.
+
+        Again before every step, because a loop that calls `zero_grad()` takes the views away.
+        """
+        for name, view in self._gradient_views.items():
+            parameter = self._parameters[name]
+            if parameter.grad is None:
+                parameter.grad = view
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+                parameter.grad = view
+
+    def _refuse_16_bit(self) -> None:
+        for layer in self.layers:
+            for name in layer.parameter_names:
+                dtype = self._parameters[name].dtype
+                if dtype not in (torch.float32, torch.float64):
+                    raise UserError(
+                        f"parameter {name} is stored in {dtype}, which would round the updates away; load the model "
+                        "with dtype=torch.float32 and compute under torch.autocast"
+                    )
+
+
+def _checksums(model: nn.Module) -> dict[str, int]:
+    """A hash of the bits of every parameter and buffer, made on its device."""
+    return {
+        name: int(torch.hash_tensor(tensor.detach()).item()) if tensor.numel() else 0
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }

@@ -1,0 +1,66 @@
+"""A run of the hook on one rank, with the model of the oracle; called inside `run_ranks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import lwo_dist
+from lwo_dist.hook import LWO
+from lwo_dist.strategies.fsdp import shard_model
+from tests import oracle
+
+
+def attach(
+    strategy: str, recipe: oracle.Recipe, *, tied: bool, dtype: torch.dtype, method: str = "lwo", precision: str = "fp32",
+    **config: Any,
+) -> LWO:  # fmt: skip
+    model = oracle.tiny_model(tied=tied, dtype=dtype)
+    if strategy == "fsdp":
+        shard_model(model, precision=precision, device_type="cpu")
+    lwo_config = lwo_dist.LWOConfig(
+        lr=recipe.lr, eps=recipe.eps, weight_decay=0.01, max_grad_norm=recipe.max_grad_norm,
+        steps_per_layer=recipe.steps_per_layer, gradient_accumulation_steps=recipe.accumulation, **config,
+    )  # fmt: skip
+    return lwo_dist.attach(model, lwo_config, method)
+
+
+def micro_batches(step: int, accumulation: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's share of the oracle's global batch."""
+    tokens, labels = oracle.global_batch(step)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = zip(tokens.chunk(world_size * accumulation), labels.chunk(world_size * accumulation), strict=True)
+    return list(parts)[rank * accumulation : (rank + 1) * accumulation]
+
+
+def train_step(lwo: LWO, step: int) -> tuple[float, lwo_dist.StepReport]:
+    """One optimizer step; returns the loss of the global batch."""
+    accumulation = lwo.config.gradient_accumulation_steps
+    tokens_in_batch = (oracle.global_batch(step)[1][:, 1:] != -100).sum()
+    total = torch.zeros((), dtype=torch.float64)
+    for tokens, labels in micro_batches(step, accumulation):
+        loss = oracle.loss_sum(lwo.model, tokens, labels)
+        total += loss.detach()
+        lwo.backward(loss * dist.get_world_size() * accumulation / tokens_in_batch)
+        report = lwo.step()
+    dist.all_reduce(total)
+    return (total / tokens_in_batch).item(), report
+
+
+def weights(lwo: LWO) -> dict[str, torch.Tensor]:
+    return {name: tensor for layer in [*lwo.layers, lwo.rest] for name, tensor in lwo.read_layer(layer).items()}
+
+
+def train(
+    lwo: LWO, steps: int, each_step: Callable[[LWO, int], None] | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses, and the whole weights at the end."""
+    losses = []
+    for step in range(steps):
+        losses.append(train_step(lwo, step)[0])
+        if each_step is not None:
+            each_step(lwo, step)
+    return losses, weights(lwo)
