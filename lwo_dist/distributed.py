@@ -6,6 +6,7 @@ Every function works without a process group: one process is then the whole worl
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "init_process_group",
     "local_device",
     "max_over_ranks",
+    "on_rank_0",
     "rank",
     "reduce_scatter",
     "world_size",
@@ -116,6 +118,23 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank, so that none is left waiting."""
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = fn(*args)
+        except Exception as raised:
+            error = raised
+    message = (isinstance(error, UserError), f"{error}") if error is not None else None
+    value, message = broadcast_object((value, message))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise UserError(message[1]) if message[0] else RuntimeError(f"rank 0 failed: {message[1]}")
+    return value
 
 
 def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:

@@ -11,6 +11,7 @@ comes right after the last optimizer step of a visit is wholly done, so every st
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,7 @@ class LWO:
         step_count: optimizer steps done, skipped ones included; all that a resume needs of the schedule.
         layers: the trained layers in model order; `rest` is what no layer holds.
         skipped_steps, skipped_in_a_row: 0-dim tensors; reading one synchronises.
+        switch_seconds: host time spent in switches so far.
     """
 
     def __init__(self, model: nn.Module, config: LWOConfig, method: str = "lwo"):
@@ -80,6 +82,8 @@ class LWO:
         self.strategy = choose_strategy(model, self.layers, config.gradient_accumulation_steps)
         self.step_count = 0
         self.skipped_steps = self.skipped_in_a_row = torch.zeros(())
+        self.switch_seconds = 0.0
+        self._memory: dict[str, int] = {}
         self._micro_step = 0
         self._active = -1
         self._follow_schedule()
@@ -124,6 +128,14 @@ class LWO:
         self.strategy.flush()
         self.strategy.write_layer(tensors)
 
+    def memory(self) -> dict[str, int]:
+        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer trains.
+
+        Right after a switch the new layer has no moments yet: then what the layer before it held.
+        """
+        fresh = self.schedule.position(self.step_count)[1] == 0 and len(self.layers) > 1
+        return self._memory if fresh and self._memory else self.strategy.memory()
+
     def state_dict(self) -> dict[str, Any]:
         """Position and moments, the weights left out. All ranks call it; none depends on the world size."""
         self._refuse_mid_accumulation("state_dict()")
@@ -165,9 +177,13 @@ class LWO:
         new_visit = self.schedule.position(self.step_count)[1] == 0 and len(self.layers) > 1
         if index == self._active and not new_visit:
             return False
+        started = time.perf_counter()
+        if self._active >= 0:
+            self._memory = self.strategy.memory()
         with torch.profiler.record_function("LWO::switch"):
             self.strategy.deactivate()
             self.strategy.activate(self.layers[index], partial(_make_adamw, self.config))
+        self.switch_seconds += time.perf_counter() - started
         switched, self._active = index != self._active, index
         return switched
 

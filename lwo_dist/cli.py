@@ -1,0 +1,117 @@
+"""The command line: parses, calls, and turns a UserError into one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .config import Config, UserError, load_config
+
+# Everything below the parser is imported by the command that needs it: `lwo-dist --help` waits for no torch.
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C; other exceptions pass through."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments)
+    except UserError as error:
+        # Under torchrun each rank of a host finds the same fault: one of them says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lwo-dist", description="Layer-wise optimisation of code models on clusters.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="tune a code model on a source tree")
+    train.description = (
+        "Tune a code model; on Ray (a local one, or RAY_ADDRESS), or as a rank that torchrun has started."
+    )
+    _add_config_arguments(train)
+    train.set_defaults(command=_train)
+
+    replay = commands.add_parser("replay", help="send what a run could not send to MLflow")
+    replay.add_argument("spool", type=Path, metavar="SPOOL", help="the spool in the run's folder, or that folder")
+    replay.add_argument("--uri", help="MLflow tracking URI; unset: where the run meant to send to")
+    replay.set_defaults(command=_replay)
+
+    ui = commands.add_parser("ui", help="open the runs in MLflow's web pages, on this machine only")
+    _add_config_arguments(ui)
+    ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    ui.set_defaults(command=_ui)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="YAML file; unset: the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        from .run import prepare_and_run as train
+    else:
+        from .cluster.ray_train import train
+    summary = train(config)
+    if summary is None:  # Not rank 0.
+        return
+    from .run import format_summary
+
+    print(format_summary(summary))
+    if config.tracking.enabled:
+        program = sys.argv[0] if Path(sys.argv[0]).name == "lwo-dist" else "lwo-dist"
+        file = ["-c", str(arguments.config)] if arguments.config else []
+        store = [override for override in arguments.overrides if override.startswith(("storage=", "tracking."))]
+        print(f"MLflow: {shlex.join([program, 'ui', *file, *store])}")
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from .tracking.mlflow import replay
+
+    print(f"sent {replay(arguments.spool, arguments.uri)} metric points")
+
+
+def _ui(arguments: argparse.Namespace) -> None:
+    from .tracking.mlflow import tracking_uri
+
+    config = _config(arguments)
+    uri = tracking_uri(config.tracking, Path(config.storage))
+    if uri.startswith(("http://", "https://")):
+        raise UserError(f"tracking.uri = {uri} is a server already; open it in a browser")
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise UserError(
+            f"storage = {config.storage}: no runs there ({database}); give -c FILE or storage=DIR as in training"
+        )
+    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it.
+    command = ["-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--workers", "1"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    print(f"http://127.0.0.1:{arguments.port} shows the runs in {config.storage}; Ctrl-C ends it", flush=True)
+    os.execve(sys.executable, [sys.executable, *command, "--port", str(arguments.port)], environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""The composition root: a config becomes model, data, hook, trainer and callbacks.
+
+The driver calls `prepare` once; then every worker calls `run`. Under torchrun each rank calls `prepare_and_run`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import distributed
+# from .base_model import ensure_base_model
+from .callback import Callback, RunInfo
+from .config import Config, UserError
+from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_tree
+from .data.cache import cache_folder
+from .hook import LWO, attach
+from .models import load_model, load_tokenizer
+from .tasks import TASKS
+from .tracking.mlflow import MLflowCallback, create_run
+from .training.checkpoint import LayerStore
+from .training.evaluate import evaluate
+from .training.export import export_model
+from .training.progress import Progress, human_bytes, human_seconds
+from .training.results import Results
+from .training.trainer import Trainer
+
+__all__ = ["format_summary", "prepare", "prepare_and_run", "run"]
+
+
+def prepare(config: Config) -> Config:
+    """Check what can be checked before any worker starts, and make run.json. The driver calls it once.
+
+    Returns:
+        The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
+
+    Raises:
+        UserError: source, storage or batch size are wrong; nothing was written then.
+    """
+    if config.data.source is None:
+        raise UserError("data.source is not set; give a folder of source files or a git repository")
+    micro_batch_size(config.train.global_batch_size, config.cluster.num_workers, config.lwo.gradient_accumulation_steps)
+    storage = Path(config.storage).expanduser().absolute()
+    existed = storage.exists()
+    _refuse_unwritable(storage)
+    run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    source = config.data.source
+    if "://" not in source and not source.startswith("git@"):
+        source = str(Path(source).expanduser().absolute())
+    config = config.model_copy(
+        update={
+            "storage": str(storage),
+            "run_name": run_name,
+            "data": config.data.model_copy(update={"source": source}),
+        }
+    )
+    try:
+        read_source_tree(config.data, cache_folder(config))
+    except UserError:
+        if not existed:
+            _remove_empty(storage)
+        raise
+    if config.model.name == "tiny-code":
+        base = ensure_base_model(cache_folder(config))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(base)})})
+    folder = storage / run_name
+    folder.mkdir(exist_ok=True)
+    record = _read_json(folder / "run.json") or {"run_name": run_name, "attempts": 0}
+    record["attempts"] += 1
+    record["mlflow_run_id"] = create_run(config, storage, run_name)
+    (folder / "run.json").write_text(json.dumps(record, indent=1))
+    return config
+
+
+def prepare_and_run(config: Config) -> dict[str, Any] | None:
+    """For ranks without a driver (torchrun, Slurm): rank 0 prepares, then all of them run."""
+    distributed.init_process_group(config.cluster.timeout_s)
+    cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
+    config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
+    return run(config)
+
+
+def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
+    """Train on this worker; every worker calls it with the same prepared config.
+
+    Returns:
+        On rank 0 what summary.json holds, None elsewhere.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    device = distributed.init_process_group(config.cluster.timeout_s)
+    main = distributed.rank() == 0
+    folder = Path(config.storage) / str(config.run_name)
+    record = distributed.broadcast_object(_read_json(folder / "run.json") if main else None)
+    everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
+    try:
+        trainer = _build(config, folder, device, everyone)
+        trainer.train()
+        summary = _finish(config, trainer, folder, record) if main else None
+        distributed.barrier()
+    except BaseException as error:
+        for callback in everyone:
+            callback.on_run_failed(error)
+        raise
+    for callback in everyone:
+        callback.on_run_end(summary or {})
+    return summary
+
+
+def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequence[Callback]) -> Trainer:
+    main = distributed.rank() == 0
+    store = LayerStore(folder)
+    checkpoint = distributed.on_rank_0(store.newest) if config.checkpoint.resume == "auto" else None
+    tokenizer = load_tokenizer(config.model)
+    task = TASKS[config.task]
+    data = prepare_dataset(config, tokenizer, task, is_builder=main, broadcast=distributed.broadcast_object)
+    results = Results(folder, config.eval.metric, writes=main)
+    source = config.model
+    if checkpoint is not None:
+        _refuse_other_run(config, data, checkpoint.state)
+        source = source.model_copy(update={"name": str(checkpoint.folder), "revision": None})
+    model = load_model(source, config.train, strategy=config.strategy, device=device)
+    lwo = attach(model, config.lwo, config.method)
+    if checkpoint is not None:
+        lwo.load_state_dict(checkpoint.hook_state())
+        store.remember(checkpoint, lwo)
+        results.load_state_dict(checkpoint.state["results"])
+    trainer = Trainer(
+        config, lwo, data, results, store, device=device, callbacks=callbacks,
+        evaluate=partial(
+            evaluate, model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
+            max_new_tokens=config.eval.max_new_tokens, rank=distributed.rank(), world_size=distributed.world_size(),
+            synced=config.strategy != "replicate",
+        ),
+        model_files=partial(_save_model_files, model, tokenizer),
+    )  # fmt: skip
+    info = RunInfo(
+        config, folder, distributed.world_size(), tuple(layer.name for layer in lwo.layers),
+        _facts(config, lwo, data, device), lwo.step_count,
+    )  # fmt: skip
+    for callback in callbacks:
+        callback.on_run_start(info)
+    _warn_never_trained(config, lwo)
+    return trainer
+
+
+def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Export the best checkpoint and write summary.json."""
+    results, losses = trainer.results, trainer.results.losses
+    checkpoint = trainer.store.checkpoints / f"step_{results.best_step:06d}"
+    export = export_model(checkpoint, folder / "model", trust_remote_code=config.model.trust_remote_code)
+    stretch = max(1, len(losses) // 10)
+    peaks = results.peaks
+    summary = {
+        "run_name": config.run_name,
+        "method": config.method,
+        "strategy": config.strategy,
+        "world_size": distributed.world_size(),
+        "steps": config.train.steps,
+        "tokens": results.tokens,
+        "training_seconds": results.training_seconds,
+        "tokens_per_second": results.tokens / max(results.training_seconds, 1e-9),
+        "peak_memory_bytes": int(peaks["memory/peak_bytes"]),
+        "optimizer_state_bytes": int(peaks["memory/optimizer_state_bytes"]),
+        "comm_bytes_per_step": peaks["comm/sum"] / peaks["comm/count"],
+        "skipped_steps": int(trainer.lwo.skipped_steps),
+        "loss_first": sum(losses[:stretch]) / stretch,
+        "loss_last": sum(losses[-stretch:]) / stretch,
+        "eval": {
+            "before": results.evaluations[0],
+            "after": results.evaluations[results.best_step],
+            "best_step": results.best_step,
+            "gain_95": results.gains(),
+        },
+        "mlflow_run_id": record.get("mlflow_run_id"),
+        "checkpoint": str(checkpoint),
+        "export": str(export),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary for people: before and after, what it cost, where the model lies."""
+    before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
+    lines = [f"{'held-out lines: ' + format(after['eval/lines'], '.0f'):<24}{'before':>10}{'after':>10}   gain (95 % interval)"]
+    for name, label in [
+        ("exact_match", "exact match, %"),
+        ("edit_similarity", "edit similarity, %"),
+        ("bleu", "BLEU"),
+        ("loss", "loss, nats"),
+    ]:
+        row = f"{label:<24}{before[f'eval/{name}']:>10.3f}{after[f'eval/{name}']:>10.3f}"
+        if name in gains:
+            row += "   {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gains[name])
+        lines.append(row)
+    count = after["eval/lines"] / 100
+    lines += [
+        f"lines completed exactly: {before['eval/exact_match'] * count:.0f} before, {after['eval/exact_match'] * count:.0f} after",
+        f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']} steps, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s",
+        f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer state "
+        f"{human_bytes(summary['optimizer_state_bytes'])}",
+        f"sent {human_bytes(summary['comm_bytes_per_step'])} per step",
+        f"model: {summary['export']}",
+    ]
+    return "\n".join(lines)
+
+
+def _facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:
+    sizes = {name: parameter.numel() for name, parameter in lwo.model.named_parameters()}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "parameters": sum(sizes.values()),
+        "trained_parameters": sum(sizes[name] for layer in lwo.layers for name in layer.parameter_names),
+        "host": socket.gethostname(),
+        **{name: data.counts[name] for name in ("windows", "held_out_lines")},
+        "data": dict(data.counts),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lwo-dist", "torch", "transformers", "ray", "mlflow")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:
+    if not config.tracking.enabled:
+        return []
+    run_id = (record or {}).get("mlflow_run_id")
+    return [MLflowCallback(config.tracking, Path(config.storage), run_id=run_id)]
+
+
+def _save_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
+    # The weights in the store are fp32 masters, whatever dtype the base model was published in.
+    settings = type(model.config).from_dict({**model.config.to_dict(), "dtype": "float32", "use_cache": True})
+    settings.architectures = [type(model).__name__.removeprefix("FSDP")]
+    settings.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _warn_never_trained(config: Config, lwo: LWO) -> None:
+    never = [lwo.layers[i].name for i in lwo.schedule.never_active(config.train.steps)]
+    if never and distributed.rank() == 0:
+        print(
+            f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes "
+            f"{lwo.schedule.steps_per_cycle} steps (lwo.steps_per_layer = {config.lwo.steps_per_layer})",
+            flush=True,
+        )
+
+
+def _refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
+    now = {
+        "seed": config.seed,
+        "global_batch_size": config.train.global_batch_size,
+        "fingerprint": data.fingerprint,
+    }
+    for key, value in now.items():
+        if state["data"][key] != value:
+            what = "the examples (source files, tokenizer or sequence length)" if key == "fingerprint" else key
+            raise UserError(
+                f"run_name = {config.run_name}: its checkpoint was made with other data: {what} changed from "
+                f"{state['data'][key]} to {value}; choose another run_name, or set it back"
+            )
+
+
+def _refuse_unwritable(storage: Path) -> None:
+    probe = storage / f".probe-{os.getpid()}"
+    existed = storage.exists()
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        if not existed:
+            _remove_empty(storage)
+        raise UserError(f"storage = {storage}: {error.strerror}; give a folder that can be written") from None
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove `folder` and what it holds of empty folders."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None

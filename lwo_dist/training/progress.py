@@ -1,0 +1,67 @@
+"""One plain line every so many steps: it survives job logs, where a moving bar does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+from ..callback import Callback, RunInfo
+
+__all__ = ["Progress", "human_bytes", "human_seconds"]
+
+
+class Progress(Callback):
+    """Prints on rank 0; every line is whole and flushed at once."""
+
+    def on_run_start(self, info: RunInfo) -> None:
+        self._info = info
+        facts = info.parameters
+        self._say(
+            f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on {info.world_size} "
+            f"{facts['device']} worker(s), {facts['trained_parameters']:,} of {facts['parameters']:,} parameters in "
+            f"{len(info.layers)} layers, {facts['windows']:,} training sequences, {facts['held_out_lines']:,} held-out "
+            f"lines" + (f", from step {info.start_step}" if info.start_step else "")
+        )
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        total = self._info.config.train.steps
+        # The last stretch's pace says more of what is left than the first one's.
+        left = (total - step) * metrics["time/step_seconds"]
+        layer = self._info.layers[int(metrics["lwo/active_layer"])]
+        skipped = f"  skipped {metrics['train/skipped_steps']:.0f}" if metrics["train/skipped_steps"] else ""
+        self._say(
+            f"step {step}/{total}  loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}  "
+            f"{metrics['train/tokens_per_second']:,.0f} tokens/s  layer {layer}  "
+            f"peak {human_bytes(metrics['memory/peak_bytes'])}  left {human_seconds(left)}{skipped}"
+        )
+
+    def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        self._say(
+            f"evaluation at step {step}: loss {scores['eval/loss']:.4f}  exact match {scores['eval/exact_match']:.2f}  "
+            f"edit similarity {scores['eval/edit_similarity']:.2f}  BLEU {scores['eval/bleu']:.2f}  "
+            f"({scores['eval/lines']:.0f} held-out lines)"
+        )
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self._say(f"checkpoint {folder}")
+
+    def on_run_failed(self, error: BaseException) -> None:
+        self._say(f"the run failed: {type(error).__name__}")
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+
+
+def human_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

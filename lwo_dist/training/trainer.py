@@ -1,0 +1,197 @@
+"""The loop. One step, from here to the ranks:
+
+    for batch in micro_batches(step):          data: a pure function of (seed, step)
+        loss = token losses of the batch       Trainer._loss
+        lwo.backward(loss)                     hook -> strategy: gradients of the active layer
+        report = lwo.step()                    hook -> strategy: reduce, clip, update, publish; then the switch
+    every logging_steps: metrics               one collective for all of them
+    every eval.steps:    evaluate, save        and the best checkpoint is kept
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .. import distributed
+from ..callback import Callback
+from ..config import Config, UserError
+from ..data import PreparedData, label_tokens, micro_batches
+from ..data.batches import IGNORED_LABEL, global_batch_indices
+from ..hook import LWO, StepReport
+from ..memory import peak_bytes
+from .checkpoint import LayerStore
+from .evaluate import Evaluation
+from .results import Results
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains to `config.train.steps`, from wherever the hook stands. Every rank runs one.
+
+    Args:
+        evaluate: a collective that scores the model on the held-out lines.
+        model_files: puts the model's config and tokenizer into a checkpoint folder.
+        callbacks: on rank 0 only; empty elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lwo: LWO,
+        data: PreparedData,
+        results: Results,
+        store: LayerStore,
+        *,
+        device: torch.device,
+        evaluate: Callable[[], Evaluation],
+        model_files: Callable[[Path], None],
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.config, self.lwo, self.data, self.device = config, lwo, data, device
+        self.results, self.store = results, store
+        self.evaluate, self.model_files, self.callbacks = evaluate, model_files, callbacks
+        self._batch_of = {
+            "seed": config.seed,
+            "global_batch_size": config.train.global_batch_size,
+        }
+        self._start_stretch()
+
+    def train(self) -> None:
+        """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint."""
+        train, steps = self.config.train, self.config.train.steps
+        if not self.results.evaluations:
+            self._evaluate()
+        while self.lwo.step_count < steps:
+            report = self._train_step(self.lwo.step_count)
+            done = self.lwo.step_count
+            if report.switched:
+                for callback in self.callbacks:
+                    callback.on_switch(done, self.lwo.active_layer.name)
+            if done % min(train.logging_steps, train.max_skipped_steps) == 0:
+                self._refuse_non_finite()
+            if done % train.logging_steps == 0 or done == steps:
+                self._log(report)
+            evaluates = done == steps or _every(self.config.eval.steps, done)
+            if evaluates:
+                self._evaluate()
+            if evaluates or _every(self.config.checkpoint.steps, done):
+                self._save()
+
+    def _train_step(self, step: int) -> StepReport:
+        lwo = self.lwo
+        # Dropout, if the model has any, is then a function of (seed, step, rank) too, and a resume needs no state.
+        torch.manual_seed(hash((self.config.seed, step, distributed.rank())))
+        lwo.model.train()
+        accumulation = lwo.config.gradient_accumulation_steps
+        batches = micro_batches(
+            self.data, step=step, world_size=distributed.world_size(), rank=distributed.rank(),
+            accumulation=accumulation, **self._batch_of,
+        )  # fmt: skip
+        tokens = label_tokens(self.data, step=step, **self._batch_of)
+        for batch in batches:
+            loss = self._loss({name: tensor.to(self.device) for name, tensor in batch.items()}) / tokens
+            self._stretch_loss += loss.detach()
+            # The strategy averages over ranks and micro-batches; the sum over them is wanted.
+            lwo.backward(loss * distributed.world_size() * accumulation)
+            report = lwo.step()
+        self._stretch_tokens += int(self.data.lengths[self._indices(step)].sum())
+        return report
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sum over the label tokens of the cross-entropy, in nats and fp32."""
+        logits = self.lwo.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        return cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+
+    def _log(self, report: StepReport) -> None:
+        step, elapsed = self.lwo.step_count, time.perf_counter() - self._stretch_started
+        steps = step - self._stretch_first
+        memory = self.lwo.memory()
+        loss = distributed.all_reduce(self._stretch_loss) / steps
+        largest = distributed.max_over_ranks(
+            [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch], self.device
+        )
+        self.results.add_time(elapsed, self._stretch_tokens)
+        metrics = {
+            "train/loss": float(loss),
+            "train/learning_rate": report.lr,
+            "train/grad_norm": float(report.grad_norm) if report.grad_norm is not None else 0.0,
+            "train/tokens_per_second": self._stretch_tokens / elapsed,
+            "train/elapsed_seconds": self.results.training_seconds,
+            "train/skipped_steps": float(self.lwo.skipped_steps),
+            "lwo/active_layer": float([layer.name for layer in self.lwo.layers].index(report.layer)),
+            "lwo/cycle": float(self.lwo.schedule.cycle(step - 1)),
+            "memory/peak_bytes": largest[1],
+            **{f"memory/{name}": value for name, value in zip(memory, largest[2:-1], strict=True)},
+            "comm/bytes_per_step": float(report.bytes_sent),
+            "time/step_seconds": elapsed / steps,
+            "time/switch_seconds": largest[-1],
+        }
+        self.results.add_metrics(metrics)
+        for callback in self.callbacks:
+            callback.on_metrics(step, metrics)
+        self._start_stretch()
+
+    def _evaluate(self) -> None:
+        self.lwo.flush()
+        with self._off_the_clock():
+            evaluation = self.evaluate()
+        self.results.add_evaluation(self.lwo.step_count, evaluation)
+        for callback in self.callbacks:
+            callback.on_evaluation(self.lwo.step_count, evaluation.scores)
+
+    def _save(self) -> None:
+        step = self.lwo.step_count
+        extra = {
+            "data": {**self._batch_of, "fingerprint": self.data.fingerprint, "next_step": step},
+            "results": self.results.state_dict(),
+        }
+        with self._off_the_clock():
+            folder = self.store.save(self.lwo, self.model_files, extra)
+            if distributed.rank() == 0:
+                best = self.store.checkpoints / f"step_{self.results.best_step:06d}"
+                self.store.prune({folder} | ({best} if best.exists() else set()))
+            distributed.barrier()
+        for callback in self.callbacks:
+            callback.on_checkpoint(step, folder)
+
+    def _refuse_non_finite(self) -> None:
+        in_a_row = int(self.lwo.skipped_in_a_row)
+        if in_a_row >= self.config.train.max_skipped_steps:
+            raise UserError(
+                f"loss or gradient norm was not finite for {in_a_row} steps in a row, up to step {self.lwo.step_count} "
+                f"(train.max_skipped_steps = {self.config.train.max_skipped_steps}); lower lwo.lr, or look at the data"
+            )
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Training time is the loop's own: evaluations and saves are not in it."""
+        started = time.perf_counter()
+        yield
+        self._stretch_started += time.perf_counter() - started
+
+    def _start_stretch(self) -> None:
+        """What the next progress line is about starts now."""
+        self._stretch_started = time.perf_counter()
+        self._stretch_first = self.lwo.step_count
+        self._stretch_tokens = 0
+        self._stretch_loss = torch.zeros((), device=self.device)
+        self._stretch_switch = self.lwo.switch_seconds
+
+    def _indices(self, step: int) -> Any:
+        return global_batch_indices(len(self.data.lengths), self._batch_of["global_batch_size"], self.config.seed, step)
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
