@@ -33,7 +33,7 @@ class UserError(ValueError):
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class LWOConfig(_Settings):
@@ -57,7 +57,9 @@ class LWOConfig(_Settings):
     train_head: bool = Field(True, description="make the output head, with the final norm, a trained layer")
     layers_per_group: int = Field(1, ge=1, description="neighbouring transformer layers trained as one layer")
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="decay after the warm-up"
+    )
     lr_schedule_over: Literal["run", "cycle", "visit"] = Field(
         "run", description="the stretch that one learning-rate schedule spans"
     )
@@ -157,7 +159,9 @@ class Config(_Settings):
     task: Literal["completion"] = Field("completion", description="what is learned: completing lines of code")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
     storage: str = Field("runs", description="folder for runs, seen by all workers")
-    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date")
+    run_name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date"
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lwo: LWOConfig = LWOConfig()
@@ -220,20 +224,27 @@ def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix:
     for key, value in values.items():
         field = model.model_fields.get(str(key))
         if field is None:
-            names = _all_keys(Config)
-            near = difflib.get_close_matches(f"{prefix}{key}", names, n=1, cutoff=0.5) or difflib.get_close_matches(
-                str(key), [n.rpartition(".")[2] for n in names], n=1
-            )
-            # A key given at the wrong depth (`lr` for `lwo.lr`) is matched by its last part: say where it belongs.
-            hint = next((n for n in names if near and (n == near[0] or n.endswith(f".{near[0]}"))), None)
-            known = ", ".join(model.model_fields)
-            mend = f"did you mean {hint}?" if hint else f"known here: {known}"
+            hint = _nearest_key(str(key), model, prefix)
+            mend = f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
             raise UserError(f"unknown key {prefix}{key}; {mend}")
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             if not isinstance(value, dict):
-                raise UserError(f"{prefix}{key} = {value!r} must be a group of keys: {', '.join(annotation.model_fields)}")
+                raise UserError(
+                    f"{prefix}{key} = {value!r} must be a group of keys: {', '.join(annotation.model_fields)}"
+                )
             _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
+
+
+def _nearest_key(key: str, model: type[BaseModel], prefix: str) -> str | None:
+    by_name: dict[str, str] = {}
+    for path in _all_keys(Config):
+        by_name.setdefault(path.rpartition(".")[2], path)
+    if key in by_name:  # At the wrong depth: `lr` for `lwo.lr`.
+        return by_name[key]
+    here = difflib.get_close_matches(key, model.model_fields, n=1)
+    elsewhere = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
+    return f"{prefix}{here[0]}" if here else by_name[elsewhere[0]] if elsewhere else None
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -202,7 +202,13 @@ def _make_adamw(config: LWOConfig, shards: Sequence[Tensor]) -> torch.optim.Opti
 def _end_backward_at_active_layer(model: nn.Module) -> None:
     """Undo `enable_input_require_grads`, with which backward would run through the whole frozen prefix.
 
-    transformers enables it along with activation checkpointing, which needs it in its reentrant form only.
+    transformers enables it along with activation checkpointing, which needs it in its reentrant form only. Called
+    twice it forgets its first hooks, so they are looked for where they hang.
     """
-    if getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None):
-        model.disable_input_require_grads()  # type: ignore[operator]
+    disable = getattr(model, "disable_input_require_grads", None)
+    if disable is not None:
+        disable()
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]

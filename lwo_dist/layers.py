@@ -56,7 +56,9 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Experts of a mixture and heads of an attention are lists too, but lie inside of the stack and are smaller.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UserError(f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a decoder-only model")
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a decoder-only model"
+        )
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import distributed
+
 # from .base_model import ensure_base_model
 from .callback import Callback, RunInfo
 from .config import Config, UserError
@@ -31,11 +32,11 @@ from .tracking.mlflow import MLflowCallback, create_run
 from .training.checkpoint import LayerStore
 from .training.evaluate import evaluate
 from .training.export import export_model
-from .training.progress import Progress, human_bytes, human_seconds
+from .training.progress import Progress
 from .training.results import Results
 from .training.trainer import Trainer
 
-__all__ = ["format_summary", "prepare", "prepare_and_run", "run"]
+__all__ = ["prepare", "prepare_and_run", "run"]
 
 
 def prepare(config: Config) -> Config:
@@ -157,65 +158,22 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
 
 def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
-    results, losses = trainer.results, trainer.results.losses
-    checkpoint = trainer.store.checkpoints / f"step_{results.best_step:06d}"
+    checkpoint = trainer.store.checkpoints / f"step_{trainer.results.best_step:06d}"
     export = export_model(checkpoint, folder / "model", trust_remote_code=config.model.trust_remote_code)
-    stretch = max(1, len(losses) // 10)
-    peaks = results.peaks
     summary = {
         "run_name": config.run_name,
         "method": config.method,
         "strategy": config.strategy,
         "world_size": distributed.world_size(),
         "steps": config.train.steps,
-        "tokens": results.tokens,
-        "training_seconds": results.training_seconds,
-        "tokens_per_second": results.tokens / max(results.training_seconds, 1e-9),
-        "peak_memory_bytes": int(peaks["memory/peak_bytes"]),
-        "optimizer_state_bytes": int(peaks["memory/optimizer_state_bytes"]),
-        "comm_bytes_per_step": peaks["comm/sum"] / peaks["comm/count"],
+        **trainer.results.summary(),
         "skipped_steps": int(trainer.lwo.skipped_steps),
-        "loss_first": sum(losses[:stretch]) / stretch,
-        "loss_last": sum(losses[-stretch:]) / stretch,
-        "eval": {
-            "before": results.evaluations[0],
-            "after": results.evaluations[results.best_step],
-            "best_step": results.best_step,
-            "gain_95": results.gains(),
-        },
         "mlflow_run_id": record.get("mlflow_run_id"),
         "checkpoint": str(checkpoint),
         "export": str(export),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
-
-
-def format_summary(summary: dict[str, Any]) -> str:
-    """The summary for people: before and after, what it cost, where the model lies."""
-    before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
-    lines = [f"{'held-out lines: ' + format(after['eval/lines'], '.0f'):<24}{'before':>10}{'after':>10}   gain (95 % interval)"]
-    for name, label in [
-        ("exact_match", "exact match, %"),
-        ("edit_similarity", "edit similarity, %"),
-        ("bleu", "BLEU"),
-        ("loss", "loss, nats"),
-    ]:
-        row = f"{label:<24}{before[f'eval/{name}']:>10.3f}{after[f'eval/{name}']:>10.3f}"
-        if name in gains:
-            row += "   {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gains[name])
-        lines.append(row)
-    count = after["eval/lines"] / 100
-    lines += [
-        f"lines completed exactly: {before['eval/exact_match'] * count:.0f} before, {after['eval/exact_match'] * count:.0f} after",
-        f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']} steps, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s",
-        f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer state "
-        f"{human_bytes(summary['optimizer_state_bytes'])}",
-        f"sent {human_bytes(summary['comm_bytes_per_step'])} per step",
-        f"model: {summary['export']}",
-    ]
-    return "\n".join(lines)
 
 
 def _facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:

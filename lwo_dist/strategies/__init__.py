@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..config import UserError
-from ..layers import Layer
+from lwo_dist.config import UserError
+from lwo_dist.layers import Layer
+
 from .base import Strategy, Update
 from .fsdp import FullyShard
 from .replicate import Replicate
@@ -35,7 +36,7 @@ def refuse_wrapped(model: nn.Module) -> None:
             f"the model is wrapped in {type(model).__name__}, whose reducer is built for a fixed set of trainable "
             "parameters; pass the bare module (model.module): the replicate strategy reduces gradients itself"
         )
-    if isinstance(model, FSDP1) or any(isinstance(m, FSDP1) for m in model.modules()):
+    if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise UserError("the model is wrapped in FSDP1 (FullyShardedDataParallel); wrap it with FSDP2's fully_shard")
     if type(model).__name__ == "DeepSpeedEngine":
         raise UserError("DeepSpeed engines are not supported yet; pass the bare module, plain or fully_shard'ed")
@@ -43,7 +44,9 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise UserError("fully_shard was called on submodules but not on the root; call it on the root module too")
     for name, module in model.named_modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
+            "use_reentrant"
+        ):
             raise UserError(
                 f"activation checkpointing of {name} is reentrant, which loses the active layer's gradients; call "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
-from ..layers import Layer
+from lwo_dist import distributed
+from lwo_dist.layers import Layer
 
 __all__ = ["MakeOptimizer", "Strategy", "Update", "update_shards"]
 

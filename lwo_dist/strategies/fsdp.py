@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from .. import distributed
-from ..config import UserError
-from ..layers import Layer, find_stack, parameter_depths
-from ..memory import local_bytes, padded_numel
+from lwo_dist import distributed
+from lwo_dist.config import UserError
+from lwo_dist.layers import Layer, find_stack, parameter_depths
+from lwo_dist.memory import local_bytes, padded_numel
+
 from .base import MakeOptimizer, Strategy, Update, update_shards
 
 __all__ = ["FullyShard", "shard_model"]
@@ -218,15 +219,18 @@ def _own_parameters(model: nn.Module, module: FSDPModule) -> set[str]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
-def _as_shard_of(parameter: DTensor, local: Tensor) -> DTensor:
+def _as_shard_of(parameter: Tensor, local: Tensor) -> DTensor:
     """`local` as this rank's part of a tensor that is placed like `parameter`."""
+    assert isinstance(parameter, DTensor)
     return DTensor.from_local(
         local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
@@ -240,7 +244,7 @@ def _shard_like(tensor: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None).to_local().clone()
 
 
-def _padded(parameter: DTensor) -> int:
+def _padded(parameter: Tensor) -> int:
     """Elements of a parameter whose rows are padded to a multiple of the ranks, as FSDP2 sends it."""
     rows = parameter.shape[0] if parameter.dim() else 1
     return parameter.numel() // max(rows, 1) * padded_numel(rows, distributed.world_size())

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
-from ..config import UserError
-from ..layers import Layer
-from ..memory import local_bytes, padded_numel
+from lwo_dist import distributed
+from lwo_dist.config import UserError
+from lwo_dist.layers import Layer
+from lwo_dist.memory import local_bytes, padded_numel
+
 from .base import MakeOptimizer, Strategy, Update, update_shards
 
 __all__ = ["Replicate"]

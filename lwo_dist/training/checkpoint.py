@@ -23,10 +23,10 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .. import distributed
-from ..config import UserError
-from ..hook import LWO
-from ..layers import Layer
+from lwo_dist import distributed
+from lwo_dist.config import UserError
+from lwo_dist.hook import LWO
+from lwo_dist.layers import Layer
 
 __all__ = ["Checkpoint", "LayerStore"]
 
@@ -80,7 +80,9 @@ class LayerStore:
                 damaged.append(f"{folder.name}: {error}")
                 print(f"checkpoint {folder} is damaged ({error}); using the one before", flush=True)
         if damaged:
-            raise UserError(f"no checkpoint in {self.checkpoints} is whole ({damaged[0]}); remove the folder to start anew")
+            raise UserError(
+                f"no checkpoint in {self.checkpoints} is whole ({damaged[0]}); remove the folder to start anew"
+            )
         return None
 
     def save(self, lwo: LWO, model_files: Any, extra: Mapping[str, Any]) -> Path:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-
-from ..callback import Callback, RunInfo
+from lwo_dist.callback import Callback, RunInfo
 
 __all__ = ["Progress", "human_bytes", "human_seconds"]
 

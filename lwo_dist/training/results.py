@@ -9,11 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from ..tasks.metrics import paired_interval
+from lwo_dist.tasks.metrics import paired_interval
+
 from .evaluate import Evaluation
+from .progress import human_bytes, human_seconds
 
-__all__ = ["Results"]
+__all__ = ["Results", "format_summary"]
 
+_LABELS = {
+    "exact_match": "exact match, %",
+    "edit_similarity": "edit similarity, %",
+    "bleu": "BLEU",
+    "loss": "loss, nats",
+}
 _PER_LINE = ("loss", "exact_match", "edit_similarity")
 
 
@@ -70,6 +78,26 @@ class Results:
             gains[name] = {"mean": mean, "low": low, "high": high}
         return gains
 
+    def summary(self) -> dict[str, Any]:
+        """The measured part of summary.json. `after` are the scores of the best checkpoint, which is exported."""
+        stretch = max(1, len(self.losses) // 10)
+        return {
+            "tokens": self.tokens,
+            "training_seconds": self.training_seconds,
+            "tokens_per_second": self.tokens / self.training_seconds,
+            "peak_memory_bytes": int(self.peaks["memory/peak_bytes"]),
+            "optimizer_state_bytes": int(self.peaks["memory/optimizer_state_bytes"]),
+            "comm_bytes_per_step": self.peaks["comm/sum"] / self.peaks["comm/count"],
+            "loss_first": sum(self.losses[:stretch]) / stretch,
+            "loss_last": sum(self.losses[-stretch:]) / stretch,
+            "eval": {
+                "before": self.evaluations[0],
+                "after": self.evaluations[self.best_step],
+                "best_step": self.best_step,
+                "gain_95": self.gains(),
+            },
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "evaluations": {str(step): scores for step, scores in self.evaluations.items()},
@@ -86,3 +114,28 @@ class Results:
 
     def _path(self, step: int) -> Path:
         return self.folder / "evaluations" / f"step_{step:06d}.json"
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The summary for people: before and after, what it cost, where the model lies."""
+    before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
+    count = after["eval/lines"]
+    lines = [f"{f'{count:.0f} held-out lines':<24}{'before':>10}{'after':>10}   gain a line (95 % interval)"]
+    for name, label in _LABELS.items():
+        row = f"{label:<24}{before[f'eval/{name}']:>10.3f}{after[f'eval/{name}']:>10.3f}"
+        if name in gains:
+            row += "   {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gains[name])
+        lines.append(row)
+    exact = [f"{scores['eval/exact_match'] * count / 100:.0f}" for scores in (before, after)]
+    return "\n".join(
+        [
+            *lines,
+            f"{'lines exactly right':<24}{exact[0]:>10}{exact[1]:>10}",
+            f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']} steps, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s",
+            f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer state "
+            f"{human_bytes(summary['optimizer_state_bytes'])}",
+            f"sent {human_bytes(summary['comm_bytes_per_step'])} per step",
+            f"model: {summary['export']}",
+        ]
+    )

@@ -1,11 +1,11 @@
 """The loop. One step, from here to the ranks:
 
-    for batch in micro_batches(step):          data: a pure function of (seed, step)
-        loss = token losses of the batch       Trainer._loss
-        lwo.backward(loss)                     hook -> strategy: gradients of the active layer
-        report = lwo.step()                    hook -> strategy: reduce, clip, update, publish; then the switch
-    every logging_steps: metrics               one collective for all of them
-    every eval.steps:    evaluate, save        and the best checkpoint is kept
+for batch in micro_batches(step):          data: a pure function of (seed, step)
+    loss = token losses of the batch       Trainer._loss
+    lwo.backward(loss)                     hook -> strategy: gradients of the active layer
+    report = lwo.step()                    hook -> strategy: reduce, clip, update, publish; then the switch
+every logging_steps: metrics               one collective for all of them
+every eval.steps:    evaluate, save        and the best checkpoint is kept
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .. import distributed
-from ..callback import Callback
-from ..config import Config, UserError
-from ..data import PreparedData, label_tokens, micro_batches
-from ..data.batches import IGNORED_LABEL, global_batch_indices
-from ..hook import LWO, StepReport
-from ..memory import peak_bytes
+from lwo_dist import distributed
+from lwo_dist.callback import Callback
+from lwo_dist.config import Config, UserError
+from lwo_dist.data import PreparedData, label_tokens, micro_batches
+from lwo_dist.data.batches import IGNORED_LABEL, global_batch_indices
+from lwo_dist.hook import LWO, StepReport
+from lwo_dist.memory import peak_bytes
+
 from .checkpoint import LayerStore
 from .evaluate import Evaluation
 from .results import Results
@@ -120,7 +121,8 @@ class Trainer:
         memory = self.lwo.memory()
         loss = distributed.all_reduce(self._stretch_loss) / steps
         largest = distributed.max_over_ranks(
-            [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch], self.device
+            [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch],
+            self.device,
         )
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {

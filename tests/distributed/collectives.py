@@ -36,7 +36,6 @@ class CountCollectives(TorchDispatchMode):
         self.calls: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func.__name__.rpartition("::")
         if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
             operator = func._schema.name.split("::")[1]
             if operator not in ("barrier", "wait_tensor", "monitored_barrier_"):

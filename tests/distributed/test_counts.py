@@ -51,9 +51,7 @@ def test_replicate_sends_twice_the_layer_and_one_scalar(world_size: int) -> None
 
 
 def count_fsdp(precision: str, checkpointing: bool, method: str = "lwo") -> list[dict]:
-    lwo = attach(
-        "fsdp", ONE_STEP_VISITS, tied=False, dtype=torch.float32, precision=precision, method=method
-    )
+    lwo = attach("fsdp", ONE_STEP_VISITS, tied=False, dtype=torch.float32, precision=precision, method=method)
     lwo.model.train()
     if checkpointing:
         lwo.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -122,7 +120,7 @@ def state_bytes(strategy: str) -> list[tuple[str, int, int, int, bool]]:
         seen = {}
         inner = lwo.strategy.step
 
-        def spy(lr: float, max_norm: float, inner=inner, seen=seen, lwo=lwo):  # noqa: ANN001, ANN202
+        def spy(lr: float, max_norm: float, inner=inner, seen=seen, lwo=lwo):
             update = inner(lr, max_norm)
             seen.update(lwo.strategy.memory())
             return update

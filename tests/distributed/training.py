@@ -15,9 +15,15 @@ from tests import oracle
 
 
 def attach(
-    strategy: str, recipe: oracle.Recipe, *, tied: bool, dtype: torch.dtype, method: str = "lwo", precision: str = "fp32",
+    strategy: str,
+    recipe: oracle.Recipe,
+    *,
+    tied: bool,
+    dtype: torch.dtype,
+    method: str = "lwo",
+    precision: str = "fp32",
     **config: Any,
-) -> LWO:  # fmt: skip
+) -> LWO:
     model = oracle.tiny_model(tied=tied, dtype=dtype)
     if strategy == "fsdp":
         shard_model(model, precision=precision, device_type="cpu")

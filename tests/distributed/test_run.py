@@ -1,0 +1,193 @@
+"""`run` on real ranks: checkpoints, resume, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.config import Config, UserError, load_config
+from lwo_dist.run import prepare, run
+from tests.models import save_tiny_model
+from tests.ranks import RanksError, run_ranks
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder and a source folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    source = folder / "source"
+    source.mkdir()
+    for i in range(12):
+        body = "\n".join(f"    total_{i} = total_{i} + values[{j}]  # line {j}" for j in range(20))
+        (source / f"module_{i}.py").write_text(f"def function_{i}(values):\n    total_{i} = 0\n{body}\n")
+    save_tiny_model(folder / "model", [path.read_text() for path in source.iterdir()])
+    return folder / "model", source
+
+
+def make_config(inputs: tuple[Path, Path], storage: Path, *overrides: str) -> Config:
+    model, source = inputs
+    return load_config(None, [
+        f"model.name={model}", f"data.source={source}", f"storage={storage}", "run_name=r", f"train.steps={STEPS}",
+        "train.global_batch_size=8", "train.sequence_length=48", "train.logging_steps=2", "lwo.steps_per_layer=3",
+        "lwo.lr=1e-3", "lwo.lr_scheduler_type=cosine", "lwo.seed=3", "lwo.order=random", "eval.num_lines=12",
+        "eval.max_new_tokens=8", "tracking.enabled=false", "cluster.num_workers=2", *overrides,
+    ])  # fmt: skip
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.losses: list[tuple[int, float]] = []
+
+    def on_metrics(self, step: int, metrics: dict) -> None:  # type: ignore[override]
+        self.losses.append((step, metrics["train/loss"]))
+
+
+def run_and_record(config: Config) -> tuple[dict | None, list]:
+    recorder = Losses()
+    return run(config, [recorder]), recorder.losses
+
+
+def exported(summary: dict) -> dict[str, torch.Tensor]:
+    return load_file(Path(summary["export"]) / "model.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "replicate"])
+def test_a_run_leaves_a_model_that_loads_and_a_summary(
+    strategy: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = prepare(make_config(inputs, tmp_path, f"strategy={strategy}", "eval.steps=6"))
+    summary, _ = run_ranks(run_and_record, 2, config)[0]
+    assert summary == json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["loss_last"] < summary["loss_first"] and summary["skipped_steps"] == 0
+    assert summary["eval"]["before"]["eval/loss"] > summary["eval"]["after"]["eval/loss"]
+    assert summary["eval"]["gain_95"]["loss"]["low"] > 0
+    model = AutoModelForCausalLM.from_pretrained(summary["export"])
+    tokenizer = AutoTokenizer.from_pretrained(summary["export"])
+    prompt = tokenizer("def function_3(values):\n", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=4).shape[1] == prompt.input_ids.shape[1] + 4
+    # The last and the best checkpoint are kept, with the layer files that they name and no others.
+    kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
+    assert {folder.name for folder in kept} == {"step_000014", f"step_{summary['eval']['best_step']:06d}"}
+    named = {
+        (folder / reference).resolve()
+        for folder in kept
+        for reference in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+    }
+    assert {path.resolve() for path in (tmp_path / "r" / "layers").iterdir()} == named
+    # A checkpoint loads as it stands, without an export.
+    direct = AutoModelForCausalLM.from_pretrained(kept[-1])
+    assert all(torch.equal(direct.state_dict()[n], p) for n, p in model.state_dict().items()) or len(kept) == 2
+
+
+def stop_after(config: Config, steps: int) -> None:
+    """Ends in the middle of a visit, as a killed run does: by no clean way out."""
+
+    class Stop(Callback):
+        def on_checkpoint(self, step: int, folder: Path) -> None:
+            if step == steps:
+                raise InterruptedError("stopped by the test")
+
+    run(config, [Stop()])
+
+
+@pytest.mark.parametrize(
+    ("first", "first_ranks", "then", "then_ranks"),
+    [
+        ("fsdp", 2, "fsdp", 2),
+        ("replicate", 2, "replicate", 2),
+        ("fsdp", 2, "replicate", 1),
+        ("replicate", 1, "fsdp", 4),
+    ],
+)
+def test_a_resumed_run_follows_the_unbroken_one(
+    first: str, first_ranks: int, then: str, then_ranks: int, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    same = (first, first_ranks) == (then, then_ranks)
+    settings = ("checkpoint.steps=5", "lwo.eps=1e-6")
+    unbroken = prepare(make_config(inputs, tmp_path / "a", f"strategy={first}", *settings))
+    summary, losses = run_ranks(run_and_record, first_ranks, unbroken)[0]
+
+    broken = prepare(make_config(inputs, tmp_path / "b", f"strategy={first}", *settings))
+    with pytest.raises(RanksError, match="stopped by the test"):
+        run_ranks(stop_after, first_ranks, broken, 5)  # 5 = in the middle of the second visit
+    again = prepare(make_config(inputs, tmp_path / "b", f"strategy={then}", *settings))
+    resumed, resumed_losses = run_ranks(run_and_record, then_ranks, again)[0]
+
+    expected, found = exported(summary), exported(resumed)
+    assert resumed_losses[-1][0] == STEPS and resumed_losses[0][0] == 6
+    if same:
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert resumed_losses[1:] == losses[3:]
+    for (_, loss), (_, other) in zip(losses[3:], resumed_losses[1:], strict=True):
+        assert abs(loss - other) < 1e-5
+    for name in expected:
+        assert (expected[name] - found[name]).abs().max() < 3e-5, name
+
+
+def test_a_finished_run_is_not_trained_again(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    config = prepare(make_config(inputs, tmp_path))
+    first, _ = run_ranks(run_and_record, 2, config)[0]
+    second, losses = run_ranks(run_and_record, 2, prepare(make_config(inputs, tmp_path)))[0]
+    assert losses == []
+    assert {**second, "peak_memory_bytes": 0} == {**first, "peak_memory_bytes": 0}
+
+
+def test_a_damaged_file_is_found_and_the_checkpoint_before_is_used(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = ("checkpoint.steps=5", "eval.steps=4", "eval.metric=loss")
+    config = prepare(make_config(inputs, tmp_path, *settings))
+    with pytest.raises(RanksError, match="stopped by the test"):
+        run_ranks(stop_after, 2, config, 10)
+    checkpoints = sorted((tmp_path / "r" / "checkpoints").iterdir())
+    assert len(checkpoints) == 2
+    damaged = checkpoints[-1] / "active.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(RanksError, match="starts at step 8"):
+        run_ranks(say_start, 2, config)
+
+
+def say_start(config: Config) -> None:
+    class Start(Callback):
+        def on_run_start(self, info: RunInfo) -> None:
+            raise InterruptedError(f"starts at step {info.start_step}")
+
+    run(config, [Start()])
+
+
+def test_another_data_set_under_the_same_run_name_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    run_ranks(run_and_record, 2, prepare(make_config(inputs, tmp_path)))
+    other = prepare(make_config(inputs, tmp_path, "train.global_batch_size=4"))
+    with pytest.raises(RanksError, match="global_batch_size changed from 8 to 4; choose another run_name"):
+        run_ranks(run_and_record, 2, other)
+
+
+def test_too_few_steps_name_the_layers_left_out(
+    inputs: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = prepare(make_config(inputs, tmp_path, "train.steps=4", "lwo.order=ascending"))
+    run_ranks(run_and_record, 2, config)
+    assert "warning: 4 steps never train layer_1, layer_2; one cycle takes 12 steps" in capfd.readouterr().out
+
+
+def test_prepare_refuses_what_cannot_work_and_leaves_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    storage = tmp_path / "new" / "storage"
+    for overrides, message in [
+        (("train.global_batch_size=7",), r"train.global_batch_size = 7 must be divisible by 2"),
+        ((f"data.source={tmp_path / 'nowhere'}",), "nowhere"),
+        (("data.source=null",), "data.source is not set"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare(make_config(inputs, storage, *overrides))
+        assert not storage.parent.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"storage = .*: Not a directory; give a folder that can be written"):
+        prepare(make_config(inputs, tmp_path / "file" / "runs"))

@@ -1,0 +1,121 @@
+import math
+import random
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from lwo_dist.tracking.charts import _shades, layer_bands, loss_figure, memory_figure, save_pictures
+from lwo_dist.tracking.spool import Spool, read_spool
+
+GIB = 2**30
+
+
+def layer_names(count):
+    return ["embed", *(f"layers.{i}" for i in range(count - 2)), "head"]
+
+
+def visits(layers, steps_per_layer, steps):
+    return [(s, layers[s // steps_per_layer % len(layers)]) for s in range(0, steps, steps_per_layer)]
+
+
+def falling_loss(steps, every):
+    draw = random.Random(0)
+    return [(s, 1 + 2 * math.exp(-3 * s / steps) + draw.gauss(0, 0.05)) for s in range(every, steps + 1, every)]
+
+
+def rendered(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
+def overlaps(boxes):
+    return [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+def test_bands_follow_the_switches():
+    switches = [(0, "a"), (10, "b"), (20, "a"), (30, "a"), (40, "b")]
+    assert layer_bands(switches, 45) == [(0, 10, "a"), (10, 20, "b"), (20, 40, "a"), (40, 45, "b")]
+    assert layer_bands(switches, 40) == [(0, 10, "a"), (10, 20, "b"), (20, 40, "a")]
+    assert layer_bands([], 40) == []
+
+
+def test_each_visit_is_drawn_in_its_layers_colour_behind_the_curve():
+    layers = layer_names(10)
+    bands = layer_bands(visits(layers, 50, 1000), 1000)
+    figure = loss_figure(falling_loss(1000, 10), bands, layers, [(0, 3.0), (500, 2.0), (1000, 1.5)])
+    canvas = rendered(figure)
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3] / 255
+    top, gantt = figure.axes
+    assert [label.get_text() for label in gantt.get_yticklabels()] == layers
+    shades = _shades(layers)
+    height = pixels.shape[0]
+    for start, end, layer in bands:
+        x, y = gantt.transData.transform(((start + end) / 2, layers.index(layer)))
+        assert np.allclose(pixels[height - 1 - int(y), int(x)], to_rgb(shades[layer]), atol=0.02), (start, layer)
+        x = top.transData.transform(((start + end) / 2, 0))[0]
+        y = top.transAxes.transform((0, 0.03))[1]  # below the curve
+        tint = 1 - 0.22 * (1 - np.array(to_rgb(shades[layer])))
+        assert np.allclose(pixels[height - 1 - int(y), int(x)], tint, atol=0.02), (start, layer)
+    x, y = top.transData.transform((500, 2.0))
+    assert np.allclose(pixels[height - 1 - int(y), int(x)], to_rgb("#d6336c"), atol=0.05)  # the held-out mark
+
+
+def test_layer_names_never_overlap():
+    for count in (2, 10, 42):
+        layers = layer_names(count)
+        figure = loss_figure(falling_loss(100, 1), layer_bands(visits(layers, 3, 100), 100), layers)
+        canvas = rendered(figure)
+        boxes = [label.get_window_extent(canvas.get_renderer()) for label in figure.axes[1].get_yticklabels()]
+        assert not overlaps(boxes), count
+        assert min(label.get_fontsize() for label in figure.axes[1].get_yticklabels()) > 5
+        assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+
+
+def test_a_non_finite_loss_spoils_no_other_point():
+    loss = [(s, math.inf if s == 50 else 2.0) for s in range(400)]
+    (raw, mean) = loss_figure(loss, [], ["all"]).axes[0].lines
+    assert len(raw.get_ydata()) == 399
+    assert np.allclose(mean.get_ydata(), 2.0)
+
+
+def test_few_points_are_drawn():
+    for loss in ([(1, math.nan)], [(1, 2.0)], [(1, 2.0), (2, math.inf), (3, 1.0)], []):
+        rendered(loss_figure(loss, [], ["all"]))
+
+
+def test_memory_stacks_its_parts_below_the_peak():
+    x = [0.1, 0.2, 0.3]
+    points = {
+        "memory/parameter_bytes": [(t, 2 * GIB) for t in x],
+        "memory/gradient_bytes": [(t, 1 * GIB) for t in x],
+        "memory/optimizer_state_bytes": [(t, 3 * GIB) for t in x],
+        "memory/peak_bytes": [(t, 8 * GIB) for t in x],
+    }
+    figure = memory_figure(points, "training time", hours=True)
+    rendered(figure)
+    (axes,) = figure.axes
+    tops = [area.get_datalim(axes.transData).ymax for area in axes.collections]
+    assert tops == [2, 3, 6, 8]
+    assert axes.get_ylabel() == "GiB"
+    assert axes.get_xlabel() == "training time (minutes)"
+    assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "parameters"
+
+
+def test_pictures_are_made_from_a_spool_alone(tmp_path):
+    layers = layer_names(5)
+    spool = Spool(tmp_path / "metrics.jsonl")
+    spool.append("run", layers=layers)
+    for step in range(1, 101):
+        metrics = {"train/loss": 3 / step, "lwo/active_layer": (step - 1) // 20, "train/elapsed_seconds": step * 2.0}
+        spool.append_metrics(step, metrics | {"memory/peak_bytes": 1e9})
+        if step % 20 == 0 and step < 100:
+            spool.append_switch(step, layers[step // 20])
+    files = save_pictures(read_spool(spool.path), tmp_path / "pictures")
+    assert [file.name for file in files] == ["loss_by_layer.png", "memory.png"]
+    for file in files:
+        assert imread(file).shape[1] == 1650  # a whole PNG
+    assert save_pictures([], tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()

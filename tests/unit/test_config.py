@@ -1,0 +1,140 @@
+"""A config is read once, refuses what it does not know, and says how to mend it in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lwo_dist.config import Config, LWOConfig, UserError, load_config
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def _write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+    path = _write(tmp_path, "method: full\nlwo: {lr: 3.0e-4, steps_per_layer: 7}\ntrain: {steps: 11}\n")
+    config = load_config(path, ["lwo.lr=1e-3", "cluster.resources_per_worker.CPU=2", "run_name=a-b.c", "eval.steps=5"])
+    assert (config.method, config.lwo.lr, config.lwo.steps_per_layer, config.train.steps) == ("full", 1e-3, 7, 11)
+    assert config.cluster.resources_per_worker == {"CPU": 2}
+    assert (config.run_name, config.eval.steps, config.seed) == ("a-b.c", 5, Config().seed)
+    assert config.lwo.max_steps == 11
+    assert load_config(path, ["lwo.max_steps=5"]).lwo.max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("lwo.lr=1e-4", 1e-4),  # YAML 1.1 takes a number without a dot for text
+        ("lwo.betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("data.extensions=[.py, .go]", (".py", ".go")),
+        ("data.extensions=null", None),
+        ("model.trust_remote_code=true", True),
+        ("data.source=/a b/c=d", "/a b/c=d"),
+    ],
+)
+def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
+    group, _, name = override.partition("=")[0].partition(".")
+    assert getattr(getattr(load_config(None, [override]), group), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lwo.steps_per_layr=3", "unknown key lwo.steps_per_layr; did you mean lwo.steps_per_layer?"),
+        ("lr=1e-4", "unknown key lr; did you mean lwo.lr?"),
+        ("methud=lwo", "unknown key methud; did you mean method?"),
+        ("cluster.workers=3", "unknown key cluster.workers; did you mean cluster.num_workers?"),
+        ("clustr.num_workers=3", "unknown key clustr; did you mean cluster?"),
+        ("train.lr=1e-4", "unknown key train.lr; did you mean lwo.lr?"),
+        ("num_worker=3", "unknown key num_worker; did you mean cluster.num_workers?"),
+        ("xyzzy=1", "unknown key xyzzy; known here: method, strategy, "),
+        ("lwo.steps_per_layer=0", "lwo.steps_per_layer = 0: must be greater than or equal to 1 (optimizer steps that"),
+        ("lwo.steps_per_layer=many", "lwo.steps_per_layer = 'many': must be a valid integer"),
+        ("train.steps=[1]", "train.steps = [1]: must be a valid integer"),
+        ("lwo.lr=-1", "lwo.lr = -1: must be greater than 0"),
+        ("lwo.lr=.nan", "lwo.lr = nan: must be"),
+        ("lwo.lr=.inf", "lwo.lr = inf: must be"),
+        ("lwo.betas=[0.9, 1.0]", "lwo: betas (0.9, 1.0) must lie in [0, 1)"),
+        ("lwo.order=weighted", "lwo: order: weighted needs layer_weights"),
+        ("strategy=ddp", "strategy = 'ddp': must be 'replicate'"),
+        ("run_name=../up", "run_name = '../up': "),
+        ("lwo=3", "lwo = 3 must be a group of keys: lr, betas"),
+        ("seed.more=3", "'seed.more=3': 'seed' is a value, not a group"),
+        ("lwo.lr", "'lwo.lr' must read key=value"),
+        ("=3", "'=3' must read key=value"),
+        ("lwo.lr=[1", "'[1' is not a YAML value"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(tmp_path: Path, override: str, message: str) -> None:
+    path = _write(tmp_path, "seed: 1\n")
+    with pytest.raises(UserError) as error:
+        load_config(path, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML"),
+        ("- a\n", "holds a list; it must be a mapping"),
+        ("lwo:\n", "lwo = None must be a group of keys"),
+        ("1: 2\n", "unknown key 1; known here: "),
+        ("lwo: {1: 2}\n", "unknown key lwo.1; known here: "),
+        ("lwo: {2024-01-01: 2}\n", "unknown key lwo.2024-01-01; "),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match="^[^\n]*$") as error:
+        load_config(_write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name, message in [("none.yaml", "No such file"), (".", "Is a directory"), ("binary.yaml", "is not YAML")]:
+        with pytest.raises(UserError, match=message) as error:
+            load_config(tmp_path / name)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(_write(tmp_path, "# nothing\n")) == load_config()
+
+
+def test_a_config_can_be_written_and_read_again(tmp_path: Path) -> None:
+    config = load_config(None, ["lwo.order=weighted", "lwo.layer_weights={head: 2.0}", "data.extensions=[.py]"])
+    assert load_config(_write(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        load_config().lwo.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="extra"):
+        LWOConfig(steps_per_layr=3)  # type: ignore[call-arg]
+
+
+def test_every_field_says_what_it_is() -> None:
+    def undescribed(model: type[BaseModel]) -> list[str]:
+        names = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                names += undescribed(field.annotation)
+            elif not field.description:
+                names.append(f"{model.__name__}.{name}")
+        return names
+
+    assert undescribed(Config) == []
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)
