@@ -34,6 +34,8 @@ __all__ = [
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
+_patient_groups: dict[Any, dist.ProcessGroup] = {}
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -111,13 +113,25 @@ def max_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return [float(v) for v in tensor.tolist()]
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
-    """`value` of rank `source`, on every rank."""
+def broadcast_object(value: Any) -> Any:
+    """`value` of rank 0, on every rank; they wait for it as long as it takes.
+
+    Rank 0 may be tokenising a large repository, or exporting a large model, for longer than a collective of
+    training may last. A rank that dies meanwhile is the launcher's to notice.
+    """
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=0, group=_patient_group())
     return box[0]
+
+
+def _patient_group() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    if world not in _patient_groups:
+        _patient_groups.clear()  # of a process group that has been destroyed since
+        _patient_groups[world] = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return _patient_groups[world]
 
 
 def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:

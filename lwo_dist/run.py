@@ -108,15 +108,14 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | 
     try:
         trainer = _build(config, folder, device, everyone)
         trainer.train()
-        summary = _finish(config, trainer, folder, record) if main else None
-        distributed.barrier()
+        summary = distributed.on_rank_0(_finish, config, trainer, folder, record)
     except BaseException as error:
         for callback in everyone:
             callback.on_run_failed(error)
         raise
     for callback in everyone:
-        callback.on_run_end(summary or {})
-    return summary
+        callback.on_run_end(summary)
+    return summary if main else None
 
 
 def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequence[Callback]) -> Trainer:

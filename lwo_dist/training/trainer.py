@@ -69,6 +69,7 @@ class Trainer:
     def train(self) -> None:
         """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint."""
         train, steps = self.config.train, self.config.train.steps
+        self.lwo.model.train()
         if not self.results.evaluations:
             self._evaluate()
         while self.lwo.step_count < steps:
@@ -91,7 +92,6 @@ class Trainer:
         lwo = self.lwo
         # Dropout, if the model has any, is then a function of (seed, step, rank) too, and a resume needs no state.
         torch.manual_seed(hash((self.config.seed, step, distributed.rank())))
-        lwo.model.train()
         accumulation = lwo.config.gradient_accumulation_steps
         batches = micro_batches(
             self.data, step=step, world_size=distributed.world_size(), rank=distributed.rank(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -170,12 +172,18 @@ def test_another_data_set_under_the_same_run_name_is_refused(inputs: tuple[Path,
         run_ranks(run_and_record, 2, other)
 
 
-def test_too_few_steps_name_the_layers_left_out(
-    inputs: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def printed(config: Config) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(config)
+    return out.getvalue()
+
+
+def test_rank_0_alone_prints_and_names_the_layers_left_out(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     config = prepare(make_config(inputs, tmp_path, "train.steps=4", "lwo.order=ascending"))
-    run_ranks(run_and_record, 2, config)
-    assert "warning: 4 steps never train layer_1, layer_2; one cycle takes 12 steps" in capfd.readouterr().out
+    main, other = run_ranks(printed, 2, config)
+    assert "warning: 4 steps never train layer_1, layer_2; one cycle takes 12 steps" in main
+    assert [line.split("  ")[0] for line in main.splitlines() if line.startswith("step ")] == ["step 2/4", "step 4/4"]
+    assert other == ""
 
 
 def test_prepare_refuses_what_cannot_work_and_leaves_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:
