@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from typing import Any
 import torch
 
 from . import distributed
-
-# from .base_model import ensure_base_model
+from .base_model import ensure_base_model
 from .callback import Callback, RunInfo
 from .config import Config, UserError
 from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_tree
@@ -52,28 +52,18 @@ def prepare(config: Config) -> Config:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     micro_batch_size(config.train.global_batch_size, config.cluster.num_workers, config.lwo.gradient_accumulation_steps)
     storage = Path(config.storage).expanduser().absolute()
-    existed = storage.exists()
-    _refuse_unwritable(storage)
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     source = config.data.source
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
-    config = config.model_copy(
-        update={
-            "storage": str(storage),
-            "run_name": run_name,
-            "data": config.data.model_copy(update={"source": source}),
-        }
-    )
-    try:
+    data = config.data.model_copy(update={"source": source})
+    config = config.model_copy(update={"storage": str(storage), "run_name": run_name, "data": data})
+    with _nothing_left_behind(storage):
+        _make_writable(storage)
         read_source_tree(config.data, cache_folder(config))
-    except UserError:
-        if not existed:
-            _remove_empty(storage)
-        raise
-    if config.model.name == "tiny-code":
-        base = ensure_base_model(cache_folder(config))
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(base)})})
+        if config.model.name == "tiny-code":
+            base = ensure_base_model(cache_folder(config))
+            config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(base)})})
     folder = storage / run_name
     folder.mkdir(exist_ok=True)
     record = _read_json(folder / "run.json") or {"run_name": run_name, "attempts": 0}
@@ -241,26 +231,27 @@ def _refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
             )
 
 
-def _refuse_unwritable(storage: Path) -> None:
+def _make_writable(storage: Path) -> None:
     probe = storage / f".probe-{os.getpid()}"
-    existed = storage.exists()
     try:
         storage.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        if not existed:
-            _remove_empty(storage)
         raise UserError(f"storage = {storage}: {error.strerror}; give a folder that can be written") from None
 
 
-def _remove_empty(folder: Path) -> None:
-    """Remove `folder` and what it holds of empty folders."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+@contextmanager
+def _nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Remove the folders that were made on the way to an error, as far as they are empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except UserError:
+        for path in [*sorted(folder.rglob("*"), reverse=True), *made] if made else []:
+            with suppress(OSError):  # not empty, or not a folder
+                path.rmdir()
+        raise
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -183,8 +183,8 @@ class FullyShard(Strategy):
             if parameter.device_mesh.ndim != 1 or parameter.placements != (Shard(0),):
                 raise UserError(
                     f"parameter {name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} "
-                    "dimensions; tensor, pipeline, context-parallel and hybrid meshes are not supported: use fully_shard "
-                    "over one data-parallel dimension"
+                    "dimensions; tensor, pipeline, context-parallel and hybrid meshes are not supported: "
+                    "use fully_shard over one data-parallel dimension"
                 )
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise UserError(
