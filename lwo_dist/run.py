@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import distributed
-from .base_model import ensure_base_model
+from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback, RunInfo
 from .config import Config, UserError
 from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_tree
@@ -58,13 +58,18 @@ def prepare(config: Config) -> Config:
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
     config = config.model_copy(update={"storage": str(storage), "run_name": run_name, "data": data})
+    folder = storage / run_name
+    if config.checkpoint.resume == "never" and any(folder.glob("checkpoints/step_*/state.json")):
+        raise UserError(
+            f"run_name = {run_name}: {folder} holds a run and checkpoint.resume is never; choose another run_name, or "
+            "resume: auto"
+        )
     with _nothing_left_behind(storage):
         _make_writable(storage)
         read_source_tree(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
-            base = ensure_base_model(cache_folder(config))
+            base = ensure_base_model(default_cache_folder(storage))
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(base)})})
-    folder = storage / run_name
     folder.mkdir(exist_ok=True)
     record = _read_json(folder / "run.json") or {"run_name": run_name, "attempts": 0}
     record["attempts"] += 1

@@ -140,6 +140,8 @@ def test_a_finished_run_is_not_trained_again(inputs: tuple[Path, Path], tmp_path
     second, losses = run_ranks(run_and_record, 2, prepare(make_config(inputs, tmp_path)))[0]
     assert losses == []
     assert {**second, "peak_memory_bytes": 0} == {**first, "peak_memory_bytes": 0}
+    with pytest.raises(UserError, match="holds a run and checkpoint.resume is never; choose another run_name"):
+        prepare(make_config(inputs, tmp_path, "checkpoint.resume=never"))
 
 
 def test_a_damaged_file_is_found_and_the_checkpoint_before_is_used(inputs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_the_offset_moves_only_after_success(spool):
     with pytest.raises(ConnectionRefusedError):
         send_spool(spool.path, store, sent)
     assert sent.offset == Sent.load(spool.path).offset == before
-    assert unsent(spool.path, sent) == (1500, 0, False)
+    assert unsent(spool.path, sent) == "1500 metric points"
     store.down = None
     send_spool(spool.path, store, Sent.load(spool.path))  # as another process would
     assert len(store.points) == count_points(spool.path)

@@ -1,0 +1,116 @@
+"""What is worth knowing about a run besides its points, as flat parameters and tags without any secret."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import json
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from lwo_dist.callback import RunInfo
+from lwo_dist.config import Config
+
+__all__ = ["flatten", "public_config", "redact", "run_parameters", "run_tags"]
+
+_CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+_SECRET_NAME = re.compile(r"token|secret|passw|credential|key", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/\s]+@|(?<=[?&]password=)[^&\s]+")
+
+
+def redact(text: str) -> str:
+    """Strip `user:password@` from every URL in `text`, and the credentials that the environment holds."""
+    text = _USERINFO.sub("", text)
+    for name in _CREDENTIALS:
+        value = os.environ.get(name, "")
+        if len(value) >= 4:  # a shorter one would blank out ordinary words
+            text = text.replace(value, "***")
+    return text
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain values, with nothing in it that must not be shown."""
+    values = _redacted(config.model_dump(mode="json"))
+    for name in values["cluster"]["env"]:
+        if _SECRET_NAME.search(name):
+            values["cluster"]["env"][name] = "***"
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as one, keys joined by dots, values as text."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def run_parameters(info: RunInfo) -> dict[str, str]:
+    """The configuration, `RunInfo.parameters`, the world size and the layers, as MLflow parameters."""
+    facts = {"world_size": info.world_size, "layers": ", ".join(info.layers), **_redacted(dict(info.parameters))}
+    return flatten(public_config(info.config)) | flatten(facts)
+
+
+def run_tags(config: Config, parameters: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Tags to find a run by: what it is, where it ran, which code it ran."""
+    hosts = (parameters or {}).get("hosts", socket.gethostname())
+    tags = {
+        "method": config.method,
+        "strategy": config.strategy,
+        "task": config.task,
+        "hosts": hosts if isinstance(hosts, str) else ", ".join(map(str, hosts)),
+        "lwo_dist_version": _version(),
+        "ray_job_id": os.environ.get("RAY_JOB_ID"),
+        "ray_submission_id": _ray_submission_id(),
+        # The two below are MLflow's own names: its pages show them in columns of their own.
+        "mlflow.source.git.commit": _git_commit(),
+        "mlflow.user": _user(),
+    }
+    return {name: redact(value) for name, value in tags.items() if value}
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {str(key): _redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(item) for item in value]
+    return value
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lwo-dist")
+    except importlib.metadata.PackageNotFoundError:  # run from a plain checkout
+        return "unknown"
+
+
+def _ray_submission_id() -> str | None:
+    """The name `ray job submit` gave this job; Ray puts it into the entry point's environment only."""
+    try:
+        return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return None

@@ -1,0 +1,187 @@
+"""Sends a spool to a store: `send_spool` once through, `Sender` in a thread beside the training.
+
+loop:
+    wait for news, gather a second's worth
+    for each batch behind the offset: one call of the store; after success move the offset
+    on any error: one warning, then one try after 1, 2, 4, ... 60 s (the breaker), until the store is back
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .facts import redact
+from .spool import Point, Record, Sent, points_of, read_spool
+
+__all__ = ["Sender", "Store", "reason", "send_spool", "unsent"]
+
+MAX_POINTS = 1000  # MLflow's limit for one log_batch
+
+logger = logging.getLogger(__name__)
+
+
+class Store(Protocol):
+    """Where points go. Every method may raise anything; a repeated call must do no harm."""
+
+    uri: str
+    """For people: without credentials."""
+
+    def open_run(self, fields: Mapping[str, Any], time_ms: int, run_id: str | None) -> str:
+        """Go on with run `run_id` or find or make one; log its parameters and tags; return its id."""
+
+    def log_points(self, run_id: str, points: list[Point]) -> None: ...
+
+    def upload(self, run_id: str, file: Path, folder: str | None) -> None: ...
+
+    def end_run(self, run_id: str, fields: Mapping[str, Any], time_ms: int) -> None: ...
+
+
+def send_spool(spool: Path, store: Store, sent: Sent, stop: Callable[[], bool] = lambda: False) -> None:
+    """Send what lies behind `sent.offset`, then the waiting files. Raises what the store raises."""
+    for batch in _batches(read_spool(spool, sent.offset)):
+        if stop():
+            return
+        first = batch[0]
+        if first.kind == "run":
+            sent.run_id = store.open_run(first.fields, first.time_ms, sent.run_id)
+        elif first.kind == "artifact":
+            # Files go last: an artifact store that is down or misconfigured must not hold up the points.
+            sent.waiting = [*(name for name in sent.waiting if name != first.fields["path"]), first.fields["path"]]
+        elif first.kind == "damaged":
+            logger.warning("%s: skipped a damaged line before byte %d", spool, first.end)
+        elif first.kind == "end":
+            if sent.run_id is not None:  # else a start that failed before the run had a line of its own
+                store.end_run(sent.run_id, first.fields, first.time_ms)
+        elif sent.run_id is None:
+            raise RuntimeError(f"{spool} names no run before its first points; its first line is lost")
+        else:
+            points = [point for record in batch for point in points_of(record)]
+            for start in range(0, len(points), MAX_POINTS):
+                store.log_points(sent.run_id, points[start : start + MAX_POINTS])
+            sent.points += len(points)
+        sent.offset = batch[-1].end
+        sent.save()
+    for name in tuple(sent.waiting):
+        if stop() or sent.run_id is None:
+            return
+        file = spool.parent / name
+        if file.exists():
+            folder = str(Path(name).parent) if "/" in name else None
+            try:
+                store.upload(sent.run_id, file, folder)
+            except Exception as error:
+                raise RuntimeError(f"{name} could not be uploaded: {reason(error)}") from None
+        else:
+            logger.warning("%s is gone; not uploaded to MLflow", file)
+        sent.waiting.remove(name)
+        sent.save()
+
+
+def unsent(spool: Path, sent: Sent) -> str:
+    """What the store lacks, in words: `410 metric points, 3 files, the state of the run`; empty: nothing."""
+    points, files, state = 0, set(sent.waiting), False
+    for record in read_spool(spool, sent.offset):
+        points += len(points_of(record))
+        state |= record.kind in ("run", "end")
+        if record.kind == "artifact":
+            files.add(record.fields["path"])
+    lacks = [f"{points} metric points"] * bool(points) + [f"{len(files)} files"] * bool(files)
+    return ", ".join(lacks + ["the state of the run"] * state)
+
+
+def reason(error: BaseException) -> str:
+    """The root of a chain of exceptions in one short line: `Connection refused`, not a page of urllib3."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return redact(" ".join(text.split()))[:300] or type(error).__name__
+
+
+class Sender(threading.Thread):
+    """The only thread that talks to the store. A daemon: it can never keep a finished run alive."""
+
+    def __init__(
+        self, spool: Path, store: Store, sent: Sent, *, interval_s: float = 5.0, max_pause_s: float = 60.0
+    ) -> None:
+        super().__init__(name="lwo-mlflow-sender", daemon=True)
+        self.problem: str | None = None
+        """Why the last try failed; None while all is well."""
+        self.sent = sent
+        self._spool, self._store = spool, store
+        self._interval_s, self._max_pause_s = interval_s, max_pause_s
+        self._news, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        # Not the global generator: training's own draws must not depend on how often a server failed.
+        self._random = random.Random()
+
+    def wake(self) -> None:
+        """Say that the spool has grown. Returns at once."""
+        self._news.set()
+
+    def close(self, timeout_s: float) -> bool:
+        """Send the rest for at most `timeout_s` seconds; whether all is sent."""
+        self._closing.set()
+        self._news.set()
+        self.join(timeout_s)
+        self._abandoned.set()
+        return not self.is_alive()
+
+    def run(self) -> None:
+        failures = 0
+        while not self._abandoned.is_set():
+            self._news.wait()
+            self._news.clear()
+            last = self._closing.is_set()
+            before = self.sent.points
+            try:
+                send_spool(self._spool, self._store, self.sent, self._abandoned.is_set)
+            except Exception as error:
+                failures += 1
+                self.problem = reason(error)
+                if failures == 1:
+                    logger.warning(
+                        "MLflow at %s: %s; points are kept in %s and sent when it is back",
+                        self._store.uri,
+                        self.problem,
+                        self._spool,
+                    )
+                self._news.set()
+                self._pause(failures)
+                continue
+            if failures:
+                count = self.sent.points - before
+                logger.warning("MLflow at %s is back; sent the %d points that waited", self._store.uri, count)
+            failures, self.problem = 0, None
+            if last:
+                return
+            # Gather: a call costs tens of milliseconds of Python, which training in this process has to wait for.
+            self._closing.wait(self._interval_s)
+
+    def _pause(self, failures: int) -> None:
+        seconds = min(2.0 ** (failures - 1), self._max_pause_s) * self._random.uniform(0.75, 1.0)
+        if not self._closing.wait(seconds):
+            return
+        self._abandoned.wait(min(seconds, 1.0))
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Neighbouring points together, up to the limit of one call; every other record alone."""
+    batch: list[Record] = []
+    count = 0
+    for record in records:
+        plain = record.kind in ("metrics", "switch")
+        size = len(points_of(record))
+        if batch and (not plain or count + size > MAX_POINTS):
+            yield batch
+            batch, count = [], 0
+        if plain:
+            batch.append(record)
+            count += size
+        else:
+            yield [record]
+    if batch:
+        yield batch

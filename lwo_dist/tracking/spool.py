@@ -1,0 +1,210 @@
+"""The metric points of a run as JSON lines, one file per run folder; what MLflow holds is a copy of this file.
+
+    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "end", "time_ms": ..., ...} per line
+    metrics.sent.json    how far it has been sent, and to which MLflow run
+
+Everything that MLflow is to know goes through these lines, the run's start and end included. So sending while the
+run goes on and replaying it a week later are the same code, and a server that was never up costs nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Point", "Record", "Sent", "Spool", "count_points", "is_being_written", "points_of", "read_spool"]
+
+SPOOL_NAME = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a spool."""
+
+    kind: str
+    """run, metrics, switch, artifact or end; damaged for a whole line that is not ours to read."""
+    time_ms: int
+    """When it was written, in milliseconds since 1970."""
+    fields: Mapping[str, Any]
+    end: int
+    """The byte offset behind the line."""
+
+
+class Point(NamedTuple):
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
+    """Yield the records from byte `offset` on. A torn last line, left by a kill in mid-write, is not yielded."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                fields = json.loads(line)
+                yield Record(fields.pop("kind"), fields.pop("time_ms"), fields, offset)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                yield Record("damaged", 0, {}, offset)
+
+
+def points_of(record: Record) -> list[Point]:
+    """The metric points of a record, none unless its kind is metrics."""
+    if record.kind != "metrics":
+        return []
+    step = record.fields["step"]
+    return [Point(name, float(value), step, record.time_ms) for name, value in record.fields["values"].items()]
+
+
+def count_points(path: Path, offset: int = 0) -> int:
+    """How many metric points the spool holds from byte `offset` on."""
+    return sum(len(record.fields["values"]) for record in read_spool(path, offset) if record.kind == "metrics")
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a live `Spool` holds the file. False where the file system has no locks."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+class Spool:
+    """Appends to a run's spool; one writer at a time, any number of attempts after each other.
+
+    A step counts once: what an earlier attempt wrote of a metric is not written again when a resumed run passes
+    the same steps a second time, so a chart never goes back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises: OSError where the folder cannot be written."""
+        self.path = path
+        self.attempts = 0
+        """How many times the run has been started, earlier ones included."""
+        self.ended = False
+        """Whether the newest attempt has written its end."""
+        self.last_time_ms: int | None = None
+        """When the newest line was written."""
+        self._last_step: dict[str, int] = {}
+        self._stump_end = b""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: one write call per line, in the kernel's hands at once, so a SIGKILL loses at most that line.
+        self._file = path.open("ab", buffering=0)
+        with suppress(OSError):  # held by a dying attempt, or no locks here: whole lines may be appended all the same
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        end = 0
+        for record in read_spool(path):
+            self._note(record)
+            end = record.end
+        torn = path.stat().st_size - end
+        if torn:
+            os.truncate(path, end)
+            logger.warning("%s ended in a torn line (%d bytes, from a kill in mid-write); dropped it", path, torn)
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Write one record. Raises: OSError, a full disk for example."""
+        record = {"kind": kind, "time_ms": int(time.time() * 1000), **fields}
+        line = self._stump_end + json.dumps(record, allow_nan=False).encode() + b"\n"
+        written = self._file.write(line)
+        if written != len(line):
+            # A disk that filled up in mid-line: the stump must spoil no later line when there is room again.
+            self._stump_end = b"\n"
+            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written")
+        self._stump_end = b""
+        self._note(Record(kind, record["time_ms"], fields, 0))
+
+    def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the points of one step, without those that the run has written before."""
+        fresh = {name: float(value) for name, value in values.items() if step > self._last_step.get(name, -1)}
+        if fresh:
+            # JSON has no NaN; "nan" and "inf" read back by float() as the numbers do.
+            self.append("metrics", step=step, values={n: v if math.isfinite(v) else str(v) for n, v in fresh.items()})
+
+    def append_switch(self, step: int, layer: str) -> None:
+        """Write that `layer` became active after `step` steps, unless an earlier attempt has."""
+        if step > self._last_step.get("switch", -1):
+            self.append("switch", step=step, layer=layer)
+
+    def sync(self) -> None:
+        """Put what was written on the disk itself, to outlive the machine and not only the process."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _note(self, record: Record) -> None:
+        self.last_time_ms = record.time_ms or self.last_time_ms
+        if record.kind == "metrics":
+            self._last_step.update(dict.fromkeys(record.fields["values"], record.fields["step"]))
+        elif record.kind == "switch":
+            self._last_step["switch"] = record.fields["step"]
+        elif record.kind == "run":
+            self.attempts += 1
+            self.ended = False
+        elif record.kind == "end":
+            self.ended = True
+
+
+@dataclass
+class Sent:
+    """How far a spool has been sent. Kept beside it, moved only after success."""
+
+    path: Path
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tags the MLflow run, to find it again where the answer to its creation was lost."""
+    uri: str | None = None
+    """The store that the rest of this is about, without credentials."""
+    run_id: str | None = None
+    offset: int = 0
+    waiting: list[str] = field(default_factory=list)
+    """Files still to upload, relative to the run's folder."""
+    points: int = 0
+    """Sent by this process; not kept."""
+
+    @classmethod
+    def load(cls, spool: Path) -> Sent:
+        """Read what lies beside the spool; from the start where there is nothing (readable)."""
+        sent = cls(spool.with_suffix(".sent.json"))
+        try:
+            values = json.loads(sent.path.read_text())
+            sent.key, sent.uri, sent.run_id = str(values["key"]), values["uri"], values["run_id"]
+            sent.offset, sent.waiting = int(values["offset"]), list(values["waiting"])
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError):
+            logger.warning("%s cannot be read; sending %s from its start (MLflow drops what it has)", sent.path, spool)
+        if spool.exists() and sent.offset > spool.stat().st_size:
+            sent.offset = 0
+        return sent
+
+    def address(self, uri: str, run_id: str | None) -> None:
+        """Point at a store and perhaps a run. Where either is another one than before, all is sent anew to it."""
+        if uri != self.uri or (run_id is not None and run_id != self.run_id):
+            self.uri, self.run_id, self.offset, self.waiting = uri, run_id, 0, []
+
+    def save(self) -> None:
+        keep = {name: getattr(self, name) for name in ("key", "uri", "run_id", "offset", "waiting")}
+        draft = self.path.with_suffix(f".{os.getpid()}.tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(keep, indent=1))
+        draft.replace(self.path)

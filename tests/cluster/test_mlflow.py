@@ -1,0 +1,467 @@
+"""Tracking against a real MLflow: a sqlite store, and `mlflow server` on loopback."""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lwo_dist.callback import RunInfo
+from lwo_dist.config import Config, TrackingConfig, TrainConfig, UserError
+from lwo_dist.tracking.mlflow import MLflowCallback, create_run, end_run, replay
+from lwo_dist.tracking.spool import Sent, count_points, points_of, read_spool
+
+LAYERS = ("embed", "layers.0", "layers.1", "head")
+SET_BY_US = (
+    "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
+    "MLFLOW_DISABLE_TELEMETRY",
+)
+
+
+def clean(patch):
+    for name in (*SET_BY_US, "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        patch.setenv(name, "")  # so that what a test leaves there is taken back
+        patch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    clean(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def first_use(tmp_path_factory):
+    """A storage folder with a store that was used once, and what that printed. The first use takes many seconds."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
+        clean(patch)
+        assert create_run(config_for(experiment="first"), folder, "first")
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def storage(first_use, tmp_path_factory):
+    """One folder with one sqlite store for all tests that do not care."""
+    folder = tmp_path_factory.mktemp("storage")
+    shutil.copy(first_use[0] / "mlflow.db", folder)
+    return folder
+
+
+@pytest.fixture
+def dead_uri():
+    """An address where connections are refused for as long as the test runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+class Server:
+    """A real `mlflow server` of its own process group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        if self.process is not None:
+            return
+        options = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        options += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
+        with (self.folder / "server.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", *options],
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until(self.answers, 120)
+
+    def answers(self) -> bool:
+        assert self.process
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
+        return False
+
+    def signal(self, number: int) -> None:
+        assert self.process
+        os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(first_use, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(first_use[0] / "mlflow.db", folder / "server.db")
+    server = Server(folder)
+    yield server
+    server.stop()
+
+
+def until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def config_for(uri=None, **tracking):
+    return Config(tracking=TrackingConfig(uri=uri, **tracking), train=TrainConfig(steps=100))
+
+
+def begin(config, storage, run_name, run_id=None, start_step=0):
+    callback = MLflowCallback(config.tracking, storage, run_id)
+    parameters = {"device": "cpu", "hosts": ["node-a", "node-b"], "long": "x" * 7000}
+    parameters |= {f"fact.{i}": i for i in range(150)}  # more than one call of MLflow takes
+    callback.on_run_start(RunInfo(config, storage / run_name, 2, LAYERS, parameters, start_step))
+    return callback
+
+
+def train(callback, steps=range(1, 101), loss=2.0):
+    """One hundred steps' worth of events: 4 points a step, a switch every 20."""
+    for step in steps:
+        values = {"train/loss": loss / step, "lwo/active_layer": (step - 1) // 20 % 4, "memory/peak_bytes": 1e9 + step}
+        callback.on_metrics(step, values | {"train/elapsed_seconds": step / 10})
+        if step % 20 == 0:
+            callback.on_switch(step, LAYERS[step // 20 % 4])
+            callback.on_evaluation(step, {"eval/loss": loss / step, "eval/bleu": float("nan")})
+
+
+def client_of(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def history(client, run_id):
+    """{metric: [(step, value)]} as MLflow holds it, repeated points included."""
+    keys = client.get_run(run_id).data.metrics
+    return {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys}
+
+
+def assert_equal_to_spool(client, run_id, spool):
+    held = history(client, run_id)
+    spooled = Counter((p.name, p.step) for record in read_spool(spool) for p in points_of(record))
+    assert sum(map(len, held.values())) == count_points(spool) > 0
+    assert Counter((key, step) for key, points in held.items() for step, _ in points) == spooled
+
+
+def artifacts(client, run_id):
+    top = [file.path for file in client.list_artifacts(run_id)]
+    return {*top, *(file.path for file in client.list_artifacts(run_id, "pictures"))}
+
+
+def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
+    server.stop()
+    config = config_for(server.uri, flush_timeout_s=1)
+    assert create_run(config, tmp_path, "late") is None
+    callback = begin(config, tmp_path, "late")
+    train(callback)
+    callback.on_run_end({})
+    spool = tmp_path / "late" / "metrics.jsonl"
+    assert callback.run_id is None
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3, lines  # the driver's, the sender's and the last
+    assert all("Connection refused" in line and "\n" not in line for line in lines)
+    assert lines[-1].startswith("MLflow lacks 410 metric points, 3 files, the state of the run (Connection refused)")
+    assert lines[-1].endswith(f"send it with: lwo-dist replay {spool}")
+    with pytest.raises(
+        UserError, match=r"Connection refused; it lacks 410 metric points, 3 files, the state of the run; when"
+    ):
+        replay(spool)
+
+    server.start()
+    assert replay(spool) == count_points(spool) == 410
+    client, run_id = client_of(server.uri), Sent.load(spool).run_id
+    assert_equal_to_spool(client, run_id, spool)
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "late")
+    assert run.data.params["train.steps"] == "100"
+    assert artifacts(client, run_id) >= {"config.yaml", "pictures/loss_by_layer.png", "pictures/memory.png"}
+    assert replay(spool) == 0
+
+
+def test_a_server_that_is_frozen_for_a_while(server, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # the user's word stands
+    server.start()
+    config = config_for(server.uri)
+    run_id = create_run(config, tmp_path, "frozen")
+    assert run_id
+    callback = begin(config, tmp_path, "frozen", run_id)
+    callback._sender._interval_s = 0.2  # the test is short
+    spool = tmp_path / "frozen" / "metrics.jsonl"
+    train(callback, range(1, 41))
+    until(lambda: Sent.load(spool).offset == spool.stat().st_size, 60)  # all sent while it is up
+    server.signal(signal.SIGSTOP)
+    try:
+        train(callback, range(41, 81))
+        until(lambda: callback._sender.problem is not None, 60)
+    finally:
+        server.signal(signal.SIGCONT)
+    train(callback, range(81, 101))
+    callback.on_run_end({})
+    # The calls that timed out were served when the server thawed: MLflow has those points once all the same.
+    client = client_of(server.uri)
+    assert_equal_to_spool(client, run_id, spool)
+    assert count_points(spool) == 410
+    assert client.get_run(run_id).info.status == "FINISHED"
+    lines = [record.getMessage() for record in caplog.records]
+    assert ["timed out" in lines[0], "is back" in lines[-1], len(lines)] == [True, True, 2], lines
+
+
+def test_the_default_store_holds_all_that_the_run_said(storage, first_use, capfd):
+    config = config_for()
+    run_id = create_run(config, storage, "whole")
+    assert create_run(config, storage, "whole") == run_id
+    callback = begin(config, storage, "whole", run_id)
+    train(callback)
+    (storage / "whole" / "summary.json").write_text("{}")
+    callback.on_run_end({})
+    assert callback.run_id == run_id
+
+    client = client_of(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(run_id)
+    assert_equal_to_spool(client, run_id, storage / "whole" / "metrics.jsonl")
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "whole"
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.params["lwo.lr"] == "1e-05"
+    assert len(run.data.params["long"]) == 6000
+    assert all(run.data.params[f"fact.{i}"] == str(i) for i in range(150))
+    assert (run.data.params["device"], run.data.params["world_size"]) == ("cpu", "2")
+    assert run.data.params["layers"] == "embed, layers.0, layers.1, head"
+    assert (run.data.tags["method"], run.data.tags["strategy"]) == ("lwo", "fsdp")
+    assert (run.data.tags["hosts"], run.data.tags["attempts"]) == ("node-a, node-b", "1")
+    names = {"config.yaml", "summary.json", "pictures", "pictures/loss_by_layer.png", "pictures/memory.png"}
+    assert artifacts(client, run_id) == names
+    place = storage / "mlartifacts" / run_id / "artifacts"
+    assert run.info.artifact_uri == place.as_uri()
+    assert Config.model_validate(yaml.safe_load((place / "config.yaml").read_text())) == config
+    assert first_use[1] == ""  # MLflow tells of every migration of a new database, if one lets it
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_resumed_run_stays_one_run_and_no_step_counts_twice(storage):
+    config = config_for()
+    run_id = create_run(config, storage, "resumed")
+    first = begin(config, storage, "resumed", run_id)
+    train(first, range(1, 51), loss=2.0)
+    first.on_run_failed(ValueError("a worker\ndied"))
+    client = client_of(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["error"]) == ("FAILED", "ValueError: a worker died")
+
+    changed = config.model_copy(update={"train": TrainConfig(steps=200)})
+    second = begin(changed, storage, "resumed", run_id, start_step=40)
+    until(lambda: client.get_run(run_id).info.status == "RUNNING", 60)
+    train(second, range(41, 101), loss=9.0)
+    second.on_run_end({})
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert_equal_to_spool(client, run_id, storage / "resumed" / "metrics.jsonl")
+    held = history(client, run_id)
+    assert sorted(held["train/loss"]) == [(s, (2.0 if s <= 50 else 9.0) / s) for s in range(1, 101)]
+    assert run.data.params["train.steps"] == "100"  # MLflow's parameters never change
+    assert run.data.tags["attempt.2.train.steps"] == "200"
+    assert (run.data.tags["attempts"], run.data.tags["attempt.2.start_step"]) == ("2", "40")
+    assert len(client.search_runs([run.info.experiment_id], "attributes.run_name = 'resumed'")) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupted_run_is_killed_not_failed(storage, error):
+    name = type(error).__name__
+    callback = begin(config_for(), storage, name)  # without the driver's run: the sender makes one
+    train(callback, range(1, 3))
+    callback.on_run_failed(error)
+    assert callback.run_id
+    assert client_of(f"sqlite:///{storage}/mlflow.db").get_run(callback.run_id).info.status == "KILLED"
+
+
+def test_a_sigkilled_run_replays_whole(storage, dead_uri, caplog):
+    script = (
+        "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from test_mlflow import begin, config_for, train\n"
+        "callback = begin(config_for(sys.argv[3]), Path(sys.argv[2]), 'killed')\n"
+        "train(callback)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    arguments = [str(Path(__file__).parent), str(storage), dead_uri]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    spool = storage / "killed" / "metrics.jsonl"
+    with spool.open("ab") as file:
+        file.write(b'{"kind": "metrics", "st')
+
+    uri = f"sqlite:///{storage}/mlflow.db"
+    assert replay(spool.parent, uri) == count_points(spool) == 410
+    assert "torn line" in caplog.text
+    client, run_id = client_of(uri), Sent.load(spool).run_id
+    assert_equal_to_spool(client, run_id, spool)
+    run = client.get_run(run_id)
+    assert run.info.status == "KILLED"
+    assert run.info.end_time == max(record.time_ms for record in read_spool(spool) if record.kind == "metrics")
+    assert "pictures/loss_by_layer.png" in artifacts(client, run_id)
+
+
+def test_a_lost_offset_file_makes_no_second_run_and_no_second_point(storage):
+    callback = begin(config_for(), storage, "lost")
+    train(callback)
+    callback.on_run_end({})
+    spool = storage / "lost" / "metrics.jsonl"
+    spool.with_suffix(".sent.json").unlink()
+    assert replay(spool) == 410  # sent again, and dropped by MLflow
+    assert Sent.load(spool).run_id == callback.run_id
+    assert_equal_to_spool(client_of(f"sqlite:///{storage}/mlflow.db"), callback.run_id, spool)
+
+
+def test_the_driver_ends_a_run_whose_workers_are_gone(storage):
+    config = config_for()
+    client = client_of(f"sqlite:///{storage}/mlflow.db")
+    run_id = create_run(config, storage, "early")
+    end_run(config, storage, "early", "FAILED")  # they died before they began
+    assert client.get_run(run_id).info.status == "FAILED"
+    callback = begin(config, storage, "early", run_id)
+    train(callback)
+    callback.on_run_end({})
+    end_run(config, storage, "early", "KILLED")  # too late to matter
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert_equal_to_spool(client, run_id, storage / "early" / "metrics.jsonl")
+
+
+def test_a_live_run_is_not_replayed(storage, dead_uri):
+    callback = begin(config_for(dead_uri, flush_timeout_s=0), storage, "live")
+    with pytest.raises(UserError, match="still going"):
+        replay(storage / "live")
+    callback.on_run_end({})
+    with pytest.raises(UserError, match="does not exist"):
+        replay(storage / "nowhere.jsonl")
+
+
+def test_no_event_touches_the_network(tmp_path, dead_uri, monkeypatch):
+    connect, callers = socket.socket.connect, Counter()
+
+    def spy(self, address):
+        callers[threading.current_thread().name] += 1
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", spy)
+    callback = begin(config_for(dead_uri, flush_timeout_s=1), tmp_path, "dead")
+    train(callback)
+    callback.on_checkpoint(100, tmp_path)
+    until(lambda: callers["lwo-mlflow-sender"], 60)  # the spy sees what there is to see
+    callback.on_run_end({})
+    assert set(callers) == {"lwo-mlflow-sender"}
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+
+
+def test_a_folder_that_cannot_be_written_stops_no_training(tmp_path, caplog):
+    (tmp_path / "run").write_text("a file, where the run's folder should be")
+    callback = begin(config_for(), tmp_path, "run")
+    train(callback)
+    callback.on_run_end({})
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("tracking: on_run_start: ")
+    assert lines[0].endswith("the run goes on")
+
+
+def test_files_that_cannot_be_uploaded_hold_up_nothing(tmp_path, storage, caplog):
+    config = config_for(f"sqlite:///{storage}/mlflow.db", experiment="no-artifacts", flush_timeout_s=2)
+    (tmp_path / "mlartifacts").write_text("a file, where the folder should be")
+    callback = begin(config, tmp_path, "files")
+    train(callback)
+    callback.on_run_end({})
+    spool = tmp_path / "files" / "metrics.jsonl"
+    client = client_of(config.tracking.uri)
+    assert_equal_to_spool(client, callback.run_id, spool)
+    assert client.get_run(callback.run_id).info.status == "FINISHED"
+    assert "MLflow lacks 3 files (config.yaml could not be uploaded: " in caplog.text
+    (tmp_path / "mlartifacts").unlink()
+    assert replay(spool) == 0
+    assert artifacts(client, callback.run_id) >= {"config.yaml", "pictures/memory.png"}
+
+
+@pytest.mark.parametrize(("status", "said"), [(500, "too many 500 error responses"), (401, "error code 401")])
+def test_a_server_that_refuses_gets_one_line(tmp_path, caplog, status, said):
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"no")
+
+        do_GET = do_PUT = do_POST  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as refusing:
+        thread = threading.Thread(target=refusing.serve_forever, daemon=True)
+        thread.start()
+        callback = begin(config_for(f"http://127.0.0.1:{refusing.server_port}", flush_timeout_s=1), tmp_path, "no")
+        train(callback)
+        callback.on_run_end({})
+        refusing.shutdown()
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(lines) == 2, lines
+    assert all(said in line for line in lines), lines
+    assert lines[1].startswith("MLflow lacks 410 metric points, 3 files, the state of the run (")
+
+
+def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "env-hunter2")
+    secret = dead_uri.replace("http://", "http://ada:uri-hunter2@")
+    config = config_for(secret, flush_timeout_s=1)
+    assert create_run(config, tmp_path, "secret") is None
+    callback = begin(config, tmp_path, "secret")
+    train(callback)
+    callback.on_run_failed(RuntimeError(f"lost {secret} with env-hunter2"))
+    spool = tmp_path / "secret" / "metrics.jsonl"
+    with pytest.raises(UserError) as refused:
+        replay(spool)
+    shutil.copy(first_use[0] / "mlflow.db", tmp_path)
+    replay(spool, f"sqlite:///{tmp_path}/mlflow.db")
+    said = caplog.text + str(refused.value) + "".join(capfd.readouterr())
+    assert "replay" in said
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) >= 8  # the spool, its offset, config, pictures, the database, artifacts
+    for text in (*written, said.encode()):
+        assert b"hunter2" not in text
+    assert any(dead_uri.encode() in text for text in written)  # the address itself is kept
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_points_arrive(storage):
+    callback = begin(config_for(flush_timeout_s=600), storage, "many")
+    for step in range(10_000):
+        callback.on_metrics(step, {f"m/{i}": step + i for i in range(10)})
+    callback.on_run_end({})
+    spool = storage / "many" / "metrics.jsonl"
+    assert count_points(spool) == 100_000
+    assert_equal_to_spool(client_of(f"sqlite:///{storage}/mlflow.db"), callback.run_id, spool)
