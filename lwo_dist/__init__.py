@@ -1,6 +1,6 @@
 """Layer-wise optimisation (LWO) of code models on clusters: one layer trained at a time.
 
-    lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-5, steps_per_layer=50))
+lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-5, steps_per_layer=50))
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .config import LWOConfig, UserError
 
 if TYPE_CHECKING:
-    from .hook import LWO, StepReport, attach
+    from .hook import LWO, StepReport, attach, prepare
 
-__all__ = ["LWO", "LWOConfig", "StepReport", "UserError", "attach"]
+__all__ = ["LWO", "LWOConfig", "StepReport", "UserError", "attach", "prepare"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # The hook brings torch with it; `lwo-dist --help` does not wait for that.
-    if name in ("LWO", "StepReport", "attach"):
+    if name in ("LWO", "StepReport", "attach", "prepare"):
         from . import hook
 
         return getattr(hook, name)

@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> None:
     summary = train(config)
     if summary is None:  # Not rank 0.
         return
-    from .run import format_summary
+    from .training.results import format_summary
 
     print(format_summary(summary))
     if config.tracking.enabled:
@@ -95,12 +95,13 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 
 def _ui(arguments: argparse.Namespace) -> None:
+    from .tracking.facts import redact
     from .tracking.mlflow import tracking_uri
 
     config = _config(arguments)
     uri = tracking_uri(config.tracking, Path(config.storage))
     if uri.startswith(("http://", "https://")):
-        raise UserError(f"tracking.uri = {uri} is a server already; open it in a browser")
+        raise UserError(f"tracking.uri = {redact(uri)} is a server already; open it in a browser")
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise UserError(

@@ -155,7 +155,13 @@ class Config(_Settings):
     """One run."""
 
     method: Literal["lwo", "full"] = Field("lwo", description="layer-wise optimisation, or full fine-tuning")
-    strategy: Literal["replicate", "fsdp"] = Field("fsdp", description="how a layer lives on the ranks")
+    strategy: Literal["replicate", "fsdp", "deepspeed"] = Field("fsdp", description="how a layer lives on the ranks")
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None, description="strategy: deepspeed only; unset: what the deepspeed config says, else 3"
+    )
+    deepspeed: str | dict[str, Any] | None = Field(
+        None, description="strategy: deepspeed only; a DeepSpeed config, a JSON file or a mapping"
+    )
     task: Literal["completion"] = Field("completion", description="what is learned: completing lines of code")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
     storage: str = Field("runs", description="folder for runs, seen by all workers")
@@ -170,6 +176,13 @@ class Config(_Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for key in ("zero_stage", "deepspeed"):
+            if getattr(self, key) is not None and self.strategy != "deepspeed":
+                raise ValueError(f"{key} has no effect with strategy: {self.strategy}; set deepspeed there, or drop it")
+        return self
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:

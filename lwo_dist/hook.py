@@ -24,9 +24,9 @@ from .config import LWOConfig
 from .layers import Layer, rest_names
 from .methods import METHODS
 from .schedule import learning_rate, make_schedule
-from .strategies import choose_strategy, refuse_wrapped
+from .strategies import bare_module, choose_strategy, load_deepspeed, refuse_wrapped
 
-__all__ = ["LWO", "StepReport", "attach"]
+__all__ = ["LWO", "StepReport", "attach", "make_engine", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,45 @@ class StepReport:
 
 
 def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
-    """Train `model` layer by layer: a plain module or a `fully_shard`ed one, from the same weights on all ranks.
+    """Train `model` layer by layer: a plain module, a `fully_shard`ed one, or a DeepSpeed engine.
+
+    All ranks have the same weights.
 
     Raises:
         UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage, reentrant
             checkpointing, meshes of more than one dimension, a model without a stack of layers, initial weights
-            that differ between ranks.
+            that differ between ranks, a DeepSpeed engine with settings that cannot be honoured.
     """
     return LWO(model, config, method)
+
+
+def prepare(model: nn.Module, config: LWOConfig, method: str = "lwo") -> list[nn.Parameter]:
+    """Call before `deepspeed.initialize`: freezes all but the layer that is trained first.
+
+    Without it the engine makes optimizer state for the whole model, which `attach` has to free again.
+
+    Returns:
+        The parameters of that layer, for the optimizer and `model_parameters`.
+
+    Raises:
+        UserError: a model that `attach` refuses too, or a DeepSpeed that is missing or has not been tested.
+    """
+    load_deepspeed().check_environment()
+    layers = METHODS[method](model, config)
+    first = layers[make_schedule(config, [layer.name for layer in layers]).active_layer(0)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in first.parameter_names)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_engine(model: nn.Module, config: LWOConfig, settings: dict[str, Any], method: str = "lwo") -> Any:
+    """A DeepSpeed engine to `attach` to, in the process group that is there; it never holds state for the whole model.
+
+    Args:
+        settings: a whole DeepSpeed config.
+    """
+    parameters = prepare(model, config, method)
+    return load_deepspeed().build_engine(model, parameters, _make_adamw(config, parameters), settings)
 
 
 class LWO:
@@ -71,12 +102,13 @@ class LWO:
     """
 
     def __init__(self, model: nn.Module, config: LWOConfig, method: str = "lwo"):
+        module = bare_module(model)
         refuse_wrapped(model)
-        _end_backward_at_active_layer(model)
+        _end_backward_at_active_layer(module)
         self.model = model
         self.config = config
-        self.layers: Sequence[Layer] = METHODS[method](model, config)
-        self.rest = Layer("rest", tuple(rest_names(model, self.layers)), depth=0)
+        self.layers: Sequence[Layer] = METHODS[method](module, config)
+        self.rest = Layer("rest", tuple(rest_names(module, self.layers)), depth=0)
         self.schedule = make_schedule(config, [layer.name for layer in self.layers])
         learning_rate(config, self.schedule, 0)  # a schedule that lacks its length is refused now
         self.strategy = choose_strategy(model, self.layers, config.gradient_accumulation_steps)
@@ -100,13 +132,13 @@ class LWO:
     def step(self) -> StepReport:
         """Call after every `backward`; acts on the last one of an accumulation."""
         layer = self.active_layer
-        lr = learning_rate(self.config, self.schedule, self.step_count)
+        lr = self.strategy.learning_rate(learning_rate(self.config, self.schedule, self.step_count))
         if not self._at_boundary:
             return StepReport(False, False, layer.name, lr, None, None, 0)
         if self._micro_step == 0:
             raise RuntimeError("step() without backward(): call lwo.backward(loss) first")
-        bytes_sent = self.strategy.bytes_per_step()
         update = self.strategy.step(lr, self.config.max_grad_norm)
+        bytes_sent = self.strategy.bytes_per_step()
         self.skipped_steps = self.skipped_steps.to(update.skipped.device) + update.skipped
         self.skipped_in_a_row = (self.skipped_in_a_row.to(update.skipped.device) + 1) * update.skipped
         self._micro_step = 0

@@ -60,7 +60,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a decoder-only model"
         )
     sizes = {
-        name: sum(p.numel() for p in module.parameters())
+        name: sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())  # ZeRO-3 leaves 0 elements in place
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }

@@ -25,8 +25,9 @@ from .callback import Callback, RunInfo
 from .config import Config, UserError
 from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
-from .hook import LWO, attach
+from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
+from .strategies import deepspeed_config
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run
 from .training.checkpoint import LayerStore
@@ -51,6 +52,9 @@ def prepare(config: Config) -> Config:
     if config.data.source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     micro_batch_size(config.train.global_batch_size, config.cluster.num_workers, config.lwo.gradient_accumulation_steps)
+    if config.strategy == "deepspeed":  # the workers need not see the file
+        config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
+        deepspeed_config.resolve(config, config.cluster.num_workers)
     storage = Path(config.storage).expanduser().absolute()
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     source = config.data.source
@@ -126,7 +130,11 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
         _refuse_other_run(config, data, checkpoint.state)
         source = source.model_copy(update={"name": str(checkpoint.folder), "revision": None})
     model = load_model(source, config.train, strategy=config.strategy, device=device)
-    lwo = attach(model, config.lwo, config.method)
+    wrapped = model
+    if config.strategy == "deepspeed":
+        settings = deepspeed_config.resolve(config, distributed.world_size())
+        wrapped = make_engine(model, config.lwo, settings, config.method)
+    lwo = attach(wrapped, config.lwo, config.method)
     if checkpoint is not None:
         lwo.load_state_dict(checkpoint.hook_state())
         store.remember(checkpoint, lwo)
@@ -171,7 +179,7 @@ def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, An
 
 
 def _facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:
-    sizes = {name: parameter.numel() for name, parameter in lwo.model.named_parameters()}
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "parameters": sum(sizes.values()),
@@ -184,7 +192,7 @@ def _facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) -
 
 
 def _versions() -> dict[str, str]:
-    packages = ("lwo-dist", "torch", "transformers", "ray", "mlflow")
+    packages = ("lwo-dist", "torch", "transformers", "deepspeed", "ray", "mlflow")
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -15,20 +19,46 @@ from .base import Strategy, Update
 from .fsdp import FullyShard
 from .replicate import Replicate
 
-__all__ = ["Strategy", "Update", "choose_strategy", "refuse_wrapped"]
+__all__ = ["Strategy", "Update", "bare_module", "choose_strategy", "load_deepspeed", "refuse_wrapped"]
 
 
 def choose_strategy(model: nn.Module, layers: Sequence[Layer], accumulation: int) -> Strategy:
-    """`fsdp` for a `fully_shard`ed model, `replicate` for a plain one."""
+    """`deepspeed` for an engine, `fsdp` for a `fully_shard`ed model, `replicate` for a plain one."""
+    if _is_engine(model):
+        return load_deepspeed().DeepSpeedZero(model, layers, accumulation)
     kind = FullyShard if isinstance(model, FSDPModule) else Replicate
     return kind(model, layers, accumulation)
+
+
+def bare_module(model: nn.Module) -> Any:
+    """The module that a DeepSpeed engine wraps, or the model itself: names and layers are the same either way."""
+    return model.module if _is_engine(model) else model
+
+
+def load_deepspeed() -> Any:
+    """`strategies.deepspeed`, imported at its first use: all else works without DeepSpeed.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or in a version that has not been tested.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is not installed; run: pip install 'lwo-dist[deepspeed]'")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it searches for accelerators, and warns
+    from . import deepspeed
+
+    return deepspeed
+
+
+def _is_engine(model: nn.Module) -> bool:
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
 
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Refuse what no strategy can drive.
 
     Raises:
-        UserError: a DDP, DataParallel, FSDP1 or DeepSpeed wrapper, or checkpointing that re-enters autograd.
+        UserError: a DDP, DataParallel or FSDP1 wrapper, or checkpointing that re-enters autograd.
     """
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise UserError(
@@ -37,8 +67,6 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
         raise UserError("the model is wrapped in FSDP1 (FullyShardedDataParallel); wrap it with FSDP2's fully_shard")
-    if type(model).__name__ == "DeepSpeedEngine":
-        raise UserError("DeepSpeed engines are not supported yet; pass the bare module, plain or fully_shard'ed")
     if any(isinstance(m, FSDPModule) for m in model.modules()) and not isinstance(model, FSDPModule):
         raise UserError("fully_shard was called on submodules but not on the root; call it on the root module too")
     for name, module in model.named_modules():

@@ -45,6 +45,10 @@ class Strategy(ABC):
     def deactivate(self) -> None:
         """Drop the active layer's gradients and optimizer. Its weights stay exact."""
 
+    def learning_rate(self, scheduled: float) -> float:
+        """The rate of the coming step: ours, unless what the model is wrapped in has a scheduler of its own."""
+        return scheduled
+
     def backward(self, loss: Tensor, boundary: bool) -> None:
         """Add this micro-batch's gradient; `boundary` says that `step` follows."""
         # 0 x loss is NaN exactly where the loss is not finite; it travels with the norm, at no further cost.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from lwo_dist.data.dataset import ExampleMaker
+
 from . import completion
 
 __all__ = ["TASKS", "Task"]

@@ -89,6 +89,27 @@ def test_a_run_leaves_a_model_that_loads_and_a_summary(
     assert all(torch.equal(direct.state_dict()[n], p) for n, p in model.state_dict().items()) or len(kept) == 2
 
 
+def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    config = prepare(make_config(inputs, tmp_path, "tracking.enabled=true", "tracking.experiment=e"))
+    summary, _ = run_ranks(run_and_record, 2, config)[0]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    [experiment] = client.search_experiments(filter_string="name = 'e'")
+    [found] = client.search_runs([experiment.experiment_id])
+    assert found.info.run_id == summary["mlflow_run_id"] and found.info.status == "FINISHED"
+    names = """train/loss train/learning_rate train/grad_norm train/tokens_per_second train/elapsed_seconds
+        train/skipped_steps lwo/active_layer lwo/cycle memory/peak_bytes memory/parameter_bytes memory/gradient_bytes
+        memory/optimizer_state_bytes comm/bytes_per_step time/step_seconds time/switch_seconds eval/loss
+        eval/exact_match eval/edit_similarity eval/bleu"""
+    assert set(names.split()) <= set(found.data.metrics)
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [*range(2, 15, 2)]
+    assert found.data.metrics["eval/loss"] == pytest.approx(summary["eval"]["after"]["eval/loss"])
+    assert found.data.params["lwo.steps_per_layer"] == "3" and found.data.tags["strategy"] == "fsdp"
+    files = {item.path for folder in ("", "pictures") for item in client.list_artifacts(found.info.run_id, folder)}
+    assert {"config.yaml", "pictures/loss_by_layer.png"} <= files
+
+
 def stop_after(config: Config, steps: int) -> None:
     """Ends in the middle of a visit, as a killed run does: by no clean way out."""
 

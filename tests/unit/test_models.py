@@ -15,7 +15,15 @@ import torch.distributed as dist
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from lwo_dist import distributed, models
 from lwo_dist.config import ModelConfig, TrainConfig, UserError
@@ -97,8 +105,9 @@ def test_gradient_checkpointing(folder: Path, strategy: str, one_rank: None) -> 
     assert seen == [False, False], "once forward, once recomputed, and inputs need no gradient"
 
 
-@pytest.mark.parametrize("kind", ["as saved", "index", "old buffers", "both tied names", "pytorch bin"])
+@pytest.mark.parametrize("kind", ["as saved", "index", "old buffers", "both tied names", "pytorch bin", "converted"])
 def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    GenerationConfig(max_new_tokens=7).save_pretrained(folder)
     monkeypatch.setattr(models, "_PIECE_BYTES", 64)  # Several pieces a tensor, and rows larger than a piece.
     if kind == "index":
         Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="1KB")
@@ -112,10 +121,13 @@ def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pyte
     elif kind == "pytorch bin":
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
+    elif kind == "converted":  # The names of a checkpoint may be right and its values still to be transposed.
+        step = WeightConverter("no_such_name", "no_such_name", [Transpose()])
+        monkeypatch.setattr(models, "get_model_conversion_mapping", lambda model: [step])
     whole = []
     monkeypatch.setattr(models, "_receive", lambda *args: (whole.append(1), receive(*args)))
     model = load(folder, strategy="fsdp")
-    assert bool(whole) == (kind in ("both tied names", "pytorch bin")), "only these need a rank that reads them whole"
+    assert bool(whole) == (kind in ("both tied names", "pytorch bin", "converted")), "only these are read whole"
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.training and not model.config.use_cache

@@ -1,0 +1,123 @@
+"""Line completion: given the lines before, write the next one.
+
+A file is tokenised line by line, in training and in evaluation alike, so that a line's end is always a token's end.
+Every line of a training window is an example, because each is predicted from the lines before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from lwo_dist.config import Config, DataConfig, UserError
+from lwo_dist.data.examples import EvalExample, TrainExample, context_start, cut_windows, end_of_text_id, tokenize_lines
+from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
+
+__all__ = ["NAME", "decode", "end_token_ids", "evaluation_examples", "read", "training_examples"]
+
+NAME = "completion"
+
+
+def read(config: DataConfig, cache: Path) -> SourceTree:
+    """The usable files, split by file."""
+    return read_source_tree(config, cache)
+
+
+def training_examples(source: SourceTree, tokenizer: Any, config: Config) -> Iterator[TrainExample]:
+    """Windows of whole lines of one file; the file ends in the end-of-text token, which is learned too."""
+    end_of_text = end_of_text_id(tokenizer)
+    for file in source.train:
+        lines = tokenize_lines(tokenizer, _text(file))
+        yield from cut_windows([*lines[:-1], [*lines[-1], end_of_text]], config.train.sequence_length)
+
+
+def evaluation_examples(source: SourceTree, tokenizer: Any, config: Config) -> list[EvalExample]:
+    """`eval.num_lines` lines with a letter or digit, spread over the held-out files, in order of file and line.
+
+    The choice depends on the contents only: one line of each file in turn, as long as there are any. A file's first
+    line has nothing before it and is never asked for.
+
+    Raises:
+        UserError: fewer than two such lines, too few for an interval of confidence.
+    """
+    chosen = _choose_lines(source, config.eval.num_lines)
+    limit = config.train.sequence_length - config.eval.max_new_tokens
+    examples = []
+    for file in source.held_out:
+        if file.sha256 not in chosen:
+            continue
+        text = _text(file)
+        texts, lines = text.split("\n"), tokenize_lines(tokenizer, text)
+        edges = list(accumulate(map(len, lines), initial=0))
+        tokens = [token for line in lines for token in line]
+        for i in sorted(chosen[file.sha256]):
+            context = tokens[context_start(edges, edges[i], limit) : edges[i]]
+            target = lines[i][: config.eval.max_new_tokens]
+            if context and target:
+                examples.append(EvalExample(context, target, texts[i], file.name, i + 1))
+    if len(examples) < 2:
+        raise UserError(
+            f"data.source = {source.source}: {len(examples)} lines to complete in its {len(source.held_out)} held-out "
+            "files, at least 2 are needed; give a larger source or raise data.held_out_fraction"
+        )
+    return examples
+
+
+def end_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens after which a line has ended: any with a "\\n" in it, and the end of the text.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token, or cannot write a line end.
+    """
+    end_of_text = end_of_text_id(tokenizer)
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    line_ends = [i for i, text in enumerate(texts) if "\n" in text]
+    if not line_ends:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot write a line end, "
+            "so it cannot complete lines; use a model of code or of running text"
+        )
+    return sorted({*line_ends, end_of_text})
+
+
+def decode(tokenizer: Any, token_ids: list[int]) -> str:
+    """The line that `token_ids` write: the text up to the first "\\n" or the end of the text."""
+    end_of_text = end_of_text_id(tokenizer)
+    if end_of_text in token_ids:
+        token_ids = token_ids[: token_ids.index(end_of_text)]
+    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)).partition("\n")[0]
+
+
+def _choose_lines(source: SourceTree, num_lines: int) -> dict[str, list[int]]:
+    """Hash of the file -> indices of its lines to complete."""
+    candidates: dict[str, list[int]] = {}
+    # By hash: which files are asked, where there are fewer lines than files, has nothing to do with their names.
+    for file in sorted(source.held_out, key=lambda file: file.sha256):
+        lines = _text(file).split("\n")
+        worth = [i for i, line in enumerate(lines) if i > 0 and any(map(str.isalnum, line))]
+        random.Random(file.sha256).shuffle(worth)
+        if worth:
+            candidates[file.sha256] = worth
+    chosen: dict[str, list[int]] = {key: [] for key in candidates}
+    missing = min(num_lines, sum(map(len, candidates.values())))
+    turn = 0
+    while missing:
+        for key in [key for key, worth in candidates.items() if len(worth) > turn][:missing]:
+            chosen[key].append(candidates[key][turn])
+            missing -= 1
+        turn += 1
+    return {key: lines for key, lines in chosen.items() if lines}
+
+
+def _text(file: SourceFile) -> str:
+    try:
+        text = read_text(file.path)
+    except OSError as error:
+        raise UserError(f"{file.path}: {error.strerror}; let no other program change the source meanwhile") from None
+    if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
+        raise UserError(f"{file.path} changed while it was read; let no other program change the source meanwhile")
+    return text

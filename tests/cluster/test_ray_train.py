@@ -1,0 +1,232 @@
+"""Workers through the real commands: a local Ray, a cluster that is joined, and torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lwo_dist.cluster import ray_train
+from lwo_dist.config import ClusterConfig, Config, UserError
+from tests.models import save_tiny_model
+
+REPOSITORY = Path(__file__).parents[2]
+SECRET = "hf_a_secret_of_the_test"
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model` and `source`; runs go into `runs`."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "source").mkdir()
+    for i in range(8):
+        lines = "".join(f"    total_{i} += values[{j}]  # line {j}\n" for j in range(15))
+        (folder / "source" / f"module_{i}.py").write_text(f"def function_{i}(values):\n{lines}")
+    save_tiny_model(folder / "model", [path.read_text() for path in (folder / "source").iterdir()])
+    return folder
+
+
+def _environment(folder: Path, **more: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_", "OMP_"))}
+    return inherited | {"HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)} | more
+
+
+def _command(folder: Path, run_name: str, *overrides: str) -> list[str]:
+    return [
+        sys.executable, "-m", "lwo_dist.cli", "train", f"model.name={folder}/model", f"data.source={folder}/source",
+        f"storage={folder}/runs", f"run_name={run_name}", f"train.steps={STEPS}", "train.global_batch_size=4",
+        "train.sequence_length=32", "train.logging_steps=2", "lwo.steps_per_layer=2", "eval.num_lines=4",
+        "eval.max_new_tokens=4", "tracking.enabled=false", "cluster.num_workers=2", *overrides,
+    ]  # fmt: skip
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    # Started elsewhere than the storage lies, because the workers' own folder is elsewhere, too.
+    return subprocess.run(
+        command, cwd=environment["HOME"], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path) -> None:
+    (folder / "home").mkdir(exist_ok=True)
+    # A deep folder for temporary files: Ray's sockets do not fit below it.
+    deep = tmp_path / ("deep" * 10)
+    deep.mkdir()
+    environment = _environment(folder, TMPDIR=str(deep))
+    result = _run(_command(folder, "local", "cluster.env.OMP_NUM_THREADS='1'"), environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((folder / "runs" / "local" / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, STEPS)
+
+    lines = result.stdout.splitlines()
+    progress = [line for line in lines if line.startswith("step ")]
+    assert [line.split()[1] for line in progress] == [f"{step}/{STEPS}" for step in (2, 4, 6)]
+    # Nothing is doubled, prefixed or coloured.
+    assert len(lines) == len(set(lines))
+    assert not re.search(r"pid=|\x1b", result.stdout)
+    assert str(summary["export"]) in result.stdout
+    assert not (folder / "home" / ".ray").exists()  # No token file of Ray's.
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """A Ray of two CPUs that runs on by itself, as the environment to join it with; its logs lie in RAY_TMPDIR."""
+    (folder / "home").mkdir(exist_ok=True)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets do not fit below pytest's folders.
+    environment = _environment(folder, RAY_TMPDIR=short, **token)
+    code = (
+        "import ray, sys; context = ray.init(address='local', num_cpus=2, num_gpus=0, log_to_driver=False);"
+        "print(context.address_info['gcs_address'], flush=True); sys.stdin.read(); ray.shutdown()"
+    )
+    head = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with head:
+        assert head.stdout is not None
+        yield environment | {"RAY_ADDRESS": head.stdout.readline().strip()}
+        head.communicate("")
+    shutil.rmtree(short)
+
+
+def test_too_many_workers_for_a_cluster(folder: Path, cluster: dict[str, str]) -> None:
+    result = _run(_command(folder, "many", "cluster.num_workers=4"), cluster)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "lwo-dist: cluster.num_workers = 4: this Ray cluster has 2 CPUs, and a worker takes 1 CPU; "
+        "set it to at most 2, or add nodes\n"
+    )
+    assert not (folder / "runs" / "many").exists()
+
+
+def test_a_worker_s_user_error_is_one_line(folder: Path, cluster: dict[str, str]) -> None:
+    result = _run(_command(folder, "bad", f"model.name={folder}/nowhere"), cluster | {"HF_TOKEN": SECRET})
+    assert result.returncode == 2
+    *noise, line = result.stderr.splitlines()
+    assert re.fullmatch(r"lwo-dist: .*nowhere.*", line), result.stderr
+    assert not [other for other in noise if "PreemptionWatcher" not in other]  # Ray's, at every start on a cluster.
+    # The hub's token went to the workers, and into no file on the way.
+    files = [path for root in (folder, Path(cluster["RAY_TMPDIR"])) for path in root.rglob("*") if path.is_file()]
+    assert any("worker" in path.name for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_workers_get_the_driver_s_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cloudpickle
+
+    from lwo_dist import run
+
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("UNRELATED", "x")
+    sent = cloudpickle.dumps(ray_train._train_loop(Config()))
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.delenv("UNRELATED")
+    monkeypatch.setattr(run, "run", lambda config: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED")))
+    assert cloudpickle.loads(sent)() == (Config(), SECRET, None)
+
+
+def test_a_worker_s_failure_shows_its_whole_traceback(folder: Path, cluster: dict[str, str]) -> None:
+    in_the_way = folder / "runs" / "failing" / "evaluations"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    result = _run(_command(folder, "failing"), cluster)
+    assert result.returncode == 1
+    assert re.search(r"rank 0 on .*: Traceback", result.stderr)
+    assert "in add_evaluation" in result.stderr
+    assert f"FileExistsError: [Errno 17] File exists: '{in_the_way}'" in result.stderr
+
+
+def test_ctrl_c_ends_the_run_and_leaves_the_cluster(folder: Path, cluster: dict[str, str]) -> None:
+    command = _command(folder, "interrupted", "train.steps=100000", "tracking.enabled=true")
+    with subprocess.Popen(
+        command, cwd=cluster["HOME"], env=cluster, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as driver:
+        limit = threading.Timer(240, driver.kill)
+        limit.start()
+        assert driver.stdout is not None
+        next((line for line in driver.stdout if line.startswith("step ")), None)
+        driver.send_signal(signal.SIGINT)
+        _, stderr = driver.communicate()
+        limit.cancel()
+    assert driver.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    records = (folder / "runs" / "interrupted" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["status"] == "KILLED"
+    code = "import ray; ray.init(); print(ray.cluster_resources()['CPU'])"
+    assert _run([sys.executable, "-c", code], cluster).stdout.split() == ["2.0"]
+
+
+def _torchrun(folder: Path, run_name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = _command(folder, run_name, *overrides)[4:]
+    (folder / "home").mkdir(exist_ok=True)
+    return _run([*launcher, str(REPOSITORY / "launch" / "train.py"), *train], _environment(folder))
+
+
+def test_torchrun_trains_without_ray(folder: Path) -> None:
+    # The number of workers is torchrun's to say.
+    result = _torchrun(folder, "torchrun", "cluster.num_workers=1")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((folder / "runs" / "torchrun" / "summary.json").read_text())["world_size"] == 2
+    progress = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step ")]
+    assert progress == [f"{step}/{STEPS}" for step in (2, 4, 6)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.stepz=1", "unknown key train.stepz"), ("train.global_batch_size=3", "must be divisible by 2")],
+)
+def test_bad_input_under_torchrun_is_said_once(folder: Path, override: str, message: str) -> None:
+    result = _torchrun(folder, "refused", override)
+    ours = [line for line in result.stderr.splitlines() if line.startswith("lwo-dist: ")]
+    assert len(ours) == 1 and message in ours[0], result.stderr
+    assert "exitcode  : 2" in result.stderr
+    assert "lwo_dist.config.UserError" not in result.stderr
+    assert not (folder / "runs" / "refused").exists()
+
+
+NODE = {"CPU": 4.0, "GPU": 2.0, "memory": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("cluster_config", "nodes", "expected"),
+    [
+        ({"num_workers": 4}, [NODE, NODE], {"CPU": 1, "GPU": 1}),
+        ({"num_workers": 5}, [NODE, NODE], {"CPU": 1}),
+        ({"num_workers": 2, "use_gpu": False}, [NODE], {"CPU": 1}),
+        ({"num_workers": 2, "use_gpu": True}, [NODE], {"CPU": 1, "GPU": 1}),
+        ({"num_workers": 2, "resources_per_worker": {"CPU": 2}}, [NODE], {"CPU": 2, "GPU": 1}),
+        ({"num_workers": 8, "resources_per_worker": {"CPU": 0.5}}, [NODE], {"CPU": 0.5}),
+    ],
+)
+def test_what_a_worker_takes(cluster_config: dict, nodes: list[dict[str, float]], expected: dict[str, float]) -> None:
+    assert ray_train._resources_per_worker(ClusterConfig(**cluster_config), nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("cluster_config", "nodes", "message"),
+    [
+        ({"num_workers": 9}, [NODE, NODE], "has 8 CPUs, and a worker takes 1 CPU; set it to at most 8, or add nodes"),
+        ({"num_workers": 3, "use_gpu": True}, [NODE], "4 CPUs, 2 GPUs, .* takes 1 CPU, 1 GPU; set it to at most 2"),
+        ({"num_workers": 1, "use_gpu": True}, [{"CPU": 2.0}], "2 CPUs, 0 GPUs, .* 1 GPU; set cluster.use_gpu=false"),
+        # 8 CPUs in all, and no place for a worker of 3 beside another.
+        ({"num_workers": 3, "resources_per_worker": {"CPU": 3}}, [NODE, NODE], "takes 3 CPU; set it to at most 2"),
+        ({"num_workers": 1, "resources_per_worker": {"CPU": 5}}, [NODE], "lower cluster.resources_per_worker"),
+        ({"num_workers": 1, "resources_per_worker": {"TPU": 1}}, [NODE], "0 TPUs"),
+    ],
+)  # fmt: skip
+def test_workers_that_do_not_fit(cluster_config: dict, nodes: list[dict[str, float]], message: str) -> None:
+    with pytest.raises(UserError, match=f"^cluster.num_workers = {cluster_config['num_workers']}: .*{message}"):
+        ray_train._resources_per_worker(ClusterConfig(**cluster_config), nodes)

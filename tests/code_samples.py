@@ -1,0 +1,59 @@
+"""Small source trees, and a tokenizer that knows them."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lwo_dist.config import Config, load_config
+
+__all__ = ["END_OF_TEXT", "code", "make_config", "make_tokenizer", "write_tree"]
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def code(seed: int, lines: int = 40) -> str:
+    """Text that looks like a program; another text for another seed. Each line is shorter than 50 characters.
+
+    The shape of a line follows from that of the line before, the names in it do not.
+    """
+    draw = random.Random(seed)
+    names = ["alpha", "beta", "gamma", "delta", f"own_{seed}"]
+    shapes = ["def {}({}):", "    {} = {} + 1", "    return {}[{}]", "", "# {} and {}", "    )", "for {} in {}:"]
+    chosen = (shapes[(seed + i) % len(shapes)] for i in range(lines))
+    return "".join(shape.format(draw.choice(names), draw.choice(names)) + "\n" for shape in chosen)
+
+
+def write_tree(root: Path, files: int = 12, lines: int = 40) -> Path:
+    """Write `files` files of different content into `root`, some in a subfolder."""
+    (root / "sub").mkdir(parents=True)
+    for i in range(files):
+        (root / ("sub" if i % 3 == 0 else "") / f"file_{i}.py").write_text(code(i, lines))
+    return root
+
+
+@lru_cache
+def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens; no pad token unless asked for. Shared: do not change it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = {"eos_token": END_OF_TEXT} | special_tokens
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=sorted({*special_tokens.values()}),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((code(i) for i in range(20)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+
+
+def make_config(source: Path, storage: Path, *overrides: str) -> Config:
+    """A config of short sequences and few lines."""
+    small = ["train.sequence_length=48", "eval.num_lines=20", "eval.max_new_tokens=16", "data.held_out_fraction=0.3"]
+    return load_config(None, [f"data.source={source}", f"storage={storage}", *small, *overrides])

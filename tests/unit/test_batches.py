@@ -1,0 +1,123 @@
+"""The batch of a step: the same for everyone, whoever computes it, and nothing lost or counted twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lwo_dist.config import UserError
+from lwo_dist.data.batches import global_batch_indices, label_tokens, micro_batch_size, micro_batches
+from lwo_dist.data.dataset import PreparedData
+from lwo_dist.data.examples import TrainExample
+
+PAD = 999
+
+
+def prepared(lengths: list[int], sequence_length: int = 30) -> PreparedData:
+    """Examples of these lengths; the tokens of example i are 1000 (i + 1) and up, a third of them context."""
+    examples = [TrainExample([1000 * (i + 1) + t for t in range(n)], n // 3) for i, n in enumerate(lengths)]
+    return PreparedData(
+        train=Dataset.from_list([vars(e) for e in examples]),
+        lengths=np.array(lengths, dtype=np.int32),
+        label_tokens=np.array([e.label_tokens for e in examples], dtype=np.int32),
+        held_out=(),
+        counts={},
+        fingerprint="",
+        folder=Path(),
+        pad_id=PAD,
+        sequence_length=sequence_length,
+    )
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**40))
+def test_epochs_follow_each_other_and_drop_nothing(num_examples: int, batch_size: int, seed: int) -> None:
+    steps = 3 * num_examples // batch_size + 2
+    stream = np.concatenate([global_batch_indices(num_examples, batch_size, seed, step) for step in range(steps)])
+    assert len(stream) == steps * batch_size
+    for start in range(0, len(stream) - num_examples + 1, num_examples):
+        assert sorted(stream[start : start + num_examples]) == list(range(num_examples))
+    again = global_batch_indices(num_examples, batch_size, seed, steps - 1)  # out of order, by itself
+    assert again.tolist() == stream[-batch_size:].tolist()
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = [global_batch_indices(50, 50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6
+
+
+def test_the_order_is_the_one_of_ever() -> None:
+    # A resumed run relies on it: a new numpy, or a change here, must not move it.
+    assert global_batch_indices(10, 4, seed=7, step=0).tolist() == [9, 7, 0, 5]
+    assert global_batch_indices(10, 4, seed=7, step=2).tolist() == [1, 6, 3, 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(2, 30), min_size=1, max_size=20),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    seed=st.integers(0, 9),
+    step=st.integers(0, 30),
+)
+def test_the_ranks_parts_make_up_the_global_batch(
+    lengths: list[int], shape: tuple[int, int, int], seed: int, step: int
+) -> None:
+    data = prepared(lengths)
+    world_size, accumulation, size = shape
+    batch_size = world_size * accumulation * size
+    expected = global_batch_indices(len(lengths), batch_size, seed, step).tolist()
+    # One process takes each micro-batch whole; the ranks' rows of it, in rank order, must be the same rows.
+    whole = micro_batches(
+        data, seed=seed, step=step, global_batch_size=batch_size, world_size=1, rank=0, accumulation=accumulation
+    )
+    parts = [
+        micro_batches(
+            data, seed=seed, step=step, global_batch_size=batch_size, world_size=world_size, rank=rank,
+            accumulation=accumulation,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert len(whole) == accumulation
+    for m in range(accumulation):
+        for name in ("input_ids", "attention_mask", "labels"):
+            assert torch.equal(whole[m][name], torch.cat([part[m][name] for part in parts]))
+            assert parts[0][m][name].shape[0] == size
+    rows = torch.cat([batch["input_ids"][:, 0] for batch in whole])
+    assert [int(row) // 1000 - 1 for row in rows] == expected
+    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in whole)
+    assert label_tokens(data, seed=seed, step=step, global_batch_size=batch_size) == counted
+
+
+def test_what_is_in_a_row() -> None:
+    (batch,) = micro_batches(
+        prepared([7, 11]), seed=0, step=0, global_batch_size=2, world_size=1, rank=0, accumulation=1
+    )
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    row = int(batch["input_ids"][1, 0] == 1000)
+    assert batch["input_ids"][row].tolist() == [*range(1000, 1007)] + [PAD] * 9
+    assert batch["labels"][row].tolist() == [-100] * 2 + [*range(1002, 1007)] + [-100] * 9
+    assert batch["attention_mask"][row].tolist() == [1] * 7 + [0] * 9
+    assert batch["labels"][1 - row, :4].tolist() == [-100] * 3 + [2003]
+
+
+@pytest.mark.parametrize(
+    ("longest", "sequence_length", "width"), [(9, 30, 16), (16, 30, 16), (25, 30, 30), (30, 30, 30)]
+)
+def test_rows_are_padded_within_the_sequence_length(longest: int, sequence_length: int, width: int) -> None:
+    data = prepared([longest, 3], sequence_length)
+    for rank in (0, 1):
+        (batch,) = micro_batches(data, seed=0, step=0, global_batch_size=2, world_size=2, rank=rank, accumulation=1)
+        assert batch["input_ids"].shape == (1, width)
+
+
+def test_a_batch_that_cannot_be_divided() -> None:
+    assert micro_batch_size(24, 3, 2) == 4
+    with pytest.raises(UserError, match=r"global_batch_size = 16 must be divisible by 6 = 3 workers x 2 .* example 18"):
+        micro_batch_size(16, 3, 2)
+    with pytest.raises(UserError):
+        micro_batches(prepared([3]), seed=0, step=0, global_batch_size=3, world_size=2, rank=0, accumulation=1)

@@ -1,0 +1,193 @@
+"""The command line as users meet it: a process of its own, exit codes, one line on stderr, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lwo_dist import cli
+from lwo_dist.config import Config, UserError
+
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = (sys.executable, "-m", "lwo_dist.cli", "train")
+# What torchrun gives its only rank.
+LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def _run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run in `folder`, with a home folder of the tests' own and nothing of the caller's Ray, MLflow or hub."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_"))}
+    environment = inherited | {"HOME": str(folder.parent / "home"), "PYTHONPATH": str(REPOSITORY)} | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def _check_refused(result: subprocess.CompletedProcess[str], folder: Path, left: set[str], message: str) -> None:
+    assert result.stdout == ""
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("lwo-dist: ")
+    assert message in result.stderr
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == left
+
+
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lwo_dist.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "finally: print(sorted({'torch', 'ray', 'mlflow', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    result = _run(tmp_path, sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "--config FILE" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "lwo.steps_per_layr=3"), "unknown key lwo.steps_per_layr; did you mean lwo.steps_per_layer?"),
+        (("train", "train.steps=many"), "train.steps = 'many': must be a valid integer"),
+        (("train", "lwo.steps_per_layer=0"), "lwo.steps_per_layer = 0: must be greater than or equal to 1"),
+        (("train", "-c", "none.yaml"), "config file none.yaml: No such file or directory"),
+        (("train", "-c"), "argument -c/--config: expected one argument; see lwo-dist train --help"),
+        (("trian",), "invalid choice: 'trian'"),
+        ((), "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = _run(tmp_path, sys.executable, "-m", "lwo_dist.cli", *arguments)
+    _check_refused(result, tmp_path, set(), message)
+
+
+SOURCE = {"source", "source/a.py", "source/b.py", "no_code", "no_code/x.bin"}
+SLOW = {
+    "a source that is not there": (("data.source=nowhere",), {}, "nowhere: does not exist; give a folder"),
+    "a source without code": (("data.source=no_code",), {}, "no usable files"),
+    "no source": ((), {}, "data.source is not set"),
+    "no git": (("data.source=https://localhost:1/x.git",), {"PATH": "/nonexistent"}, "git"),
+    "too many workers": (
+        ("data.source=source", "cluster.num_workers=1000", "train.global_batch_size=1000"),
+        {},
+        "cluster.num_workers = 1000: this Ray cluster has ",
+    ),
+    "an unwritable storage": (("data.source=source", "storage=source/a.py/runs"), {}, "a.py/runs: Not a directory"),
+}
+
+
+@pytest.fixture(scope="module")
+def slow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Future]]]:  # type: ignore[type-arg]
+    """Each case in a folder of its own; two at a time, because most of their time is Python's imports."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = {}
+        for case, (arguments, environment, _) in SLOW.items():
+            folder = tmp_path_factory.mktemp("cli")
+            for name in ("source/a.py", "source/b.py", "no_code/x.bin"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(b"\0" if name.endswith("bin") else f"x = {name!r}\n".encode())
+            runs[case] = (folder, pool.submit(_run, folder, *TRAIN, *arguments, **environment))
+        yield runs
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_bad_input(slow_runs: dict[str, tuple[Path, Future]], case: str) -> None:  # type: ignore[type-arg]
+    folder, run = slow_runs[case]
+    _check_refused(run.result(), folder, SOURCE, SLOW[case][2])
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("two\nlines"), 2, "lwo-dist: two lines\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(error))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert cli.main(["train"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(RuntimeError("ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        cli.main(["train"])
+
+
+def test_of_a_host_s_ranks_one_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(UserError("a")))
+    for local_rank, said in [("0", "lwo-dist: a\n"), ("1", "")]:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert cli.main(["train"]) == 2
+        assert capsys.readouterr().err == said
+
+
+def test_ui_runs_mlflow_on_this_machine_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    storage = tmp_path / "a b"
+    assert cli.main(["ui", f"storage={storage}"]) == 2
+    assert "mlflow.db" in capsys.readouterr().err
+
+    storage.mkdir()
+    (storage / "mlflow.db").touch()
+    commands = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
+    assert cli.main(["ui", f"storage={storage}", "--port", "5005"]) == 0
+    (path, command, environment) = commands[0]
+    assert path == command[0] == sys.executable
+    assert command[1:4] == ["-m", "mlflow", "server"]
+    options = dict(zip(command[4::2], command[5::2], strict=True))
+    assert options["--backend-store-uri"] == f"sqlite:///{storage}/mlflow.db"
+    assert (options["--host"], options["--port"]) == ("127.0.0.1", "5005")
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_ui_does_not_start_a_second_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ui", "tracking.uri=https://name:secret@mlflow.example"]) == 2
+    message = capsys.readouterr().err
+    assert "https://mlflow.example is a server already" in message
+    assert "secret" not in message
+
+
+def test_replay_says_what_it_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lwo_dist.tracking.mlflow as tracking
+
+    calls = []
+    monkeypatch.setattr(tracking, "replay", lambda spool, uri: calls.append((spool, uri)) or 7)
+    assert cli.main(["replay", str(tmp_path), "--uri", "http://127.0.0.1:1"]) == 0
+    assert calls == [(tmp_path, "http://127.0.0.1:1")]
+    assert capsys.readouterr().out == "sent 7 metric points\n"
+
+
+def test_the_last_line_shows_how_to_open_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lwo_dist import run
+    from lwo_dist.training import results
+
+    seen: list[Config] = []
+    for name, value in LONE_RANK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run, "prepare_and_run", lambda config: seen.append(config) or {"steps": 3})
+    monkeypatch.setattr(results, "format_summary", lambda summary: f"{summary['steps']} steps")
+    assert cli.main(["train", f"storage={tmp_path}/a b", "train.steps=3"]) == 0
+    assert seen[0].train.steps == 3
+    assert capsys.readouterr().out == f"3 steps\nMLflow: lwo-dist ui 'storage={tmp_path}/a b'\n"
+    assert cli.main(["train", "tracking.enabled=false"]) == 0
+    assert capsys.readouterr().out == "3 steps\n"

@@ -1,0 +1,319 @@
+"""Line completion in tokens: what is learned, what is context, what is held out, and how it lies on disk."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from lwo_dist.config import Config, UserError
+from lwo_dist.data.dataset import PreparedData, prepare_dataset
+from lwo_dist.data.examples import EvalExample, TrainExample, cut_windows, pad_id, tokenize_lines
+from lwo_dist.data.source_tree import SourceTree
+from lwo_dist.tasks import TASKS, completion
+from tests.code_samples import END_OF_TEXT, code, make_config, make_tokenizer, write_tree
+
+TASK = TASKS["completion"]
+
+
+def prepare(config: Config, **more: Any) -> PreparedData:
+    return prepare_dataset(config, make_tokenizer(), TASK, **more)
+
+
+def tree(config: Config, cache: Path) -> SourceTree:
+    return completion.read(config.data, cache)
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(8, 40))
+def test_every_token_is_a_target_once_after_its_nearest_context(lengths: list[int], window: int) -> None:
+    ids = iter(range(10_000))
+    lines = [[next(ids) for _ in range(length)] for length in lengths]
+    windows = list(cut_windows(lines, window))
+    targets = [list(w.input_ids[w.target_start :]) for w in windows]
+    assert sum(targets, []) == sum(lines, [])
+    line_starts, line_ends = {line[0] for line in lines}, {line[-1] for line in lines}
+    for w, target in zip(windows, targets, strict=True):
+        tokens = list(w.input_ids)
+        assert len(tokens) <= window
+        assert tokens == list(range(tokens[0], tokens[0] + len(tokens)))  # nothing between context and target
+        context = w.target_start
+        assert context <= window // 4
+        start = target[0]
+        if start > 0:
+            # The longest run of whole lines in a quarter of the window; else the nearest tokens that fill it.
+            fitting = [s for s in line_starts if start - window // 4 <= s < start]
+            assert tokens[0] == (min(fitting) if fitting else start - window // 4)
+        room = window - window // 4
+        if start not in line_starts or target[-1] not in line_ends:
+            assert max(lengths) > room  # only a line that is too long is cut
+    for w, following in zip(windows, targets[1:], strict=False):
+        line = next(line for line in lines if following[0] in line)
+        if len(line) <= window - window // 4:
+            assert len(w.input_ids) + len(line) > window  # no window ends before it is full
+
+
+def test_cut_windows_by_hand() -> None:
+    lines = [[1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11, 12]]
+    assert list(cut_windows(lines, 8)) == [
+        TrainExample([1, 2, 3, 4, 5, 6, 7, 8], 0),
+        TrainExample([7, 8, 9, 10, 11, 12], 2),
+    ]
+    assert list(cut_windows([[1, 2, 3], [4, 5], [6, 7], [8, 9, 10, 11, 12]], 11)) == [
+        TrainExample([1, 2, 3, 4, 5, 6, 7], 0),
+        TrainExample([6, 7, 8, 9, 10, 11, 12], 2),
+    ]
+    assert list(cut_windows([list(range(14))], 8)) == [
+        TrainExample([0, 1, 2, 3, 4, 5], 0),
+        TrainExample([4, 5, 6, 7, 8, 9, 10, 11], 2),
+        TrainExample([10, 11, 12, 13], 2),
+    ]
+    assert [w.label_tokens for w in cut_windows(lines, 8)] == [7, 4]
+
+
+def test_a_line_ends_where_a_token_ends() -> None:
+    tokenizer = make_tokenizer(bos_token="<s>")
+    text = code(3) + "\n\n    x\f = 'é\u2028'\n"
+    lines = tokenize_lines(tokenizer, text)
+    texts = [tokenizer.decode(line) for line in lines]
+    assert texts == [line + "\n" for line in text.split("\n")[:-1]]
+    assert all(tokenizer.bos_token_id not in line for line in lines)
+
+
+def test_the_end_of_a_file_is_learned(tmp_path: Path) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path)
+    source, tokenizer = tree(config, tmp_path), make_tokenizer()
+    windows = list(completion.training_examples(source, tokenizer, config))
+    learned = "".join(tokenizer.decode(w.input_ids[w.target_start :]) for w in windows)
+    assert learned == "".join(file.path.read_text() + END_OF_TEXT for file in source.train)
+
+
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        ({"pad_token": "<pad>"}, "<pad>"),
+        ({"pad_token": END_OF_TEXT, "unk_token": "<unk>"}, "<unk>"),
+        ({"pad_token": END_OF_TEXT, "bos_token": "<s>"}, "<s>"),
+        ({"pad_token": END_OF_TEXT, "bos_token": END_OF_TEXT}, "!"),
+        ({"pad_token": "\n"}, "!"),
+    ],
+)
+def test_padding_ends_neither_line_nor_text(special: dict[str, str], expected: str) -> None:
+    tokenizer = make_tokenizer(**special)
+    assert tokenizer.decode([pad_id(tokenizer)]) == expected
+
+
+def test_end_tokens() -> None:
+    tokenizer = make_tokenizer()
+    ends = completion.end_token_ids(tokenizer)
+    assert tokenizer.eos_token_id in ends
+    for token in range(len(tokenizer)):
+        assert (token in ends) == ("\n" in tokenizer.decode([token]) or token == tokenizer.eos_token_id)
+    assert len(ends) >= 3  # the corpus made some tokens of "\n" and what goes before it
+
+
+def test_decode_stops_at_the_line_or_the_text() -> None:
+    tokenizer = make_tokenizer()
+
+    def decoded(text: str) -> str:
+        return completion.decode(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+
+    assert decoded("    return x\nmore\n") == "    return x"
+    assert decoded(f"    return{END_OF_TEXT} x\n") == "    return"
+    assert decoded("unfinished") == "unfinished"
+    assert decoded("\nmore") == decoded(END_OF_TEXT) == completion.decode(tokenizer, []) == ""
+
+
+def test_tokenizers_that_cannot_complete_lines(tmp_path: Path) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path)
+    lacking = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
+    with pytest.raises(UserError, match="has no eos_token"):
+        prepare_dataset(config, lacking, TASK)
+    blind = make_tokenizer()
+    blind = pickle.loads(pickle.dumps(blind))
+    blind.batch_decode = lambda rows, **_: [" " for _ in rows]  # as those that fold all white space into a blank
+    with pytest.raises(UserError, match="cannot write a line end"):
+        prepare_dataset(config, blind, TASK)
+
+
+def test_held_out_lines(tmp_path: Path) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path)
+    source, tokenizer = tree(config, tmp_path), make_tokenizer()
+    examples = completion.evaluation_examples(source, tokenizer, config)
+    assert len(examples) == 20
+    texts = {file.name: file.path.read_text().split("\n") for file in source.held_out}
+    counts = {name: sum(e.name == name for e in examples) for name in texts}
+    assert max(counts.values()) - min(counts.values()) <= 1  # spread over the files
+    assert [(e.name, e.line) for e in examples] == sorted({(e.name, e.line) for e in examples})
+    limit = config.train.sequence_length - config.eval.max_new_tokens
+    full = 0
+    for example in examples:
+        lines = texts[example.name]
+        assert example.text == lines[example.line - 1]
+        assert any(map(str.isalnum, example.text))
+        assert tokenizer.decode(example.target) == example.text + "\n"
+        before = "".join(line + "\n" for line in lines[: example.line - 1])
+        context = tokenizer.decode(example.context)
+        assert context and before.endswith(context)
+        assert len(example.context) <= limit
+        if context != before:
+            full += 1
+            assert before[: -len(context)].endswith("\n")  # whole lines, and one more would not fit
+            previous = before[: -len(context)].rstrip("\n").rpartition("\n")[2] + "\n"
+            assert len(example.context) + len(tokenizer.encode(previous)) > limit
+    assert full > 5
+
+
+def test_held_out_lines_do_not_depend_on_other_files(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    config = make_config(root, tmp_path, "eval.num_lines=100000")
+    before = completion.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
+    for i in range(12, 20):
+        (root / f"file_{i}.py").write_text(code(i))
+    after = completion.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
+    assert len(after) > len(before)
+    assert all(example in after for example in before)
+    # All there are, where fewer than asked: never a first line, a blank one or one of signs only.
+    held_out = tree(config, tmp_path).held_out
+    worth = [
+        line for file in held_out for line in file.path.read_text().split("\n")[1:] if line.strip() not in ("", ")")
+    ]
+    assert len(after) == len(worth)
+
+
+def test_long_targets_and_contexts_are_cut(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", files=1)
+    long = "a" + "".join(chr(0x4E00 + i) for i in range(200))
+    for i in range(4):
+        (root / "sub" / f"long_{i}.py").write_text("x\n" * 3 + f"{long}\n{long}{i}\n")
+    config = make_config(root, tmp_path, "data.held_out_fraction=0.9", "eval.num_lines=100")
+    examples = completion.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
+    cut = [example for example in examples if example.text.startswith("a")]
+    assert cut
+    assert all(len(example.target) == 16 for example in cut)
+    assert any(len(example.context) == 48 - 16 for example in cut)
+    assert {example.text[:201] for example in cut} == {long}
+
+
+def test_nothing_to_complete(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.py").write_text(f"x = {i}\n")
+    with pytest.raises(UserError, match="0 lines to complete in its") as error:
+        prepare(make_config(tmp_path, tmp_path / "storage"))
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "storage" / "cache" / "datasets").iterdir()) == []
+
+
+def test_no_room_for_a_context(tmp_path: Path) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path, "eval.max_new_tokens=48")
+    with pytest.raises(UserError, match=r"eval.max_new_tokens = 48 leaves no room .* train.sequence_length = 48"):
+        prepare(config)
+
+
+def test_prepared_once_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path / "storage")
+    first = prepare(config)
+    source, tokenizer = tree(config, tmp_path), make_tokenizer()
+    examples = list(completion.training_examples(source, tokenizer, config))
+    assert [TrainExample(row["input_ids"], row["target_start"]) for row in first.train] == examples
+    assert list(first.held_out) == completion.evaluation_examples(source, tokenizer, config)
+    assert first.lengths.tolist() == [len(e.input_ids) for e in examples]
+    assert first.label_tokens.tolist() == [e.label_tokens for e in examples]
+    assert first.counts == {
+        "train_files": len(source.train),
+        "held_out_files": len(source.held_out),
+        "skipped": {},
+        "windows": len(examples),
+        "tokens": sum(first.lengths),
+        "label_tokens": sum(first.label_tokens),
+        "held_out_lines": 20,
+        "held_out_lines_asked": 20,
+    }
+    assert [Path(f["filename"]) for f in first.train.cache_files] == [first.folder / "train.arrow"]
+    assert first.folder.parent == tmp_path / "storage" / "cache" / "datasets"
+    assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+
+    def refuse(*_: Any) -> Iterator[TrainExample]:
+        raise AssertionError("tokenised twice")
+
+    monkeypatch.setattr(completion, "training_examples", refuse)
+    second = prepare(config)
+    assert (second.folder, second.fingerprint, second.held_out) == (first.folder, first.fingerprint, first.held_out)
+
+
+def test_the_fingerprint_covers_what_examples_depend_on(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    settings = ["train.sequence_length=40", "eval.num_lines=19", "eval.max_new_tokens=15", "data.held_out_fraction=0.5"]
+    fingerprints = [prepare(make_config(root, tmp_path, *more)).fingerprint for more in [[], *([s] for s in settings)]]
+    config = make_config(root, tmp_path)
+    fingerprints.append(prepare_dataset(config, make_tokenizer(bos_token="<s>"), TASK).fingerprint)
+    assert prepare(make_config(root, tmp_path, "train.steps=7", "seed=5")).fingerprint == fingerprints[0]
+    used = pickle.loads(pickle.dumps(make_tokenizer()))
+    used(["b c d"], truncation=True, max_length=1)  # leaves its settings in the tokenizer
+    assert json.loads(used.backend_tokenizer.to_str())["truncation"]
+    assert prepare_dataset(config, used, TASK).fingerprint == fingerprints[0]
+    (root / "file_1.py").write_text("x = 1\n")
+    fingerprints.append(prepare(config).fingerprint)
+    assert len(set(fingerprints)) == len(fingerprints) == 7
+
+
+def test_only_the_builder_reads_the_source(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    config = make_config(root, tmp_path / "storage")
+    told: list[Any] = []
+
+    def send(value: Any) -> Any:
+        told.append(pickle.dumps(value))
+        return value
+
+    def receive(value: Any) -> Any:
+        return pickle.loads(told[0])
+
+    first = prepare(config, is_builder=True, broadcast=send)
+    shutil.rmtree(root)
+    second = prepare(config, is_builder=False, broadcast=receive)
+    assert (second.fingerprint, second.held_out) == (first.fingerprint, first.held_out)
+    shutil.rmtree(first.folder)
+    with pytest.raises(UserError, match="set data.cache .* to a folder that all workers share"):
+        prepare(config, is_builder=False, broadcast=receive)
+
+
+@pytest.mark.parametrize(("raised", "expected"), [(UserError("bad"), UserError), (KeyError("bad"), RuntimeError)])
+def test_every_rank_hears_of_the_builders_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception]
+) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path / "storage")
+
+    def fails(*_: Any) -> list[EvalExample]:
+        raise raised
+
+    monkeypatch.setattr(completion, "training_examples", fails)
+    told: list[Any] = []
+
+    def send(value: Any) -> Any:
+        told.append(pickle.dumps(value))
+        return value
+
+    with pytest.raises(type(raised), match="bad"):
+        prepare(config, broadcast=send)
+    with pytest.raises(expected, match="bad"):
+        prepare(config, is_builder=False, broadcast=lambda _: pickle.loads(told[0]))
+    assert list((tmp_path / "storage" / "cache" / "datasets").iterdir()) == []
+
+
+def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path)
+    source = tree(config, tmp_path)
+    source.train[1].path.write_text("x = 1\n")
+    with pytest.raises(UserError, match="changed while it was read"):
+        list(completion.training_examples(source, make_tokenizer(), config))
+    source.held_out[0].path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        completion.evaluation_examples(source, make_tokenizer(), config)

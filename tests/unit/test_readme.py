@@ -1,0 +1,67 @@
+"""The README is true: its table is that of the config, its files are there, its commands are run by tests."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from lwo_dist.config import Config
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+
+# Every command of the README -> the test that runs it.
+RUN_BY = {
+    "./launch/quickstart.sh": "tests/cluster/test_quickstart.py",
+    "./launch/quickstart.sh --source ~/src/my-repository": "tests/cluster/test_quickstart.py",
+    "./launch/test.sh": "tests/cluster/test_quickstart.py",
+    "./launch/test.sh --all": "tests/cluster/test_quickstart.py",
+    "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": "tests/cluster/test_ray_train.py",
+    "torchrun --nproc-per-node 2 launch/train.py -c launch/configs/debug_cpu.yaml data.source=DIR": (
+        "tests/cluster/test_ray_train.py"
+    ),
+    "lwo-dist ui": "tests/unit/test_cli.py",
+    "lwo-dist replay runs/NAME": "tests/unit/test_cli.py",
+}
+
+
+def commands() -> list[str]:
+    """The commands of the README's bash blocks, without comments and without the activation of the environment."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] not in ("source", "export"):
+                found.append(" ".join(words))
+    return found
+
+
+def test_every_command_is_run_by_a_test_that_exists() -> None:
+    assert set(commands()) == set(RUN_BY)
+    assert all((REPOSITORY / test).is_file() for test in RUN_BY.values())
+
+
+def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
+    table = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            table += rows(field.annotation, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            shown = "" if default in (None, {}) else f"`{default}`"
+            table.append(f"| `{prefix}{name}` | {shown} | {field.description} |")
+    return table
+
+
+def test_the_table_is_the_config() -> None:
+    """On failure, paste the expected rows."""
+    assert re.findall(r"^\| `.*", README.partition("## Configuration")[2].partition("\n## ")[0], re.MULTILINE) == rows(Config)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_every_link_leads_somewhere(target: str) -> None:
+    assert (REPOSITORY / target).exists()
