@@ -99,7 +99,7 @@ def _ui(arguments: argparse.Namespace) -> None:
     from .tracking.mlflow import tracking_uri
 
     config = _config(arguments)
-    uri = tracking_uri(config.tracking, Path(config.storage))
+    uri = tracking_uri(config.tracking, Path(config.storage).expanduser())
     if uri.startswith(("http://", "https://")):
         raise UserError(f"tracking.uri = {redact(uri)} is a server already; open it in a browser")
     database = Path(uri.removeprefix("sqlite:///"))

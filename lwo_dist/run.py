@@ -49,7 +49,8 @@ def prepare(config: Config) -> Config:
     Raises:
         UserError: source, storage or batch size are wrong; nothing was written then.
     """
-    if config.data.source is None:
+    source = config.data.source
+    if source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     micro_batch_size(config.train.global_batch_size, config.cluster.num_workers, config.lwo.gradient_accumulation_steps)
     if config.strategy == "deepspeed":  # the workers need not see the file
@@ -57,7 +58,6 @@ def prepare(config: Config) -> Config:
         deepspeed_config.resolve(config, config.cluster.num_workers)
     storage = Path(config.storage).expanduser().absolute()
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    source = config.data.source
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})

@@ -46,8 +46,11 @@ ONLY_IN = {
 }
 TOP_LEVEL = {"lwo_dist", "launch", "tests", "k8s", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
 MAX_FILE_LINES = 300
+MAX_TEST_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-LONGER_FILES: dict[str, int] = {}
+LONGER_FILES = {
+    "lwo_dist/models.py": 340,  # Every way of reading weights shard by shard, which only make sense side by side.
+}
 PRIVATE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work)/(?!ray\b)[\w.]")
 TEXT = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ""}
 
@@ -86,7 +89,7 @@ def _strangers(files: list[str]) -> list[str]:
 
 def _lengths(file: str, text: str) -> Iterator[str]:
     lines = len(text.splitlines())
-    limit = LONGER_FILES.get(file, MAX_FILE_LINES)
+    limit = LONGER_FILES.get(file, MAX_TEST_FILE_LINES if file.startswith("tests/") else MAX_FILE_LINES)
     if lines > limit:
         yield f"{file}: {lines} lines, more than {limit}"
     for node in ast.walk(ast.parse(text)):
@@ -196,6 +199,8 @@ def test_a_sound_tree_has_no_problem(tmp_path: Path) -> None:
         ("lwo_dist/strategies/fsdp.py", "from deepspeed import zero\n", "deepspeed is imported only in"),
         ("launch/train.py", "import ray\n", "ray is imported only in"),
         ("lwo_dist/layers.py", "\n" * 301, "301 lines, more than 300"),
+        ("lwo_dist/models.py", "\n" * 341, "341 lines, more than 340"),
+        ("tests/unit/test_x.py", "\n" * 501, "501 lines, more than 500"),
         ("lwo_dist/layers.py", "def f():\n" + "    x = 1\n" * 60, "layers.py:1: f has 61 lines"),
         ("tests/unit/test_x.py", "class A:\n    async def f():\n" + "        x = 1\n" * 60, "f has 61 lines"),
         ("notes.txt", "", "notes.txt: not among the top level's"),

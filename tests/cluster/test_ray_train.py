@@ -44,10 +44,10 @@ def _environment(folder: Path, **more: str) -> dict[str, str]:
 
 def _command(folder: Path, run_name: str, *overrides: str) -> list[str]:
     return [
-        sys.executable, "-m", "lwo_dist.cli", "train", f"model.name={folder}/model", f"data.source={folder}/source",
-        f"storage={folder}/runs", f"run_name={run_name}", f"train.steps={STEPS}", "train.global_batch_size=4",
-        "train.sequence_length=32", "train.logging_steps=2", "lwo.steps_per_layer=2", "eval.num_lines=4",
-        "eval.max_new_tokens=4", "tracking.enabled=false", "cluster.num_workers=2", *overrides,
+        sys.executable, "-m", "lwo_dist.cli", "train", "-c", f"{REPOSITORY}/launch/configs/debug_cpu.yaml",
+        f"model.name={folder}/model", f"data.source={folder}/source", f"storage={folder}/runs", f"run_name={run_name}",
+        f"train.steps={STEPS}", "train.global_batch_size=4", "train.sequence_length=32", "train.logging_steps=2",
+        "eval.num_lines=4", "eval.max_new_tokens=4", "tracking.enabled=false", *overrides,
     ]  # fmt: skip
 
 

@@ -112,7 +112,8 @@ def test_equals_a_plain_loop(root: Path, architecture: str, own_cache: bool, mon
     assert len({text for _, text in expected}) > 3
     # Some lines are to be right: exact match would otherwise be 0 whatever it compares.
     lines = [
-        replace(line, text=f"\t{text}") if i % 3 else line for i, (line, (_, text)) in enumerate(zip(lines, expected))
+        replace(line, text=f"\t{text}") if i % 3 else line
+        for i, (line, (_, text)) in enumerate(zip(lines, expected, strict=True))
     ]
     if own_cache:  # a model whose cache is not one of transformers'
         monkeypatch.setattr(module, "Cache", type("NoCache", (), {}))
@@ -193,26 +194,25 @@ def test_nothing_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-def _on_ranks(root: Path, sharded: bool, count: int) -> list[Evaluation]:
-    results = []
-    for architecture in ("qwen2", "gpt2"):
-        model = new_model(architecture, root)
-        if sharded:
-            for layer in model.model.layers if architecture == "qwen2" else model.transformer.h:
-                fully_shard(layer)
-            fully_shard(model)
-        results.append(
-            run(model, held_out(root)[:count], rank=dist.get_rank(), world_size=dist.get_world_size(), synced=sharded)
-        )
-    return results
+# Of 3 lines a batch: a last round for one of two ranks only, a last round for both, one batch in all.
+COUNTS = (14, 18, 2)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-# 3 lines a batch: the last round has 1 of 2 ranks at work, then both, then but one batch in all.
-@pytest.mark.parametrize("count", [14, 18, 2])
-def test_the_same_scores_however_shared(root: Path, sharded: bool, count: int) -> None:
-    expected = [run(new_model(architecture, root), held_out(root)[:count]) for architecture in ("qwen2", "gpt2")]
-    for results in run_ranks(_on_ranks, 2, root, sharded, count):
+def _on_ranks(root: Path, architecture: str, sharded: bool) -> list[Evaluation]:
+    model = new_model(architecture, root)
+    if sharded:
+        for layer in model.model.layers if architecture == "qwen2" else model.transformer.h:
+            fully_shard(layer)
+        fully_shard(model)
+    shared = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "synced": sharded}
+    return [run(model, held_out(root)[:count], **shared) for count in COUNTS]
+
+
+@pytest.mark.parametrize(("architecture", "sharded"), [("qwen2", False), ("qwen2", True), ("gpt2", True)])
+def test_the_same_scores_however_shared(root: Path, architecture: str, sharded: bool) -> None:
+    model = new_model(architecture, root)
+    expected = [run(model, held_out(root)[:count]) for count in COUNTS]
+    for results in run_ranks(_on_ranks, 2, root, architecture, sharded, timeout=60):
         for result, alone in zip(results, expected, strict=True):
             assert result.scores == alone.scores
             assert result.predictions == alone.predictions

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from typing import Any
 
 import torch
@@ -28,15 +26,13 @@ def settings(stage: int, *, precision: str = "fp32", accumulation: int = 1, **mo
 
 
 def make_engine(
-    stage: int, recipe: oracle.Recipe, *, tied: bool, late: bool = False, from_start: bool = False, lr_scheduler: Any = None,
-    **more: Any,
+    stage: int, recipe: oracle.Recipe, *, tied: bool, late: bool = False, from_start: bool = False,
+    lr_scheduler: Any = None, **more: Any,
 ) -> Any:  # fmt: skip
     """`prepare` and `deepspeed.initialize`, as a user writes it; `late` forgets the first."""
     load_deepspeed()
     import deepspeed
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = settings(stage, accumulation=recipe.accumulation, **more)
     if from_start:
         with load_deepspeed().partitioned(config):

@@ -10,7 +10,7 @@ import sysconfig
 import threading
 from dataclasses import replace
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import pytest
@@ -97,6 +97,7 @@ def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deterministic_on_any_number_of_cores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {0} if len(os.sched_getaffinity(0)) > 1 else {0, 1}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: others)
+    torch.manual_seed(1234)
     rng, threads = torch.get_rng_state(), torch.get_num_threads()
     again = ensure_base_model(tmp_path, recipe=TINY, log=silent)
     for name in ("model.safetensors", "tokenizer.json"):
@@ -121,8 +122,9 @@ def test_killed(tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
 
-def test_waits_for_another_process(folder: Path, tmp_path: Path) -> None:
+def test_waits_for_another_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: Queue[Any] = Queue()
+    monkeypatch.setattr(base_model, "_build", lambda *args: said.put("builds too"))
     with (tmp_path / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiter = threading.Thread(
@@ -130,6 +132,8 @@ def test_waits_for_another_process(folder: Path, tmp_path: Path) -> None:
         )
         waiter.start()
         assert "waiting" in said.get(timeout=60)
+        with pytest.raises(Empty):
+            said.get(timeout=0.3)
         (tmp_path / folder.name).mkdir()
     assert said.get(timeout=60) == tmp_path / folder.name, "it takes what the other one made"
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_every_token_is_a_target_once_after_its_nearest_context(lengths: list[in
     lines = [[next(ids) for _ in range(length)] for length in lengths]
     windows = list(cut_windows(lines, window))
     targets = [list(w.input_ids[w.target_start :]) for w in windows]
-    assert sum(targets, []) == sum(lines, [])
+    assert list(chain(*targets)) == list(chain(*lines))
     line_starts, line_ends = {line[0] for line in lines}, {line[-1] for line in lines}
     for w, target in zip(windows, targets, strict=True):
         tokens = list(w.input_ids)

@@ -18,14 +18,13 @@ README = (REPOSITORY / "README.md").read_text()
 RUN_BY = {
     "./launch/quickstart.sh": "tests/cluster/test_quickstart.py",
     "./launch/quickstart.sh --source ~/src/my-repository": "tests/cluster/test_quickstart.py",
-    "./launch/test.sh": "tests/cluster/test_quickstart.py",
-    "./launch/test.sh --all": "tests/cluster/test_quickstart.py",
+    "./launch/test.sh": "tests/test_architecture.py",  # it runs everything, this file included
     "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": "tests/cluster/test_ray_train.py",
     "torchrun --nproc-per-node 2 launch/train.py -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
     "lwo-dist ui": "tests/unit/test_cli.py",
-    "lwo-dist replay runs/NAME": "tests/unit/test_cli.py",
+    "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
 }
 
 
@@ -59,7 +58,8 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def test_the_table_is_the_config() -> None:
     """On failure, paste the expected rows."""
-    assert re.findall(r"^\| `.*", README.partition("## Configuration")[2].partition("\n## ")[0], re.MULTILINE) == rows(Config)
+    section = README.partition("## Configuration")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `.*", section, re.MULTILINE) == rows(Config)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

@@ -1,0 +1,56 @@
+"""DeepSpeed around the strategy: whole runs, late engines, schedulers, what is refused, what a switch costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lwo_dist.config import Config
+from lwo_dist.run import prepare
+from tests.distributed.test_run import exported, inputs, make_config, run_and_record, stop_after
+from tests.ranks import run_ranks
+
+__all__ = ["inputs"]  # the fixture
+
+# Not imported here: the ranks import it through us, as a user's process does.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+EPS = "lwo.eps=1e-6"
+
+
+def run_all(configs: list[Config]) -> list[tuple[Any, list]]:
+    return [run_and_record(config) for config in configs]
+
+
+def test_runs_end_in_the_same_model_as_fsdp(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    def config(name: str, *overrides: str) -> Config:
+        return prepare(make_config(inputs, tmp_path / name, "eval.steps=6", EPS, *overrides))
+
+    json_file = tmp_path / "zero.json"
+    json_file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    zero = [config(f"zero_{stage}", "strategy=deepspeed", f"zero_stage={stage}") for stage in (1, 2, 3)]
+    zero.append(config("json", "strategy=deepspeed", f"deepspeed={json_file}"))
+    [(expected, losses), *others] = run_ranks(run_all, 2, [config("fsdp", "strategy=fsdp"), *zero], timeout=500)[0]
+    for settings, (summary, found) in zip(zero, others, strict=True):
+        where = settings.storage
+        assert summary["strategy"] == "deepspeed" and summary["skipped_steps"] == 0
+        assert [step for step, _ in found] == [step for step, _ in losses]
+        assert max(abs(a - b) for (_, a), (_, b) in zip(found, losses, strict=True)) < 1e-5, where
+        model = AutoModelForCausalLM.from_pretrained(summary["export"])
+        for name, tensor in exported(expected).items():
+            assert (model.state_dict()[name] - tensor).abs().max() < 3e-5, f"{where}: {name}"
+        for key in ("before", "after"):
+            difference = abs(summary["eval"][key]["eval/loss"] - expected["eval"][key]["eval/loss"])
+            assert difference < 1e-4, where
+        assert summary["optimizer_state_bytes"] > 0 and summary["comm_bytes_per_step"] > 0
+
+
+def run_broken(config: Config) -> str:
+    with pytest.raises(InterruptedError) as caught:
+        stop_after(config, 5)
+    return str(caught.value)
