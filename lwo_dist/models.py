@@ -7,8 +7,8 @@ its own dtype. What one rank refuses all refuse: the others would wait for it un
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,21 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
-def load_model(config: ModelConfig, train: TrainConfig, *, strategy: str, device: torch.device) -> nn.Module:
+def load_model(
+    config: ModelConfig,
+    train: TrainConfig,
+    *,
+    strategy: str,
+    device: torch.device,
+    partition: Callable[[nn.Parameter], None] | None = None,
+) -> nn.Module:
     """The model with fp32 weights on `device`, in eval mode as `from_pretrained` leaves it. Every rank calls this.
 
     Args:
         train: `precision` is the compute dtype of the sharded model; `gradient_checkpointing` is turned on here.
         strategy: "fsdp" shards the model and reads only this rank's rows of each tensor; "replicate" holds it whole.
+        partition: DeepSpeed's stage 3; every rank calls it with a whole parameter in turn, of which it keeps its part
+            of what rank 0 has there. Without it "deepspeed" holds the model whole.
 
     Raises:
         UserError: on every rank alike. No such folder or id, the hub cannot be reached, a damaged or quantised
@@ -70,13 +79,15 @@ def load_model(config: ModelConfig, train: TrainConfig, *, strategy: str, device
         if not Path(config.name).exists() and not any(folder.glob("*.safetensors")):
             folder = _resolve(config, [*_SETTINGS, "*.bin"])
         settings = _read_settings(config, folder)
-        if strategy == "fsdp":
+        if strategy == "fsdp" or partition is not None:
             model = _empty_model(config, folder, settings)
             files = _locate(config, folder)
             direct = _is_direct(model, files)  # Before it is sharded, which changes its classes' names.
         else:
             model = _whole_model(config, folder, torch.float32).to(device)
-            if train.precision == "bf16":  # as FSDP2 does by its policy: fp32 weights and gradients, bf16 compute
+            if (
+                train.precision == "bf16" and strategy == "replicate"
+            ):  # as FSDP2 does by its policy: fp32 weights and gradients, bf16 compute
                 model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         if train.gradient_checkpointing:
             _enable_checkpointing(model)
@@ -86,6 +97,8 @@ def load_model(config: ModelConfig, train: TrainConfig, *, strategy: str, device
             _read(model, config, files)
         else:
             _receive(model, config, folder, files, device)
+    elif partition is not None:
+        _partition(model, config, folder, files if direct else {}, device, partition)
     # A cache of keys and values only costs memory in training; generate() asks for one by itself.
     model.config.get_text_config().use_cache = False
     return model.eval()
@@ -274,6 +287,40 @@ def _receive(model: Any, config: ModelConfig, folder: Path, files: Mapping[str, 
             low, high = max(start, first), min(stop, first + len(local))
             if low < high:
                 local[low - first : high - first].copy_(rows[low - start : high - start])
+
+
+@torch.no_grad()
+def _partition(
+    model: Any,
+    config: ModelConfig,
+    folder: Path,
+    files: Mapping[str, Path],
+    device: torch.device,
+    partition: Callable[[nn.Parameter], None],
+) -> None:
+    """Make the parameters real one after the other: whole on every rank for a moment, from rank 0's file."""
+    whole: dict[str, Tensor] = {}
+    with _on_all_ranks():
+        if distributed.rank() == 0 and not files:
+            whole = _whole_model(config, folder, torch.float32).state_dict(keep_vars=True)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    for group, target in _targets(model).items():
+        tensor = torch.empty(target.shape, dtype=target.dtype, device=device)
+        with _on_all_ranks(), _one_line(config, "weights", _AGAIN):
+            if distributed.rank() == 0:
+                name = next(name for name in group if name in files or not files)
+                with safe_open(files[name], "pt") if files else nullcontext() as file:
+                    tensor.copy_(file.get_tensor(name) if file is not None else whole[name])
+        if isinstance(target, nn.Parameter):
+            parameter = nn.Parameter(tensor)
+            partition(parameter)
+            for name in group:
+                module, _, own = name.rpartition(".")
+                model.get_submodule(module)._parameters[own] = parameter
+        else:
+            if distributed.world_size() > 1:
+                dist.broadcast(tensor, src=0)
+            target.copy_(tensor)
 
 
 def _stored_dtype(config: ModelConfig, files: Mapping[str, Path]) -> torch.dtype:

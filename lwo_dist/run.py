@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
@@ -27,10 +28,10 @@ from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_t
 from .data.cache import cache_folder
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
-from .strategies import deepspeed_config
+from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run
-from .training.checkpoint import LayerStore
+from .training.checkpoint import Checkpoint, LayerStore
 from .training.evaluate import evaluate
 from .training.export import export_model
 from .training.progress import Progress
@@ -129,13 +130,17 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
     if checkpoint is not None:
         _refuse_other_run(config, data, checkpoint.state)
         source = source.model_copy(update={"name": str(checkpoint.folder), "revision": None})
-    model = load_model(source, config.train, strategy=config.strategy, device=device)
-    wrapped = model
+    partition, settings = None, {}
     if config.strategy == "deepspeed":
         settings = deepspeed_config.resolve(config, distributed.world_size())
-        wrapped = make_engine(model, config.lwo, settings, config.method)
+        if settings["zero_optimization"]["stage"] == 3:
+            partition = load_deepspeed().partitioner(settings)
+    model = load_model(source, config.train, strategy=config.strategy, device=device, partition=partition)
+    wrapped = make_engine(model, config.lwo, settings, config.method) if settings else model
     lwo = attach(wrapped, config.lwo, config.method)
     if checkpoint is not None:
+        if settings.get("bf16", {}).get("enabled"):
+            _write_masters(lwo, checkpoint)
         lwo.load_state_dict(checkpoint.hook_state())
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
@@ -156,6 +161,14 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
+
+
+def _write_masters(lwo: LWO, checkpoint: Checkpoint) -> None:
+    """The model was made from the checkpoint in bf16; the fp32 masters are in the same files."""
+    index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for layer in lwo.layers:
+        for reference in sorted({index[name] for name in layer.parameter_names}):
+            lwo.write_layer(load_file(checkpoint.folder / reference))
 
 
 def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, Any]) -> dict[str, Any]:

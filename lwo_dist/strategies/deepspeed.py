@@ -24,12 +24,12 @@ from .deepspeed_engine import (
     build_engine,
     check_engine,
     check_environment,
-    partitioned,
+    partitioner,
     warn,
     warn_overruled,
 )
 
-__all__ = ["DeepSpeedZero", "build_engine", "check_environment", "partitioned"]
+__all__ = ["DeepSpeedZero", "build_engine", "check_environment", "partitioner"]
 
 
 class DeepSpeedZero(Strategy):

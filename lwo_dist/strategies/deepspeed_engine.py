@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from lwo_dist import distributed
 from lwo_dist.config import UserError
 
 from .deepspeed_config import refuse_settings
-from .deepspeed_private import ZERO_OPTIMIZERS
+from .deepspeed_private import ZERO_OPTIMIZERS, partition_function
 
-__all__ = ["RateOfEngine", "build_engine", "check_engine", "check_environment", "partitioned", "warn", "warn_overruled"]
+__all__ = ["RateOfEngine", "build_engine", "check_engine", "check_environment", "partitioner", "warn", "warn_overruled"]
 
 
 def check_engine(engine: Any, accumulation: int) -> None:
@@ -107,28 +106,39 @@ def build_engine(
     """`deepspeed.initialize` in a process group that is there already, made by torchrun, Ray Train or a test.
 
     Args:
-        model: plain, or made under `partitioned`; its trainable parameters are `parameters`.
+        model: plain, or of parameters that `partitioner` has cut; its trainable parameters are `parameters`.
         optimizer: over `parameters`.
         settings: the whole DeepSpeed config, as `deepspeed_config.resolve` makes it.
     """
-    check_environment()
-    os.environ.setdefault("LOCAL_RANK", "0")
+    _join()
     settings = {**settings, "zero_force_ds_cpu_optimizer": False}
-    deepspeed.init_distributed(dist_init_required=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=list(parameters), optimizer=optimizer, config=settings, dist_init_required=False
     )
     return engine
 
 
-@contextmanager
-def partitioned(settings: dict[str, Any]) -> Iterator[None]:
-    """Every parameter that is made inside is partitioned over the ranks at once, as stage 3 stores it."""
+def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """A function that every rank calls with a whole parameter: each keeps its part of what rank 0 has there.
+
+    That is stage 3 from the start; a model so made goes to `build_engine` with the same `settings`.
+    """
+    _join()
+    partition = partition_function(settings)
+    dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
+
+    def keep_part(parameter: nn.Parameter) -> None:
+        parameter.data = parameter.data.to(dtype)
+        partition([parameter])
+
+    return keep_part
+
+
+def _join() -> None:
+    """Let DeepSpeed use the process group that is there."""
     check_environment()
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
-        yield
 
 
 def check_environment() -> None:

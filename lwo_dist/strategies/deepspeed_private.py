@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "inner_optimizer",
     "link_moments",
     "masters",
+    "partition_function",
     "release",
     "stored",
     "trained_parameters",
@@ -60,6 +61,7 @@ _NAMES = {
         "_get_fp32_opt_state_partition", "_global_grad_norm",
     ],
     DeepSpeedZeRoOffload: ["destroy", "get_param_coordinator", "persistent_parameters"],
+    deepspeed.zero.Init: ["_convert_to_zero_parameters"],
     PartitionedParameterCoordinator: ["is_invalid_trace", "_invalidate_trace"],
 }  # fmt: skip
 ZERO_OPTIMIZERS = (DeepSpeedZeroOptimizer, BF16_Optimizer, DeepSpeedZeroOptimizer_Stage3)
@@ -93,6 +95,11 @@ def _has(kind: type, name: str) -> bool:
 check_version(deepspeed.__version__, _NAMES)
 # torch 2.13 renames two collectives that 0.19.8 calls, and warns at every one of them.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, r"torch\.distributed\.")
+
+
+def partition_function(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]], None]:
+    """What `deepspeed.zero.Init` does to each parameter that is made in it: rank 0's values, in parts."""
+    return deepspeed.zero.Init(config_dict_or_path=settings)._convert_to_zero_parameters
 
 
 # ---- the swap

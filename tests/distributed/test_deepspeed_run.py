@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -50,7 +51,33 @@ def test_runs_end_in_the_same_model_as_fsdp(inputs: tuple[Path, Path], tmp_path:
         assert summary["optimizer_state_bytes"] > 0 and summary["comm_bytes_per_step"] > 0
 
 
-def run_broken(config: Config) -> str:
-    with pytest.raises(InterruptedError) as caught:
-        stop_after(config, 5)
-    return str(caught.value)
+def resume_all(pairs: list[tuple[Config, Config, Config]]) -> list[tuple]:
+    """Of each: the unbroken run, then the same one, ended without a clean way out after 5 steps and resumed."""
+    results = []
+    for unbroken, broken, again in pairs:
+        expected = run_and_record(unbroken)
+        with contextlib.suppress(InterruptedError):
+            stop_after(broken, 5)
+        results.append((expected, run_and_record(again)))
+    return results
+
+
+def test_a_resumed_run_follows_the_unbroken_one(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    cases = [("zero_2", 2, "bf16"), ("zero_3", 3, "bf16"), ("zero_3_fp32", 3, "fp32")]
+    pairs = []
+    for name, stage, precision in cases:
+        settings = (
+            "strategy=deepspeed",
+            f"zero_stage={stage}",
+            f"train.precision={precision}",
+            "checkpoint.steps=5",
+            EPS,
+        )
+        made = [prepare(make_config(inputs, tmp_path / name / part, *settings)) for part in ("a", "b", "b")]
+        pairs.append(tuple(made))
+    for (name, _, _), ((expected, losses), (found, resumed)) in zip(
+        cases, run_ranks(resume_all, 2, pairs, timeout=400)[0], strict=True
+    ):
+        assert resumed[0][0] == 6 and resumed[1:] == losses[3:], name
+        weights = exported(found)
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in exported(expected).items()), name

@@ -35,7 +35,10 @@ def make_engine(
 
     config = settings(stage, accumulation=recipe.accumulation, **more)
     if from_start:
-        with load_deepspeed().partitioned(config):
+        dist_settings = {**config, "zero_force_ds_cpu_optimizer": False}
+        load_deepspeed().check_environment()
+        deepspeed.init_distributed(dist_init_required=False)
+        with deepspeed.zero.Init(config_dict_or_path=dist_settings):
             model = oracle.tiny_model(tied=tied)
     else:
         model = oracle.tiny_model(tied=tied)

@@ -172,6 +172,24 @@ def test_damaged_weights(folder: Path, one_rank: None, strategy: str) -> None:
     assert "download or save the folder again" in refusal(folder, strategy=strategy)
 
 
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
+def test_own_code(folder: Path, tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+        "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit_config(folder, model_type="own", architectures=["OwnModel"], auto_map=auto_map)
+    model = load(folder, strategy=strategy, trust_remote_code=True)
+    assert type(model).__name__.endswith("OwnModel")
+    ids = torch.arange(8).view(1, 8)
+    expected = Qwen2ForCausalLM.from_pretrained(folder, config=model.config, dtype=torch.float32)
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
 def test_not_a_trainable_decoder(folder: Path, tmp_path: Path) -> None:
     T5ForConditionalGeneration(
         T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
