@@ -71,6 +71,8 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
+    # A moving bar garbles the log of a job; workers inherit this.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         from .run import prepare_and_run as train
     else:

@@ -48,9 +48,7 @@ TOP_LEVEL = {"lwo_dist", "launch", "tests", "k8s", "pyproject.toml", "README.md"
 MAX_FILE_LINES = 300
 MAX_TEST_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-LONGER_FILES = {
-    "lwo_dist/models.py": 340,  # Every way of reading weights shard by shard, which only make sense side by side.
-}
+LONGER_FILES: dict[str, int] = {}
 PRIVATE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|work)/(?!ray\b)[\w.]")
 TEXT = {".py", ".sh", ".md", ".yaml", ".yml", ".toml", ".txt", ".json", ""}
 
@@ -199,7 +197,6 @@ def test_a_sound_tree_has_no_problem(tmp_path: Path) -> None:
         ("lwo_dist/strategies/fsdp.py", "from deepspeed import zero\n", "deepspeed is imported only in"),
         ("launch/train.py", "import ray\n", "ray is imported only in"),
         ("lwo_dist/layers.py", "\n" * 301, "301 lines, more than 300"),
-        ("lwo_dist/models.py", "\n" * 341, "341 lines, more than 340"),
         ("tests/unit/test_x.py", "\n" * 501, "501 lines, more than 500"),
         ("lwo_dist/layers.py", "def f():\n" + "    x = 1\n" * 60, "layers.py:1: f has 61 lines"),
         ("tests/unit/test_x.py", "class A:\n    async def f():\n" + "        x = 1\n" * 60, "f has 61 lines"),

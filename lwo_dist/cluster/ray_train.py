@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
 import signal
 import socket
 import sys
@@ -149,10 +150,20 @@ def _joined_ray() -> Iterator[list[_Node]]:
 def _local_ray(machine: _Node) -> Iterator[None]:
     import ray
 
+    # Else Ray's own actors look for "the" Ray of the machine, and complain where there are two.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    # Ray starts workers through a shell and does not quote a path with spaces.
+    python = shlex.quote(sys.executable)
     ray.init(
         address="local",
+        dashboard_host="127.0.0.1",
+        dashboard_port=port,
         num_cpus=int(machine["CPU"]),
         num_gpus=int(machine["GPU"]),
+        runtime_env={} if python == sys.executable else {"py_executable": python},
         logging_level=logging.WARNING,
         **_short_temp_dir(),
     )
@@ -160,6 +171,7 @@ def _local_ray(machine: _Node) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        del os.environ["RAY_API_SERVER_ADDRESS"]
 
 
 def _short_temp_dir() -> dict[str, str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from lwo_dist import distributed
+from lwo_dist.callback import Callback
 from lwo_dist.config import Config
-from lwo_dist.run import prepare
-from tests.distributed.test_run import exported, inputs, make_config, run_and_record, stop_after
+from lwo_dist.run import prepare, run
+from tests.distributed.test_run import Losses, exported, inputs, make_config, run_and_record
 from tests.ranks import run_ranks
 
 __all__ = ["inputs"]  # the fixture
@@ -51,14 +54,25 @@ def test_runs_end_in_the_same_model_as_fsdp(inputs: tuple[Path, Path], tmp_path:
         assert summary["optimizer_state_bytes"] > 0 and summary["comm_bytes_per_step"] > 0
 
 
-def resume_all(pairs: list[tuple[Config, Config, Config]]) -> list[tuple]:
-    """Of each: the unbroken run, then the same one, ended without a clean way out after 5 steps and resumed."""
+class CopyAt5(Callback):
+    """Keeps the run folder as a run that is killed after 5 steps leaves it."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        if step == 5:
+            shutil.copytree(folder.parents[1], self.target, dirs_exist_ok=True)
+
+
+def resume_all(pairs: list[tuple[Config, Config]]) -> list[tuple]:
+    """Of each: the unbroken run, then the same one from where it was after 5 steps."""
     results = []
-    for unbroken, broken, again in pairs:
-        expected = run_and_record(unbroken)
-        with contextlib.suppress(InterruptedError):
-            stop_after(broken, 5)
-        results.append((expected, run_and_record(again)))
+    for unbroken, again in pairs:
+        losses, resumed = Losses(), Losses()
+        expected = run(unbroken, [losses, CopyAt5(Path(again.storage) / str(again.run_name))])
+        distributed.barrier()
+        results.append((expected, losses.losses, run(again, [resumed]), resumed.losses))
     return results
 
 
@@ -73,11 +87,9 @@ def test_a_resumed_run_follows_the_unbroken_one(inputs: tuple[Path, Path], tmp_p
             "checkpoint.steps=5",
             EPS,
         )
-        made = [prepare(make_config(inputs, tmp_path / name / part, *settings)) for part in ("a", "b", "b")]
-        pairs.append(tuple(made))
-    for (name, _, _), ((expected, losses), (found, resumed)) in zip(
-        cases, run_ranks(resume_all, 2, pairs, timeout=400)[0], strict=True
-    ):
+        pairs.append(tuple(prepare(make_config(inputs, tmp_path / name / part, *settings)) for part in ("a", "b")))
+    results = run_ranks(resume_all, 2, pairs, timeout=150)[0]
+    for (name, _, _), (expected, losses, found, resumed) in zip(cases, results, strict=True):
         assert resumed[0][0] == 6 and resumed[1:] == losses[3:], name
         weights = exported(found)
         assert all(torch.equal(tensor, weights[key]) for key, tensor in exported(expected).items()), name

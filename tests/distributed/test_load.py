@@ -22,9 +22,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lwo_dist import models
 from lwo_dist.config import ModelConfig, TrainConfig, UserError
 from lwo_dist.models import load_model
+from lwo_dist.models import weights as loading
 from tests.ranks import run_ranks
 
 SIZES = {
@@ -56,10 +56,10 @@ def load(folder: Path) -> nn.Module:
 def logits(folder: Path) -> tuple[torch.Tensor, bool]:
     """What the loaded model computes, and whether rank 0 had to read it whole."""
     whole = []
-    receive, models._receive = models._receive, lambda *args: (whole.append(1), receive(*args))
+    receive, loading.receive = loading.receive, lambda *args: (whole.append(1), receive(*args))
     with torch.no_grad():
         values = load(folder)(input_ids=torch.arange(40).view(2, 20)).logits
-    models._receive = receive
+    loading.receive = receive
     return values, bool(whole)
 
 

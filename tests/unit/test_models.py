@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from lwo_dist import distributed, models
+from lwo_dist import distributed
 from lwo_dist.config import ModelConfig, TrainConfig, UserError
-from lwo_dist.models import load_model, load_tokenizer
+from lwo_dist.models import folders, load_model, load_tokenizer
+from lwo_dist.models import weights as loading
 
 CPU = torch.device("cpu")
 
@@ -108,7 +109,7 @@ def test_gradient_checkpointing(folder: Path, strategy: str, one_rank: None) -> 
 @pytest.mark.parametrize("kind", ["as saved", "index", "old buffers", "both tied names", "pytorch bin", "converted"])
 def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     GenerationConfig(max_new_tokens=7).save_pretrained(folder)
-    monkeypatch.setattr(models, "_PIECE_BYTES", 64)  # Several pieces a tensor, and rows larger than a piece.
+    monkeypatch.setattr(loading, "_PIECE_BYTES", 64)  # Several pieces a tensor, and rows larger than a piece.
     if kind == "index":
         Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="1KB")
         assert len(list(folder.glob("*.safetensors"))) > 2
@@ -123,9 +124,9 @@ def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pyte
         (folder / "model.safetensors").unlink()
     elif kind == "converted":  # The names of a checkpoint may be right and its values still to be transposed.
         step = WeightConverter("no_such_name", "no_such_name", [Transpose()])
-        monkeypatch.setattr(models, "get_model_conversion_mapping", lambda model: [step])
+        monkeypatch.setattr(loading, "get_model_conversion_mapping", lambda model: [step])
     whole = []
-    monkeypatch.setattr(models, "_receive", lambda *args: (whole.append(1), receive(*args)))
+    monkeypatch.setattr(loading, "receive", lambda *args: (whole.append(1), receive(*args)))
     model = load(folder, strategy="fsdp")
     assert bool(whole) == (kind in ("both tied names", "pytorch bin", "converted")), "only these are read whole"
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -139,7 +140,7 @@ def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pyte
         assert torch.equal(model.get_buffer(name), buffer), name
 
 
-receive = models._receive
+receive = loading.receive
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
@@ -217,7 +218,7 @@ def test_not_a_model(tmp_path: Path, folder: Path) -> None:
 
 
 def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "snapshot_download", partial(snapshot_download, endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(folders, "snapshot_download", partial(snapshot_download, endpoint="http://127.0.0.1:9"))
     started = time.monotonic()
     assert "cannot be reached" in refusal("some/model")
     with pytest.raises(UserError, match="cannot be reached"):
@@ -232,7 +233,7 @@ def test_hub_cache_is_enough(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     (cache / "snapshots").mkdir()
     folder.rename(cache / "snapshots" / ("0" * 40))
     monkeypatch.setattr(
-        models,
+        folders,
         "snapshot_download",
         partial(snapshot_download, endpoint="http://127.0.0.1:9", cache_dir=tmp_path / "cache"),
     )
@@ -253,5 +254,5 @@ def test_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: type[Exception], pa
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error.__new__(error)
 
-    monkeypatch.setattr(models, "snapshot_download", fail)
+    monkeypatch.setattr(folders, "snapshot_download", fail)
     assert part in refusal("some/model", revision="v9")

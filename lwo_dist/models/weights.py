@@ -1,0 +1,177 @@
+"""Weights from safetensors files into a model, this rank's share of each tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from lwo_dist import distributed
+from lwo_dist.config import ModelConfig, UserError
+
+from .folders import AGAIN, on_all_ranks, one_line, whole_model
+
+__all__ = ["is_direct", "locate", "read", "receive", "receive_partitioned"]
+
+# Pages of a mapped file count as this process's memory while it is open: a tensor is read in pieces of this size.
+_PIECE_BYTES = 16 * 2**20
+
+
+def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file; empty where the weights are in another format."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    with one_line(config, "weights", AGAIN):
+        if index.is_file():
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        if not single.is_file():
+            return {}
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+
+
+def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
+    """Whether each tensor of the model is one of the checkpoint, under the same name.
+
+    It is not where transformers fuses weights while it loads them (the experts of a mixture) or renames them (GPT-2
+    as first published, without "transformer."), and where both names of a tied tensor were saved.
+    """
+    if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
+        return False
+    targets = _targets(model)
+    known = {name for group in targets for name in group}
+    # Old checkpoints hold buffers that models now compute, such as each layer's rotary_emb.inv_freq.
+    computed = {_ending(name) for name, _ in model.named_buffers() if name not in known}
+    saved = {name for name in files if name in known or _ending(name) not in computed}
+    return saved <= known and all(len(saved.intersection(group)) == 1 for group in targets)
+
+
+@torch.no_grad()
+def read(model: Any, config: ModelConfig, files: Mapping[str, Path]) -> None:
+    """Copy this rank's rows of each tensor from its file."""
+    with on_all_ranks(), one_line(config, "weights", AGAIN):
+        for group, target in _targets(model).items():
+            name = next(name for name in group if name in files)
+            with safe_open(files[name], "pt") as file:
+                shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(target.shape):
+                raise UserError(
+                    f"model.name {config.name!r}: {name} has the shape {shape} in {files[name].name} and "
+                    f"{tuple(target.shape)} by config.json; its files must belong to the same model"
+                )
+            local, first = _local_rows(target)
+            for start, stop in _pieces(local):
+                with safe_open(files[name], "pt") as file:
+                    rows = file.get_slice(name)[first + start : first + stop] if shape else file.get_tensor(name)
+                    local[start:stop].copy_(rows)
+
+
+@torch.no_grad()
+def receive(model: Any, config: ModelConfig, folder: Path, files: Mapping[str, Path], device: torch.device) -> None:
+    """Rank 0 loads the model whole, on its host and in the dtype it is stored in, and sends it piece by piece."""
+    targets = _targets(model)
+    whole: dict[str, Tensor] = {}
+    with on_all_ranks():
+        if distributed.rank() == 0:
+            whole = whole_model(config, folder, _stored_dtype(config, files)).state_dict(keep_vars=True)
+            for group in targets:
+                if any(whole[name] is not whole[group[0]] for name in group):
+                    raise UserError(
+                        f"model.name {config.name!r}: config.json ties {' and '.join(group)}, but the saved weights "
+                        "differ; set tie_word_embeddings to false there"
+                    )
+    for group, target in targets.items():
+        local, first = _local_rows(target)
+        every_row = torch.empty(target.shape or (1,), dtype=target.dtype, device="meta")
+        for start, stop in _pieces(every_row):
+            rows = torch.empty_like(every_row[start:stop], device=device)
+            if whole:
+                rows.copy_(whole[group[0]].view(every_row.shape)[start:stop])
+            if distributed.world_size() > 1:
+                dist.broadcast(rows, src=0)
+            low, high = max(start, first), min(stop, first + len(local))
+            if low < high:
+                local[low - first : high - first].copy_(rows[low - start : high - start])
+
+
+@torch.no_grad()
+def receive_partitioned(
+    model: Any,
+    config: ModelConfig,
+    folder: Path,
+    files: Mapping[str, Path],
+    device: torch.device,
+    partition: Callable[[nn.Parameter], None],
+) -> None:
+    """Make the parameters real one after the other: whole on every rank for a moment, from rank 0's file."""
+    whole: dict[str, Tensor] = {}
+    with on_all_ranks():
+        if distributed.rank() == 0 and not files:
+            whole = whole_model(config, folder, torch.float32).state_dict(keep_vars=True)
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    for group, target in _targets(model).items():
+        tensor = torch.empty(target.shape, dtype=target.dtype, device=device)
+        with on_all_ranks(), one_line(config, "weights", AGAIN):
+            if distributed.rank() == 0:
+                name = next(name for name in group if name in files or not files)
+                with safe_open(files[name], "pt") if files else nullcontext() as file:
+                    tensor.copy_(file.get_tensor(name) if file is not None else whole[name])
+        if isinstance(target, nn.Parameter):
+            parameter = nn.Parameter(tensor)
+            partition(parameter)
+            for name in group:
+                module, _, own = name.rpartition(".")
+                model.get_submodule(module)._parameters[own] = parameter
+        else:
+            if distributed.world_size() > 1:
+                dist.broadcast(tensor, src=0)
+            target.copy_(tensor)
+
+
+def _targets(model: Any) -> dict[tuple[str, ...], Tensor]:
+    """The tensors that a checkpoint holds, each under all of its names: a tied one has several."""
+    tensors = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {tuple(group): tensors[group[0]] for group in names.values()}
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _stored_dtype(config: ModelConfig, files: Mapping[str, Path]) -> torch.dtype:
+    """The half precision that all weights are stored in, else fp32: loading must not round."""
+    found = set()
+    with one_line(config, "weights", AGAIN):
+        for name, path in files.items():
+            with safe_open(path, "pt") as file:
+                found.add(file.get_slice(name).get_dtype())
+    half = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return half.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
+def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows, writable, and the number of the first one in the whole tensor."""
+    if isinstance(tensor, DTensor):
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return tensor.to_local(), offsets[0]
+    return tensor if tensor.ndim else tensor.view(1), 0
+
+
+def _pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that hold at most `_PIECE_BYTES`, or one row."""
+    step = max(1, _PIECE_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
+    for start in range(0, len(tensor), step):
+        yield start, min(start + step, len(tensor))
