@@ -425,6 +425,7 @@ def test_a_server_that_refuses_gets_one_line(tmp_path, caplog, status, said):
         thread.start()
         callback = begin(config_for(f"http://127.0.0.1:{refusing.server_port}", flush_timeout_s=1), tmp_path, "no")
         train(callback)
+        until(lambda: any(record.levelno >= logging.WARNING for record in caplog.records), 90)
         callback.on_run_end({})
         refusing.shutdown()
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
