@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,8 @@ from .config import Config, UserError, load_config
 
 __all__ = ["main"]
 
+_PATIENCE_S = 30
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C; other exceptions pass through."""
@@ -23,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         arguments.command(arguments)
     except UserError as error:
-        # Under torchrun each rank of a host finds the same fault: one of them says it.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Each rank of a host finds the same fault, and torchrun ends them all when the first one exits: that must
+            # be the one that says it. Whoever is still here afterwards has a fault of its own.
+            time.sleep(_PATIENCE_S)
+        print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

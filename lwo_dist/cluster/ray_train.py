@@ -136,9 +136,15 @@ def _joined_ray() -> Iterator[list[_Node]]:
     if ours:
         address = os.environ["RAY_ADDRESS"]
         try:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if port.isdigit():  # Ray itself would try for minutes.
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS = {address}: no Ray answers there ({error}); start it, or unset it") from None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"RAY_ADDRESS = {address}: no Ray can be joined there ({error}); give host:port of a running Ray, and "
+                "its token in RAY_AUTH_TOKEN if it has one, or unset RAY_ADDRESS for a local Ray"
+            ) from None
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:

@@ -54,7 +54,7 @@ def _command(folder: Path, run_name: str, *overrides: str) -> list[str]:
 def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     # Started elsewhere than the storage lies, because the workers' own folder is elsewhere, too.
     return subprocess.run(
-        command, cwd=environment["HOME"], env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=environment["HOME"], env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -63,9 +63,14 @@ def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path
     # A deep folder for temporary files: Ray's sockets do not fit below it.
     deep = tmp_path / ("deep" * 10)
     deep.mkdir()
-    environment = _environment(folder, TMPDIR=str(deep))
-    result = _run(_command(folder, "local", "cluster.env.OMP_NUM_THREADS='1'"), environment)
+    # A virtual environment whose path needs quotes.
+    spaced = tmp_path / "a b"
+    spaced.symlink_to(sys.prefix)
+    python = str(spaced / "bin" / Path(sys.executable).name)
+    command = _command(folder, "local", "cluster.env.OMP_NUM_THREADS='1'")
+    result = _run([python, *command[1:]], _environment(folder, TMPDIR=str(deep)))
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
     summary = json.loads((folder / "runs" / "local" / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, STEPS)
 
@@ -111,6 +116,16 @@ def test_too_many_workers_for_a_cluster(folder: Path, cluster: dict[str, str]) -
     assert not (folder / "runs" / "many").exists()
 
 
+@pytest.mark.parametrize(("address", "why"), [("127.0.0.1:9", "refused"), ("nonsense", "Invalid address")])
+def test_no_ray_at_the_address(folder: Path, address: str, why: str) -> None:
+    (folder / "home").mkdir(exist_ok=True)
+    result = _run(_command(folder, "nowhere"), _environment(folder, RAY_ADDRESS=address))
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert result.stderr.startswith(f"lwo-dist: RAY_ADDRESS = {address}: no Ray can be joined there (")
+    assert why in result.stderr
+    assert not (folder / "runs" / "nowhere").exists()
+
+
 def test_a_worker_s_user_error_is_one_line(folder: Path, cluster: dict[str, str]) -> None:
     result = _run(_command(folder, "bad", f"model.name={folder}/nowhere"), cluster | {"HF_TOKEN": SECRET})
     assert result.returncode == 2
@@ -153,7 +168,7 @@ def test_ctrl_c_ends_the_run_and_leaves_the_cluster(folder: Path, cluster: dict[
     with subprocess.Popen(
         command, cwd=cluster["HOME"], env=cluster, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as driver:
-        limit = threading.Timer(240, driver.kill)
+        limit = threading.Timer(400, driver.kill)
         limit.start()
         assert driver.stdout is not None
         next((line for line in driver.stdout if line.startswith("step ")), None)

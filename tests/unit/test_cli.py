@@ -126,9 +126,13 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         cli.main(["train"])
 
 
-def test_of_a_host_s_ranks_one_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_host_s_ranks_the_first_speaks_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait to be ended by torchrun, and speak if they are not: nobody fails in silence."""
     monkeypatch.setattr(cli, "load_config", lambda *_: _raise(UserError("a")))
-    for local_rank, said in [("0", "lwo-dist: a\n"), ("1", "")]:
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: print("waits", file=sys.stderr))
+    for local_rank, said in [("0", "lwo-dist: a\n"), ("1", "waits\nlwo-dist: a\n")]:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert cli.main(["train"]) == 2
         assert capsys.readouterr().err == said

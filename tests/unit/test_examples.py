@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lwo_dist.config import Config, UserError
@@ -80,7 +81,9 @@ def test_cut_windows_by_hand() -> None:
 
 
 def test_a_line_ends_where_a_token_ends() -> None:
-    tokenizer = make_tokenizer(bos_token="<s>")
+    tokenizer = pickle.loads(pickle.dumps(make_tokenizer(bos_token="<s>")))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", tokenizer.bos_token_id)])
+    assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     text = code(3) + "\n\n    x\f = 'é\u2028'\n"
     lines = tokenize_lines(tokenizer, text)
     texts = [tokenizer.decode(line) for line in lines]
