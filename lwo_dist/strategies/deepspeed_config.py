@@ -71,6 +71,9 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the first such setting.
     """
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "data_types"):
+        if not isinstance(settings.get(key) or {}, Mapping):
+            raise UserError(f"deepspeed config: {key} = {settings[key]!r} must be a mapping")
     for path, (fine, remedy) in _REFUSED.items():
         value = _at(settings, path)
         if value not in fine:

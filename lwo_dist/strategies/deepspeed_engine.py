@@ -10,7 +10,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import ValidationError
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -112,9 +114,13 @@ def build_engine(
     """
     _join()
     settings = {**settings, "zero_force_ds_cpu_optimizer": False}
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=list(parameters), optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=list(parameters), optimizer=optimizer, config=settings,
+            dist_init_required=False,
+        )  # fmt: skip
+    except (ValidationError, DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed config: {' '.join(str(error).split())}") from None
     return engine
 
 

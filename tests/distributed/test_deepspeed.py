@@ -79,7 +79,9 @@ def count_steps(cases: list[tuple[int, dict]]) -> list[list[dict]]:
     for stage, settings in cases:
         recipe = oracle.Recipe(steps_per_layer=2)
         lwo = zero.attach_engine(stage, recipe, tied=False, zero=settings, late=stage == 2)
-        sizes = {name: sum(size(lwo, p) for p in layer.parameter_names) for name, layer in by_name(lwo).items()}
+        layers = {layer.name: layer for layer in lwo.layers}
+        numel = {n: getattr(p, "ds_numel", p.numel()) for n, p in lwo.strategy.model.named_parameters()}
+        sizes = {name: sum(numel[n] for n in layer.parameter_names) for name, layer in layers.items()}
         rows = []
         for step in range(2 * len(lwo.layers) + 2):
             layer, before = lwo.active_layer, training.weights(lwo)
@@ -89,8 +91,7 @@ def count_steps(cases: list[tuple[int, dict]]) -> list[list[dict]]:
             with CountPayload() as backward:
                 lwo.backward(loss)
             frozen = [n for n, p in lwo.strategy.model.named_parameters() if p.grad is not None and not p.requires_grad]
-            inner = lwo.strategy.step
-            seen: dict[str, Any] = {}
+            inner, seen = lwo.strategy.step, {}
 
             def spy(lr: float, norm: float, inner: Any = inner, seen: dict = seen, lwo: Any = lwo) -> Any:
                 with CountPayload() as update:  # without the switch, which comes after it
@@ -105,20 +106,11 @@ def count_steps(cases: list[tuple[int, dict]]) -> list[list[dict]]:
             rows.append({
                 "layer": layer.name, "trained": sorted(layer.parameter_names), "frozen_gradients": frozen,
                 "changed": sorted(n for n in after if not torch.equal(before[n], after[n])), "sizes": sizes,
-                "depth": layer.depth, "depths": {n: other.depth for n, other in by_name(lwo).items()},
+                "depth": layer.depth, "depths": {n: other.depth for n, other in layers.items()},
                 "forward": forward.calls, "backward": backward.calls, "sent": report.bytes_sent, **seen,
             })  # fmt: skip
         results.append(rows)
     return results
-
-
-def by_name(lwo: Any) -> dict[str, Any]:
-    return {layer.name: layer for layer in lwo.layers}
-
-
-def size(lwo: Any, name: str) -> int:
-    parameter = dict(lwo.strategy.model.named_parameters())[name]
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 class CountPayload(CountCollectives):

@@ -73,8 +73,8 @@ def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
         ({"amp": {"enabled": True}}, (), r"amp.enabled"),
         ({"optimizer": {"type": "Lion"}}, (), r"optimizer.type = Lion cannot be used; layers are trained with AdamW"),
         ({"optimizer": {"type": "OneBitAdam"}}, (), r"optimizer.type = OneBitAdam cannot be used"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, (), r"device = 'nvme' .* NVMe is not supported"),  # noqa: E501
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, (), r"offload_param.device = 'nvme' cannot be used"),  # noqa: E501
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, (), r"'nvme' .* NVMe is not supported"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, (), r"offload_param.device = 'nvme' cannot"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, (), r"offload the optimizer"),
         ({"zero_optimization": {"zero_hpz_partition_size": 2}}, (), r"zero_hpz_partition_size = 2"),
         ({"scheduler": {"type": "WarmupLR"}}, (), r"scheduler cannot be used in a run.*set lwo.lr_scheduler_type"),
