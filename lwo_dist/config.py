@@ -128,7 +128,11 @@ class EvalConfig(_Settings):
 class CheckpointConfig(_Settings):
     """Saving and resuming."""
 
-    steps: int = Field(0, ge=0, description="save every so many steps; 0: only at evaluations and at the end")
+    steps: int = Field(
+        0, ge=0, description="save every so many steps; 0: at the end of a visit, at least checkpoint.minutes apart"
+    )
+    minutes: float = Field(5.0, ge=0, description="checkpoint.steps: 0 only; least time between two such saves")
+    keep: int = Field(1, ge=1, description="so many of the newest checkpoints stay, and the best one besides")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on where a run of this run_name stopped")
 
 
@@ -164,7 +168,9 @@ class Config(_Settings):
     )
     task: Literal["completion"] = Field("completion", description="what is learned: completing lines of code")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
-    storage: str = Field("runs", description="folder for runs, seen by all workers")
+    storage: str = Field(
+        "runs", description="folder for runs, seen by all workers; or an object store, such as s3://bucket/folder"
+    )
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date"
     )
