@@ -135,11 +135,13 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
         settings = deepspeed_config.resolve(config, distributed.world_size())
         if settings["zero_optimization"]["stage"] == 3:
             partition = load_deepspeed().partitioner(settings)
-    model = load_model(source, config.train, strategy=config.strategy, device=device, partition=partition)
+    model = load_model(
+        source, config.train, strategy=config.strategy, device=device, partition=partition, storage=config.fsdp.storage
+    )
     wrapped = make_engine(model, config.lwo, settings, config.method) if settings else model
     lwo = attach(wrapped, config.lwo, config.method)
     if checkpoint is not None:
-        if settings.get("bf16", {}).get("enabled"):
+        if lwo.strategy.stores_16_bit:
             _write_masters(lwo, checkpoint)
         lwo.load_state_dict(checkpoint.hook_state())
         store.remember(checkpoint, lwo)

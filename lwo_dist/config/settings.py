@@ -16,6 +16,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "FSDPConfig",
     "LWOConfig",
     "ModelConfig",
     "TrackingConfig",
@@ -48,7 +49,12 @@ class LWOConfig(_Settings):
         default_factory=dict, description="order: weighted only; layer name -> relative frequency, 1 where unnamed"
     )
     seed: int = Field(0, ge=0, description="seed of the random and weighted orders")
-    state: Literal["reset"] = Field("reset", description="a layer's moments at a switch: reset drops them")
+    state: Literal["reset", "keep"] = Field(
+        "reset", description="a layer's moments at a switch: reset drops them, keep parks them for its next visit"
+    )
+    inactive_master: Literal["host", "discard"] = Field(
+        "host", description="16-bit weights' fp32 masters between visits: host parks them, discard rounds them away"
+    )
     train_embeddings: bool = Field(True, description="make the embedding a trained layer")
     train_head: bool = Field(True, description="make the output head, with the final norm, a trained layer")
     layers_per_group: int = Field(1, ge=1, description="neighbouring transformer layers trained as one layer")
@@ -95,6 +101,14 @@ class DataConfig(_Settings):
     max_file_bytes: int = Field(500_000, ge=1, description="larger files are skipped and counted")
     held_out_fraction: float = Field(0.15, gt=0, lt=1, description="share of the files kept for evaluation")
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
+
+
+class FSDPConfig(_Settings):
+    """Sharded weights."""
+
+    storage: Literal["fp32", "bf16"] = Field(
+        "fp32", description="strategy: fsdp only; bf16: shards of 2 bytes a parameter, fp32 while a layer is active"
+    )
 
 
 class TrainConfig(_Settings):
@@ -167,6 +181,7 @@ class Config(_Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lwo: LWOConfig = LWOConfig()
+    fsdp: FSDPConfig = FSDPConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -178,4 +193,20 @@ class Config(_Settings):
         for key in ("zero_stage", "deepspeed"):
             if getattr(self, key) is not None and self.strategy != "deepspeed":
                 raise ValueError(f"{key} has no effect with strategy: {self.strategy}; set deepspeed there, or drop it")
+        self._check_storage()
         return self
+
+    def _check_storage(self) -> None:
+        if self.fsdp.storage == "bf16":
+            for key, value in (("strategy", "fsdp"), ("train.precision", "bf16"), ("method", "lwo")):
+                found = self.train.precision if key == "train.precision" else getattr(self, key)
+                if found != value:
+                    raise ValueError(
+                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, or storage: fp32"
+                    )
+        in_16_bits = self.fsdp.storage == "bf16" or (self.strategy == "deepspeed" and self.train.precision == "bf16")
+        if self.lwo.inactive_master == "discard" and not in_16_bits:
+            raise ValueError(
+                "lwo.inactive_master: discard has no effect where weights are stored in fp32; drop it, or set "
+                "fsdp.storage: bf16, or strategy: deepspeed with train.precision: bf16"
+            )
