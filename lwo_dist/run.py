@@ -153,13 +153,15 @@ def _build(
         settings = deepspeed_config.resolve(config, distributed.world_size())
         if settings["zero_optimization"]["stage"] == 3:
             partition = load_deepspeed().partitioner(settings)
-    model = load_model(source, config.train, strategy=config.strategy, device=device, partition=partition)
+    model = load_model(
+        source, config.train, strategy=config.strategy, device=device, partition=partition, storage=config.fsdp.storage
+    )
     wrapped = make_engine(model, config.lwo, settings, config.method) if settings else model
     lwo = attach(wrapped, config.lwo, config.method)
     store = LayerStore(place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep)
     if checkpoint is not None:
-        if settings.get("bf16", {}).get("enabled"):
-            # The model was made from the checkpoint in bf16; the fp32 masters are in the same files.
+        if lwo.strategy.stores_16_bit:
+            # The model was made from the checkpoint in 16 bits; the fp32 masters are in the same files.
             for tensors in checkpoint.weights():
                 lwo.write_layer(tensors)
         _restore(lwo, checkpoint)
