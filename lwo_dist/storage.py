@@ -142,6 +142,8 @@ class RunFolder:
                 f"storage = {self.url}: {_first_line(error)}; give a bucket that exists and credentials that may write "
                 "there (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...)"
             ) from None
+        finally:
+            (self.local / probe).unlink(missing_ok=True)
 
     def _find(self, name: str) -> list[str]:
         from pyarrow.fs import FileSelector, FileType
