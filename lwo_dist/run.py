@@ -247,6 +247,13 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
 
 
 def _refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
+    base, then = config.model.name, state["run"]["base_model"]
+    # A folder may have moved; its name stays.
+    if Path(base).name != Path(then).name:
+        raise UserError(
+            f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name is {base}; choose "
+            "another run_name, or set it back"
+        )
     now = {
         "seed": config.seed,
         "global_batch_size": config.train.global_batch_size,
