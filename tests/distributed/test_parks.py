@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lwo_dist
-from lwo_dist.hook import LWO
+from lwo_dist.hook import LWO, _make_adamw
 from lwo_dist.layers import find_layers
 from lwo_dist.memory import park_bytes
 from tests import oracle
@@ -27,9 +29,13 @@ FP32_SUMS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal in every bit: tensors, or nested mappings of them."""
+    """Equal in every bit: tensors, or whatever holds them."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
+    if isinstance(a, list):
+        return all(same(x, y) for x, y in zip(a, b, strict=True))
+    if not isinstance(a, dict):
+        return bool(a == b)
     return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
 
 
@@ -161,15 +167,16 @@ def train_stored() -> dict[str, Any]:
             written = {n: w + torch.rand(w.shape, generator=noise) for n, w in found[f"weights {storage}"].items()}
             lwo.write_layer(written)
             found["written"] = same(written, training.weights(lwo))
-            deactivate_all(lwo)
+            visit_all(lwo)
             found["through a switch"] = same(written, training.weights(lwo))
     return found
 
 
-def deactivate_all(lwo: LWO) -> None:
+def visit_all(lwo: LWO) -> None:
+    """Make every layer active and inactive again, without a step."""
     for layer in [*lwo.layers, lwo.active_layer]:
         lwo.strategy.deactivate()
-        lwo.strategy.activate(layer, lambda shards: torch.optim.AdamW(shards, fused=True))
+        lwo.strategy.activate(layer, partial(_make_adamw, lwo.config))
 
 
 def fsdp_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,3 +203,86 @@ def test_bf16_storage_with_parks_equals_fp32_storage_bitwise() -> None:
 
 def total_numel() -> int:
     return sum(p.numel() for p in oracle.tiny_model(tied=True).parameters())
+
+
+# ---- resuming with parks, in mid-visit
+
+STOP, END = 13, 24  # the second step of the second visit of the second layer; every layer is visited once more
+
+
+def make(kind: str) -> LWO:
+    """`kind`: strategy, a stage, "bf16"."""
+    strategy, *more = kind.split()
+    if strategy == "zero":
+        precision = {"precision": "bf16", **FP32_SUMS} if "bf16" in more else {}
+        return zero.attach_engine(int(more[0]), KEEP, tied=True, config={"state": "keep"}, **precision)
+    if "bf16" in more:
+        return attach_sharded(torch.bfloat16, KEEP, state="keep")
+    return training.attach(strategy, KEEP, tied=True, dtype=torch.float32, state="keep")
+
+
+Saved = tuple[dict, Weights, list[float], Weights]
+Resumed = tuple[bool, bool, list[float], Weights]
+
+
+def stop_and_go_on(kinds: list[str]) -> list[Saved]:
+    results = []
+    for kind in kinds:
+        lwo = make(kind)
+        for step in range(STOP):
+            training.train_step(lwo, step)
+        state, weights = lwo.state_dict(), training.weights(lwo)
+        losses = [training.train_step(lwo, step)[0] for step in range(STOP, END)]
+        results.append((state, weights, losses, training.weights(lwo)))
+    return results
+
+
+def resume(pickled: bytes) -> list[list[Resumed]]:
+    """As bytes, because every tensor among a process's arguments would cost it an open file."""
+    cases: list[tuple[list[str], dict, Weights]] = pickle.loads(pickled)
+    return [[resume_as(kind, state, weights) for kind in kinds] for kinds, state, weights in cases]
+
+
+def resume_as(kind: str, state: dict, weights: Weights) -> Resumed:
+    lwo = make(kind)
+    training.train_step(lwo, 0)  # so that there is something to overwrite
+    lwo.write_layer(weights)
+    lwo.load_state_dict(state)
+    loaded = same([lwo.state_dict(), training.weights(lwo)], [state, weights])
+    visit_all(lwo)
+    visited = same([lwo.state_dict(), training.weights(lwo)], [state, weights])
+    reports = [training.train_step(lwo, step) for step in range(STOP, END)]
+    assert reports[0][1].visit_change is None  # its visit began before the resume
+    return loaded, visited, [loss for loss, _ in reports], training.weights(lwo)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, {"fsdp": ["replicate", "zero 1"], "fsdp bf16": ["fsdp bf16", "zero 1 bf16"]}),
+        pytest.param(
+            1, {"zero 2": ["fsdp", "zero 2"], "replicate": ["fsdp", "zero 3"], "zero 1 bf16": ["fsdp bf16"]},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(4, {"zero 3 bf16": ["fsdp bf16", "zero 2 bf16"], "fsdp": ["zero 3"]}, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_another_strategy_and_world_size_resume_in_mid_visit(ranks: int, cases: dict[str, list[str]]) -> None:
+    saved = run_ranks(stop_and_go_on, 2, list(cases), timeout=300)[0]
+    to_resume = [(then, *parts[:2]) for then, parts in zip(cases.values(), saved, strict=True)]
+    resumed = run_ranks(resume, ranks, pickle.dumps(to_resume), timeout=500)[0]
+    for (first, then), (state, half, losses, weights), of_kinds in zip(cases.items(), saved, resumed, strict=True):
+        assert set(state["moments"]) == set(half)  # of every layer
+        steps = {float(moments["step"]) for moments in state["moments"].values()}
+        assert steps == {2.0, 3.0, 4.0}  # visited once, once and a half, twice
+        for kind, (loaded, visited, found, found_weights) in zip(then, of_kinds, strict=True):
+            assert loaded and visited, f"{first} -> {kind}: masters or moments are not those that were saved"
+            if kind == first and ranks == 2:
+                assert found == losses and same(found_weights, weights), kind
+            # bf16 rounds differently with every way to cut a batch, the loss of its logits included.
+            bound = 0.02 * max(losses) if "bf16" in kind else 1e-5
+            assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) < bound, f"{first} -> {kind}"
+            if "bf16" not in kind:
+                difference = max((weights[n] - found_weights[n]).abs().max() for n in weights)
+                assert difference < 1e-5, f"{first} -> {kind}"
