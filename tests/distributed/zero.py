@@ -64,5 +64,9 @@ def lwo_config(recipe: oracle.Recipe, **config: Any) -> lwo_dist.LWOConfig:
     )  # fmt: skip
 
 
-def attach_engine(stage: int, recipe: oracle.Recipe, *, tied: bool, method: str = "lwo", **more: Any) -> LWO:
-    return lwo_dist.attach(make_engine(stage, recipe, tied=tied, **more), lwo_config(recipe), method)
+def attach_engine(
+    stage: int, recipe: oracle.Recipe, *, tied: bool, method: str = "lwo", config: dict[str, Any] | None = None,
+    **more: Any,
+) -> LWO:  # fmt: skip
+    """`config`: further fields of LWOConfig; `more`: for `make_engine`."""
+    return lwo_dist.attach(make_engine(stage, recipe, tied=tied, **more), lwo_config(recipe, **(config or {})), method)
