@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import lwo_dist
 from lwo_dist.hook import LWO, _make_adamw
 from lwo_dist.layers import find_layers
-from lwo_dist.memory import park_bytes
+from lwo_dist.memory import padded_numel, park_bytes
 from tests import oracle
 from tests.distributed import training, zero
 from tests.ranks import run_ranks
@@ -62,7 +62,7 @@ def rate(schedule: str, step: int) -> float:
     return KEEP.lr * factor
 
 
-def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[float], Weights, list[bool]]]:
+def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[float], Weights, list[bool], int]]:
     results = []
     for strategy, schedule, dtype in cases:
         settings = {"state": "keep", **SCHEDULES[schedule]}
@@ -72,7 +72,7 @@ def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[flo
             lwo = training.attach(strategy, KEEP, tied=True, dtype=dtype, **settings)
         back = watch_parks(lwo)
         losses, weights = training.train(lwo, KEEP.steps)
-        results.append((losses, weights, back))
+        results.append((losses, weights, back, lwo.memory()["park_bytes"]))
     return results
 
 
@@ -100,9 +100,10 @@ def watch_parks(lwo: LWO) -> list[bool]:
 
 
 def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
-    for (strategy, schedule, dtype), (losses, weights, back) in zip(
-        cases, run_ranks(train_kept, 2, cases, timeout=300)[0], strict=True
+    for (strategy, schedule, dtype), of_ranks in zip(
+        cases, zip(*run_ranks(train_kept, 2, cases, timeout=300), strict=True), strict=True
     ):
+        losses, weights, back, _ = of_ranks[0]
         case, bound = f"{strategy} {schedule} {dtype}", 1e-10 if dtype == torch.float64 else 1e-5
         models = {keep: oracle.tiny_model(tied=True, dtype=dtype) for keep in (True, False)}
         for keep, model in models.items():
@@ -116,6 +117,11 @@ def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
         # The comparison can fail: without the kept moments the weights are elsewhere.
         assert max((reset[n].detach() - weights[n]).abs().max() for n in weights) > 20 * bound, case
         assert len(back) == 2 * NUM_LAYERS + 1 and all(back), case
+        # The first layer is active again, the others are parked: two moments an element, over the ranks.
+        numel = [kept[name].numel() for names in layers[1:] for name in names]
+        if strategy == "replicate":  # every layer is padded to a multiple of the ranks, every parameter to one of 4
+            numel = [padded_numel(sum(padded_numel(kept[n].numel(), 4) for n in names), 2) for names in layers[1:]]
+        assert sum(parked for *_, parked in of_ranks) == 2 * dtype.itemsize * sum(numel), case
 
 
 def test_kept_moments_equal_the_plain_loop_with_kept_optimizers() -> None:
