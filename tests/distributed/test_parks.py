@@ -71,8 +71,19 @@ def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[flo
         else:
             lwo = training.attach(strategy, KEEP, tied=True, dtype=dtype, **settings)
         back = watch_parks(lwo)
-        losses, weights = training.train(lwo, KEEP.steps)
-        results.append((losses, weights, back, lwo.memory()["park_bytes"]))
+        losses = []
+        for step in range(KEEP.steps):
+            layer = lwo.active_layer
+            if step % 2 == 0:
+                before = lwo.read_layer(layer)
+            loss, report = training.train_step(lwo, step)
+            losses.append(loss)
+            assert (report.visit_change is None) == (step % 2 == 0)
+            if report.visit_change is not None:
+                after = lwo.read_layer(layer)
+                change = sum((after[name] - before[name]).square().sum() for name in after) ** 0.5
+                torch.testing.assert_close(report.visit_change, change)
+        results.append((losses, training.weights(lwo), back, lwo.memory()["park_bytes"]))
     return results
 
 
