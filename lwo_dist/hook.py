@@ -259,8 +259,8 @@ class LWO:
         if not before:
             return None
         after = self.strategy.masters()
-        change = [(new - old.to(new.device)).norm() for new, old in zip(after, before, strict=True)]
-        return distributed.all_reduce(torch.stack(change).square().sum().to(device)).sqrt()
+        change = [(new - old.to(new.device)).norm().to(device) for new, old in zip(after, before, strict=True)]
+        return distributed.all_reduce(torch.stack(change).square().sum()).sqrt()
 
     @property
     def _at_boundary(self) -> bool:

@@ -118,7 +118,8 @@ def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> Non
         raise UserError(
             "inactive_master: discard has no effect where weights are stored in fp32; drop it, or store them in bf16"
         )
-    size = float(torch.cat([shard.flatten() for shard in strategy.masters()]).abs().median())
+    shards = [shard.flatten() for shard in strategy.masters() if shard.numel()]
+    size = float(torch.cat(shards).abs().median()) if shards else 0.0
     if distributed.rank() == 0 and size > 0:
         reach, half_ulp = steps_per_layer * lr, 2.0 ** (math.floor(math.log2(size)) - 8)
         warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pickle
+import warnings
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import lwo_dist
 from lwo_dist.hook import LWO, _make_adamw
 from lwo_dist.layers import find_layers
-from lwo_dist.memory import park_bytes
+from lwo_dist.memory import padded_numel, park_bytes
 from tests import oracle
 from tests.distributed import training, zero
 from tests.ranks import run_ranks
@@ -61,7 +62,7 @@ def rate(schedule: str, step: int) -> float:
     return KEEP.lr * factor
 
 
-def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[float], Weights, list[bool]]]:
+def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[float], Weights, list[bool], int]]:
     results = []
     for strategy, schedule, dtype in cases:
         settings = {"state": "keep", **SCHEDULES[schedule]}
@@ -70,8 +71,19 @@ def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[flo
         else:
             lwo = training.attach(strategy, KEEP, tied=True, dtype=dtype, **settings)
         back = watch_parks(lwo)
-        losses, weights = training.train(lwo, KEEP.steps)
-        results.append((losses, weights, back))
+        losses = []
+        for step in range(KEEP.steps):
+            layer = lwo.active_layer
+            if step % 2 == 0:
+                before = lwo.read_layer(layer)
+            loss, report = training.train_step(lwo, step)
+            losses.append(loss)
+            assert (report.visit_change is None) == (step % 2 == 0)
+            if report.visit_change is not None:
+                after = lwo.read_layer(layer)
+                change = sum((after[name] - before[name]).square().sum() for name in after) ** 0.5
+                torch.testing.assert_close(report.visit_change, change)
+        results.append((losses, training.weights(lwo), back, lwo.memory()["park_bytes"]))
     return results
 
 
@@ -99,9 +111,10 @@ def watch_parks(lwo: LWO) -> list[bool]:
 
 
 def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
-    for (strategy, schedule, dtype), (losses, weights, back) in zip(
-        cases, run_ranks(train_kept, 2, cases, timeout=300)[0], strict=True
+    for (strategy, schedule, dtype), of_ranks in zip(
+        cases, zip(*run_ranks(train_kept, 2, cases, timeout=300), strict=True), strict=True
     ):
+        losses, weights, back, _ = of_ranks[0]
         case, bound = f"{strategy} {schedule} {dtype}", 1e-10 if dtype == torch.float64 else 1e-5
         models = {keep: oracle.tiny_model(tied=True, dtype=dtype) for keep in (True, False)}
         for keep, model in models.items():
@@ -115,6 +128,11 @@ def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
         # The comparison can fail: without the kept moments the weights are elsewhere.
         assert max((reset[n].detach() - weights[n]).abs().max() for n in weights) > 20 * bound, case
         assert len(back) == 2 * NUM_LAYERS + 1 and all(back), case
+        # The first layer is active again, the others are parked: two moments an element, over the ranks.
+        numel = [kept[name].numel() for names in layers[1:] for name in names]
+        if strategy == "replicate":  # every layer is padded to a multiple of the ranks, every parameter to one of 4
+            numel = [padded_numel(sum(padded_numel(kept[n].numel(), 4) for n in names), 2) for names in layers[1:]]
+        assert sum(parked for *_, parked in of_ranks) == 2 * dtype.itemsize * sum(numel), case
 
 
 def test_kept_moments_equal_the_plain_loop_with_kept_optimizers() -> None:
@@ -205,20 +223,53 @@ def total_numel() -> int:
     return sum(p.numel() for p in oracle.tiny_model(tied=True).parameters())
 
 
-# ---- resuming with parks, in mid-visit
-
-STOP, END = 13, 24  # the second step of the second visit of the second layer; every layer is visited once more
-
-
-def make(kind: str) -> LWO:
-    """`kind`: strategy, a stage, "bf16"."""
+def make(kind: str, **settings: Any) -> LWO:
+    """`kind`: a strategy, its stage, "bf16"."""
     strategy, *more = kind.split()
     if strategy == "zero":
         precision = {"precision": "bf16", **FP32_SUMS} if "bf16" in more else {}
-        return zero.attach_engine(int(more[0]), KEEP, tied=True, config={"state": "keep"}, **precision)
+        return zero.attach_engine(int(more[0]), KEEP, tied=True, config=settings, **precision)
     if "bf16" in more:
-        return attach_sharded(torch.bfloat16, KEEP, state="keep")
-    return training.attach(strategy, KEEP, tied=True, dtype=torch.float32, state="keep")
+        return attach_sharded(torch.bfloat16, KEEP, **settings)
+    return training.attach(strategy, KEEP, tied=True, dtype=torch.float32, **settings)
+
+
+def train_discarding() -> list[dict[str, Any]]:
+    results = []
+    for kind in ("fsdp", "zero 1", "zero 3"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            lwo = make(f"{kind} bf16", inactive_master="discard")
+        reports = [training.train_step(lwo, step)[1] for step in range(3)]
+        first, second, third = lwo.layers[:3]
+        lwo.write_layer({name: tensor + 2**-20 for name, tensor in lwo.read_layer(third).items()})
+        said = [str(w.message) for w in caught if "discard" in str(w.message)]
+        results.append({
+            "said": said, "parks": lwo.memory()["park_bytes"],
+            "trained": lwo.read_layer(first), "active": lwo.read_layer(second), "written": lwo.read_layer(third),
+            "switched": [report.switched for report in reports],
+        })  # fmt: skip
+    return results
+
+
+@needs_deepspeed
+def test_discard_rounds_the_masters_away_and_says_so_once() -> None:
+    ranks = run_ranks(train_discarding, 2, timeout=200)
+    assert all(found["said"] == [] for found in ranks[1])
+    for found in ranks[0]:
+        [said] = found["said"]
+        assert "steps_per_layer x lr = 6.0e-04 is" in said and "(inactive_master: host)" in said
+        # The tied embedding's typical weight is about 0.07, in [2^-4, 2^-3): half an ulp is 2^-12.
+        assert "is 2.5 times that at a typical weight (2.4e-04 at 0.0" in said, said
+        assert found["switched"] == [False, True, False] and found["parks"] == 0
+        for layer, rounded in (("trained", True), ("active", False), ("written", True)):
+            same_as_bf16 = [torch.equal(w, w.bfloat16().float()) for w in found[layer].values()]
+            assert all(same_as_bf16) == rounded, layer
+
+
+# ---- resuming with parks, in mid-visit
+
+STOP, END = 13, 24  # the second step of the second visit of the second layer; every layer is visited once more
 
 
 Saved = tuple[dict, Weights, list[float], Weights]
@@ -228,7 +279,7 @@ Resumed = tuple[bool, bool, list[float], Weights]
 def stop_and_go_on(kinds: list[str]) -> list[Saved]:
     results = []
     for kind in kinds:
-        lwo = make(kind)
+        lwo = make(kind, state="keep")
         for step in range(STOP):
             training.train_step(lwo, step)
         state, weights = lwo.state_dict(), training.weights(lwo)
@@ -244,7 +295,7 @@ def resume(pickled: bytes) -> list[list[Resumed]]:
 
 
 def resume_as(kind: str, state: dict, weights: Weights) -> Resumed:
-    lwo = make(kind)
+    lwo = make(kind, state="keep")
     training.train_step(lwo, 0)  # so that there is something to overwrite
     lwo.write_layer(weights)
     lwo.load_state_dict(state)
