@@ -31,6 +31,8 @@ from lwo_dist.memory import peak_bytes
 from .checkpoint import LayerStore
 from .evaluate import Evaluation
 from .results import Results
+from .stop import StopNow, Stopped, StopVote
+from .watchdog import Watchdog
 
 __all__ = ["Trainer"]
 
@@ -39,8 +41,9 @@ class Trainer:
     """Trains to `config.train.steps`, from wherever the hook stands. Every rank runs one.
 
     Args:
-        evaluate: a collective that scores the model on the held-out lines.
+        evaluate: a collective that scores the model on the held-out lines; calls its argument before each batch.
         model_files: puts the model's config and tokenizer into a checkpoint folder.
+        on_commit: called with step and folder of every checkpoint that is there for good, on every rank alike.
         callbacks: on rank 0 only; empty elsewhere.
     """
 
@@ -53,13 +56,19 @@ class Trainer:
         store: LayerStore,
         *,
         device: torch.device,
-        evaluate: Callable[[], Evaluation],
+        evaluate: Callable[[Callable[[], None]], Evaluation],
         model_files: Callable[[Path], None],
+        stop: StopVote,
         callbacks: Sequence[Callback] = (),
+        on_commit: Callable[[int, Path], None] | None = None,
     ):
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
         self.evaluate, self.model_files, self.callbacks = evaluate, model_files, callbacks
+        self.stop, self.on_commit = stop, on_commit
+        self.watchdog = Watchdog(config.cluster.timeout_s)
+        self._saved = lwo.step_count  # Nothing is lost yet, also before the first step.
+        self._report: StepReport | None = None
         self._batch_of = {
             "seed": config.seed,
             "global_batch_size": config.train.global_batch_size,
@@ -67,13 +76,25 @@ class Trainer:
         self._start_stretch()
 
     def train(self) -> None:
-        """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint."""
-        train, steps = self.config.train, self.config.train.steps
+        """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint.
+
+        Raises:
+            Stopped: on every rank alike, with what was done saved.
+            CollectiveError: a rank died or hangs.
+        """
         self.lwo.model.train()
-        if not self.results.evaluations:
-            self._evaluate()
+        with self.watchdog:
+            try:
+                self._train()
+            except StopNow as stop:
+                raise self._stopped(stop.reason) from None
+
+    def _train(self) -> None:
+        train, steps = self.config.train, self.config.train.steps
+        if self._evaluates(self.lwo.step_count) and self.lwo.step_count not in self.results.evaluations:
+            self._evaluate()  # before the first step, or where a stop came before it was done
         while self.lwo.step_count < steps:
-            report = self._train_step(self.lwo.step_count)
+            self._report = report = self._train_step(self.lwo.step_count)
             done = self.lwo.step_count
             if report.switched:
                 for callback in self.callbacks:
@@ -82,11 +103,22 @@ class Trainer:
                 self._refuse_non_finite()
             if done % train.logging_steps == 0 or done == steps:
                 self._log(report)
-            evaluates = done == steps or _every(self.config.eval.steps, done)
-            if evaluates:
+            self.stop.after_step(done)
+            if self._evaluates(done):
                 self._evaluate()
-            if evaluates or _every(self.config.checkpoint.steps, done):
+            if self._evaluates(done) or _every(self.config.checkpoint.steps, done):
                 self._save()
+
+    def _evaluates(self, step: int) -> bool:
+        return step in (0, self.config.train.steps) or _every(self.config.eval.steps, step)
+
+    def _stopped(self, reason: str) -> Stopped:
+        step = self.lwo.step_count
+        if step > self._saved:
+            if self._report is not None and step > self._stretch_first:
+                self._log(self._report)
+            self._save()
+        return Stopped(reason, step, self.store.checkpoints / f"step_{step:06d}" if step else None)
 
     def _train_step(self, step: int) -> StepReport:
         lwo = self.lwo
@@ -99,6 +131,7 @@ class Trainer:
         )  # fmt: skip
         tokens = label_tokens(self.data, step=step, **self._batch_of)
         for batch in batches:
+            self.watchdog.beat(step, lwo.active_layer.name)
             loss = self._loss({name: tensor.to(self.device) for name, tensor in batch.items()}) / tokens
             self._stretch_loss += loss.detach()
             # The strategy averages over ranks and micro-batches; the sum over them is wanted.
@@ -124,6 +157,7 @@ class Trainer:
             [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch],
             self.device,
         )
+        self.stop.pace(largest[0] / steps)
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
             "train/loss": float(loss),
@@ -147,8 +181,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.lwo.flush()
-        with self._off_the_clock():
-            evaluation = self.evaluate()
+        with self._off_the_clock(), self.watchdog.paused("evaluation"):
+            evaluation = self.evaluate(self.stop.now)
         self.results.add_evaluation(self.lwo.step_count, evaluation)
         for callback in self.callbacks:
             callback.on_evaluation(self.lwo.step_count, evaluation.scores)
@@ -159,14 +193,17 @@ class Trainer:
             "data": {**self._batch_of, "fingerprint": self.data.fingerprint, "next_step": step},
             "results": self.results.state_dict(),
         }
-        with self._off_the_clock():
+        with self._off_the_clock(), self.watchdog.paused("checkpoint"):
             folder = self.store.save(self.lwo, self.model_files, extra)
             if distributed.rank() == 0:
                 best = self.store.checkpoints / f"step_{self.results.best_step:06d}"
                 self.store.prune({folder} | ({best} if best.exists() else set()))
             distributed.barrier()
+        self._saved = step
         for callback in self.callbacks:
             callback.on_checkpoint(step, folder)
+        if self.on_commit is not None:
+            self.on_commit(step, folder)
 
     def _refuse_non_finite(self) -> None:
         in_a_row = int(self.lwo.skipped_in_a_row)
