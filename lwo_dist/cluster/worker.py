@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -104,6 +105,9 @@ def _report(step: int, folder: Path) -> None:
     """Tell Ray of a checkpoint that is there for good; every rank calls it."""
     import ray.train
 
+    for name in list(logging.root.manager.loggerDict):
+        if name.endswith("execution/context.py"):  # Ray's: a line for every report, outside its `log_level`.
+            logging.getLogger(name).setLevel(logging.WARNING)
     ray.train.report(
         {"step": step},
         checkpoint=ray.train.Checkpoint(str(folder)),
