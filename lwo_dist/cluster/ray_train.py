@@ -12,10 +12,10 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lwo_dist.config import ClusterConfig, Config, UserError
+from lwo_dist.storage import storage_folder
 from lwo_dist.training.stop import Stopped, StopRequest
 
 from .nodes import joined_ray, local_ray, nodes_of_cluster, resources_per_worker, room, this_machine
@@ -42,8 +42,8 @@ _LOCAL_ENVIRONMENT = {
     # Preemption is a matter of cloud nodes; its watcher prints a warning at every start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# What the driver knows about hubs and MLflow, tokens included, the workers know too.
-_PASSED_ON = ("HF_", "HUGGING", "TRANSFORMERS_", "MLFLOW_")
+# What the driver knows about hubs, object stores and MLflow, tokens included, the workers know too.
+_PASSED_ON = ("HF_", "HUGGING", "TRANSFORMERS_", "MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "LWO_")
 _TRACEBACK = "lwo_dist_traceback"
 
 # How often workers that cannot connect are started again; after 5, 10, 20, 40 s.
@@ -82,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
 
             # Workers that were killed could not tell MLflow.
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            end_run(config, Path(config.storage), str(config.run_name), status)
+            end_run(config, storage_folder(config.storage), str(config.run_name), status)
             _raise_user_error(error)
             raise
 

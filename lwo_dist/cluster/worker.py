@@ -8,10 +8,12 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lwo_dist.config import Config
+from lwo_dist.storage import is_url
 from lwo_dist.training.stop import Stopped, StopRequest
 
 __all__ = ["Interrupted", "forwarded", "run_on_worker"]
@@ -76,7 +78,7 @@ def run_on_worker(config: Config, flag: Any) -> Any:
     if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1").lower() not in ("0", "false"):
         stop.add_poll(lambda: _preemption(preempted))
     try:
-        return run(config, on_commit=_report, stop=stop)
+        return run(config, on_commit=partial(_report, config), stop=stop)
     except Stopped as stopped:
         return Interrupted(stopped, tuple(preempted))
 
@@ -101,15 +103,16 @@ def _preemption(preempted: list[str]) -> str | None:
     return f"the preemption of node {', '.join(node[:8] for node in preempted)}"
 
 
-def _report(step: int, folder: Path) -> None:
+def _report(config: Config, step: int, folder: Path) -> None:
     """Tell Ray of a checkpoint that is there for good; every rank calls it."""
     import ray.train
 
     for name in list(logging.root.manager.loggerDict):
         if name.endswith("execution/context.py"):  # Ray's: a line for every report, outside its `log_level`.
             logging.getLogger(name).setLevel(logging.WARNING)
+    where = f"{config.storage.rstrip('/')}/{config.run_name}/checkpoints/{folder.name}"
     ray.train.report(
         {"step": step},
-        checkpoint=ray.train.Checkpoint(str(folder)),
+        checkpoint=ray.train.Checkpoint(where if is_url(config.storage) else str(folder)),
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
     )

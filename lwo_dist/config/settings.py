@@ -16,6 +16,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "FSDPConfig",
     "LWOConfig",
     "ModelConfig",
     "TrackingConfig",
@@ -48,7 +49,12 @@ class LWOConfig(_Settings):
         default_factory=dict, description="order: weighted only; layer name -> relative frequency, 1 where unnamed"
     )
     seed: int = Field(0, ge=0, description="seed of the random and weighted orders")
-    state: Literal["reset"] = Field("reset", description="a layer's moments at a switch: reset drops them")
+    state: Literal["reset", "keep"] = Field(
+        "reset", description="a layer's moments at a switch: reset drops them, keep parks them for its next visit"
+    )
+    inactive_master: Literal["host", "discard"] = Field(
+        "host", description="16-bit weights' fp32 masters between visits: host parks them, discard rounds them away"
+    )
     train_embeddings: bool = Field(True, description="make the embedding a trained layer")
     train_head: bool = Field(True, description="make the output head, with the final norm, a trained layer")
     layers_per_group: int = Field(1, ge=1, description="neighbouring transformer layers trained as one layer")
@@ -97,6 +103,14 @@ class DataConfig(_Settings):
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
 
 
+class FSDPConfig(_Settings):
+    """Sharded weights."""
+
+    storage: Literal["fp32", "bf16"] = Field(
+        "fp32", description="strategy: fsdp only; bf16: shards of 2 bytes a parameter, fp32 while a layer is active"
+    )
+
+
 class TrainConfig(_Settings):
     """The training loop."""
 
@@ -127,7 +141,11 @@ class EvalConfig(_Settings):
 class CheckpointConfig(_Settings):
     """Saving and resuming."""
 
-    steps: int = Field(0, ge=0, description="save every so many steps; 0: only at evaluations and at the end")
+    steps: int = Field(
+        0, ge=0, description="save every so many steps; 0: at the end of a visit, at least checkpoint.minutes apart"
+    )
+    minutes: float = Field(5.0, ge=0, description="checkpoint.steps: 0 only; least time between two such saves")
+    keep: int = Field(1, ge=1, description="so many of the newest checkpoints stay, and the best one besides")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on where a run of this run_name stopped")
 
 
@@ -190,13 +208,16 @@ class Config(_Settings):
     )
     task: Literal["completion"] = Field("completion", description="what is learned: completing lines of code")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
-    storage: str = Field("runs", description="folder for runs, seen by all workers")
+    storage: str = Field(
+        "runs", description="folder for runs, seen by all workers; or an object store, such as s3://bucket/folder"
+    )
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date"
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lwo: LWOConfig = LWOConfig()
+    fsdp: FSDPConfig = FSDPConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -208,4 +229,20 @@ class Config(_Settings):
         for key in ("zero_stage", "deepspeed"):
             if getattr(self, key) is not None and self.strategy != "deepspeed":
                 raise ValueError(f"{key} has no effect with strategy: {self.strategy}; set deepspeed there, or drop it")
+        self._check_storage()
         return self
+
+    def _check_storage(self) -> None:
+        if self.fsdp.storage == "bf16":
+            for key, value in (("strategy", "fsdp"), ("train.precision", "bf16"), ("method", "lwo")):
+                found = self.train.precision if key == "train.precision" else getattr(self, key)
+                if found != value:
+                    raise ValueError(
+                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, or storage: fp32"
+                    )
+        in_16_bits = self.fsdp.storage == "bf16" or (self.strategy == "deepspeed" and self.train.precision == "bf16")
+        if self.lwo.inactive_master == "discard" and not in_16_bits:
+            raise ValueError(
+                "lwo.inactive_master: discard has no effect where weights are stored in fp32; drop it, or set "
+                "fsdp.storage: bf16, or strategy: deepspeed with train.precision: bf16"
+            )

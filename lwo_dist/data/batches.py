@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lwo_dist.config import UserError
+from lwo_dist.config import Config, UserError
 
 from .dataset import PreparedData
 
@@ -45,12 +45,14 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulation: int)
     return global_batch_size // parts
 
 
-def check_world_sizes(global_batch_size: int, world_sizes: range, accumulation: int) -> None:
+def check_world_sizes(config: Config) -> None:
     """Refuse a global batch that cannot be divided evenly at every number of workers that can come.
 
     Raises:
         UserError: naming the numbers of workers at which it cannot.
     """
+    global_batch_size, world_sizes = config.train.global_batch_size, config.cluster.world_sizes
+    accumulation = config.lwo.gradient_accumulation_steps
     if len(world_sizes) == 1:
         micro_batch_size(global_batch_size, world_sizes[0], accumulation)
     uneven = [size for size in world_sizes if global_batch_size % (size * accumulation)]

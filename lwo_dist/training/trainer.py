@@ -6,12 +6,13 @@ for batch in micro_batches(step):          data: a pure function of (seed, step)
     report = lwo.step()                    hook -> strategy: reduce, clip, update, publish; then the switch
 every logging_steps: metrics               one collective for all of them
 every eval.steps:    evaluate, save        and the best checkpoint is kept
+every visit:         save                  a copy on the host; a thread writes it
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from lwo_dist.data.batches import IGNORED_LABEL, global_batch_indices
 from lwo_dist.hook import LWO, StepReport
 from lwo_dist.memory import peak_bytes
 
-from .checkpoint import LayerStore
 from .evaluate import Evaluation
+from .layer_store import LayerStore, Outcome
 from .results import Results
 from .stop import StopNow, Stopped, StopVote
 from .watchdog import Watchdog
@@ -42,9 +43,10 @@ class Trainer:
 
     Args:
         evaluate: a collective that scores the model on the held-out lines; calls its argument before each batch.
-        model_files: puts the model's config and tokenizer into a checkpoint folder.
-        on_commit: called with step and folder of every checkpoint that is there for good, on every rank alike.
+        about_run: what a checkpoint says of the run it is from.
         callbacks: on rank 0 only; empty elsewhere.
+        on_commit: called on every rank, at the same place in the loop, for each checkpoint that is there.
+        checkpoint: the folder that training goes on from.
     """
 
     def __init__(
@@ -57,22 +59,25 @@ class Trainer:
         *,
         device: torch.device,
         evaluate: Callable[[Callable[[], None]], Evaluation],
-        model_files: Callable[[Path], None],
+        about_run: Mapping[str, Any],
         stop: StopVote,
         callbacks: Sequence[Callback] = (),
-        on_commit: Callable[[int, Path], None] | None = None,
+        on_commit: Callable[[int, Path], None] = lambda step, folder: None,
+        checkpoint: Path | None = None,
     ):
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
-        self.evaluate, self.model_files, self.callbacks = evaluate, model_files, callbacks
-        self.stop, self.on_commit = stop, on_commit
-        self.watchdog = Watchdog(config.cluster.timeout_s)
-        self._saved = lwo.step_count  # Nothing is lost yet, also before the first step.
-        self._report: StepReport | None = None
+        self.evaluate, self.about_run, self.callbacks, self.on_commit = evaluate, about_run, callbacks, on_commit
         self._batch_of = {
             "seed": config.seed,
             "global_batch_size": config.train.global_batch_size,
         }
+        self.stop, self.watchdog = stop, Watchdog(config.cluster.timeout_s)
+        self._report: StepReport | None = None
+        self._committed = checkpoint
+        self._saved_step = lwo.step_count
+        self._saved_at = time.monotonic()
+        self._last_save: dict[str, float] = {}
         self._start_stretch()
 
     def train(self) -> None:
@@ -106,19 +111,27 @@ class Trainer:
             self.stop.after_step(done)
             if self._evaluates(done):
                 self._evaluate()
-            if self._evaluates(done) or _every(self.config.checkpoint.steps, done):
+            if self._evaluates(done) or self._save_is_due(done):
                 self._save()
+        self._settle_last()
 
     def _evaluates(self, step: int) -> bool:
         return step in (0, self.config.train.steps) or _every(self.config.eval.steps, step)
 
     def _stopped(self, reason: str) -> Stopped:
-        step = self.lwo.step_count
-        if step > self._saved:
-            if self._report is not None and step > self._stretch_first:
+        if self.lwo.step_count > self._saved_step:
+            if self._report is not None and self.lwo.step_count > self._stretch_first:
                 self._log(self._report)
             self._save()
-        return Stopped(reason, step, self.store.checkpoints / f"step_{step:06d}" if step else None)
+        self._settle_last()
+        return Stopped(reason, self.lwo.step_count, self._committed)
+
+    def _settle_last(self) -> None:
+        outcome = self._settle()
+        if outcome is not None and outcome.error:
+            raise UserError(
+                f"the last checkpoint could not be written ({outcome.error}); make room, and give the command again"
+            )
 
     def _train_step(self, step: int) -> StepReport:
         lwo = self.lwo
@@ -151,13 +164,16 @@ class Trainer:
     def _log(self, report: StepReport) -> None:
         step, elapsed = self.lwo.step_count, time.perf_counter() - self._stretch_started
         steps = step - self._stretch_first
-        memory = self.lwo.memory()
         loss = distributed.all_reduce(self._stretch_loss) / steps
-        largest = distributed.max_over_ranks(
-            [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch],
-            self.device,
-        )
-        self.stop.pace(largest[0] / steps)
+        own = {
+            "elapsed": elapsed,
+            "memory/peak_bytes": peak_bytes(self.device),
+            **{f"memory/{name}": value for name, value in self.lwo.memory().items()},
+            "time/switch_seconds": self.lwo.switch_seconds - self._stretch_switch,
+            "saved": float(self.store.poll()),
+        }
+        largest = dict(zip(own, distributed.max_over_ranks(list(own.values()), self.device), strict=True))
+        self.stop.pace(largest["elapsed"] / steps)
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
             "train/loss": float(loss),
@@ -168,15 +184,18 @@ class Trainer:
             "train/skipped_steps": float(self.lwo.skipped_steps),
             "lwo/active_layer": float([layer.name for layer in self.lwo.layers].index(report.layer)),
             "lwo/cycle": float(self.lwo.schedule.cycle(step - 1)),
-            "memory/peak_bytes": largest[1],
-            **{f"memory/{name}": value for name, value in zip(memory, largest[2:-1], strict=True)},
+            **{name: value for name, value in largest.items() if "/" in name},
             "comm/bytes_per_step": float(report.bytes_sent),
             "time/step_seconds": elapsed / steps,
-            "time/switch_seconds": largest[-1],
+            "time/checkpoint_blocked_seconds": self.results.blocked_seconds,
+            **self._last_save,
         }
+        self._last_save = {}
         self.results.add_metrics(metrics)
         for callback in self.callbacks:
             callback.on_metrics(step, metrics)
+        if largest["saved"]:
+            self._settle()
         self._start_stretch()
 
     def _evaluate(self) -> None:
@@ -187,23 +206,50 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_evaluation(self.lwo.step_count, evaluation.scores)
 
+    def _save_is_due(self, step: int) -> bool:
+        settings = self.config.checkpoint
+        if settings.steps:
+            return _every(settings.steps, step)
+        if self.lwo.schedule.position(step)[1] != 0:
+            return False
+        # Clocks differ: rank 0's counts.
+        return distributed.broadcast_object(time.monotonic() - self._saved_at >= 60 * settings.minutes)
+
     def _save(self) -> None:
+        """Start a checkpoint of this step; the loop goes on as soon as the host has its copy."""
         step = self.lwo.step_count
         extra = {
             "data": {**self._batch_of, "fingerprint": self.data.fingerprint, "next_step": step},
             "results": self.results.state_dict(),
+            "run": self.about_run,
         }
+        started = time.perf_counter()
         with self._off_the_clock(), self.watchdog.paused("checkpoint"):
-            folder = self.store.save(self.lwo, self.model_files, extra)
+            self._settle()
+            self.store.save(self.lwo, extra, best_step=self.results.best_step)
+        self._saved_at, self._saved_step = time.monotonic(), step
+        self.results.blocked_seconds += time.perf_counter() - started
+
+    def _settle(self) -> Outcome | None:
+        """Wait for the save that is under way and tell everyone what became of it. A collective."""
+        with self.watchdog.paused("checkpoint"):
+            outcome = self.store.wait()
+        if outcome is None:
+            return None
+        if outcome.error:
             if distributed.rank() == 0:
-                best = self.store.checkpoints / f"step_{self.results.best_step:06d}"
-                self.store.prune({folder} | ({best} if best.exists() else set()))
-            distributed.barrier()
-        self._saved = step
+                print(
+                    f"warning: the checkpoint of step {outcome.step} could not be written ({outcome.error}); training "
+                    "goes on, and the next one holds what this one lacks",
+                    flush=True,
+                )
+            return outcome
+        self._committed = outcome.folder
+        self.on_commit(outcome.step, outcome.folder)
         for callback in self.callbacks:
-            callback.on_checkpoint(step, folder)
-        if self.on_commit is not None:
-            self.on_commit(step, folder)
+            callback.on_checkpoint(outcome.step, outcome.folder)
+        self._last_save = {"checkpoint/bytes": float(outcome.bytes_written), "checkpoint/seconds": outcome.seconds}
+        return outcome
 
     def _refuse_non_finite(self) -> None:
         in_a_row = int(self.lwo.skipped_in_a_row)

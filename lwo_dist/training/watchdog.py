@@ -47,7 +47,7 @@ class Watchdog:
         self._end = end
         self._where = "before the first step"
         self._last = time.monotonic()
-        self._paused = self._warned = False
+        self._pauses, self._warned = 0, False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lwo-dist-watchdog", daemon=True)
 
@@ -59,10 +59,12 @@ class Watchdog:
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
         """No beats are expected in here: an evaluation or a save takes as long as it takes."""
-        where, self._where, self._paused = self._where, f"{what} after {self._where}", True
+        where, self._where = self._where, f"{what} after {self._where}" if not self._pauses else self._where
+        self._pauses += 1
         yield
         # Not after an error: then this is where it was.
-        self._where, self._last, self._paused = where, time.monotonic(), False
+        self._pauses -= 1
+        self._where, self._last = where, time.monotonic()
 
     @property
     def place(self) -> str:
@@ -90,7 +92,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._timeout_s / 10)):
             idle = time.monotonic() - self._last
-            if self._paused:
+            if self._pauses:
                 continue
             if idle > self._limit_s:
                 self._say(f"no progress for {idle:.0f} s, more than cluster.timeout_s = {self._timeout_s:g}; ending")

@@ -106,15 +106,15 @@ def install(folder: Path) -> None:
 
 
 def _patch_writer(killer: _Killer) -> None:
-    from lwo_dist.training import checkpoint
-    from lwo_dist.training.checkpoint import LayerStore
+    from lwo_dist.training import writer
+    from lwo_dist.training.layer_store import LayerStore
 
     @_around(LayerStore, "save")
-    def save(original: Callable, *args: Any) -> Any:
+    def save(original: Callable, *args: Any, **more: Any) -> Any:
         killer.writes = 0
-        return original(*args)
+        return original(*args, **more)
 
-    @_around(checkpoint, "_write")
+    @_around(writer, "write_whole")
     def write(original: Callable, path: Path, data: bytes) -> Any:
         last = path.name == "state.json"
         killer.strike("save", killer.now, last=last)

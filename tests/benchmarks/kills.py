@@ -69,10 +69,6 @@ def settings(kills: int) -> list[str]:
     ]  # fmt: skip
 
 
-def settings_of(folder: Path, run_name: str, kills: int) -> list[str]:
-    return overrides(folder, run_name, *settings(kills))
-
-
 def suffer(folder: Path, moments: list[Moment]) -> tuple[list[Kill], dict[int, str], float]:
     """Train under `moments`, however often it takes; the kills, the loss of each step, the seconds it took."""
     run_name = "killed"
@@ -127,7 +123,8 @@ def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     from lwo_dist.run import prepare
 
     make_inputs(folder)
-    unbroken = prepare(load_config(None, settings_of(folder, "unbroken", kills)))
+    _, file, *others = overrides(folder, "unbroken", *settings(kills))
+    unbroken = prepare(load_config(file, others))
     expected = run_ranks(losses_of, WORKERS, unbroken)[0]
     suffered, found, seconds = suffer(folder, draw(kills, seed))
     before, after = weights(folder, "unbroken"), weights(folder, "killed")
