@@ -24,6 +24,7 @@ RUN_BY = {
         "tests/cluster/test_ray_train.py"
     ),
     "lwo-dist ui": "tests/unit/test_cli.py",
+    "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": "tests/cluster/test_kills.py",
     "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
 }
 
