@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .config import Config, UserError, load_config
+from .training.stop import EXIT_CODE, Stopped
 
 # Everything below the parser is imported by the command that needs it: `lwo-dist --help` waits for no torch.
 
@@ -21,7 +22,11 @@ _PATIENCE_S = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C; other exceptions pass through."""
+    """Run one command; exceptions other than these pass through.
+
+    Returns:
+        The exit code: 0, 2 after bad input, 75 after a stop that the same command goes on from, 130 after Ctrl-C.
+    """
     try:
         arguments = _parser().parse_args(argv)
         arguments.command(arguments)
@@ -32,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(_PATIENCE_S)
         print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"lwo-dist: {stopped}; {_go_on(_config(arguments), stopped)}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         return 130
     return 0
@@ -108,6 +117,13 @@ def _train(arguments: argparse.Namespace) -> None:
         file = ["-c", str(arguments.config)] if arguments.config else []
         store = [override for override in arguments.overrides if override.startswith(("storage=", "tracking."))]
         print(f"MLflow: {shlex.join([program, 'ui', *file, *store])}")
+
+
+def _go_on(config: Config, stopped: Stopped) -> str:
+    if stopped.checkpoint is None:
+        return "the same command starts anew"
+    name = "" if config.run_name else f" with run_name={stopped.checkpoint.parents[1].name}"
+    return f"the same command{name} goes on from there"
 
 
 def _replay(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback, RunInfo
 from .config import Config, UserError
-from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_tree
+from .data import PreparedData, check_world_sizes, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
@@ -36,6 +36,7 @@ from .training.export import export_model
 from .training.layer_store import LayerStore
 from .training.progress import Progress
 from .training.results import Results
+from .training.stop import Stopped, StopRequest, StopVote
 from .training.trainer import Trainer
 
 __all__ = ["prepare", "prepare_and_run", "run"]
@@ -53,10 +54,11 @@ def prepare(config: Config) -> Config:
     source = config.data.source
     if source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
-    micro_batch_size(config.train.global_batch_size, config.cluster.num_workers, config.lwo.gradient_accumulation_steps)
+    check_world_sizes(config)
     if config.strategy == "deepspeed":  # the workers need not see the file
         config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
-        deepspeed_config.resolve(config, config.cluster.num_workers)
+        for workers in config.cluster.world_sizes:
+            deepspeed_config.resolve(config, workers)
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
@@ -98,31 +100,38 @@ def run(
     callbacks: Sequence[Callback] = (),
     *,
     on_commit: Callable[[int, Path], None] = lambda step, folder: None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any] | None:
     """Train on this worker; every worker calls it with the same prepared config.
 
     Args:
         callbacks: rank 0's count, those of the others are ignored.
         on_commit: called on every rank, at the same place in the loop, with each checkpoint that is there.
+        stop: asked about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the run.
 
     Returns:
         On rank 0 what summary.json holds, None elsewhere.
 
     Raises:
         UserError: on every rank alike.
+        Stopped: on every rank alike; the next `run` goes on from its checkpoint.
     """
+    stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
     main = distributed.rank() == 0
     place = RunFolder(config.storage, str(config.run_name))
     record = distributed.on_rank_0(_read_record, place)
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
-        trainer = _build(config, place, device, everyone, on_commit)
-        trainer.train()
+        trainer = _build(config, place, device, everyone, stop, on_commit)
+        with stop.listening():
+            trainer.train()
         summary = distributed.on_rank_0(_finish, config, trainer, place, record)
     except BaseException as error:
         for callback in everyone:
             callback.on_run_failed(error)
+        if isinstance(error, Stopped):  # torchrun ends all ranks when the first one leaves: rank 0 reports first
+            distributed.broadcast_object(None)
         raise
     for callback in everyone:
         callback.on_run_end(summary)
@@ -136,6 +145,7 @@ def _build(
     place: RunFolder,
     device: torch.device,
     callbacks: Sequence[Callback],
+    stop: StopRequest,
     on_commit: Callable[[int, Path], None],
 ) -> Trainer:
     main = distributed.rank() == 0
@@ -169,10 +179,12 @@ def _build(
         results.load_state_dict(checkpoint.state["results"])
     trainer = Trainer(
         config, lwo, data, results, store, device=device, callbacks=callbacks, on_commit=on_commit,
-        evaluate=partial(
-            evaluate, model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
+        checkpoint=checkpoint.folder if checkpoint is not None else None,
+        stop=StopVote(stop, distributed.first_reason),
+        evaluate=lambda before_batch: evaluate(
+            model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
             max_new_tokens=config.eval.max_new_tokens, rank=distributed.rank(), world_size=distributed.world_size(),
-            synced=config.strategy != "replicate",
+            synced=config.strategy != "replicate", before_batch=before_batch,
         ),
         about_run=about_run(config, data),
     )  # fmt: skip
