@@ -7,6 +7,7 @@ and raises `Stopped`, and the process exits with EXIT_CODE: try again later, the
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -57,6 +58,8 @@ class StopRequest:
         self._reason: str | None = None
         self._polls: list[Callable[[], str | None]] = []
         self._max_seconds = max_seconds
+        # torchrun's ranks outlive a torchrun that is killed, and must not write into the run that comes after it.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # On the monotonic clock, which nobody sets, the time this process began.
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
 
@@ -65,6 +68,8 @@ class StopRequest:
         """The first reason to stop; None: go on."""
         if self._max_seconds is not None and time.monotonic() - self._started > self._max_seconds:
             self.request(f"train.max_seconds = {self._max_seconds:g}")
+        if self._launcher not in (None, os.getppid()):
+            self.request("the death of its launcher")
         return self._reason
 
     def request(self, reason: str) -> None:
