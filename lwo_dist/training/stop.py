@@ -91,8 +91,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """SIGTERM and SIGUSR1 are requests in here, where the caller is the main thread; else they are not handled.
 
-        After a request the handlers stay: a launcher that sees the first rank leave sends the others SIGTERM while
-        they still report.
+        After a request they are ignored for good: a launcher that sees the first rank leave sends SIGTERM to the
+        others, who report, or are on their way out.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -101,9 +101,9 @@ class StopRequest:
         try:
             yield
         finally:
-            if self._reason is None:
-                for number, handler in before.items():
-                    signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            for number, handler in before.items():
+                then = signal.SIG_IGN if self._reason is not None else handler
+                signal.signal(number, then if then is not None else signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)

@@ -151,8 +151,9 @@ def test_signals_are_requests_while_a_run_listens() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
         assert asked.reason == "SIGUSR1"
-        # Still: a launcher that sees another rank leave sends SIGTERM to one that is reporting.
+        # A launcher that sees another rank leave sends SIGTERM to one that is reporting.
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # also while the interpreter shuts down
     finally:
         signal.signal(signal.SIGUSR1, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
