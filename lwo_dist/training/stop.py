@@ -142,4 +142,5 @@ class StopVote:
         """
         reason = self._agree(self._request.poll())
         if reason is not None:
+            self._request.request(reason)  # Another rank's, perhaps; from now on it is this one's, too.
             raise StopNow(reason)

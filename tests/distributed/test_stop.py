@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.distributed import first_reason, rank
 from lwo_dist.run import prepare, run
-from lwo_dist.training.stop import Stopped, StopRequest, StopVote
+from lwo_dist.training.stop import StopNow, Stopped, StopRequest, StopVote
 from tests.distributed.test_run import exported, inputs, make_config
 from tests.ranks import run_ranks
 
@@ -128,6 +129,13 @@ def test_votes_are_about_a_second_apart() -> None:
     for step in range(14, 18):
         vote.after_step(step)
     assert votes[-2:] == [16, 17]
+
+
+def test_another_rank_s_reason_is_this_one_s_too() -> None:
+    request = StopRequest()
+    with pytest.raises(StopNow, match="SIGTERM"):
+        StopVote(request, lambda reason: "SIGTERM").now()
+    assert request.reason == "SIGTERM"
 
 
 def test_every_poll_is_asked_at_every_vote() -> None:
