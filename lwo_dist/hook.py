@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .config import LWOConfig
+from .config import LWOConfig, UserError
 from .layers import Layer, rest_names
 from .methods import METHODS
 from .schedule import learning_rate, make_schedule
@@ -230,13 +230,13 @@ class LWO:
         """Go on from `state_dict`; load the weights (`write_layer`) too.
 
         Raises:
-            ValueError: the schedule of this config has another layer active at that step.
+            UserError: the schedule of this config has another layer active at that step.
         """
         self._refuse_mid_accumulation("load_state_dict()")
         step, moments = state_dict["step"], state_dict["moments"]
         scheduled = self.layers[self.schedule.active_layer(step)].name
         if scheduled != state_dict["active_layer"]:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint trains {state_dict['active_layer']} at step {step}, this schedule {scheduled}; "
                 "resume with the same order, seed, steps_per_layer, layers_per_group and trained layers"
             )
@@ -259,8 +259,8 @@ class LWO:
         if not before:
             return None
         after = self.strategy.masters()
-        change = [(new - old.to(new.device)).norm() for new, old in zip(after, before, strict=True)]
-        return distributed.all_reduce(torch.stack(change).square().sum().to(device)).sqrt()
+        change = [(new - old.to(new.device)).norm().to(device) for new, old in zip(after, before, strict=True)]
+        return distributed.all_reduce(torch.stack(change).square().sum()).sqrt()
 
     @property
     def _at_boundary(self) -> bool:

@@ -20,22 +20,22 @@ from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback, RunInfo
 from .config import Config, UserError
-from .data import PreparedData, check_world_sizes, prepare_dataset, read_source_tree
+from .data import check_world_sizes, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
-from .models.folders import on_all_ranks
 from .storage import RunFolder, is_url, storage_folder, write_whole
 from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run
 from .training.about import about_run, facts, save_model_files
-from .training.checkpoint import Checkpoint, committed_steps, newest_checkpoint, read_checkpoint, step_folder, use_copy
+from .training.checkpoint import committed_steps, read_checkpoint, step_folder
 from .training.evaluate import evaluate
 from .training.export import export_model
 from .training.layer_store import LayerStore
 from .training.progress import Progress
 from .training.results import Results
+from .training.resume import find_checkpoint, refuse_other_run, restore
 from .training.stop import Stopped, StopRequest, StopVote
 from .training.trainer import Trainer
 
@@ -149,14 +149,14 @@ def _build(
     on_commit: Callable[[int, Path], None],
 ) -> Trainer:
     main = distributed.rank() == 0
-    checkpoint = _find_checkpoint(config, place)
+    checkpoint = find_checkpoint(config, place)
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task]
     data = prepare_dataset(config, tokenizer, task, is_builder=main, broadcast=distributed.broadcast_object)
     results = Results(place.local, config.eval.metric, writes=main)
     source = config.model
     if checkpoint is not None:
-        _refuse_other_run(config, data, checkpoint.state)
+        refuse_other_run(config, data, checkpoint.state)
         source = source.model_copy(update={"name": str(checkpoint.folder), "revision": None})
     partition, settings = None, {}
     if config.strategy == "deepspeed":
@@ -170,11 +170,7 @@ def _build(
     lwo = attach(wrapped, config.lwo, config.method)
     store = LayerStore(place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep)
     if checkpoint is not None:
-        if lwo.strategy.stores_16_bit:
-            # The model was made from the checkpoint in 16 bits; the fp32 masters are in the same files.
-            for tensors in checkpoint.weights():
-                lwo.write_layer(tensors)
-        _restore(lwo, checkpoint)
+        restore(lwo, checkpoint)
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
     trainer = Trainer(
@@ -196,25 +192,6 @@ def _build(
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
-
-
-def _find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
-    """The newest whole checkpoint, its files on every machine."""
-    if config.checkpoint.resume != "auto":
-        return None
-    checkpoint = distributed.on_rank_0(newest_checkpoint, place)
-    if checkpoint is not None:
-        with on_all_ranks():
-            if distributed.rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
-                use_copy(place, checkpoint)
-    return checkpoint
-
-
-def _restore(lwo: LWO, checkpoint: Checkpoint) -> None:
-    lwo.load_state_dict(checkpoint.hook_state())
-    layers = {layer.name: layer for layer in lwo.layers}
-    for name, moments in checkpoint.parked_moments():
-        lwo.write_moments(layers[name], moments)
 
 
 def _finish(config: Config, trainer: Trainer, place: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
@@ -256,21 +233,6 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
             f"{lwo.schedule.steps_per_cycle} steps (lwo.steps_per_layer = {config.lwo.steps_per_layer})",
             flush=True,
         )
-
-
-def _refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    now = {
-        "seed": config.seed,
-        "global_batch_size": config.train.global_batch_size,
-        "fingerprint": data.fingerprint,
-    }
-    for key, value in now.items():
-        if state["data"][key] != value:
-            what = "the examples (source files, tokenizer or sequence length)" if key == "fingerprint" else key
-            raise UserError(
-                f"run_name = {config.run_name}: its checkpoint was made with other data: {what} changed from "
-                f"{state['data'][key]} to {value}; choose another run_name, or set it back"
-            )
 
 
 @contextmanager

@@ -238,7 +238,8 @@ class Config(_Settings):
                 found = self.train.precision if key == "train.precision" else getattr(self, key)
                 if found != value:
                     raise ValueError(
-                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, or storage: fp32"
+                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, "
+                        "or fsdp.storage: fp32"
                     )
         in_16_bits = self.fsdp.storage == "bf16" or (self.strategy == "deepspeed" and self.train.precision == "bf16")
         if self.lwo.inactive_master == "discard" and not in_16_bits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from lwo_dist.cluster import nodes as places
 from lwo_dist.cluster import ray_train
@@ -187,6 +190,34 @@ def test_bad_input_under_torchrun_is_said_once(folder: Path, override: str, mess
     assert "exitcode  : 2" in result.stderr
     assert "lwo_dist.config.UserError" not in result.stderr
     assert not (folder / "runs" / "refused").exists()
+
+
+long = pytest.mark.long
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=long), pytest.param(2, marks=long), 3])
+def test_deepspeed_on_ray_and_torchrun_ends_in_a_model_that_loads(
+    stage: int, folder: Path, cluster: dict[str, str]
+) -> None:
+    overrides = ("strategy=deepspeed", f"zero_stage={stage}", "lwo.steps_per_layer=1")
+    results = {
+        "ray": _run(_command(folder, f"zero-ray-{stage}", *overrides, "cluster.num_workers=2"), cluster),
+        "torchrun": _torchrun(folder, f"zero-torchrun-{stage}", *overrides),
+    }
+    losses = {}
+    for launcher, result in results.items():
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "built successfully" not in result.stdout  # DeepSpeed compiled nothing
+        summary = json.loads((folder / "runs" / f"zero-{launcher}-{stage}" / "summary.json").read_text())
+        assert (summary["strategy"], summary["world_size"], summary["steps"]) == ("deepspeed", 2, STEPS)
+        model = AutoModelForCausalLM.from_pretrained(summary["export"])
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))]
+        assert len(changed) == len(list(model.parameters()))  # a visit of one step each, and all have arrived
+        losses[launcher] = summary["loss_first"], summary["loss_last"]
+    assert losses["ray"] == losses["torchrun"]
 
 
 NODE = {"CPU": 4.0, "GPU": 2.0, "memory": 1e9}
