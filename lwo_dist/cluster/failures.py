@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray.exceptions import RayTaskError
@@ -11,14 +12,18 @@ from lwo_dist.config import UserError
 
 __all__ = ["Failures", "cannot_connect", "first_line"]
 
+# While Ray waits for a node to be taken away it comes with the same failure at every look, each 0.2 s; other workers
+# would have needed seconds to start.
+_SAME_FAILURE_S = 1.5
+
 
 class Failures(UserCallback):
     """Says what failed, and lets bad input end the run: Ray would try that again too. Lives in Ray's controller."""
 
     def __init__(self, max_failures: int):
         self._max_failures = max_failures
-        self._said: list[int] = []
         self._count = 0
+        self._last = float("-inf")
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray calls it before it decides.
@@ -29,18 +34,15 @@ class Failures(UserCallback):
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
                 raise error
-        ranks = sorted(worker_exceptions)
-        if ranks == self._said:  # Ray asks again while it waits for a node to be taken away.
+        before, self._last = self._last, time.monotonic()
+        if self._last - before < _SAME_FAILURE_S:
             return
-        self._said, self._count = ranks, self._count + 1
+        self._count += 1
         again = self._max_failures < 0 or self._count <= self._max_failures
         what = "; ".join(f"rank {rank}: {first_line(error)}" for rank, error in list(worker_exceptions.items())[:3])
         then = "the workers start again from the newest checkpoint" if again else "no more restarts"
         limit = "" if self._max_failures < 0 else f" of at most {self._max_failures}"
         print(f"failure {self._count}{limit} (cluster.max_failures): {what}; {then}", flush=True)
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._said = []  # Workers that report are other ones.
 
 
 def cannot_connect(error: BaseException) -> bool:

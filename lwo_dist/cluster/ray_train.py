@@ -49,7 +49,7 @@ _TRACEBACK = "lwo_dist_traceback"
 # How often workers that cannot connect are started again; after 5, 10, 20, 40 s.
 _CONNECTION_ATTEMPTS = 4
 # An elastic run whose node is gone asks for it again for so long before it goes on without. Ray's default is 60.
-_ELASTIC_START_TIMEOUT_S = "15"
+_ELASTIC_START_TIMEOUT_S = "10"
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and raises `Stopped`, and the process exits with EXIT_CODE: try again later, the
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -57,6 +58,8 @@ class StopRequest:
         self._reason: str | None = None
         self._polls: list[Callable[[], str | None]] = []
         self._max_seconds = max_seconds
+        # torchrun's ranks outlive a torchrun that is killed, and must not write into the run that comes after it.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # On the monotonic clock, which nobody sets, the time this process began.
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
 
@@ -65,6 +68,8 @@ class StopRequest:
         """The first reason to stop; None: go on."""
         if self._max_seconds is not None and time.monotonic() - self._started > self._max_seconds:
             self.request(f"train.max_seconds = {self._max_seconds:g}")
+        if self._launcher not in (None, os.getppid()):
+            self.request("the death of its launcher")
         return self._reason
 
     def request(self, reason: str) -> None:
@@ -86,8 +91,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """SIGTERM and SIGUSR1 are requests in here, where the caller is the main thread; else they are not handled.
 
-        After a request the handlers stay: a launcher that sees the first rank leave sends the others SIGTERM while
-        they still report.
+        After a request they are ignored for good: a launcher that sees the first rank leave sends SIGTERM to the
+        others, who report, or are on their way out.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -96,9 +101,9 @@ class StopRequest:
         try:
             yield
         finally:
-            if self._reason is None:
-                for number, handler in before.items():
-                    signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            for number, handler in before.items():
+                then = signal.SIG_IGN if self._reason is not None else handler
+                signal.signal(number, then if then is not None else signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
@@ -137,4 +142,5 @@ class StopVote:
         """
         reason = self._agree(self._request.poll())
         if reason is not None:
+            self._request.request(reason)  # Another rank's, perhaps; from now on it is this one's, too.
             raise StopNow(reason)

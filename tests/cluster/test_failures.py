@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,13 @@ def test_a_user_error_ends_the_run_whatever_max_failures_says() -> None:
         ray_train._raise_user_error(ControllerError(error))
 
 
-def test_a_restart_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_restart_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([100.0, 100.2, 101.5, 110.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     failures = Failures(1)
-    for _ in range(3):  # Ray asks again while it waits.
+    for _ in range(4):
         failures.after_exception(None, {1: RuntimeError("out of memory\nsome lines")})
-    failures.after_report(None, [], None)
-    failures.after_exception(None, {1: RuntimeError("out of memory")})
+    monkeypatch.undo()
     assert capsys.readouterr().out.splitlines() == [
         "failure 1 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory; the workers start again "
         "from the newest checkpoint",

@@ -63,11 +63,12 @@ def test_a_signal_to_one_rank_of_torchrun_stops_all(folder: Path) -> None:
     assert "Error" not in stderr.replace("ChildFailedError", "").replace("error_file", "")
 
 
-def test_sigterm_to_torchrun_itself_saves(folder: Path) -> None:
-    with started(torchrun(folder, "terminated", *ENDLESS), environment(folder)) as launcher:
-        launcher.terminate()
-        _, stderr = launcher.communicate()
-    assert stopped_line(stderr, "SIGTERM", folder / "runs" / "terminated") >= 20
+@pytest.mark.parametrize(("number", "reason"), [(15, "SIGTERM"), (9, "the death of its launcher")])
+def test_a_signal_to_torchrun_itself_stops_all(number: int, reason: str, folder: Path) -> None:
+    with started(torchrun(folder, f"signal-{number}", *ENDLESS), environment(folder)) as launcher:
+        launcher.send_signal(number)
+        _, stderr = launcher.communicate()  # to the end of its ranks, which write there too
+    assert stopped_line(stderr, reason, folder / "runs" / f"signal-{number}") >= 20
 
 
 def test_a_stopped_rank_ends_the_run_and_is_named(folder: Path) -> None:

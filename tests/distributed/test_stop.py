@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.distributed import first_reason, rank
 from lwo_dist.run import prepare, run
-from lwo_dist.training.stop import Stopped, StopRequest, StopVote
+from lwo_dist.training.stop import StopNow, Stopped, StopRequest, StopVote
 from tests.distributed.test_run import exported, inputs, make_config
 from tests.ranks import run_ranks
 
@@ -130,6 +131,13 @@ def test_votes_are_about_a_second_apart() -> None:
     assert votes[-2:] == [16, 17]
 
 
+def test_another_rank_s_reason_is_this_one_s_too() -> None:
+    request = StopRequest()
+    with pytest.raises(StopNow, match="SIGTERM"):
+        StopVote(request, lambda reason: "SIGTERM").now()
+    assert request.reason == "SIGTERM"
+
+
 def test_every_poll_is_asked_at_every_vote() -> None:
     # A poll may be a collective: one rank must not leave it out because it knows a reason already.
     asked: list[str] = []
@@ -151,8 +159,9 @@ def test_signals_are_requests_while_a_run_listens() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
         assert asked.reason == "SIGUSR1"
-        # Still: a launcher that sees another rank leave sends SIGTERM to one that is reporting.
+        # A launcher that sees another rank leave sends SIGTERM to one that is reporting.
         os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # also while the interpreter shuts down
     finally:
         signal.signal(signal.SIGUSR1, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
