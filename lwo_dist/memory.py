@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor
 
-__all__ = ["local_bytes", "optimizer_state_bytes", "padded_numel", "peak_bytes"]
+__all__ = ["full_fine_tuning_bytes", "local_bytes", "optimizer_state_bytes", "padded_numel", "peak_bytes"]
 
 
 def padded_numel(numel: int, multiple: int) -> int:
@@ -23,6 +23,16 @@ def optimizer_state_bytes(numel: int, world_size: int, *, master: bool = False) 
     themselves (DESIGN section 3). The step scalars of the optimizer, 4 bytes a tensor, are not counted.
     """
     return (12 if master else 8) * padded_numel(numel, world_size) // world_size
+
+
+def full_fine_tuning_bytes(peak: float, gradient: float, state: float, active_numel: int, numel: int) -> float:
+    """What full fine-tuning of `numel` parameters with the same strategy would need at least, of a rank's `peak`.
+
+    Gradients and optimizer state, here those of a layer of `active_numel` parameters, grow with the parameters they
+    belong to, however a strategy lays them out. The activations, which full fine-tuning holds for all layers, are
+    taken as they are.
+    """
+    return peak + (gradient + state) * (numel / active_numel - 1)
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -30,12 +30,13 @@ from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
 from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
-from .tracking.mlflow import MLflowCallback, create_run
+from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.checkpoint import Checkpoint, LayerStore
 from .training.evaluate import evaluate
 from .training.export import export_model
 from .training.progress import Progress
 from .training.results import Results
+from .training.system import SystemMetrics
 from .training.trainer import Trainer
 
 __all__ = ["prepare", "prepare_and_run", "run"]
@@ -58,6 +59,7 @@ def prepare(config: Config) -> Config:
         config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
         deepspeed_config.resolve(config, config.cluster.num_workers)
     storage = Path(config.storage).expanduser().absolute()
+    tracking_uri(config.tracking, storage)  # refuses a password
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
@@ -144,8 +146,9 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
         lwo.load_state_dict(checkpoint.hook_state())
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
+    system = SystemMetrics(device, folder.parent, enabled=config.tracking.enabled and config.tracking.system_metrics)
     trainer = Trainer(
-        config, lwo, data, results, store, device=device, callbacks=callbacks,
+        config, lwo, data, results, store, device=device, callbacks=callbacks, system=system,
         evaluate=partial(
             evaluate, model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
             max_new_tokens=config.eval.max_new_tokens, rank=distributed.rank(), world_size=distributed.world_size(),
@@ -153,9 +156,11 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
         ),
         model_files=partial(_save_model_files, model, tokenizer),
     )  # fmt: skip
+    sizes = _sizes(lwo)
     info = RunInfo(
         config, folder, distributed.world_size(), tuple(layer.name for layer in lwo.layers),
-        _facts(config, lwo, data, device), lwo.step_count,
+        _facts(sizes, lwo, data, device), lwo.step_count,
+        tuple(sum(sizes[name] for name in layer.parameter_names) for layer in lwo.layers), tuple(system.hosts),
     )  # fmt: skip
     for callback in callbacks:
         callback.on_run_start(info)
@@ -191,8 +196,12 @@ def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, An
     return summary
 
 
-def _facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
+def _sizes(lwo: LWO) -> dict[str, int]:
+    """Parameter name -> elements of the whole tensor."""
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
+
+
+def _facts(sizes: dict[str, int], lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "parameters": sum(sizes.values()),

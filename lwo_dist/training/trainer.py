@@ -31,8 +31,12 @@ from lwo_dist.memory import peak_bytes
 from .checkpoint import LayerStore
 from .evaluate import Evaluation
 from .results import Results
+from .system import SystemMetrics
+from .visits import Visits
 
 __all__ = ["Trainer"]
+
+_MOST_RANKS = 64  # with points of their own; MLflow's pages draw a chart for each
 
 
 class Trainer:
@@ -41,6 +45,7 @@ class Trainer:
     Args:
         evaluate: a collective that scores the model on the held-out lines.
         model_files: puts the model's config and tokenizer into a checkpoint folder.
+        system: the load of every node, for the metrics.
         callbacks: on rank 0 only; empty elsewhere.
     """
 
@@ -55,11 +60,13 @@ class Trainer:
         device: torch.device,
         evaluate: Callable[[], Evaluation],
         model_files: Callable[[Path], None],
+        system: SystemMetrics,
         callbacks: Sequence[Callback] = (),
     ):
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
         self.evaluate, self.model_files, self.callbacks = evaluate, model_files, callbacks
+        self.system, self.visits = system, Visits(lwo, device)
         self._batch_of = {
             "seed": config.seed,
             "global_batch_size": config.train.global_batch_size,
@@ -98,12 +105,15 @@ class Trainer:
             accumulation=accumulation, **self._batch_of,
         )  # fmt: skip
         tokens = label_tokens(self.data, step=step, **self._batch_of)
+        step_loss = torch.zeros((), device=self.device)
         for batch in batches:
             loss = self._loss({name: tensor.to(self.device) for name, tensor in batch.items()}) / tokens
-            self._stretch_loss += loss.detach()
+            step_loss += loss.detach()
             # The strategy averages over ranks and micro-batches; the sum over them is wanted.
             lwo.backward(loss * distributed.world_size() * accumulation)
             report = lwo.step()
+        self._stretch_loss += step_loss
+        self.visits.add(step, step_loss, report)
         self._stretch_tokens += int(self.data.lengths[self._indices(step)].sum())
         return report
 
@@ -120,10 +130,9 @@ class Trainer:
         steps = step - self._stretch_first
         memory = self.lwo.memory()
         loss = distributed.all_reduce(self._stretch_loss) / steps
-        largest = distributed.max_over_ranks(
-            [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch],
-            self.device,
-        )
+        mine = [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch]
+        everyone = distributed.gather_floats([*mine, *self.system.read()], self.device)
+        largest = [max(values) for values in list(zip(*everyone, strict=True))[: len(mine)]]
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
             "train/loss": float(loss),
@@ -136,13 +145,18 @@ class Trainer:
             "lwo/cycle": float(self.lwo.schedule.cycle(step - 1)),
             "memory/peak_bytes": largest[1],
             **{f"memory/{name}": value for name, value in zip(memory, largest[2:-1], strict=True)},
+            **{f"memory/ranks/peak_bytes_{rank}": row[1] for rank, row in enumerate(everyone[:_MOST_RANKS])},
             "comm/bytes_per_step": float(report.bytes_sent),
             "time/step_seconds": elapsed / steps,
             "time/switch_seconds": largest[-1],
+            **self.system.metrics([row[len(mine) :] for row in everyone]),
         }
         self.results.add_metrics(metrics)
         for callback in self.callbacks:
             callback.on_metrics(step, metrics)
+        for visit in self.visits.take():
+            for callback in self.callbacks:
+                callback.on_visit(visit.step, visit.layer, visit.metrics)
         self._start_stretch()
 
     def _evaluate(self) -> None:
@@ -181,7 +195,9 @@ class Trainer:
         """Training time is the loop's own: evaluations and saves are not in it."""
         started = time.perf_counter()
         yield
-        self._stretch_started += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._stretch_started += seconds
+        self.visits.pause(seconds)
 
     def _start_stretch(self) -> None:
         """What the next progress line is about starts now."""

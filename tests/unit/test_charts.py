@@ -6,7 +6,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from lwo_dist.tracking.charts import _shades, layer_bands, loss_figure, memory_figure, save_pictures
+from lwo_dist.tracking.charts import _shades, loss_figure, memory_figure, save_pictures
+from lwo_dist.tracking.history import History, layer_bands
 from lwo_dist.tracking.spool import Spool, read_spool
 
 GIB = 2**30
@@ -113,9 +114,9 @@ def test_pictures_are_made_from_a_spool_alone(tmp_path):
         spool.append_metrics(step, metrics | {"memory/peak_bytes": 1e9})
         if step % 20 == 0 and step < 100:
             spool.append_switch(step, layers[step // 20])
-    files = save_pictures(read_spool(spool.path), tmp_path / "pictures")
+    files = save_pictures(History.read(read_spool(spool.path)), tmp_path / "pictures")
     assert [file.name for file in files] == ["loss_by_layer.png", "memory.png"]
     for file in files:
         assert imread(file).shape[1] == 1650  # a whole PNG
-    assert save_pictures([], tmp_path / "none") == []
+    assert save_pictures(History(), tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
