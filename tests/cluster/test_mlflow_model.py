@@ -25,6 +25,15 @@ def evaluation(prediction: str, loss: float) -> str:
 
 
 @pytest.fixture
+def mlflow_at():
+    """MLflow's own functions, which look at one store for the whole process."""
+    import mlflow
+
+    yield lambda uri: mlflow.set_tracking_uri(uri) or mlflow
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
 def finished(storage: Path):
     """A function that takes a run to its end, with an exported model and two evaluations in its folder."""
 
@@ -43,12 +52,15 @@ def finished(storage: Path):
     return finish
 
 
-def test_the_model_is_logged_registered_and_loads(finished, storage, monkeypatch, caplog):
+def test_the_model_is_logged_registered_and_loads(finished, storage, mlflow_at, monkeypatch, caplog):
     copied = []
     copy = shutil.copy2
     monkeypatch.setattr(shutil, "copy2", lambda *a, **k: copied.append(a[0]) or copy(*a, **k))
     run_id, client = finished("with-model", register_as="tuned")
     spool = storage / "with-model" / "metrics.jsonl"
+    # Into the store alone: the weights were copied to no second place on the way.
+    weights = [Path(source) for source in copied if str(source).endswith("model.safetensors")]
+    assert weights == [spool.parent / "model" / "model.safetensors"]
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     [output] = run.outputs.model_outputs
@@ -58,26 +70,19 @@ def test_the_model_is_logged_registered_and_loads(finished, storage, monkeypatch
     assert version.run_id == run_id
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
-    import mlflow
-    from mlflow.models import Model
-
-    mlflow.set_tracking_uri(f"sqlite:///{storage}/mlflow.db")
-    try:
-        place = mlflow.artifacts.download_artifacts("models:/tuned/1", dst_path=str(storage / "down"))
-        described = Model.load(place)
-        assert described.signature.inputs.to_dict() == [{"type": "string", "required": True}]
-        pinned = (Path(place) / "requirements.txt").read_text().split()
-        assert f"torch=={torch.__version__.partition('+')[0]}" in pinned
-        assert all("==" in line for line in pinned)
-        pipeline = mlflow.transformers.load_model("models:/tuned/1")
-    finally:
-        mlflow.set_tracking_uri(None)
+    mlflow = mlflow_at(client.tracking_uri)
+    place = mlflow.artifacts.download_artifacts("models:/tuned/1", dst_path=str(storage / "down"))
+    described = mlflow.models.Model.load(place)
+    assert described.signature.inputs.to_dict() == [{"type": "string", "required": True}]
+    pinned = (Path(place) / "requirements.txt").read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in pinned
+    assert all("==" in line for line in pinned)
+    pipeline = mlflow.transformers.load_model("models:/tuned/1")
+    assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("def f(x):")
     exported = load_file(storage / "with-model" / "model" / "model.safetensors")
+    assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("def f(x):")
     held = pipeline.model.state_dict()
     assert exported and all(torch.equal(held[name], value) for name, value in exported.items())
-    # Into the store alone: the weights were never copied to a second place on the way.
-    weights = [str(path) for path in copied if str(path).endswith("model.safetensors")]
-    assert all(path.startswith(str(storage / "with-model")) for path in weights)
 
     spool.with_suffix(".sent.json").unlink()
     replay(spool)  # all of it again
@@ -90,16 +95,12 @@ def test_no_model_is_logged_where_none_is_wanted(finished):
     assert not client.get_run(run_id).outputs.model_outputs
 
 
-def test_scores_and_completions_are_tables(finished):
+def test_scores_and_completions_are_tables(finished, mlflow_at):
     run_id, client = finished("tables", log_model=False)
-    import mlflow
-
-    mlflow.set_tracking_uri(client.tracking_uri)
-    try:
-        completions = mlflow.load_table("tables/completions.json", [run_id])
-        scores = mlflow.load_table("tables/scores.json", [run_id])
-    finally:
-        mlflow.set_tracking_uri(None)
+    mlflow_at(client.tracking_uri)
+    experiment = client.get_run(run_id).info.experiment_id
+    completions = client.load_table(experiment, "tables/completions.json", [run_id])
+    scores = client.load_table(experiment, "tables/scores.json", [run_id])
     assert completions[["file", "line", "before", "after", "reference"]].values.tolist() == [
         ["a.py", 3, "    retur", "    return x", "    return x"],
         ["a.py", 9, "<b>", "<b>", "    return x"],
