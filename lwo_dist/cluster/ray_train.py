@@ -228,8 +228,10 @@ def _train_loop(config: Config) -> Callable[[], dict[str, Any] | None]:
         os.environ.update(environment)
         from lwo_dist.run import run
 
+        from .gauges import RayGauges
+
         try:
-            return run(config)
+            return run(config, [RayGauges()])
         except Exception as error:
             # Ray sends the exception without its traceback, and shows 1,000 characters of that.
             now = datetime.now(UTC).isoformat(timespec="milliseconds")

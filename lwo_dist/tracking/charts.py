@@ -92,17 +92,17 @@ def loss_figure(
     return figure
 
 
-def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = False, full: Series = ()) -> Figure:
+def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = False, full: float | None = None) -> Figure:
     """The largest peak over the ranks over time, what it is made of, and what full fine-tuning would need.
 
     Args:
         points: memory/peak_bytes, memory/parameter_bytes, ... in bytes; what is missing is left out.
         hours: x is in hours and is shown in the unit that suits.
-        full: (x, bytes that full fine-tuning would need at least).
+        full: bytes that full fine-tuning would need at least.
     """
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
-    highest = max((y for series in (*points.values(), full) for _, y in _finite(series)), default=0.0)
+    highest = max([full or 0.0, *(y for name in points for _, y in _finite(points[name]))])
     unit, scale = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if highest >= s), ("KiB", 2**10))
     stretch, x_unit = (
         _time_unit(max((x for name in points for x, _ in points[name]), default=0.0)) if hours else (1, "")
@@ -119,10 +119,9 @@ def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = Fals
         if name == PEAK[0]:
             axes.plot(x, y, drawstyle="steps-post", color=INK, linewidth=1.6, label="peak")
         x_below, top = x, y
-    if need := _finite(full):
-        x, y = np.array(need).T * [[stretch], [1 / scale]]
-        axes.plot(x, y, drawstyle="steps-post", color=EVALUATION, linewidth=1.8, linestyle=(0, (5, 2)),
-                  label="full fine-tuning, at least")  # fmt: skip
+    if full is not None:
+        label = f"full fine-tuning: at least {full / scale:,.3g} {unit}"
+        axes.axhline(full / scale, color=EVALUATION, linewidth=1.8, linestyle=(0, (5, 2)), label=label)
     axes.set_title("Memory of the fullest worker", loc="left", color=INK, fontsize=13, pad=12)
     axes.set_ylabel(unit, color=SOFT)
     axes.set_xlabel(f"{x_label} ({x_unit})" if x_unit else x_label, color=SOFT)
@@ -182,10 +181,8 @@ def figures(history: History) -> dict[str, Figure]:
         steps = {name: points[name] for name in names}
         hours = {name: series for name in names if (series := history.hours(name)) is not None}
         timed = len(hours) == len(names)
-        clock = dict(points.get("train/elapsed_seconds", []))
-        full = [(clock[x] / 3600, y) if timed else (x, y) for x, y in history.full_fine_tuning()]
         label = "training time" if timed else "optimizer step"
-        drawn["memory"] = memory_figure(hours if timed else steps, label, timed, full)
+        drawn["memory"] = memory_figure(hours if timed else steps, label, timed, history.full_fine_tuning())
     if visits := history.visits():
         drawn["layers_by_loss_drop"] = layers_figure(visits, layers)
     return drawn

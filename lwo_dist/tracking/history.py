@@ -88,18 +88,22 @@ class History:
             return None
         return [(clock[step] / 3600, value) for step, value in series]
 
-    def full_fine_tuning(self) -> list[tuple[float, float]]:
-        """(step, bytes that full fine-tuning would need at least); empty where this is it, or cannot be known."""
+    def full_fine_tuning(self) -> float | None:
+        """Bytes that full fine-tuning would need at least; None where this is it, or it cannot be known."""
         sizes, total = self.run.get("layer_sizes") or (), self.run.get("model_size")
         if len(sizes) < 2 or not total:
-            return []
+            return None
         names = ("memory/gradient_bytes", "memory/optimizer_state_bytes", "lwo/active_layer")
         gradient, state, active = (dict(self.points.get(name, ())) for name in names)
-        return [
-            (step, full_fine_tuning_bytes(peak, gradient[step], state[step], sizes[int(active[step])], total))
-            for step, peak in self.points.get("memory/peak_bytes", ())
-            if step in gradient and step in state and step in active
-        ]
+        # Every step gives a lower bound; the highest of them is one too.
+        return max(
+            (
+                full_fine_tuning_bytes(peak, gradient[step], state[step], sizes[int(active[step])], total)
+                for step, peak in self.points.get("memory/peak_bytes", ())
+                if step in gradient and step in state and step in active
+            ),
+            default=None,
+        )
 
     def visits(self) -> list[Visit]:
         """The visits that were reported, in order."""

@@ -25,7 +25,7 @@ from .restarts import Restarts
 from .sender import Sender, reason, send_spool, unsent
 from .spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
 
-__all__ = ["MLflowCallback", "create_run", "end_run", "replay", "tracking_uri"]
+__all__ = ["MLflowCallback", "create_run", "end_run", "experiment_page", "replay", "tracking_uri"]
 
 CALL_TIMEOUT_S = 5
 REPLAY_TIMEOUT_S = 30  # nobody's training waits for a replay, and a slow server is better than none
@@ -46,6 +46,17 @@ def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address in MLFLOW_TRACKING_URI"
         )
     return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute()}/mlflow.db"
+
+
+def experiment_page(tracking: TrackingConfig, uri: str) -> str:
+    """The page of the experiment at a server. Raises: UserError, where the server does not answer or has none."""
+    try:
+        experiment_id = MLflowStore(uri, Path(), CALL_TIMEOUT_S).find_experiment(tracking.experiment)
+    except Exception as error:
+        raise UserError(f"MLflow at {redact(uri)}: {reason(error)}; start it, or correct tracking.uri") from None
+    if experiment_id is None:
+        raise UserError(f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no runs of it yet")
+    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment_id}"
 
 
 def create_run(config: Config, storage: Path, run_name: str) -> str | None:

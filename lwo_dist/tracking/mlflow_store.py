@@ -44,6 +44,10 @@ class MLflowStore:
         logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self._address)
 
+    def find_experiment(self, name: str) -> str | None:
+        experiment = self._client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else None
+
     def find_or_create(self, fields: Mapping[str, Any], time_ms: int) -> str:
         experiment_id = self._experiment(fields["experiment"])
         found = self._client.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{fields['key']}'", max_results=1)
@@ -131,8 +135,8 @@ class MLflowStore:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _experiment(self, name: str) -> str:
-        if experiment := self._client.get_experiment_by_name(name):
-            return experiment.experiment_id
+        if experiment_id := self.find_experiment(name):
+            return experiment_id
         # A database has no artifact store of its own: MLflow would put the files below the working directory.
         database = self._address.startswith(("sqlite", "postgresql", "mysql", "mssql"))
         place = (self._storage.absolute() / "mlartifacts").as_uri() if database else None

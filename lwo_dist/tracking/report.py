@@ -64,8 +64,8 @@ def _cards(history: History) -> Iterable[tuple[str, str, str]]:
         sent = newest("comm/bytes_per_step")
         yield "tokens a second", f"{rate:,.0f}", f"{_size(sent)} sent a step" if sent else ""
     if peaks := [value for _, value in history.points.get("memory/peak_bytes", ())]:
-        full = [value for _, value in history.full_fine_tuning()]
-        yield "peak memory", _size(max(peaks)), f"full fine-tuning: at least {_size(max(full))}" if full else ""
+        full = history.full_fine_tuning()
+        yield "peak memory", _size(max(peaks)), f"full fine-tuning: {_size(full)} or more" if full else ""
     if state := [value for _, value in history.points.get("memory/optimizer_state_bytes", ())]:
         yield "optimizer state", _size(max(state)), "of the fullest worker"
 
