@@ -62,6 +62,14 @@ class Recipe:
     seed: int = 0
 
 
+_CARD = """---
+license: psf-2.0
+tags: [code]
+---
+
+tiny-code, made by lwo_dist from the sources of Python's standard library.
+"""
+
 # "small" is made in seconds and knows little: for tests.
 RECIPES = {
     "full": Recipe(),
@@ -142,6 +150,7 @@ def _build(recipe: Recipe, folder: Path, log: Callable[[str], None]) -> None:
     model = _train_model(_packed(texts, tokenizer, recipe), tokenizer, recipe, log)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+    (folder / "README.md").write_text(_CARD)
     log(f"tiny-code: made in {time.monotonic() - started:.0f} s")
 
 

@@ -59,6 +59,21 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--uri", help="MLflow tracking URI; unset: where the run meant to send to")
     replay.set_defaults(command=_replay)
 
+    export = commands.add_parser("export", help="write a checkpoint as a plain Hugging Face folder")
+    export.add_argument("run", metavar="RUN", help="the run's folder or URL, <storage>/<run_name>")
+    export.add_argument("--to", type=Path, metavar="DIR", help="default: RUN/model; for a URL ./RUN_NAME")
+    export.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    export.set_defaults(command=_export)
+
+    checkpoints = commands.add_parser("checkpoints", help="list, verify or prune the checkpoints of a run")
+    checkpoints.add_argument("action", choices=("list", "verify", "prune"))
+    checkpoints.add_argument("run", metavar="RUN", help="the run's folder or URL, <storage>/<run_name>")
+    checkpoints.add_argument(
+        "--keep", type=int, default=1, metavar="N", help="prune: whole ones that stay, newest first"
+    )
+    checkpoints.set_defaults(command=_checkpoints)
+
     ui = commands.add_parser("ui", help="open the runs in MLflow's web pages, on this machine only")
     _add_config_arguments(ui)
     ui.add_argument("--port", type=int, default=5000, help="default: %(default)s")
@@ -102,12 +117,35 @@ def _replay(arguments: argparse.Namespace) -> None:
     print(f"sent {replay(arguments.spool, arguments.uri)} metric points")
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from .storage import RunFolder
+    from .training.manage import export_run
+
+    print(f"model: {export_run(RunFolder.at(arguments.run), arguments.to, arguments.step, arguments.dtype)}")
+
+
+def _checkpoints(arguments: argparse.Namespace) -> None:
+    from .storage import RunFolder
+    from .training import manage
+
+    run = RunFolder.at(arguments.run)
+    if arguments.action == "list":
+        lines = manage.list_checkpoints(run)
+    elif arguments.action == "verify":
+        lines = manage.verify_checkpoints(run)
+    else:
+        lines = manage.prune_checkpoints(run, arguments.keep)
+    for line in lines:
+        print(line, flush=True)
+
+
 def _ui(arguments: argparse.Namespace) -> None:
+    from .storage import storage_folder
     from .tracking.facts import redact
     from .tracking.mlflow import experiment_page, tracking_uri
 
     config = _config(arguments)
-    uri = tracking_uri(config.tracking, Path(config.storage).expanduser())
+    uri = tracking_uri(config.tracking, storage_folder(config.storage))
     if uri.startswith(("http://", "https://")):
         print(f"{experiment_page(config.tracking, uri)} shows the runs of experiment {config.tracking.experiment}")
         return

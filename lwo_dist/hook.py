@@ -20,11 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .config import LWOConfig
 from .layers import Layer, rest_names
 from .methods import METHODS
 from .schedule import learning_rate, make_schedule
-from .strategies import bare_module, choose_strategy, load_deepspeed, refuse_wrapped
+from .strategies import (
+    Moments,
+    bare_module,
+    choose_strategy,
+    end_backward_at_active_layer,
+    load_deepspeed,
+    refuse_wrapped,
+    warn_of_rounding,
+)
 
 __all__ = ["LWO", "StepReport", "attach", "make_engine", "prepare"]
 
@@ -46,6 +55,8 @@ class StepReport:
     """1.0 if loss or norm was not finite and nothing was changed; None inside an accumulation."""
     bytes_sent: int
     """Bytes of weights and gradients in this step's collectives, each counted as the whole tensor."""
+    visit_change: Tensor | None = None
+    """At the last step of a visit: L2 norm, over all ranks, of what the visit has changed in the layer's masters."""
 
 
 def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
@@ -104,21 +115,24 @@ class LWO:
     def __init__(self, model: nn.Module, config: LWOConfig, method: str = "lwo"):
         module = bare_module(model)
         refuse_wrapped(model)
-        _end_backward_at_active_layer(module)
+        end_backward_at_active_layer(module)
         self.model = model
         self.config = config
         self.layers: Sequence[Layer] = METHODS[method](module, config)
         self.rest = Layer("rest", tuple(rest_names(module, self.layers)), depth=0)
         self.schedule = make_schedule(config, [layer.name for layer in self.layers])
         learning_rate(config, self.schedule, 0)  # a schedule that lacks its length is refused now
-        self.strategy = choose_strategy(model, self.layers, config.gradient_accumulation_steps)
+        self.strategy = choose_strategy(model, self.layers, config)
         self.step_count = 0
         self.skipped_steps = self.skipped_in_a_row = torch.zeros(())
         self.switch_seconds = 0.0
         self._memory: dict[str, int] = {}
         self._micro_step = 0
         self._active = -1
+        self._before_visit: list[Tensor] = []
         self._follow_schedule()
+        if config.inactive_master == "discard":
+            warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
 
     @property
     def active_layer(self) -> Layer:
@@ -137,14 +151,20 @@ class LWO:
             return StepReport(False, False, layer.name, lr, None, None, 0)
         if self._micro_step == 0:
             raise RuntimeError("step() without backward(): call lwo.backward(loss) first")
+        in_visit = self._step_in_visit
+        if in_visit == 0:
+            self._before_visit = [shard.to("cpu", copy=True) for shard in self.strategy.masters()]
         update = self.strategy.step(lr, self.config.max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
+        change = self._visit_change(update.grad_norm.device) if in_visit == self.config.steps_per_layer - 1 else None
         self.skipped_steps = self.skipped_steps.to(update.skipped.device) + update.skipped
         self.skipped_in_a_row = (self.skipped_in_a_row.to(update.skipped.device) + 1) * update.skipped
         self._micro_step = 0
         self.step_count += 1
         switched = self._follow_schedule()
-        return StepReport(True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent)
+        if self._step_in_visit == self.config.steps_per_layer - 1:
+            self.strategy.prefetch(self.layers[self.schedule.active_layer(self.step_count + 1)])
+        return StepReport(True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent, change)
 
     def flush(self) -> None:
         """Call before evaluation or any read of the model's weights."""
@@ -160,24 +180,51 @@ class LWO:
         self.strategy.flush()
         self.strategy.write_layer(tensors)
 
+    def read_moments(self, layer: Layer) -> Moments:
+        """AdamW's moments of a layer that has any now, active or parked, as whole CPU tensors; {} else.
+
+        All ranks call it. By parameter name: `exp_avg`, `exp_avg_sq` and the scalar `step`.
+        """
+        self.strategy.flush()
+        return self.strategy.export_state(layer)
+
+    def write_moments(self, layer: Layer, moments: Moments) -> None:
+        """Give `layer` the moments of `read_moments`, of any strategy and world size; {} takes them away.
+
+        All ranks call it with the same tensors. With `state: reset` only the active layer has any.
+        """
+        self.strategy.flush()
+        self.strategy.import_state(layer, moments)
+
     def memory(self) -> dict[str, int]:
         """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer trains.
 
-        Right after a switch the new layer has no moments yet: then what the layer before it held.
+        Right after a switch the new layer has no moments yet: then what the layer before it held. `park_bytes` are on
+        the host. What `visit_change` compares with is not counted: the active layer's masters as its visit found them,
+        on the host too.
         """
-        fresh = self.schedule.position(self.step_count)[1] == 0 and len(self.layers) > 1
-        return self._memory if fresh and self._memory else self.strategy.memory()
+        if self._step_in_visit == 0 and self._memory:
+            return {**self._memory, "park_bytes": self.strategy.park_bytes}
+        return self.strategy.memory()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position and moments, the weights left out. All ranks call it; none depends on the world size."""
-        self._refuse_mid_accumulation("state_dict()")
-        self.strategy.flush()
+    def position(self) -> dict[str, Any]:
+        """Where the run stands: `step`, `active_layer` (of the coming step; its name), `skipped_steps`."""
         return {
             "step": self.step_count,
             "active_layer": self.active_layer.name,
             "skipped_steps": float(self.skipped_steps),
-            "moments": self.strategy.export_state(),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and the moments of every layer that has any; the weights are left out (`read_layer`).
+
+        All ranks call it; nothing in it depends on the strategy or the world size.
+        """
+        self._refuse_mid_accumulation("state_dict()")
+        moments: Moments = {}
+        for layer in self.layers:
+            moments |= self.read_moments(layer)
+        return {**self.position(), "moments": moments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`; load the weights (`write_layer`) too.
@@ -186,7 +233,7 @@ class LWO:
             ValueError: the schedule of this config has another layer active at that step.
         """
         self._refuse_mid_accumulation("load_state_dict()")
-        step = state_dict["step"]
+        step, moments = state_dict["step"], state_dict["moments"]
         scheduled = self.layers[self.schedule.active_layer(step)].name
         if scheduled != state_dict["active_layer"]:
             raise ValueError(
@@ -196,8 +243,24 @@ class LWO:
         self.step_count = step
         self.skipped_steps = torch.tensor(state_dict["skipped_steps"])
         self._active = -1  # also when the layer stays: its optimizer starts anew
+        self._before_visit = []  # not known in mid-visit
         self._follow_schedule()
-        self.strategy.import_state(state_dict["moments"])
+        for layer in self.layers:
+            self.write_moments(layer, {name: moments[name] for name in layer.parameter_names if name in moments})
+
+    @property
+    def _step_in_visit(self) -> int:
+        """Of the coming step; -1 where there is one layer, which is never switched."""
+        return self.schedule.position(self.step_count)[1] if len(self.layers) > 1 else -1
+
+    def _visit_change(self, device: torch.device) -> Tensor | None:
+        """What the visit has changed in the active layer's masters; None if its start was before a resume."""
+        before, self._before_visit = self._before_visit, []
+        if not before:
+            return None
+        after = self.strategy.masters()
+        change = [(new - old.to(new.device)).norm() for new, old in zip(after, before, strict=True)]
+        return distributed.all_reduce(torch.stack(change).square().sum().to(device)).sqrt()
 
     @property
     def _at_boundary(self) -> bool:
@@ -206,8 +269,7 @@ class LWO:
     def _follow_schedule(self) -> bool:
         """Make the layer of the coming step active; True if that is another one."""
         index = self.schedule.active_layer(self.step_count)
-        new_visit = self.schedule.position(self.step_count)[1] == 0 and len(self.layers) > 1
-        if index == self._active and not new_visit:
+        if index == self._active and self._step_in_visit != 0:
             return False
         started = time.perf_counter()
         if self._active >= 0:
@@ -229,18 +291,3 @@ def _make_adamw(config: LWOConfig, shards: Sequence[Tensor]) -> torch.optim.Opti
     return torch.optim.AdamW(
         shards, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
-
-
-def _end_backward_at_active_layer(model: nn.Module) -> None:
-    """Undo `enable_input_require_grads`, with which backward would run through the whole frozen prefix.
-
-    transformers enables it along with activation checkpointing, which needs it in its reentrant form only. Called
-    twice it forgets its first hooks, so they are looked for where they hang.
-    """
-    disable = getattr(model, "disable_input_require_grads", None)
-    if disable is not None:
-        disable()
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del module._forward_hooks[key]

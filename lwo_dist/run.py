@@ -6,19 +6,15 @@ The driver calls `prepare` once; then every worker calls `run`. Under torchrun e
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
@@ -28,12 +24,16 @@ from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_t
 from .data.cache import cache_folder
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
+from .models.folders import on_all_ranks
+from .storage import RunFolder, is_url, storage_folder, write_whole
 from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
-from .training.checkpoint import Checkpoint, LayerStore
+from .training.about import about_run, facts, layer_sizes, save_model_files
+from .training.checkpoint import Checkpoint, committed_steps, newest_checkpoint, read_checkpoint, step_folder, use_copy
 from .training.evaluate import evaluate
 from .training.export import export_model
+from .training.layer_store import LayerStore
 from .training.progress import Progress
 from .training.results import Results
 from .training.system import SystemMetrics
@@ -58,30 +58,32 @@ def prepare(config: Config) -> Config:
     if config.strategy == "deepspeed":  # the workers need not see the file
         config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
         deepspeed_config.resolve(config, config.cluster.num_workers)
-    storage = Path(config.storage).expanduser().absolute()
-    tracking_uri(config.tracking, storage)  # refuses a password
+    tracking_uri(config.tracking, Path())  # refuses a password
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
-    config = config.model_copy(update={"storage": str(storage), "run_name": run_name, "data": data})
-    folder = storage / run_name
-    if config.checkpoint.resume == "never" and any(folder.glob("checkpoints/step_*/state.json")):
-        raise UserError(
-            f"run_name = {run_name}: {folder} holds a run and checkpoint.resume is never; choose another run_name, or "
-            "resume: auto"
-        )
-    with _nothing_left_behind(storage):
-        _make_writable(storage)
+    storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
+    config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
+    place = RunFolder(storage, run_name)
+    with _nothing_left_behind(place.local.parent):
+        place.check_writable()
+        if config.checkpoint.resume == "never" and committed_steps(place):
+            raise UserError(
+                f"run_name = {run_name}: {place} holds a run and checkpoint.resume is never; choose another run_name, "
+                "or resume: auto"
+            )
         read_source_tree(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
-            base = ensure_base_model(default_cache_folder(storage))
+            base = ensure_base_model(default_cache_folder(place.local.parent))
             config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(base)})})
-    folder.mkdir(exist_ok=True)
-    record = _read_json(folder / "run.json") or {"run_name": run_name, "attempts": 0}
+    place.local.mkdir(exist_ok=True)
+    place.fetch_small()
+    record = _read_json(place.local / "run.json") or {"run_name": run_name, "attempts": 0}
     record["attempts"] += 1
-    record["mlflow_run_id"] = create_run(config, storage, run_name)
-    (folder / "run.json").write_text(json.dumps(record, indent=1))
+    record["mlflow_run_id"] = create_run(config, place.local.parent, run_name)
+    write_whole(place.local / "run.json", json.dumps(record, indent=1).encode())
+    place.push(["run.json"])
     return config
 
 
@@ -93,8 +95,17 @@ def prepare_and_run(config: Config) -> dict[str, Any] | None:
     return run(config)
 
 
-def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
+def run(
+    config: Config,
+    callbacks: Sequence[Callback] = (),
+    *,
+    on_commit: Callable[[int, Path], None] = lambda step, folder: None,
+) -> dict[str, Any] | None:
     """Train on this worker; every worker calls it with the same prepared config.
+
+    Args:
+        callbacks: rank 0's count, those of the others are ignored.
+        on_commit: called on every rank, at the same place in the loop, with each checkpoint that is there.
 
     Returns:
         On rank 0 what summary.json holds, None elsewhere.
@@ -104,30 +115,37 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | 
     """
     device = distributed.init_process_group(config.cluster.timeout_s)
     main = distributed.rank() == 0
-    folder = Path(config.storage) / str(config.run_name)
-    record = distributed.broadcast_object(_read_json(folder / "run.json") if main else None)
+    place = RunFolder(config.storage, str(config.run_name))
+    record = distributed.on_rank_0(_read_record, place)
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
-        trainer = _build(config, folder, device, everyone)
+        trainer = _build(config, place, device, everyone, on_commit)
         trainer.train()
-        summary = distributed.on_rank_0(_finish, config, trainer, folder, record)
+        summary = distributed.on_rank_0(_finish, config, trainer, place, record)
     except BaseException as error:
         for callback in everyone:
             callback.on_run_failed(error)
         raise
     for callback in everyone:
         callback.on_run_end(summary)
+    if main:
+        place.push_small()
     return summary if main else None
 
 
-def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequence[Callback]) -> Trainer:
+def _build(
+    config: Config,
+    place: RunFolder,
+    device: torch.device,
+    callbacks: Sequence[Callback],
+    on_commit: Callable[[int, Path], None],
+) -> Trainer:
     main = distributed.rank() == 0
-    store = LayerStore(folder)
-    checkpoint = distributed.on_rank_0(store.newest) if config.checkpoint.resume == "auto" else None
+    checkpoint = _find_checkpoint(config, place)
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task]
     data = prepare_dataset(config, tokenizer, task, is_builder=main, broadcast=distributed.broadcast_object)
-    results = Results(folder, config.eval.metric, writes=main)
+    results = Results(place.local, config.eval.metric, writes=main)
     source = config.model
     if checkpoint is not None:
         _refuse_other_run(config, data, checkpoint.state)
@@ -137,30 +155,35 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
         settings = deepspeed_config.resolve(config, distributed.world_size())
         if settings["zero_optimization"]["stage"] == 3:
             partition = load_deepspeed().partitioner(settings)
-    model = load_model(source, config.train, strategy=config.strategy, device=device, partition=partition)
+    model = load_model(
+        source, config.train, strategy=config.strategy, device=device, partition=partition, storage=config.fsdp.storage
+    )
     wrapped = make_engine(model, config.lwo, settings, config.method) if settings else model
     lwo = attach(wrapped, config.lwo, config.method)
+    store = LayerStore(place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep)
     if checkpoint is not None:
-        if settings.get("bf16", {}).get("enabled"):
-            _write_masters(lwo, checkpoint)
-        lwo.load_state_dict(checkpoint.hook_state())
+        if lwo.strategy.stores_16_bit:
+            # The model was made from the checkpoint in 16 bits; the fp32 masters are in the same files.
+            for tensors in checkpoint.weights():
+                lwo.write_layer(tensors)
+        _restore(lwo, checkpoint)
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
-    system = SystemMetrics(device, folder.parent, enabled=config.tracking.enabled and config.tracking.system_metrics)
+    system = SystemMetrics(
+        device, place.local.parent, enabled=config.tracking.enabled and config.tracking.system_metrics
+    )
     trainer = Trainer(
-        config, lwo, data, results, store, device=device, callbacks=callbacks, system=system,
+        config, lwo, data, results, store, device=device, callbacks=callbacks, on_commit=on_commit, system=system,
         evaluate=partial(
             evaluate, model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
             max_new_tokens=config.eval.max_new_tokens, rank=distributed.rank(), world_size=distributed.world_size(),
             synced=config.strategy != "replicate",
         ),
-        model_files=partial(_save_model_files, model, tokenizer),
+        about_run=about_run(config, data),
     )  # fmt: skip
-    sizes = _sizes(lwo)
     info = RunInfo(
-        config, folder, distributed.world_size(), tuple(layer.name for layer in lwo.layers),
-        _facts(sizes, lwo, data, device), lwo.step_count,
-        tuple(sum(sizes[name] for name in layer.parameter_names) for layer in lwo.layers), tuple(system.hosts),
+        config, place.local, distributed.world_size(), tuple(layer.name for layer in lwo.layers),
+        facts(config, lwo, data, device), lwo.step_count, layer_sizes(lwo), tuple(system.hosts),
     )  # fmt: skip
     for callback in callbacks:
         callback.on_run_start(info)
@@ -168,18 +191,32 @@ def _build(config: Config, folder: Path, device: torch.device, callbacks: Sequen
     return trainer
 
 
-def _write_masters(lwo: LWO, checkpoint: Checkpoint) -> None:
-    """The model was made from the checkpoint in bf16; the fp32 masters are in the same files."""
-    index = json.loads((checkpoint.folder / "model.safetensors.index.json").read_text())["weight_map"]
-    for layer in lwo.layers:
-        for reference in sorted({index[name] for name in layer.parameter_names}):
-            lwo.write_layer(load_file(checkpoint.folder / reference))
+def _find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint, its files on every machine."""
+    if config.checkpoint.resume != "auto":
+        return None
+    checkpoint = distributed.on_rank_0(newest_checkpoint, place)
+    if checkpoint is not None:
+        with on_all_ranks():
+            if distributed.rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
+                use_copy(place, checkpoint)
+    return checkpoint
 
 
-def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _restore(lwo: LWO, checkpoint: Checkpoint) -> None:
+    lwo.load_state_dict(checkpoint.hook_state())
+    layers = {layer.name: layer for layer in lwo.layers}
+    for name, moments in checkpoint.parked_moments():
+        lwo.write_moments(layers[name], moments)
+
+
+def _finish(config: Config, trainer: Trainer, place: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
-    checkpoint = trainer.store.checkpoints / f"step_{trainer.results.best_step:06d}"
-    export = export_model(checkpoint, folder / "model", trust_remote_code=config.model.trust_remote_code)
+    steps = committed_steps(place)
+    # The best one may have met a full disk.
+    step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
+    checkpoint = read_checkpoint(place, step)
+    export = export_model(checkpoint, place.local / "model")
     summary = {
         "run_name": config.run_name,
         "method": config.method,
@@ -189,56 +226,19 @@ def _finish(config: Config, trainer: Trainer, folder: Path, record: dict[str, An
         **trainer.results.summary(),
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
-        "checkpoint": str(checkpoint),
-        "export": str(export),
+        "checkpoint": f"{place}/{step_folder(step)}",
+        "export": f"{place}/model",
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    place.push(path.relative_to(place.local).as_posix() for path in sorted(export.iterdir()))
+    write_whole(place.local / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
-
-
-def _sizes(lwo: LWO) -> dict[str, int]:
-    """Parameter name -> elements of the whole tensor."""
-    return {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
-
-
-def _facts(sizes: dict[str, int], lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "parameters": sum(sizes.values()),
-        "trained_parameters": sum(sizes[name] for layer in lwo.layers for name in layer.parameter_names),
-        "host": socket.gethostname(),
-        **{name: data.counts[name] for name in ("windows", "held_out_lines")},
-        "data": dict(data.counts),
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("lwo-dist", "torch", "transformers", "deepspeed", "ray", "mlflow")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:
     if not config.tracking.enabled:
         return []
     run_id = (record or {}).get("mlflow_run_id")
-    return [MLflowCallback(config.tracking, Path(config.storage), run_id=run_id)]
-
-
-def _save_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
-    # The weights in the store are fp32 masters, whatever dtype the base model was published in.
-    settings = type(model.config).from_dict({**model.config.to_dict(), "dtype": "float32", "use_cache": True})
-    settings.architectures = [type(model).__name__.removeprefix("FSDP")]
-    settings.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return [MLflowCallback(config.tracking, storage_folder(config.storage), run_id=run_id)]
 
 
 def _warn_never_trained(config: Config, lwo: LWO) -> None:
@@ -266,16 +266,6 @@ def _refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
             )
 
 
-def _make_writable(storage: Path) -> None:
-    probe = storage / f".probe-{os.getpid()}"
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"storage = {storage}: {error.strerror}; give a folder that can be written") from None
-
-
 @contextmanager
 def _nothing_left_behind(folder: Path) -> Iterator[None]:
     """Remove the folders that were made on the way to an error, as far as they are empty."""
@@ -289,5 +279,15 @@ def _nothing_left_behind(folder: Path) -> Iterator[None]:
         raise
 
 
+def _read_record(place: RunFolder) -> dict[str, Any] | None:
+    place.fetch_small()  # where the run went on on another machine, what it left is in the store only
+    return _read_json(place.local / "run.json")
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise UserError(
+            f"{path} is damaged (not JSON); remove it, and the run goes on under a new MLflow run"
+        ) from None

@@ -37,6 +37,7 @@ FLOORS = {
     "lwo_dist.schedule": 1,
     "lwo_dist.distributed": 1,
     "lwo_dist.memory": 1,
+    "lwo_dist.storage": 1,
     "lwo_dist.config": 0,
 }
 ONLY_IN = {

@@ -14,10 +14,10 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lwo_dist.config import ClusterConfig, Config, UserError
+from lwo_dist.storage import storage_folder
 
 __all__ = ["train"]
 
@@ -40,8 +40,8 @@ _LOCAL_ENVIRONMENT = {
     # Preemption is a matter of cloud nodes; its watcher prints a warning at every start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# What the driver knows about hubs and MLflow, tokens included, the workers know too.
-_PASSED_ON = ("HF_", "HUGGING", "TRANSFORMERS_", "MLFLOW_")
+# What the driver knows about hubs, object stores and MLflow, tokens included, the workers know too.
+_PASSED_ON = ("HF_", "HUGGING", "TRANSFORMERS_", "MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "LWO_")
 _TRACEBACK = "lwo_dist_traceback"
 
 _Node = Mapping[str, float]
@@ -73,7 +73,7 @@ def train(config: Config) -> dict[str, Any]:
 
             # Workers that were killed could not tell MLflow.
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            end_run(config, Path(config.storage), str(config.run_name), status)
+            end_run(config, storage_folder(config.storage), str(config.run_name), status)
             _raise_user_error(error)
             raise
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lwo_dist.config import Config, UserError
+from lwo_dist.storage import storage_folder
 
 __all__ = ["build_once", "cache_folder"]
 
@@ -19,7 +20,7 @@ _ABANDONED_SECONDS = 24 * 3600
 
 def cache_folder(config: Config) -> Path:
     """Where clones and tokenised data lie: `data.cache`, else `<storage>/cache`. All workers must see it."""
-    return Path(config.data.cache or Path(config.storage) / "cache").expanduser().absolute()
+    return Path(config.data.cache or storage_folder(config.storage) / "cache").expanduser().absolute()
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -1,7 +1,8 @@
 """A folder or a Hugging Face id becomes a tokenizer and a model; under `fsdp` no rank ever holds the whole model.
 
-Weights are fp32 whatever the checkpoint holds: they are the masters that the optimizer steps on, and compute has
-its own dtype. What one rank refuses all refuse: the others would wait for it until the collectives time out.
+Weights are fp32 whatever the checkpoint holds, because they are the masters that the optimizer steps on, and compute
+has its own dtype; `fsdp.storage: bf16` asks for less. What one rank refuses all refuse: the others would wait for it
+until the collectives time out.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def load_model(
     strategy: str,
     device: torch.device,
     partition: Callable[[nn.Parameter], None] | None = None,
+    storage: str = "fp32",
 ) -> nn.Module:
     """The model with fp32 weights on `device`, in eval mode as `from_pretrained` leaves it. Every rank calls this.
 
@@ -57,6 +59,7 @@ def load_model(
         strategy: "fsdp" shards the model and reads only this rank's rows of each tensor; "replicate" holds it whole.
         partition: DeepSpeed's stage 3; every rank calls it with a whole parameter in turn, of which it keeps its part
             of what rank 0 has there. Without it "deepspeed" holds the model whole.
+        storage: "fsdp" only; "bf16" rounds the parameters as they are read.
 
     Raises:
         UserError: on every rank alike. No such folder or id, the hub cannot be reached, a damaged or quantised
@@ -79,6 +82,9 @@ def load_model(
         if train.gradient_checkpointing:
             _enable_checkpointing(model)
     if strategy == "fsdp":
+        if storage == "bf16":  # parameters only: buffers stay as the model makes them
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
         _shard(model, train.precision, device)
         if direct:
             weights.read(model, config, files)

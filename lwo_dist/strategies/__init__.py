@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,22 +14,33 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lwo_dist.config import UserError
+from lwo_dist import distributed
+from lwo_dist.config import LWOConfig, UserError
 from lwo_dist.layers import Layer
 
-from .base import Strategy, Update
+from .base import Moments, Strategy, Update
 from .fsdp import FullyShard
 from .replicate import Replicate
 
-__all__ = ["Strategy", "Update", "bare_module", "choose_strategy", "load_deepspeed", "refuse_wrapped"]
+__all__ = [
+    "Moments",
+    "Strategy",
+    "Update",
+    "bare_module",
+    "choose_strategy",
+    "end_backward_at_active_layer",
+    "load_deepspeed",
+    "refuse_wrapped",
+    "warn_of_rounding",
+]
 
 
-def choose_strategy(model: nn.Module, layers: Sequence[Layer], accumulation: int) -> Strategy:
+def choose_strategy(model: nn.Module, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
     """`deepspeed` for an engine, `fsdp` for a `fully_shard`ed model, `replicate` for a plain one."""
     if _is_engine(model):
-        return load_deepspeed().DeepSpeedZero(model, layers, accumulation)
+        return load_deepspeed().DeepSpeedZero(model, layers, config)
     kind = FullyShard if isinstance(model, FSDPModule) else Replicate
-    return kind(model, layers, accumulation)
+    return kind(model, layers, config)
 
 
 def bare_module(model: nn.Module) -> Any:
@@ -78,3 +91,39 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"activation checkpointing of {name} is reentrant, which loses the active layer's gradients; call "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
+
+
+def end_backward_at_active_layer(model: nn.Module) -> None:
+    """Undo `enable_input_require_grads`, with which backward would run through the whole frozen prefix.
+
+    transformers enables it along with activation checkpointing, which needs it in its reentrant form only. Called
+    twice it forgets its first hooks, so they are looked for where they hang.
+    """
+    disable = getattr(model, "disable_input_require_grads", None)
+    if disable is not None:
+        disable()
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]
+
+
+def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> None:
+    """Say what `inactive_master: discard` costs: a visit moves a weight by up to lr a step, and bf16 rounds it after.
+
+    Raises:
+        UserError: the weights are stored in fp32, so that there is nothing to discard.
+    """
+    if not strategy.stores_16_bit:
+        raise UserError(
+            "inactive_master: discard has no effect where weights are stored in fp32; drop it, or store them in bf16"
+        )
+    size = float(torch.cat([shard.flatten() for shard in strategy.masters()]).abs().median())
+    if distributed.rank() == 0 and size > 0:
+        reach, half_ulp = steps_per_layer * lr, 2.0 ** (math.floor(math.log2(size)) - 8)
+        warnings.warn(
+            "inactive_master: discard rounds a layer to bf16 at the end of its visit, and what moved by less than bf16's "
+            f"half ulp is lost: steps_per_layer x lr = {reach:.1e} is {reach / half_ulp:.2g} times that at a typical "
+            f"weight ({half_ulp:.1e} at {size:.1g}); stay well above 1, or park the masters (inactive_master: host)",
+            stacklevel=4,
+        )

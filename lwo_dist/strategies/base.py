@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lwo_dist import distributed
+from lwo_dist.config import LWOConfig
 from lwo_dist.layers import Layer
 
-__all__ = ["MakeOptimizer", "Strategy", "Update", "update_shards"]
+from .parks import HostParks
+
+__all__ = ["MOMENTS", "MakeOptimizer", "Moments", "Strategy", "Update", "update_shards"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Moments = dict[str, dict[str, Tensor]]
+"""Parameter name -> `exp_avg` and `exp_avg_sq`, shaped like the parameter, and the scalar `step`; whole, on the CPU."""
 
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 """This rank's plain shards of the active layer -> an optimizer whose update is elementwise."""
@@ -29,21 +36,54 @@ class Update:
 
 
 class Strategy(ABC):
-    """How a layer lives on the ranks. Everything that communicates is called by all ranks alike."""
+    """How a layer lives on the ranks. Everything that communicates is called by all ranks alike.
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], accumulation: int):
+    A strategy knows a layer's moments as flat `shards` of its own making: this rank's part, key -> tensor, the same
+    keys on every rank. Those of the active layer are its optimizer's, those of the others are parked.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         self.model = model
         self.layers = tuple(layers)
-        self.accumulation = accumulation
+        self.accumulation = config.gradient_accumulation_steps
+        self._keeps_moments = config.state == "keep"
+        self._parks_masters = config.inactive_master == "host"
+        self._parked_moments, self._parked_masters = HostParks(), HostParks()
+        self._active: Layer | None = None
         self._non_finite: Tensor | float = 0.0
+
+    # ---- a switch
 
     @abstractmethod
     def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
-        """Make `layer` the only trainable one, with a fresh optimizer for this rank's shards of it."""
+        """Make `layer` the only trainable one, with an optimizer for this rank's shards of it.
+
+        The optimizer is fresh, or has the moments that the layer has parked.
+        """
 
     @abstractmethod
     def deactivate(self) -> None:
-        """Drop the active layer's gradients and optimizer. Its weights stay exact."""
+        """Drop the active layer's gradients and optimizer; park its moments first, if they are kept.
+
+        Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard` gives that up.
+        """
+
+    def prefetch(self, layer: Layer) -> None:
+        """`layer` is about to be activated: begin to bring its parks to where they will be needed."""
+        for parks in (self._parked_moments, self._parked_masters):
+            parks.prefetch(layer.name, self._shard_device())
+
+    @property
+    def park_bytes(self) -> int:
+        """Host memory of this rank's parks."""
+        return self._parked_moments.nbytes + self._parked_masters.nbytes
+
+    @property
+    def stores_16_bit(self) -> bool:
+        """Weights are stored in 16 bits while they are not active, so that their fp32 masters must be parked."""
+        return False
+
+    # ---- a step
 
     def learning_rate(self, scheduled: float) -> float:
         """The rate of the coming step: ours, unless what the model is wrapped in has a scheduler of its own."""
@@ -64,6 +104,12 @@ class Strategy(ABC):
         """Finish pending work, so that the model's weights may be read or used."""
 
     @abstractmethod
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master shards of the active layer; over all ranks each element once, padding zero."""
+
+    # ---- weights and moments of any layer
+
+    @abstractmethod
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         """Whole tensors on the CPU by name, exact (fp32 masters)."""
 
@@ -71,13 +117,53 @@ class Strategy(ABC):
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
         """Set parameters or buffers from whole tensors, the same ones on every rank."""
 
-    @abstractmethod
-    def export_state(self) -> dict[str, dict[str, Tensor]]:
-        """The active layer's moments as whole CPU tensors: name -> {exp_avg, exp_avg_sq, step}; {} when fresh."""
+    def export_state(self, layer: Layer) -> Moments:
+        """The moments of `layer`, whether it is active or not; {} where it has none."""
+        shards = self._shards_of_optimizer() if layer == self._active else self._parked_moments.get(layer.name)
+        return self._whole_moments(layer, shards) if shards else {}
+
+    def import_state(self, layer: Layer, state: Moments) -> None:
+        """Put moments of `export_state` (of any strategy and world size) in place of what `layer` has; {}: none.
+
+        Moments of a layer that is not active are parked, or dropped where `state: reset` will not ask for them.
+        """
+        if layer == self._active:
+            self._put_into_optimizer(self._cut_moments(layer, state) if state else {})
+        elif self._keeps_moments:
+            self._parked_moments.drop(layer.name)
+            self._parked_moments.put(layer.name, self._cut_moments(layer, state) if state else {})
 
     @abstractmethod
-    def import_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Put moments of `export_state` (of any strategy and world size) into the active layer's optimizer."""
+    def _shards_of_optimizer(self) -> dict[str, Tensor]:
+        """The active layer's moments; {} before its first step."""
+
+    @abstractmethod
+    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
+        """Make `shards` the active layer's moments; {} makes them fresh."""
+
+    @abstractmethod
+    def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
+        """Put the shards of all ranks together: a collective."""
+
+    @abstractmethod
+    def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
+        """This rank's shards of whole moments; nothing is sent."""
+
+    @abstractmethod
+    def _shard_device(self) -> torch.device:
+        """Where the optimizer's shards are."""
+
+    def _park_moments(self) -> None:
+        if self._keeps_moments and self._active is not None:
+            self._parked_moments.put(self._active.name, self._shards_of_optimizer())
+
+    def _unpark_moments(self) -> None:
+        assert self._active is not None
+        shards = self._parked_moments.take(self._active.name, self._shard_device())
+        if shards:
+            self._put_into_optimizer(shards)
+
+    # ---- what it costs
 
     @abstractmethod
     def bytes_per_step(self) -> int:
@@ -85,7 +171,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`, as held now."""
+        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`, `park_bytes`, as held now."""
 
     def _take_non_finite(self) -> Tensor | float:
         value, self._non_finite = self._non_finite, 0.0

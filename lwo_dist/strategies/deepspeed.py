@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lwo_dist import distributed
+from lwo_dist.config import LWOConfig
 from lwo_dist.layers import Layer
 from lwo_dist.memory import local_bytes
 
+from . import deepspeed_fragments as fragments
 from . import deepspeed_private as private
-from .base import MakeOptimizer, Strategy, Update
+from .base import MOMENTS, MakeOptimizer, Moments, Strategy, Update
 from .deepspeed_engine import (
     RateOfEngine,
     build_engine,
@@ -28,6 +30,8 @@ from .deepspeed_engine import (
     warn,
     warn_overruled,
 )
+from .deepspeed_fragments import Fragment
+from .parks import join, split
 
 __all__ = ["DeepSpeedZero", "build_engine", "check_environment", "partitioner"]
 
@@ -38,20 +42,25 @@ class DeepSpeedZero(Strategy):
     With bf16 weights the master of a layer that is not active is parked on the host, this rank's part.
     """
 
-    def __init__(self, engine: Any, layers: Sequence[Layer], accumulation: int):
-        super().__init__(engine.module, layers, accumulation)
-        check_engine(engine, accumulation)
+    # [Note: Where a park was cut]
+    # ZeRO decides how a layer is cut when it becomes active, and cuts it alike each time. What it has cut is parked as
+    # it is. What is written while the layer is not active is cut by `fragments.share`, which stages 1 and 2 do not
+    # agree with: `_written` names those parks, and a collective puts them together before they are cut anew.
+
+    def __init__(self, engine: Any, layers: Sequence[Layer], config: LWOConfig):
+        super().__init__(engine.module, layers, config)
+        check_engine(engine, self.accumulation)
         self._engine = engine
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
-        self._active: Layer | None = None
+        self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._rate = RateOfEngine(engine)
         self._config = engine._config
         written: dict[str, Any] = self._config._param_dict
         self._clipping: float | None = written.get("gradient_clipping")
         self._warned = False
         self._own_bucket = "reduce_bucket_size" not in written.get("zero_optimization", {})
-        self._parks: dict[str, tuple[Tensor, int]] = {}  # as `private.fragment` gives it
-        self._written: set[str] = set()  # parked by `write_layer`: cut elsewhere than ZeRO cuts
+        self._starts: dict[str, int] = {}  # key of a shard -> where it begins in the flattened parameter
+        self._written: set[str] = set()  # keys of parks, see [Note: Where a park was cut]
         self._sent = private.SentBytes()
         self._before_backward = True
         engine.register_forward_pre_hook(self._start_count)
@@ -66,23 +75,24 @@ class DeepSpeedZero(Strategy):
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in layer.parameter_names)
         if first:
-            _unflatten(self._parameters.values())
+            fragments.own_storage(self._parameters.values())
         if self._own_bucket:
             # All gradients of the layer go out together; the default of 5e8 elements is allocated at every switch.
-            self._config.zero_config.reduce_bucket_size = sum(_numel(p) for p in trained)
+            self._config.zero_config.reduce_bucket_size = sum(fragments.total_numel(p) for p in trained)
         # The optimizer may live on the host (offload) without being DeepSpeed's own, which a compiler must build.
         self._config.zero_force_ds_cpu_optimizer = False
         private.adopt(self._engine, optimizer, trained, offload)
         self._active = layer
-        self._unpark(layer)
+        self._unpark_masters(layer)
+        self._unpark_moments()
 
     def deactivate(self) -> None:
         if self._active is None:
             return
+        self._park_moments()
         for name in self._active.parameter_names:
             if self._parameters[name].dtype != torch.float32:
-                part, start = self._part(name)
-                self._parks[name] = part.to("cpu", copy=True), start
+                self._park_master(name, self._part(name))
         # The ZeRO optimizer itself goes when the next one comes: the engine cannot be without one.
 
     def learning_rate(self, scheduled: float) -> float:
@@ -117,6 +127,10 @@ class DeepSpeedZero(Strategy):
     def flush(self) -> None:
         """Nothing is pending: `step` publishes before it returns."""
 
+    def masters(self) -> list[Tensor]:
+        assert self._active is not None
+        return [self._part(name)[0] for name in self._active.parameter_names]  # not flat: stage 3 pads with garbage
+
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         own = self.model.state_dict(keep_vars=True)
         return {name: self._whole_master(name, own[name]) for name in layer.parameter_names}
@@ -125,44 +139,70 @@ class DeepSpeedZero(Strategy):
         own = self.model.state_dict(keep_vars=True)
         for name, tensor in tensors.items():
             target = own[name]
-            _put(private.stored(target), tensor)
+            fragments.put(private.stored(target), tensor)
             if getattr(target, "ds_id", None) is not None and target.numel():  # gathered now
                 target.detach().copy_(tensor)
-            if name not in self._parameters:
-                continue
             if self._is_active(name):
-                _put(self._part(name), tensor)
-            elif target.dtype != torch.float32:
-                self._parks[name] = _cut(tensor.float())
-                self._written.add(name)
+                fragments.put(self._part(name), tensor)
+            elif name in self._layer_of and target.dtype != torch.float32:
+                part, start = fragments.share(target)
+                cut = tensor.reshape(-1)[start : start + part.numel()].float()
+                self._park_master(name, (cut, start), written=not hasattr(target, "ds_id"))
 
-    def export_state(self) -> dict[str, dict[str, Tensor]]:
+    # ---- moments
+
+    def _shards_of_optimizer(self) -> dict[str, Tensor]:
         state = private.inner_optimizer(self._engine.optimizer).state
         if not state or self._active is None:
             return {}
-        step = next(iter(state.values()))["step"].to("cpu", copy=True)
-        exported: dict[str, dict[str, Tensor]] = {}
+        shards = {"step": next(iter(state.values()))["step"]}
         for name in self._active.parameter_names:
+            for key in MOMENTS:
+                shards[f"{name}.{key}"], self._starts[f"{name}.{key}"] = self._part(name, key)
+        return shards
+
+    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
+        zero = self._engine.optimizer
+        state = private.inner_optimizer(zero).state
+        if not state and not shards:
+            return
+        # In place, because ZeRO refers to these tensors; zeros at step 0 are what a fresh optimizer starts from.
+        for flat in private.masters(zero):
+            for key in MOMENTS:
+                state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False)).zero_()
+            state[flat].setdefault("step", torch.zeros((), device=flat.device)).copy_(
+                shards.get("step", torch.zeros(()))
+            )
+        private.link_moments(zero)
+        for shard, tensor in shards.items():
+            name, _, key = shard.rpartition(".")
+            if name:
+                self._put_cut(shard, self._parameters[name], tensor, self._part(name, key))
+
+    def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
+        step, exported = shards["step"].to("cpu", copy=True), {}
+        for name in layer.parameter_names:
             exported[name] = {"step": step.clone()}
-            for key in ("exp_avg", "exp_avg_sq"):
-                exported[name][key] = _whole(self._parameters[name], self._part(name, key))
+            for key in MOMENTS:
+                shard = f"{name}.{key}"
+                exported[name][key] = fragments.whole(self._parameters[name], (shards[shard], self._starts[shard]))
         return exported
 
-    def import_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        if not state:
-            return
-        zero = self._engine.optimizer
-        optimizer = private.inner_optimizer(zero)
-        step = next(iter(state.values()))["step"]
-        for flat in private.masters(zero):
-            optimizer.state[flat] = {
-                "step": step.to(flat.device, copy=True),
-                **{key: torch.zeros_like(flat, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")},
-            }
-        private.link_moments(zero)
-        for name, moments in state.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                _put(self._part(name, key), moments[key])
+    def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
+        shards = {"step": next(iter(state.values()))["step"].clone()}
+        for name in layer.parameter_names:
+            parameter = self._parameters[name]
+            part, start = self._part(name) if self._is_active(name) else fragments.share(parameter)
+            for key in MOMENTS:
+                shard = f"{name}.{key}"
+                shards[shard] = state[name][key].reshape(-1)[start : start + part.numel()]
+                self._starts[shard] = start
+                if not self._is_active(name) and not hasattr(parameter, "ds_id"):
+                    self._written.add(shard)
+        return shards
+
+    def _shard_device(self) -> torch.device:
+        return private.masters(self._engine.optimizer)[0].device
 
     def bytes_per_step(self) -> int:
         """What was sent since the first forward of the coming step, or of the last one if it has not begun."""
@@ -180,38 +220,62 @@ class DeepSpeedZero(Strategy):
             "parameter_bytes": local_bytes(weights),
             "gradient_bytes": local_bytes(gradients),
             "optimizer_state_bytes": local_bytes([*masters, *state]),
+            "park_bytes": self.park_bytes,
         }
 
-    # ---- masters, moments and parks
+    # ---- masters of 16-bit weights
+
+    @property
+    def stores_16_bit(self) -> bool:
+        return any(self._parameters[name].dtype != torch.float32 for name in self._layer_of)
 
     def _is_active(self, name: str) -> bool:
         return self._active is not None and name in self._active.parameter_names
 
-    def _part(self, name: str, key: str | None = None) -> tuple[Tensor, int]:
+    def _part(self, name: str, key: str | None = None) -> Fragment:
         return private.fragment(self._engine.optimizer, self._parameters[name], key)
 
-    def _unpark(self, layer: Layer) -> None:
-        """Give the new masters the bits that 16-bit weights lack; a weight that was changed meanwhile keeps its own."""
+    def _park_master(self, name: str, master: Fragment, *, written: bool = False) -> None:
+        """Park what the bf16 rounding of this rank's part lacks."""
+        if self._parks_masters:
+            low, halfway = split(master[0])
+            self._starts[f"{name}.low"] = master[1]
+            (self._written.add if written else self._written.discard)(f"{name}.low")
+            self._parked_masters.put(self._layer_of[name], {f"{name}.low": low, f"{name}.halfway": halfway})
+
+    def _parked_master(self, name: str, parked: dict[str, Tensor]) -> Fragment | None:
+        if f"{name}.low" not in parked:
+            return None
+        low, start = parked[f"{name}.low"], self._starts[f"{name}.low"]
+        weight = fragments.slice_of(self._parameters[name], start, low.numel())
+        return join(weight, low.to(weight.device), parked[f"{name}.halfway"].to(weight.device)), start
+
+    def _unpark_masters(self, layer: Layer) -> None:
+        """Give the new masters the bits that 16-bit weights lack."""
+        parked = self._parked_masters.take(layer.name, self._shard_device())
         for name in layer.parameter_names:
-            if name not in self._parks:
-                continue
-            part, start = self._part(name)
-            parked = self._parks.pop(name)
-            if name in self._written:
-                self._written.remove(name)
-                parked = _whole(self._parameters[name], parked).view(-1)[start : start + part.numel()], start
-            exact, dtype = parked[0].to(part.device), self._parameters[name].dtype
-            part.copy_(torch.where(exact.to(dtype) == part.to(dtype), exact, part))
+            master = self._parked_master(name, parked)
+            if master is not None:
+                self._put_cut(f"{name}.low", self._parameters[name], master[0], self._part(name))
+
+    def _put_cut(self, key: str, parameter: Any, parked: Tensor, part: Fragment) -> None:
+        """Copy a park to where ZeRO wants it, cut anew where it was cut by us."""
+        if key in self._written:
+            self._written.remove(key)
+            fragments.put(part, fragments.whole(parameter, (parked, self._starts[key])))
+        else:
+            part[0].copy_(parked)
 
     def _whole_master(self, name: str, own: Any) -> Tensor:
-        if own.dtype != torch.float32 and self._is_active(name):
-            return _whole(own, self._part(name))
-        if name in self._parks:
-            return _whole(own, self._parks[name])
+        if own.dtype != torch.float32 and name in self._layer_of:
+            parked = self._parked_masters.get(self._layer_of[name])
+            part = self._part(name) if self._is_active(name) else self._parked_master(name, parked)
+            if part is not None:
+                return fragments.whole(own, part)
         if hasattr(own, "ds_id"):
-            return _whole(own, private.stored(own))
-        whole = own.detach().to("cpu", copy=True)
-        return whole.float() if whole.is_floating_point() else whole
+            return fragments.whole(own, private.stored(own))
+        tensor = own.detach().to("cpu", copy=True)
+        return tensor.float() if tensor.is_floating_point() else tensor
 
     def _start_count(self, *_: Any) -> None:
         if self._before_backward:
@@ -225,36 +289,3 @@ class DeepSpeedZero(Strategy):
                 f"the engine was made with optimizer state for {others} parameters that are not trained first; it is "
                 "freed now; call lwo_dist.prepare(model, config) before deepspeed.initialize and it is never made"
             )
-
-
-def _numel(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _whole(parameter: Any, part: tuple[Tensor, int]) -> Tensor:
-    """Put the ranks' parts together: each element is one rank's, and zero on the others."""
-    tensor, start = part
-    whole = torch.zeros(_numel(parameter), device=parameter.device)
-    whole[start : start + tensor.numel()] = tensor.to(whole.device)
-    return distributed.all_reduce(whole).view(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", copy=True)
-
-
-def _cut(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's equal share of the flattened tensor, and where it begins."""
-    size = -(-tensor.numel() // distributed.world_size())
-    start = min(distributed.rank() * size, tensor.numel())
-    return tensor.reshape(-1)[start : start + size].to("cpu", copy=True), start
-
-
-def _put(part: tuple[Tensor, int], whole: Tensor) -> None:
-    tensor, start = part
-    tensor.copy_(whole.reshape(-1)[start : start + tensor.numel()])
-
-
-@torch.no_grad()
-def _unflatten(parameters: Any) -> None:
-    """Give each weight its own storage: a flat buffer of the whole model would live until the last weight left it."""
-    for parameter in parameters:
-        tensor = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
-        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-            tensor.data = tensor.data.clone()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lwo_dist import distributed
-from lwo_dist.config import UserError
+from lwo_dist.config import LWOConfig, UserError
 from lwo_dist.layers import Layer
 from lwo_dist.memory import local_bytes, padded_numel
 
-from .base import MakeOptimizer, Strategy, Update, update_shards
+from .base import MOMENTS, MakeOptimizer, Moments, Strategy, Update, update_shards
 
 __all__ = ["Replicate"]
 
@@ -26,13 +26,12 @@ _ALIGN = 4  # elements: a parameter inside the flat buffer starts at 16 bytes, a
 class Replicate(Strategy):
     """The shards are slices of the flat fp32 weights themselves: 8 bytes of state a parameter / world size."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], accumulation: int):
-        super().__init__(model, layers, accumulation)
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
+        super().__init__(model, layers, config)
         self._parameters = dict(model.named_parameters())
         self._refuse_16_bit()
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
         self._flat_weights: dict[str, Tensor] = {}
-        self._active: Layer | None = None
 
     def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
         for name, parameter in self._parameters.items():
@@ -50,10 +49,12 @@ class Replicate(Strategy):
         self._gradient_views = self._views(layer, self._flat_gradient)
         self._hang_gradients()
         self._optimizer = make_optimizer([self._weight_shard])
+        self._unpark_moments()
 
     def deactivate(self) -> None:
         if self._active is None:
             return
+        self._park_moments()
         for name in self._active.parameter_names:
             self._parameters[name].grad = None
         del self._optimizer, self._weight_shard, self._gradient_shard, self._flat_gradient, self._gradient_views
@@ -72,6 +73,9 @@ class Replicate(Strategy):
     def flush(self) -> None:
         """Nothing is pending: `step` publishes before it returns."""
 
+    def masters(self) -> list[Tensor]:
+        return [self._weight_shard.detach()]
+
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         tensors = dict(self.model.state_dict(keep_vars=True))
         return {name: tensors[name].detach().to("cpu", copy=True) for name in layer.parameter_names}
@@ -81,31 +85,36 @@ class Replicate(Strategy):
         for name, tensor in tensors.items():
             own[name].detach().copy_(tensor)
 
-    def export_state(self) -> dict[str, dict[str, Tensor]]:
-        state = self._optimizer.state.get(self._weight_shard)
-        if not state or self._active is None:
-            return {}
-        exported: dict[str, dict[str, Tensor]] = {name: {} for name in self._active.parameter_names}
-        for key in ("exp_avg", "exp_avg_sq"):
-            whole = torch.empty_like(self._flat_weights[self._active.name])
-            distributed.all_gather(whole, state[key])
-            for name, view in self._views(self._active, whole).items():
+    def _shards_of_optimizer(self) -> dict[str, Tensor]:
+        return self._optimizer.state.get(self._weight_shard, {})
+
+    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
+        self._optimizer.state.clear()
+        if shards:
+            self._optimizer.state[self._weight_shard] = {k: t.to(self._shard_device()) for k, t in shards.items()}
+
+    def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
+        step = shards["step"].to("cpu", copy=True)
+        exported: Moments = {name: {"step": step.clone()} for name in layer.parameter_names}
+        for key in MOMENTS:
+            whole = shards[key].new_empty(self._flat_numel(layer), device=self._shard_device())
+            distributed.all_gather(whole, shards[key].to(whole.device))
+            for name, view in self._views(layer, whole).items():
                 exported[name][key] = view.to("cpu", copy=True)
-        for moments in exported.values():
-            moments["step"] = state["step"].to("cpu", copy=True)
         return exported
 
-    def import_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        if not state or self._active is None:
-            return
-        own: dict[str, Tensor] = {"step": next(iter(state.values()))["step"].to(self._weight_shard.device, copy=True)}
-        start = distributed.rank() * self._weight_shard.numel()
-        for key in ("exp_avg", "exp_avg_sq"):
-            whole = torch.zeros_like(self._flat_weights[self._active.name])
-            for name, view in self._views(self._active, whole).items():
+    def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
+        shards = {"step": next(iter(state.values()))["step"].clone()}
+        numel = self._flat_numel(layer) // distributed.world_size()
+        for key in MOMENTS:
+            whole = torch.zeros(self._flat_numel(layer), dtype=self._parameters[layer.parameter_names[0]].dtype)
+            for name, view in self._views(layer, whole).items():
                 view.copy_(state[name][key])
-            own[key] = whole[start : start + self._weight_shard.numel()].clone()
-        self._optimizer.state[self._weight_shard] = own
+            shards[key] = whole[distributed.rank() * numel :][:numel].clone()
+        return shards
+
+    def _shard_device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
 
     def bytes_per_step(self) -> int:
         if distributed.world_size() == 1 or self._active is None:
@@ -120,6 +129,7 @@ class Replicate(Strategy):
             "parameter_bytes": local_bytes(self.model.parameters()),
             "gradient_bytes": local_bytes(gradients),
             "optimizer_state_bytes": local_bytes(moments),
+            "park_bytes": self.park_bytes,
         }
 
     def _flatten(self, layer: Layer) -> Tensor:
@@ -133,13 +143,16 @@ class Replicate(Strategy):
             if all(self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()):
                 return flat
         parameters = [self._parameters[name] for name in layer.parameter_names]
-        numel = sum(padded_numel(p.numel(), _ALIGN) for p in parameters)
-        flat = parameters[0].new_zeros(padded_numel(numel, distributed.world_size()), requires_grad=False)
+        flat = parameters[0].new_zeros(self._flat_numel(layer), requires_grad=False)
         for name, view in self._views(layer, flat).items():
             view.copy_(self._parameters[name].detach())
             self._parameters[name].data = view
         self._flat_weights[layer.name] = flat
         return flat
+
+    def _flat_numel(self, layer: Layer) -> int:
+        numel = sum(padded_numel(self._parameters[name].numel(), _ALIGN) for name in layer.parameter_names)
+        return padded_numel(numel, distributed.world_size())
 
     def _views(self, layer: Layer, flat: Tensor) -> dict[str, Tensor]:
         views, start = {}, 0

@@ -212,10 +212,8 @@ class MLflowCallback(Callback):
     @_never_raises
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         model, best_step = None, summary.get("eval", {}).get("best_step")
-        if self._spool and self._tracking.log_model and "export" in summary:
-            path = os.path.relpath(summary["export"], self._spool.path.parent)
-            step = summary["steps"] if best_step is None else best_step
-            model = {"path": path, "name": "model", "step": step, "register_as": self._tracking.register_as}
+        if self._spool and self._tracking.log_model and (self._spool.path.parent / "model").is_dir():
+            model = {"path": "model", "name": "model", "step": best_step, "register_as": self._tracking.register_as}
         self._end("FINISHED", self._tracking.flush_timeout_s, best_step=best_step, model=model)
 
     @_never_raises

@@ -29,7 +29,7 @@ def log_model(client: Any, run_id: str, folder: Path, fields: Mapping[str, Any])
     model = found[0] if found else client.create_logged_model(experiment, fields["name"], run_id, model_type="llm")
     if model.status != "READY":
         _upload(client, run_id, model.model_id, folder)
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=fields["step"])])
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=fields["step"] or 0)])
         client.finalize_logged_model(model.model_id, "READY")
     if fields["register_as"]:
         _register(client, run_id, model, fields["register_as"])

@@ -32,6 +32,8 @@ class Results:
         self.folder, self.metric, self._writes = folder, metric, writes
         self.evaluations: dict[int, dict[str, float]] = {}
         self.training_seconds = 0.0
+        self.blocked_seconds = 0.0
+        """For which saves held up the loop; not in `training_seconds`."""
         self.tokens = 0
         self.losses: list[float] = []
         self.peaks: dict[str, float] = {}
@@ -85,6 +87,7 @@ class Results:
             "tokens": self.tokens,
             "training_seconds": self.training_seconds,
             "tokens_per_second": self.tokens / self.training_seconds,
+            "checkpoint_blocked_seconds": self.blocked_seconds,
             "peak_memory_bytes": int(self.peaks["memory/peak_bytes"]),
             "optimizer_state_bytes": int(self.peaks["memory/optimizer_state_bytes"]),
             "comm_bytes_per_step": self.peaks["comm/sum"] / self.peaks["comm/count"],
@@ -102,6 +105,7 @@ class Results:
         return {
             "evaluations": {str(step): scores for step, scores in self.evaluations.items()},
             "training_seconds": self.training_seconds,
+            "blocked_seconds": self.blocked_seconds,
             "tokens": self.tokens,
             "losses": self.losses,
             "peaks": self.peaks,
@@ -110,6 +114,7 @@ class Results:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.evaluations = {int(step): scores for step, scores in state_dict["evaluations"].items()}
         self.training_seconds, self.tokens = state_dict["training_seconds"], state_dict["tokens"]
+        self.blocked_seconds = state_dict["blocked_seconds"]
         self.losses, self.peaks = list(state_dict["losses"]), dict(state_dict["peaks"])
 
     def _path(self, step: int) -> Path:
@@ -135,6 +140,7 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"{summary['tokens_per_second']:,.0f} tokens/s",
             f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer state "
             f"{human_bytes(summary['optimizer_state_bytes'])}",
+            f"checkpoints held up the loop for {summary['checkpoint_blocked_seconds']:.1f} s in all",
             f"sent {human_bytes(summary['comm_bytes_per_step'])} per step",
             f"model: {summary['export']}",
         ]

@@ -6,12 +6,13 @@ for batch in micro_batches(step):          data: a pure function of (seed, step)
     report = lwo.step()                    hook -> strategy: reduce, clip, update, publish; then the switch
 every logging_steps: metrics               one collective for all of them
 every eval.steps:    evaluate, save        and the best checkpoint is kept
+every visit:         save                  a copy on the host; a thread writes it
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from lwo_dist.data.batches import IGNORED_LABEL, global_batch_indices
 from lwo_dist.hook import LWO, StepReport
 from lwo_dist.memory import peak_bytes
 
-from .checkpoint import LayerStore
 from .evaluate import Evaluation
+from .layer_store import LayerStore, Outcome
 from .results import Results
 from .system import SystemMetrics
 from .visits import Visits
@@ -44,9 +45,10 @@ class Trainer:
 
     Args:
         evaluate: a collective that scores the model on the held-out lines.
-        model_files: puts the model's config and tokenizer into a checkpoint folder.
+        about_run: what a checkpoint says of the run it is from.
         system: the load of every node, for the metrics.
         callbacks: on rank 0 only; empty elsewhere.
+        on_commit: called on every rank, at the same place in the loop, for each checkpoint that is there.
     """
 
     def __init__(
@@ -59,18 +61,21 @@ class Trainer:
         *,
         device: torch.device,
         evaluate: Callable[[], Evaluation],
-        model_files: Callable[[Path], None],
+        about_run: Mapping[str, Any],
         system: SystemMetrics,
         callbacks: Sequence[Callback] = (),
+        on_commit: Callable[[int, Path], None] = lambda step, folder: None,
     ):
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
-        self.evaluate, self.model_files, self.callbacks = evaluate, model_files, callbacks
+        self.evaluate, self.about_run, self.callbacks, self.on_commit = evaluate, about_run, callbacks, on_commit
         self.system, self.visits = system, Visits(lwo, device)
         self._batch_of = {
             "seed": config.seed,
             "global_batch_size": config.train.global_batch_size,
         }
+        self._saved_at = time.monotonic()
+        self._last_save: dict[str, float] = {}
         self._start_stretch()
 
     def train(self) -> None:
@@ -92,8 +97,13 @@ class Trainer:
             evaluates = done == steps or _every(self.config.eval.steps, done)
             if evaluates:
                 self._evaluate()
-            if evaluates or _every(self.config.checkpoint.steps, done):
+            if evaluates or self._save_is_due(done):
                 self._save()
+        outcome = self._settle()
+        if outcome is not None and outcome.error:
+            raise UserError(
+                f"the last checkpoint could not be written ({outcome.error}); make room, and give the command again"
+            )
 
     def _train_step(self, step: int) -> StepReport:
         lwo = self.lwo
@@ -128,11 +138,16 @@ class Trainer:
     def _log(self, report: StepReport) -> None:
         step, elapsed = self.lwo.step_count, time.perf_counter() - self._stretch_started
         steps = step - self._stretch_first
-        memory = self.lwo.memory()
         loss = distributed.all_reduce(self._stretch_loss) / steps
-        mine = [elapsed, peak_bytes(self.device), *memory.values(), self.lwo.switch_seconds - self._stretch_switch]
-        everyone = distributed.gather_floats([*mine, *self.system.read()], self.device)
-        largest = [max(values) for values in list(zip(*everyone, strict=True))[: len(mine)]]
+        own = {
+            "elapsed": elapsed,
+            "memory/peak_bytes": peak_bytes(self.device),
+            **{f"memory/{name}": value for name, value in self.lwo.memory().items()},
+            "time/switch_seconds": self.lwo.switch_seconds - self._stretch_switch,
+            "saved": float(self.store.poll()),
+        }
+        everyone = distributed.gather_floats([*own.values(), *self.system.read()], self.device)
+        largest = {name: max(values) for name, values in zip(own, zip(*everyone, strict=True), strict=False)}
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
             "train/loss": float(loss),
@@ -143,20 +158,23 @@ class Trainer:
             "train/skipped_steps": float(self.lwo.skipped_steps),
             "lwo/active_layer": float([layer.name for layer in self.lwo.layers].index(report.layer)),
             "lwo/cycle": float(self.lwo.schedule.cycle(step - 1)),
-            "memory/peak_bytes": largest[1],
-            **{f"memory/{name}": value for name, value in zip(memory, largest[2:-1], strict=True)},
+            **{name: value for name, value in largest.items() if "/" in name},
             **{f"memory/ranks/peak_bytes_{rank}": row[1] for rank, row in enumerate(everyone[:_MOST_RANKS])},
             "comm/bytes_per_step": float(report.bytes_sent),
             "time/step_seconds": elapsed / steps,
-            "time/switch_seconds": largest[-1],
-            **self.system.metrics([row[len(mine) :] for row in everyone]),
+            "time/checkpoint_blocked_seconds": self.results.blocked_seconds,
+            **self._last_save,
+            **self.system.metrics([row[len(own) :] for row in everyone]),
         }
+        self._last_save = {}
         self.results.add_metrics(metrics)
         for callback in self.callbacks:
             callback.on_metrics(step, metrics)
         for visit in self.visits.take():
             for callback in self.callbacks:
                 callback.on_visit(visit.step, visit.layer, visit.metrics)
+        if largest["saved"]:
+            self._settle()
         self._start_stretch()
 
     def _evaluate(self) -> None:
@@ -167,20 +185,48 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_evaluation(self.lwo.step_count, evaluation.scores)
 
+    def _save_is_due(self, step: int) -> bool:
+        settings = self.config.checkpoint
+        if settings.steps:
+            return _every(settings.steps, step)
+        if self.lwo.schedule.position(step)[1] != 0:
+            return False
+        # Clocks differ: rank 0's counts.
+        return distributed.broadcast_object(time.monotonic() - self._saved_at >= 60 * settings.minutes)
+
     def _save(self) -> None:
+        """Start a checkpoint of this step; the loop goes on as soon as the host has its copy."""
         step = self.lwo.step_count
         extra = {
             "data": {**self._batch_of, "fingerprint": self.data.fingerprint, "next_step": step},
             "results": self.results.state_dict(),
+            "run": self.about_run,
         }
+        started = time.perf_counter()
         with self._off_the_clock():
-            folder = self.store.save(self.lwo, self.model_files, extra)
+            self._settle()
+            self.store.save(self.lwo, extra, best_step=self.results.best_step)
+        self._saved_at = time.monotonic()
+        self.results.blocked_seconds += time.perf_counter() - started
+
+    def _settle(self) -> Outcome | None:
+        """Wait for the save that is under way and tell everyone what became of it. A collective."""
+        outcome = self.store.wait()
+        if outcome is None:
+            return None
+        if outcome.error:
             if distributed.rank() == 0:
-                best = self.store.checkpoints / f"step_{self.results.best_step:06d}"
-                self.store.prune({folder} | ({best} if best.exists() else set()))
-            distributed.barrier()
+                print(
+                    f"warning: the checkpoint of step {outcome.step} could not be written ({outcome.error}); training "
+                    "goes on, and the next one holds what this one lacks",
+                    flush=True,
+                )
+            return outcome
+        self.on_commit(outcome.step, outcome.folder)
         for callback in self.callbacks:
-            callback.on_checkpoint(step, folder)
+            callback.on_checkpoint(outcome.step, outcome.folder)
+        self._last_save = {"checkpoint/bytes": float(outcome.bytes_written), "checkpoint/seconds": outcome.seconds}
+        return outcome
 
     def _refuse_non_finite(self) -> None:
         in_a_row = int(self.lwo.skipped_in_a_row)

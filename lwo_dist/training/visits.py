@@ -60,7 +60,7 @@ class Visits:
     def __init__(self, lwo: LWO, device: torch.device):
         self._lwo, self._device = lwo, device
         self._sums = _Sums(device)
-        self._over: list[tuple[int, str, float, _Sums]] = []
+        self._over: list[tuple[int, str, float, Tensor | None, _Sums]] = []
         self._started = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, report: StepReport) -> None:
@@ -71,7 +71,7 @@ class Visits:
         if place + 1 < schedule.steps_per_layer or len(self._lwo.layers) == 1:
             return
         now = time.perf_counter()
-        self._over.append((step + 1, report.layer, now - self._started, self._sums))
+        self._over.append((step + 1, report.layer, now - self._started, report.visit_change, self._sums))
         self._sums, self._started = _Sums(self._device), now
 
     def pause(self, seconds: float) -> None:
@@ -86,11 +86,12 @@ class Visits:
         losses = distributed.all_reduce(torch.stack([sums.losses for *_, sums in over])).tolist()
         shared = torch.stack([sums.shared for *_, sums in over]).tolist()
         names = [layer.name for layer in self._lwo.layers]
-        for (step, layer, seconds, _), (y, xy), (n, x, xx, norm) in zip(over, losses, shared, strict=True):
+        for (step, layer, seconds, change, _), (y, xy), (n, x, xx, norm) in zip(over, losses, shared, strict=True):
             metrics = {
                 "visit/layer": float(names.index(layer)),
                 "visit/loss_drop": _fall(n, x, xx, y, xy),
                 "visit/grad_norm": norm / n if n else math.nan,
+                "visit/change_norm": float(change) if change is not None else math.nan,
                 "visit/seconds": seconds,
             }
             yield Visit(step, layer, {name: value for name, value in metrics.items() if not math.isnan(value)})

@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen pydantic models, read from one YAML file and dotted overrides.
+"""Every setting of a run: frozen pydantic models.
 
 Field descriptions are the documentation: the README's table is made from them, and an error message ends in
 the description of the field that it is about.
@@ -6,12 +6,9 @@ the description of the field that it is about.
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "CheckpointConfig",
@@ -19,12 +16,12 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "FSDPConfig",
     "LWOConfig",
     "ModelConfig",
     "TrackingConfig",
     "TrainConfig",
     "UserError",
-    "load_config",
 ]
 
 
@@ -52,7 +49,12 @@ class LWOConfig(_Settings):
         default_factory=dict, description="order: weighted only; layer name -> relative frequency, 1 where unnamed"
     )
     seed: int = Field(0, ge=0, description="seed of the random and weighted orders")
-    state: Literal["reset"] = Field("reset", description="a layer's moments at a switch: reset drops them")
+    state: Literal["reset", "keep"] = Field(
+        "reset", description="a layer's moments at a switch: reset drops them, keep parks them for its next visit"
+    )
+    inactive_master: Literal["host", "discard"] = Field(
+        "host", description="16-bit weights' fp32 masters between visits: host parks them, discard rounds them away"
+    )
     train_embeddings: bool = Field(True, description="make the embedding a trained layer")
     train_head: bool = Field(True, description="make the output head, with the final norm, a trained layer")
     layers_per_group: int = Field(1, ge=1, description="neighbouring transformer layers trained as one layer")
@@ -101,6 +103,14 @@ class DataConfig(_Settings):
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
 
 
+class FSDPConfig(_Settings):
+    """Sharded weights."""
+
+    storage: Literal["fp32", "bf16"] = Field(
+        "fp32", description="strategy: fsdp only; bf16: shards of 2 bytes a parameter, fp32 while a layer is active"
+    )
+
+
 class TrainConfig(_Settings):
     """The training loop."""
 
@@ -128,7 +138,11 @@ class EvalConfig(_Settings):
 class CheckpointConfig(_Settings):
     """Saving and resuming."""
 
-    steps: int = Field(0, ge=0, description="save every so many steps; 0: only at evaluations and at the end")
+    steps: int = Field(
+        0, ge=0, description="save every so many steps; 0: at the end of a visit, at least checkpoint.minutes apart"
+    )
+    minutes: float = Field(5.0, ge=0, description="checkpoint.steps: 0 only; least time between two such saves")
+    keep: int = Field(1, ge=1, description="so many of the newest checkpoints stay, and the best one besides")
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on where a run of this run_name stopped")
 
 
@@ -168,13 +182,16 @@ class Config(_Settings):
     )
     task: Literal["completion"] = Field("completion", description="what is learned: completing lines of code")
     seed: int = Field(0, ge=0, description="seed of data order and initialisation")
-    storage: str = Field("runs", description="folder for runs, seen by all workers")
+    storage: str = Field(
+        "runs", description="folder for runs, seen by all workers; or an object store, such as s3://bucket/folder"
+    )
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date"
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lwo: LWOConfig = LWOConfig()
+    fsdp: FSDPConfig = FSDPConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -186,108 +203,20 @@ class Config(_Settings):
         for key in ("zero_stage", "deepspeed"):
             if getattr(self, key) is not None and self.strategy != "deepspeed":
                 raise ValueError(f"{key} has no effect with strategy: {self.strategy}; set deepspeed there, or drop it")
+        self._check_storage()
         return self
 
-
-def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply dotted overrides such as `lwo.lr=1e-4`.
-
-    Raises:
-        UserError: unreadable file, malformed override, unknown key (with the nearest valid one), wrong value.
-    """
-    values = _read_yaml(Path(path)) if path is not None else {}
-    for override in overrides:
-        _apply_override(values, override)
-    _refuse_unknown_keys(values, Config, "")
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from None
-    if config.lwo.max_steps is None:
-        config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"max_steps": config.train.steps})})
-    return config
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} must read key=value, for example lwo.lr=1e-4")
-    *groups, name = key.split(".")
-    for group in groups:
-        values = values.setdefault(group, {})
-        if not isinstance(values, dict):
-            raise UserError(f"override {override!r}: {group!r} is a value, not a group; see the README's table of keys")
-    try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
-
-
-def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
-    for key, value in values.items():
-        field = model.model_fields.get(str(key))
-        if field is None:
-            hint = _nearest_key(str(key), model, prefix)
-            mend = f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
-            raise UserError(f"unknown key {prefix}{key}; {mend}")
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{prefix}{key} = {value!r} must be a group of keys: {', '.join(annotation.model_fields)}"
-                )
-            _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
-
-
-def _nearest_key(key: str, model: type[BaseModel], prefix: str) -> str | None:
-    by_name: dict[str, str] = {}
-    for path in _all_keys(Config):
-        by_name.setdefault(path.rpartition(".")[2], path)
-    if key in by_name:  # At the wrong depth: `lr` for `lwo.lr`.
-        return by_name[key]
-    here = difflib.get_close_matches(key, model.model_fields, n=1)
-    elsewhere = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
-    return f"{prefix}{here[0]}" if here else by_name[elsewhere[0]] if elsewhere else None
-
-
-def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if first["type"] == "value_error":
-        return f"{location}: {message}" if location else message
-    field: Any = Config
-    for part in first["loc"]:
-        field = getattr(field, "model_fields", {}).get(str(part))
-        if field is None:
-            break
-        description = field.description
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            field = field.annotation
-        else:
-            return f"{location} = {first['input']!r}: {message} ({description})"
-    return f"{location} = {first['input']!r}: {message}"
+    def _check_storage(self) -> None:
+        if self.fsdp.storage == "bf16":
+            for key, value in (("strategy", "fsdp"), ("train.precision", "bf16"), ("method", "lwo")):
+                found = self.train.precision if key == "train.precision" else getattr(self, key)
+                if found != value:
+                    raise ValueError(
+                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, or storage: fp32"
+                    )
+        in_16_bits = self.fsdp.storage == "bf16" or (self.strategy == "deepspeed" and self.train.precision == "bf16")
+        if self.lwo.inactive_master == "discard" and not in_16_bits:
+            raise ValueError(
+                "lwo.inactive_master: discard has no effect where weights are stored in fp32; drop it, or set "
+                "fsdp.storage: bf16, or strategy: deepspeed with train.precision: bf16"
+            )

@@ -1,0 +1,118 @@
+"""One YAML file and dotted overrides -> Config; what is wrong in them is said in one line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .settings import Config, UserError
+
+__all__ = ["load_config"]
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply dotted overrides such as `lwo.lr=1e-4`.
+
+    Raises:
+        UserError: unreadable file, malformed override, unknown key (with the nearest valid one), wrong value.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    _refuse_unknown_keys(values, Config, "")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+    if config.lwo.max_steps is None:
+        config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"max_steps": config.train.steps})})
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must read key=value, for example lwo.lr=1e-4")
+    *groups, name = key.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {group!r} is a value, not a group; see the README's table of keys")
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
+    for key, value in values.items():
+        field = model.model_fields.get(str(key))
+        if field is None:
+            hint = _nearest_key(str(key), model, prefix)
+            mend = f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
+            raise UserError(f"unknown key {prefix}{key}; {mend}")
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{prefix}{key} = {value!r} must be a group of keys: {', '.join(annotation.model_fields)}"
+                )
+            _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
+
+
+def _nearest_key(key: str, model: type[BaseModel], prefix: str) -> str | None:
+    by_name: dict[str, str] = {}
+    for path in _all_keys(Config):
+        by_name.setdefault(path.rpartition(".")[2], path)
+    if key in by_name:  # At the wrong depth: `lr` for `lwo.lr`.
+        return by_name[key]
+    here = difflib.get_close_matches(key, model.model_fields, n=1)
+    elsewhere = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
+    return f"{prefix}{here[0]}" if here else by_name[elsewhere[0]] if elsewhere else None
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if first["type"] == "value_error":
+        return f"{location}: {message}" if location else message
+    field: Any = Config
+    for part in first["loc"]:
+        field = getattr(field, "model_fields", {}).get(str(part))
+        if field is None:
+            break
+        description = field.description
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            field = field.annotation
+        else:
+            return f"{location} = {first['input']!r}: {message} ({description})"
+    return f"{location} = {first['input']!r}: {message}"

@@ -1,0 +1,96 @@
+"""A checkpoint is the same for all: every strategy goes on from every other one's, on other numbers of ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lwo_dist
+from lwo_dist.hook import LWO
+from lwo_dist.storage import RunFolder
+from lwo_dist.training.checkpoint import newest_checkpoint
+from lwo_dist.training.layer_store import LayerStore
+from tests import oracle, stores
+from tests.distributed import training, zero
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+STRATEGIES = ("replicate", "fsdp", "zero_1", "zero_2", "zero_3")
+WORLDS = (1, 2, 4)
+# 6 layers, 12 steps a cycle: at step 9 four layers wait with their moments, and the fifth is in mid-visit.
+RECIPE = oracle.Recipe(steps_per_layer=2, max_grad_norm=0.5)
+SAVED_AT, STEPS = 9, 18
+
+# (strategy, ranks) -> (strategy, ranks): all 25 pairs of strategies, and all 9 of world sizes.
+PAIRS = [
+    ((first, WORLDS[(i + j) % 3]), (then, WORLDS[(i + 2 * j) % 3]))
+    for i, first in enumerate(STRATEGIES)
+    for j, then in enumerate(STRATEGIES)
+]
+
+
+def attach(strategy: str) -> LWO:
+    if strategy.startswith("zero"):
+        engine = zero.make_engine(int(strategy[-1]), RECIPE, tied=False)
+        return lwo_dist.attach(engine, zero.lwo_config(RECIPE, state="keep"))
+    return training.attach(strategy, RECIPE, tied=False, dtype=torch.float32, state="keep")
+
+
+def save_and_go_on(folder: Path, strategies: list[str]) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    results = {}
+    for strategy in strategies:
+        lwo = attach(strategy)
+        for step in range(SAVED_AT):
+            training.train_step(lwo, step)
+        store = LayerStore(RunFolder(str(folder), strategy), stores.model_files)
+        stores.save(store, lwo)
+        losses = [training.train_step(lwo, step)[0] for step in range(SAVED_AT, STEPS)]
+        results[strategy] = losses, training.weights(lwo)
+    return results
+
+
+def resume(folder: Path, pairs: list[tuple]) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    results = []
+    for (first, first_ranks), (then, _) in pairs:
+        lwo = attach(then)
+        training.train_step(lwo, 0)  # so that there is something to overwrite
+        checkpoint = newest_checkpoint(RunFolder(str(folder / str(first_ranks)), first))
+        assert checkpoint is not None
+        restore(lwo, checkpoint)
+        losses = [training.train_step(lwo, step)[0] for step in range(SAVED_AT, STEPS)]
+        results.append((losses, training.weights(lwo)))
+    return results
+
+
+def restore(lwo: LWO, checkpoint: Any) -> None:
+    for tensors in checkpoint.weights():
+        lwo.write_layer(tensors)
+    lwo.load_state_dict(checkpoint.hook_state())
+    layers = {layer.name: layer for layer in lwo.layers}
+    for name, moments in checkpoint.parked_moments():
+        lwo.write_moments(layers[name], moments)
+
+
+def test_every_strategy_goes_on_from_every_other_one(tmp_path: Path) -> None:
+    assert len({(a[0], b[0]) for a, b in PAIRS}) == 25 and len({(a[1], b[1]) for a, b in PAIRS}) == 9
+    unbroken = {}
+    for ranks in WORLDS:
+        names = sorted({first for (first, first_ranks), _ in PAIRS if first_ranks == ranks})
+        for name, result in run_ranks(save_and_go_on, ranks, tmp_path / str(ranks), names, timeout=400)[0].items():
+            unbroken[name, ranks] = result
+    for ranks in WORLDS:
+        pairs = [pair for pair in PAIRS if pair[1][1] == ranks]
+        for pair, (losses, weights) in zip(
+            pairs, run_ranks(resume, ranks, tmp_path, pairs, timeout=400)[0], strict=True
+        ):
+            expected, expected_weights = unbroken[pair[0]]
+            assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-5, pair
+            for name, weight in weights.items():
+                assert (weight - expected_weights[name]).abs().max() < 1e-5, f"{pair} {name}"
+            if pair[0] == pair[1]:
+                assert losses == expected and all(torch.equal(weights[n], expected_weights[n]) for n in weights), pair
