@@ -101,13 +101,19 @@ def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(inputs: tuple
     names = """train/loss train/learning_rate train/grad_norm train/tokens_per_second train/elapsed_seconds
         train/skipped_steps lwo/active_layer lwo/cycle memory/peak_bytes memory/parameter_bytes memory/gradient_bytes
         memory/optimizer_state_bytes comm/bytes_per_step time/step_seconds time/switch_seconds eval/loss
-        eval/exact_match eval/edit_similarity eval/bleu"""
+        eval/exact_match eval/edit_similarity eval/bleu visit/layer visit/loss_drop visit/grad_norm visit/change_norm
+        visit/seconds memory/ranks/peak_bytes_0 memory/ranks/peak_bytes_1 run/attempt time/lost_seconds"""
     assert set(names.split()) <= set(found.data.metrics)
     assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [*range(2, 15, 2)]
     assert found.data.metrics["eval/loss"] == pytest.approx(summary["eval"]["after"]["eval/loss"])
     assert found.data.params["lwo.steps_per_layer"] == "3" and found.data.tags["strategy"] == "fsdp"
-    files = {item.path for folder in ("", "pictures") for item in client.list_artifacts(found.info.run_id, folder)}
-    assert {"config.yaml", "pictures/loss_by_layer.png"} <= files
+    assert [p.step for p in client.get_metric_history(found.info.run_id, "visit/loss_drop")] == [3, 6, 9, 12]
+    folders = ("", "pictures", "tables")
+    files = {item.path for folder in folders for item in client.list_artifacts(found.info.run_id, folder)}
+    pictures = {f"pictures/{name}.png" for name in ("loss_by_layer", "memory", "layers_by_loss_drop")}
+    assert {"config.yaml", "report.html", "tables/scores.json", "tables/completions.json", *pictures} <= files
+    [output] = found.outputs.model_outputs
+    assert client.get_logged_model(output.model_id).status == "READY"
 
 
 def stop_after(config: Config, steps: int) -> None:
