@@ -1,6 +1,6 @@
 """Does an MLflow that fails slow the training down? One run, interleaved: the server is well, ails, is well again.
 
-    python tests/benchmarks/tracking.py [--seconds 60] [--json FILE]
+    python tests/benchmarks/tracking.py [--seconds 60] [--rounds 1] [--json FILE]
 
 A process trains a small model with the hook and logs every step, to a real `mlflow server` behind a proxy that can
 answer for it. Per ailment: the median step time while it lasted over the median of as long before and after it. The
@@ -10,6 +10,7 @@ row `none` changes nothing: what it is off 1 is the machine's noise. In the end 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -63,7 +64,7 @@ class Proxy:
             def handle(self) -> None:
                 try:
                     super().handle()
-                except OSError:  # the client gave up waiting
+                except OSError:  # the client gave up waiting, or the server is gone
                     self.close_connection = True
 
         self._handler, self._port = Handler, 0
@@ -89,14 +90,11 @@ class Proxy:
             return 401, b"{}", "application/json"
         if self.ailment == "slow by 10 s a call":
             time.sleep(SLOW_S)
-        try:
-            upstream = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=600)
-            headers["Host"] = f"127.0.0.1:{self._upstream}"
+        headers["Host"] = f"127.0.0.1:{self._upstream}"
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=600)) as upstream:
             upstream.request(method, path, body, headers)
             response = upstream.getresponse()
             return response.status, response.read(), response.headers.get("Content-Type", "application/json")
-        except OSError:
-            return 502, b"{}", "application/json"
 
 
 def train(folder: Path, uri: str, run_id: str | None) -> None:
@@ -132,7 +130,7 @@ def train(folder: Path, uri: str, run_id: str | None) -> None:
     callback.on_run_end({})
 
 
-def measure(seconds: float, folder: Path) -> dict[str, Any]:
+def measure(seconds: float, rounds: int, folder: Path) -> dict[str, Any]:
     server = Server(folder)
     server.start()
     proxy = Proxy(server.port)
@@ -146,7 +144,7 @@ def measure(seconds: float, folder: Path) -> dict[str, Any]:
         while not (folder / "steps").exists() or len((folder / "steps").read_text().splitlines()) < 50:
             assert trainer.poll() is None, "the training ended early"
             time.sleep(0.5)
-        cases = [_case(ailment, seconds, server, proxy) for ailment in AILMENTS]
+        cases = [_case(ailment, seconds, server, proxy) for ailment in AILMENTS * rounds]
         (folder / "stop").touch()
         assert trainer.wait(timeout=600) == 0
         replay(folder / "run", proxy.uri)  # what the end had no time for
@@ -160,6 +158,7 @@ def measure(seconds: float, folder: Path) -> dict[str, Any]:
     times = [tuple(map(float, line.split())) for line in (folder / "steps").read_text().splitlines()]
     for case in cases:
         _judge(case, times)
+    cases = [_over_rounds([case for case in cases if case["ailment"] == ailment]) for ailment in AILMENTS]
     return {"cases": cases, "points_spooled": count_points(spool), "points_held": held, "status": status}
 
 
@@ -196,9 +195,15 @@ def _judge(case: dict[str, Any], times: list[Any]) -> None:
     case["ratio"] = case["seconds_ill"] / case["seconds_well"]
 
 
+def _over_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    figures = {name: statistics.median(case[name] for case in rounds) for name in rounds[0] if name != "ailment"}
+    return {"ailment": rounds[0]["ailment"], **figures, "ratios": [case["ratio"] for case in rounds]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="how long each ailment lasts; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each is measured; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -209,7 +214,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="tracking-"))
     try:
         load = os.getloadavg()[0]
-        result = {**measure(arguments.seconds, folder), "cores": os.cpu_count(), "load_before": load}
+        result = {**measure(arguments.seconds, arguments.rounds, folder), "cores": os.cpu_count(), "load_before": load}
         result["load_after"] = os.getloadavg()[0]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
