@@ -3,8 +3,10 @@
     python tests/benchmarks/tracking.py [--seconds 60] [--rounds 1] [--json FILE]
 
 A process trains a small model with the hook and logs every step, to a real `mlflow server` behind a proxy that can
-answer for it. Per ailment: the median step time while it lasted over the median of as long before and after it. The
-row `none` changes nothing: what it is off 1 is the machine's noise. In the end the points in MLflow are counted.
+answer for it. Per ailment: the median step time while it lasted over the median of as long before and after it, and
+the same of the CPU time of the whole process a step (a mean), which other work on the machine disturbs less. The row
+`none` changes nothing: what it is off 1 is the machine's noise. In the end the points in MLflow are counted.
+Many short rounds (`--seconds 5 --rounds 8`) cancel a changing load; one long one shows a long outage.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ class Proxy:
 
 
 def train(folder: Path, uri: str, run_id: str | None) -> None:
-    """Train and log until the file `stop` is there; a line per step in `steps`: when it ended, its seconds."""
+    """Train and log until the file `stop` is there; a line per step in `steps`: when it ended, its seconds, the process's."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -116,7 +118,7 @@ def train(folder: Path, uri: str, run_id: str | None) -> None:
     with (folder / "steps").open("w", buffering=1) as steps:
         step = 0
         while not (folder / "stop").exists():
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             loss = lwo.model(input_ids=tokens, labels=tokens).loss
             lwo.backward(loss)
             report = lwo.step()
@@ -126,7 +128,7 @@ def train(folder: Path, uri: str, run_id: str | None) -> None:
             callback.on_metrics(step, values)
             if report.switched:
                 callback.on_switch(step, lwo.active_layer.name)
-            steps.write(f"{time.time()} {time.perf_counter() - started}\n")
+            steps.write(f"{time.time()} {time.perf_counter() - started} {time.process_time() - cpu}\n")
     callback.on_run_end({})
 
 
@@ -144,7 +146,7 @@ def measure(seconds: float, rounds: int, folder: Path) -> dict[str, Any]:
         while not (folder / "steps").exists() or len((folder / "steps").read_text().splitlines()) < 50:
             assert trainer.poll() is None, "the training ended early"
             time.sleep(0.5)
-        cases = [_case(ailment, seconds, server, proxy) for ailment in AILMENTS * rounds]
+        cases = [_case(ailment, seconds, server, proxy, kills=rounds == 1) for ailment in AILMENTS * rounds]
         (folder / "stop").touch()
         assert trainer.wait(timeout=600) == 0
         replay(folder / "run", proxy.uri)  # what the end had no time for
@@ -162,13 +164,14 @@ def measure(seconds: float, rounds: int, folder: Path) -> dict[str, Any]:
     return {"cases": cases, "points_spooled": count_points(spool), "points_held": held, "status": status}
 
 
-def _case(ailment: str, seconds: float, server: Server, proxy: Proxy) -> dict[str, Any]:
+def _case(ailment: str, seconds: float, server: Server, proxy: Proxy, kills: bool) -> dict[str, Any]:
     print(f"{ailment}: {seconds:g} s, between as long without", file=sys.stderr, flush=True)
     well_before = _stretch(seconds / 2)
     proxy.ailment = ailment
     if ailment == "stopped":
         proxy.close()
-        server.stop()
+        if kills:
+            server.stop()
     elif ailment == "frozen":
         server.signal(signal.SIGSTOP)
     ill = _stretch(seconds)
@@ -189,10 +192,12 @@ def _stretch(seconds: float) -> tuple[float, float]:
 
 def _judge(case: dict[str, Any], times: list[Any]) -> None:
     for kind in ("well", "ill"):
-        within = [s for end, s in times if any(a <= end - s and end <= b for a, b in case[kind])]
-        case[f"steps_{kind}"], case[f"seconds_{kind}"] = len(within), statistics.median(within)
+        within = [(s, cpu) for end, s, cpu in times if any(a <= end - s and end <= b for a, b in case[kind])]
+        case[f"steps_{kind}"], case[f"seconds_{kind}"] = len(within), statistics.median(s for s, _ in within)
+        case[f"cpu_seconds_{kind}"] = statistics.fmean(cpu for _, cpu in within)
         del case[kind]
     case["ratio"] = case["seconds_ill"] / case["seconds_well"]
+    case["cpu_ratio"] = case["cpu_seconds_ill"] / case["cpu_seconds_well"]
 
 
 def _over_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,9 +223,9 @@ def main() -> None:
         result["load_after"] = os.getloadavg()[0]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{'ailment':<22}{'step, ms':>10}{'well, ms':>10}{'ratio':>8}")
+    print(f"{'ailment':<22}{'step, ms':>10}{'well, ms':>10}{'ratio':>8}{'of CPU':>8}")
     for case in result["cases"]:
-        figures = f"{case['seconds_ill'] * 1e3:>10.1f}{case['seconds_well'] * 1e3:>10.1f}{case['ratio']:>8.3f}"
+        figures = f"{case['seconds_ill'] * 1e3:>10.1f}{case['seconds_well'] * 1e3:>10.1f}{case['ratio']:>8.3f}{case['cpu_ratio']:>8.3f}"
         print(f"{case['ailment']:<22}{figures}")
     print(f"points: {result['points_spooled']} spooled, {result['points_held']} in MLflow; run {result['status']}")
     print(f"load {result['load_before']:.1f} to {result['load_after']:.1f} on {result['cores']} cores")
