@@ -30,6 +30,10 @@ class RunInfo:
     """Facts to log beside the config: parameter counts, device, library versions."""
     start_step: int
     """0, or the step that a resumed run goes on from."""
+    layer_sizes: tuple[int, ...] = ()
+    """Parameters of each layer."""
+    hosts: tuple[str, ...] = ()
+    """The hosts of all ranks, each once."""
 
 
 class Callback:
@@ -43,6 +47,9 @@ class Callback:
 
     def on_switch(self, step: int, layer: str) -> None:
         """After `step` optimizer steps, `layer` became active."""
+
+    def on_visit(self, step: int, layer: str, metrics: Mapping[str, float]) -> None:
+        """With the metrics: the visit of `layer` that was over after `step` steps; names `visit/...`."""
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """`eval/loss`, `eval/exact_match`, `eval/edit_similarity`, `eval/bleu`, `eval/lines`."""

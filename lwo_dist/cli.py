@@ -19,6 +19,7 @@ from .training.stop import EXIT_CODE, Stopped
 __all__ = ["main"]
 
 _PATIENCE_S = 30
+_DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,21 +158,28 @@ def _checkpoints(arguments: argparse.Namespace) -> None:
 def _ui(arguments: argparse.Namespace) -> None:
     from .storage import storage_folder
     from .tracking.facts import redact
-    from .tracking.mlflow import tracking_uri
+    from .tracking.mlflow import experiment_page, tracking_uri
 
     config = _config(arguments)
     uri = tracking_uri(config.tracking, storage_folder(config.storage))
     if uri.startswith(("http://", "https://")):
-        raise UserError(f"tracking.uri = {redact(uri)} is a server already; open it in a browser")
+        print(f"{experiment_page(config.tracking, uri)} shows the runs of experiment {config.tracking.experiment}")
+        return
+    if not uri.startswith(_DATABASES):
+        raise UserError(
+            f"tracking.uri = {redact(uri)} has no pages; give a server (http://HOST:PORT) or a database "
+            "(sqlite:////FILE, postgresql://HOST/NAME)"
+        )
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise UserError(
             f"storage = {config.storage}: no runs there ({database}); give -c FILE or storage=DIR as in training"
         )
-    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it.
-    command = ["-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--workers", "1"]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    print(f"http://127.0.0.1:{arguments.port} shows the runs in {config.storage}; Ctrl-C ends it", flush=True)
+    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it. The address, which may hold a password,
+    # not on the command line, which every user of the machine can read.
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    print(f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}; Ctrl-C ends it", flush=True)
     os.execve(sys.executable, [sys.executable, *command, "--port", str(arguments.port)], environment)
 
 

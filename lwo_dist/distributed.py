@@ -23,6 +23,8 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "first_reason",
+    "gather_floats",
+    "gather_objects",
     "init_process_group",
     "local_device",
     "max_over_ranks",
@@ -116,6 +118,25 @@ def max_over_ranks(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [float(v) for v in tensor.tolist()]
+
+
+def gather_floats(values: list[float], device: torch.device) -> list[list[float]]:
+    """Every rank's `values`, equally many on each, in rank order."""
+    if world_size() == 1:
+        return [values]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = torch.empty(world_size() * len(values), dtype=torch.float64, device=device)
+    _all_gather(everyone, mine)
+    return everyone.view(world_size(), len(values)).tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, small and picklable, in rank order."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def broadcast_object(value: Any) -> Any:

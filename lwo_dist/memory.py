@@ -8,7 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor
 
-__all__ = ["local_bytes", "optimizer_state_bytes", "padded_numel", "park_bytes", "peak_bytes"]
+__all__ = [
+    "full_fine_tuning_bytes",
+    "local_bytes",
+    "optimizer_state_bytes",
+    "padded_numel",
+    "park_bytes",
+    "peak_bytes",
+]
 
 
 def padded_numel(numel: int, multiple: int) -> int:
@@ -34,6 +41,16 @@ def park_bytes(numel: int, *, moments: bool, masters: bool) -> int:
             for each element that lies half-way between two bf16 numbers, one in 65,536.
     """
     return (8 * moments + 2 * masters) * numel
+
+
+def full_fine_tuning_bytes(peak: float, gradient: float, state: float, active_numel: int, numel: int) -> float:
+    """What full fine-tuning of `numel` parameters with the same strategy would need at least, of a rank's `peak`.
+
+    Gradients and optimizer state, here those of a layer of `active_numel` parameters, grow with the parameters they
+    belong to, however a strategy lays them out. The activations, which full fine-tuning holds for all layers, are
+    taken as they are.
+    """
+    return peak + (gradient + state) * (numel / active_numel - 1)
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:

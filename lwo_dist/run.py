@@ -27,8 +27,8 @@ from .models import load_model, load_tokenizer
 from .storage import RunFolder, is_url, storage_folder, write_whole
 from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
-from .tracking.mlflow import MLflowCallback, create_run
-from .training.about import about_run, facts, save_model_files
+from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
+from .training.about import about_run, facts, layer_sizes, save_model_files
 from .training.checkpoint import committed_steps, read_checkpoint, step_folder
 from .training.evaluate import evaluate
 from .training.export import export_model
@@ -37,6 +37,7 @@ from .training.progress import Progress
 from .training.results import Results
 from .training.resume import find_checkpoint, refuse_other_run, restore
 from .training.stop import Stopped, StopRequest, StopVote
+from .training.system import SystemMetrics
 from .training.trainer import Trainer
 
 __all__ = ["prepare", "prepare_and_run", "run"]
@@ -59,6 +60,7 @@ def prepare(config: Config) -> Config:
         config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
         for workers in config.cluster.world_sizes:
             deepspeed_config.resolve(config, workers)
+    tracking_uri(config.tracking, Path())  # refuses a password
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
@@ -173,8 +175,11 @@ def _build(
         restore(lwo, checkpoint)
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
+    system = SystemMetrics(
+        device, place.local.parent, enabled=config.tracking.enabled and config.tracking.system_metrics
+    )
     trainer = Trainer(
-        config, lwo, data, results, store, device=device, callbacks=callbacks, on_commit=on_commit,
+        config, lwo, data, results, store, device=device, callbacks=callbacks, on_commit=on_commit, system=system,
         checkpoint=checkpoint.folder if checkpoint is not None else None,
         stop=StopVote(stop, distributed.first_reason),
         evaluate=lambda before_batch: evaluate(
@@ -186,7 +191,7 @@ def _build(
     )  # fmt: skip
     info = RunInfo(
         config, place.local, distributed.world_size(), tuple(layer.name for layer in lwo.layers),
-        facts(config, lwo, data, device), lwo.step_count,
+        facts(config, lwo, data, device), lwo.step_count, layer_sizes(lwo), tuple(system.hosts),
     )  # fmt: skip
     for callback in callbacks:
         callback.on_run_start(info)

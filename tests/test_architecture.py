@@ -42,7 +42,7 @@ FLOORS = {
 }
 ONLY_IN = {
     "ray": re.compile(r"lwo_dist/cluster/"),
-    "mlflow": re.compile(r"lwo_dist/tracking/mlflow\.py"),
+    "mlflow": re.compile(r"lwo_dist/tracking/mlflow\w*\.py"),
     "deepspeed": re.compile(r"lwo_dist/strategies/deepspeed\w*\.py"),
 }
 TOP_LEVEL = {"lwo_dist", "launch", "tests", "k8s", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}

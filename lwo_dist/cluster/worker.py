@@ -72,13 +72,15 @@ def run_on_worker(config: Config, flag: Any) -> Any:
     """`run` in Ray Train's worker: its summary on rank 0, or Interrupted on every rank."""
     from lwo_dist.run import run
 
+    from .gauges import RayGauges
+
     stop, preempted = StopRequest(), list[str]()
     if flag is not None and os.environ["RANK"] == "0":
         stop.add_poll(lambda: _ask(flag))
     if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1").lower() not in ("0", "false"):
         stop.add_poll(lambda: _preemption(preempted))
     try:
-        return run(config, on_commit=partial(_report, config), stop=stop)
+        return run(config, [RayGauges()], on_commit=partial(_report, config), stop=stop)
     except Stopped as stopped:
         return Interrupted(stopped, tuple(preempted))
 

@@ -1,10 +1,9 @@
-"""Pictures of a run: points in, matplotlib figures out. No pyplot, so no global state and no display."""
+"""Pictures of a run: its history in, matplotlib figures out. No pyplot, so no global state and no display."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .spool import Record, points_of
+from .history import Band, History, Series, Visit
 
-__all__ = ["Band", "Series", "layer_bands", "loss_figure", "memory_figure", "save_pictures"]
-
-Series = Sequence[tuple[float, float]]
-"""(x, y) in order of x; x is a step, or hours."""
-Band = tuple[float, float, str]
-"""From step, to step, the layer that was active between them."""
+__all__ = ["figures", "layers_figure", "loss_figure", "memory_figure", "save_pictures"]
 
 INK, SOFT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-LOSS, EVALUATION = "#111827", "#d6336c"
+LOSS, EVALUATION, RESTART = "#111827", "#d6336c", "#6b7280"
 # From the first layer to the last: cold to warm, calm enough to read a curve on.
 DEPTH = LinearSegmentedColormap.from_list(
     "depth", ["#4a4fb5", "#3d86e0", "#2fb3bf", "#54bf7d", "#b9c94a", "#f3b53f", "#ec7f43", "#cf3f5d"]
@@ -35,27 +29,27 @@ PARTS = (
     ("memory/optimizer_state_bytes", "optimizer state", "#f4b03f"),
 )
 PEAK = ("memory/peak_bytes", "activations and the rest", "#e8eaef")
+PANELS = (
+    ("loss_drop", "fall of the training loss"),
+    ("grad_norm", "gradient norm"),
+    ("change_norm", "change of weights"),
+    ("seconds", "seconds a visit"),
+)
 
 
-def layer_bands(switches: Sequence[tuple[float, str]], last_step: float) -> list[Band]:
-    """Turn `(after step, layer)` switches into bands up to `last_step`; repeats of a layer are one band."""
-    bands: list[Band] = []
-    for (start, layer), (end, _) in pairwise([*sorted(switches), (last_step, "")]):
-        if end <= start:
-            continue
-        if bands and bands[-1][2] == layer and bands[-1][1] == start:
-            bands[-1] = (bands[-1][0], end, layer)
-        else:
-            bands.append((start, end, layer))
-    return bands
-
-
-def loss_figure(loss: Series, bands: Sequence[Band], layers: Sequence[str], evaluations: Series = ()) -> Figure:
+def loss_figure(
+    loss: Series,
+    bands: Sequence[Band],
+    layers: Sequence[str],
+    evaluations: Series = (),
+    restarts: Sequence[float] = (),
+) -> Figure:
     """The loss over the steps on top of the visits: a row per layer below, its colour as a band behind the curve.
 
     Args:
         layers: names in model order, first at the bottom; a band of another name is not drawn.
         evaluations: (step, held-out loss), marked.
+        restarts: the step that each restart went on from, marked.
     """
     rows = len(layers)
     lower = min(max(0.17 * rows, 0.9), 5.4)
@@ -70,6 +64,13 @@ def loss_figure(loss: Series, bands: Sequence[Band], layers: Sequence[str], eval
         top.broken_barh(
             spans, (0, 1), transform=top.get_xaxis_transform(), color=shades[layer], alpha=0.22, linewidth=0, zorder=0
         )
+    for step in restarts:
+        for axes in (top, visits):
+            axes.axvline(step, color=RESTART, linewidth=1.1, linestyle=(0, (1, 2)), zorder=2)
+        top.annotate(
+            "restart", (step, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4), textcoords="offset points",
+            rotation=90, ha="right", va="top", fontsize=8, color=RESTART,
+        )  # fmt: skip
     _loss_curve(top, loss, evaluations)
     top.set_title("Loss, with the active layer as coloured bands", loc="left", color=INK, fontsize=13, pad=12)
     top.set_ylabel("loss per token", color=SOFT)
@@ -91,16 +92,17 @@ def loss_figure(loss: Series, bands: Sequence[Band], layers: Sequence[str], eval
     return figure
 
 
-def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = False) -> Figure:
-    """The largest peak over the ranks over time, and what it is made of.
+def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = False, full: float | None = None) -> Figure:
+    """The largest peak over the ranks over time, what it is made of, and what full fine-tuning would need.
 
     Args:
         points: memory/peak_bytes, memory/parameter_bytes, ... in bytes; what is missing is left out.
         hours: x is in hours and is shown in the unit that suits.
+        full: bytes that full fine-tuning would need at least.
     """
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
-    highest = max((y for name in points for _, y in _finite(points[name])), default=0.0)
+    highest = max([full or 0.0, *(y for name in points for _, y in _finite(points[name]))])
     unit, scale = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if highest >= s), ("KiB", 2**10))
     stretch, x_unit = (
         _time_unit(max((x for name in points for x, _ in points[name]), default=0.0)) if hours else (1, "")
@@ -117,6 +119,9 @@ def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = Fals
         if name == PEAK[0]:
             axes.plot(x, y, drawstyle="steps-post", color=INK, linewidth=1.6, label="peak")
         x_below, top = x, y
+    if full is not None:
+        label = f"full fine-tuning: at least {full / scale:,.3g} {unit}"
+        axes.axhline(full / scale, color=EVALUATION, linewidth=1.8, linestyle=(0, (5, 2)), label=label)
     axes.set_title("Memory of the fullest worker", loc="left", color=INK, fontsize=13, pad=12)
     axes.set_ylabel(unit, color=SOFT)
     axes.set_xlabel(f"{x_label} ({x_unit})" if x_unit else x_label, color=SOFT)
@@ -132,38 +137,61 @@ def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = Fals
     return figure
 
 
-def save_pictures(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Draw what the records of a spool have points for, as PNG files in `folder`. Raises: OSError."""
-    layers: list[str] = []
-    switches: list[tuple[float, str]] = []
-    points: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        if record.kind == "run":
-            layers = record.fields["layers"]
-        elif record.kind == "switch":
-            switches.append((record.fields["step"], record.fields["layer"]))
-        for point in points_of(record):
-            points.setdefault(point.name, []).append((point.step, point.value))
-    figures: dict[str, Figure] = {}
+def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
+    """The layers by the loss that fell in their visits, the one with most on top; a dot is a visit, a bar their mean.
+
+    Args:
+        layers: names in model order, which their colours follow. Those without a visit are left out.
+    """
+    by_layer = {layer: [visit.metrics for visit in visits if visit.layer == layer] for layer in layers}
+    by_layer = {layer: found for layer, found in by_layer.items() if found}
+    order = sorted(by_layer, key=lambda layer: _mean(by_layer[layer], "loss_drop"))
+    shades = _shades(layers)
+    size = 9.0 if len(order) <= 14 else max(5.8, 9.0 - 0.12 * (len(order) - 14))
+    height = 1.6 + min(max(0.3 * len(order), 1.2), 9.0)
+    figure = Figure(figsize=(11, height), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(1, len(PANELS), sharey=True, width_ratios=(2.2, 1, 1, 1))
+    for axes, (name, label) in zip(panels, PANELS, strict=True):
+        for row, layer in enumerate(order):
+            values = [metrics[name] for metrics in by_layer[layer] if name in metrics]
+            axes.barh(row, _mean(by_layer[layer], name), height=0.72, color=shades[layer], alpha=0.8)
+            if len(values) > 1:
+                axes.plot(values, [row] * len(values), "o", color=INK, alpha=0.45, markersize=3, markeredgewidth=0)
+        axes.set_xlabel(label, color=SOFT)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if name == "loss_drop" else 3))
+        axes.axvline(0, color=SOFT, linewidth=0.8)
+        _plain(axes)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(order)), order, fontsize=size)
+    panels[0].set_ylim(-0.7, max(len(order), 1) - 0.3)
+    panels[0].set_title("Layers by loss drop in a visit", loc="left", color=INK, fontsize=13, pad=12)
+    return figure
+
+
+def figures(history: History) -> dict[str, Figure]:
+    """What there are points for: loss_by_layer, memory, layers_by_loss_drop."""
+    drawn: dict[str, Figure] = {}
+    points, layers = history.points, history.layers
     loss, evaluations = points.get("train/loss", []), points.get("eval/loss", [])
     if loss or evaluations:
-        # Before the first switch the active layer is known from the points alone.
-        first = min((step for step, _ in switches), default=math.inf)
-        early = [(step, value) for step, value in points.get("lwo/active_layer", []) if step <= first]
-        if early and 0 <= early[0][1] < len(layers) and first > 0:
-            switches.append((0, layers[int(early[0][1])]))
-        last = max(step for step, _ in (*loss, *evaluations))
-        figures["loss_by_layer"] = loss_figure(loss, layer_bands(switches, last), layers, evaluations)
-    memory = {name: series for name, series in points.items() if name.startswith("memory/")}
-    if memory:
-        clock = dict(points.get("train/elapsed_seconds", []))
-        seconds = [clock.get(step) for series in memory.values() for step, _ in series]
-        timed = None not in seconds and all(a <= b for a, b in pairwise(clock.values()))  # a restart may set it back
-        if timed:
-            memory = {name: [(clock[step] / 3600, y) for step, y in series] for name, series in memory.items()}
-        figures["memory"] = memory_figure(memory, "training time" if timed else "optimizer step", hours=timed)
+        drawn["loss_by_layer"] = loss_figure(loss, history.bands(), layers, evaluations, history.restarts)
+    names = [name for name in (*(name for name, *_ in PARTS), PEAK[0]) if name in points]
+    if names:
+        steps = {name: points[name] for name in names}
+        hours = {name: series for name in names if (series := history.hours(name)) is not None}
+        timed = len(hours) == len(names)
+        label = "training time" if timed else "optimizer step"
+        drawn["memory"] = memory_figure(hours if timed else steps, label, timed, history.full_fine_tuning())
+    if visits := history.visits():
+        drawn["layers_by_loss_drop"] = layers_figure(visits, layers)
+    return drawn
+
+
+def save_pictures(history: History, folder: Path) -> list[Path]:
+    """Draw what the run has points for, as PNG files in `folder`. Raises: OSError."""
     files = []
-    for name, figure in figures.items():
+    for name, figure in figures(history).items():
         folder.mkdir(parents=True, exist_ok=True)
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1])
@@ -217,6 +245,11 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(colors=SOFT, labelcolor=INK)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
+
+
+def _mean(visits: Sequence[Mapping[str, float]], name: str) -> float:
+    values = [metrics[name] for metrics in visits if name in metrics]
+    return sum(values) / len(values) if values else 0.0
 
 
 def _finite(series: Series) -> list[tuple[float, float]]:

@@ -9,17 +9,23 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lwo_dist.callback import RunInfo
 from lwo_dist.config import Config
 
-__all__ = ["flatten", "public_config", "redact", "run_parameters", "run_tags"]
+__all__ = ["flatten", "holds_password", "public_config", "redact", "run_parameters", "run_tags"]
 
 _CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
+_PACKAGES = ("lwo-dist", "torch", "transformers", "deepspeed", "ray", "mlflow")
 _SECRET_NAME = re.compile(r"token|secret|passw|credential|key", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/\s]+@|(?<=[?&]password=)[^&\s]+")
+_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@|[?&]password=[^&\s]")
+
+
+def holds_password(uri: str) -> bool:
+    return _PASSWORD.search(uri) is not None
 
 
 def redact(text: str) -> str:
@@ -58,15 +64,15 @@ def run_parameters(info: RunInfo) -> dict[str, str]:
     return flatten(public_config(info.config)) | flatten(facts)
 
 
-def run_tags(config: Config, parameters: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Tags to find a run by: what it is, where it ran, which code it ran."""
-    hosts = (parameters or {}).get("hosts", socket.gethostname())
+def run_tags(config: Config, hosts: Sequence[str] = ()) -> dict[str, str]:
+    """Tags to find a run by: what it is, where it ran (this host where none are given), which code it ran."""
     tags = {
         "method": config.method,
         "strategy": config.strategy,
         "task": config.task,
-        "hosts": hosts if isinstance(hosts, str) else ", ".join(map(str, hosts)),
-        "lwo_dist_version": _version(),
+        "model": config.model.name,
+        "hosts": ", ".join(hosts or [socket.gethostname()]),
+        **{f"version.{package}": _version(package) for package in _PACKAGES},
         "ray_job_id": os.environ.get("RAY_JOB_ID"),
         "ray_submission_id": _ray_submission_id(),
         # The two below are MLflow's own names: its pages show them in columns of their own.
@@ -86,11 +92,11 @@ def _redacted(value: Any) -> Any:
     return value
 
 
-def _version() -> str:
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version("lwo-dist")
-    except importlib.metadata.PackageNotFoundError:  # run from a plain checkout
-        return "unknown"
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # an extra, or a plain checkout of ours
+        return None
 
 
 def _ray_submission_id() -> str | None:

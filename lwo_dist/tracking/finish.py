@@ -1,31 +1,59 @@
-"""The end of a spool: the pictures of the run, and the line that says how it ended."""
+"""The end of a spool: the pictures, the report and the tables of the run, and the line that says how it ended."""
 
 from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .charts import save_pictures
+from .history import History
+from .report import save_report
 from .sender import reason
 from .spool import Spool, read_spool
+from .tables import completions_table, read_evaluations, save_tables, scores_table
 
 __all__ = ["close_spool", "finish", "remedy"]
 
 logger = logging.getLogger(__name__)
 
 
-def finish(spool: Spool, status: str, *, error: str | None = None, time_ms: int | None = None) -> None:
-    """Draw the pictures, name the run's files for upload and write its end. Raises: OSError."""
+def finish(
+    spool: Spool,
+    status: str,
+    *,
+    error: str | None = None,
+    time_ms: int | None = None,
+    best_step: int | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw, name the run's files for upload and write its end.
+
+    Args:
+        model: the fields of the record that logs the exported model; None: there is none to log.
+
+    Raises:
+        OSError
+    """
     folder = spool.path.parent
     try:
-        files = save_pictures(list(read_spool(spool.path)), folder / "pictures")
+        history = History.read(read_spool(spool.path))
+        history.status = status
+        evaluations = read_evaluations(folder)
+        completions = completions_table(evaluations, best_step)
+        files = save_pictures(history, folder / "pictures")
+        files += save_tables(folder, {"scores": scores_table(evaluations), "completions": completions})
+        files.append(save_report(history, completions, folder / "report.html"))
     except Exception as problem:  # a picture is no reason to leave a run without its end
         logger.warning("no pictures of the run: %s", reason(problem))
         files = []
     files += [file for file in (folder / "summary.json",) if file.exists()]
     for file in files:
         spool.append("artifact", path=file.relative_to(folder).as_posix())
+    if model is not None:
+        spool.append("model", **model)
     spool.append(
         "end", status=status, **({"error": error} if error else {}), **({"time_ms": time_ms} if time_ms else {})
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,8 @@ class Store(Protocol):
 
     def upload(self, run_id: str, file: Path, folder: str | None) -> None: ...
 
+    def log_model(self, run_id: str, folder: Path, fields: Mapping[str, Any]) -> None: ...
+
     def end_run(self, run_id: str, fields: Mapping[str, Any], time_ms: int) -> None: ...
 
 
@@ -49,7 +52,7 @@ def send_spool(spool: Path, store: Store, sent: Sent, stop: Callable[[], bool] =
         first = batch[0]
         if first.kind == "run":
             sent.run_id = store.open_run(first.fields, first.time_ms, sent.run_id)
-        elif first.kind == "artifact":
+        elif first.kind in ("artifact", "model"):
             # Files go last: an artifact store that is down or misconfigured must not hold up the points.
             sent.waiting = [*(name for name in sent.waiting if name != first.fields["path"]), first.fields["path"]]
         elif first.kind == "damaged":
@@ -69,17 +72,23 @@ def send_spool(spool: Path, store: Store, sent: Sent, stop: Callable[[], bool] =
     for name in tuple(sent.waiting):
         if stop() or sent.run_id is None:
             return
-        file = spool.parent / name
-        if file.exists():
-            folder = str(Path(name).parent) if "/" in name else None
-            try:
-                store.upload(sent.run_id, file, folder)
-            except Exception as error:
-                raise RuntimeError(f"{name} could not be uploaded: {reason(error)}") from None
-        else:
-            logger.warning("%s is gone; not uploaded to MLflow", file)
+        try:
+            _upload(spool, store, sent.run_id, name)
+        except Exception as error:
+            raise RuntimeError(f"{name} could not be uploaded: {reason(error)}") from None
         sent.waiting.remove(name)
         sent.save()
+
+
+def _upload(spool: Path, store: Store, run_id: str, name: str) -> None:
+    file = spool.parent / name
+    if not file.exists():
+        logger.warning("%s is gone; not uploaded to MLflow", file)
+    elif file.is_dir():
+        fields = [r.fields for r in read_spool(spool) if r.kind == "model" and r.fields["path"] == name]
+        store.log_model(run_id, file, fields[-1])
+    else:
+        store.upload(run_id, file, str(Path(name).parent) if "/" in name else None)
 
 
 def unsent(spool: Path, sent: Sent) -> str:
@@ -88,7 +97,7 @@ def unsent(spool: Path, sent: Sent) -> str:
     for record in read_spool(spool, sent.offset):
         points += len(points_of(record))
         state |= record.kind in ("run", "end")
-        if record.kind == "artifact":
+        if record.kind in ("artifact", "model"):
             files.add(record.fields["path"])
     lacks = [f"{points} metric points"] * bool(points) + [f"{len(files)} files"] * bool(files)
     return ", ".join(lacks + ["the state of the run"] * state)
@@ -122,11 +131,17 @@ class Sender(threading.Thread):
         """Say that the spool has grown. Returns at once."""
         self._news.set()
 
-    def close(self, timeout_s: float) -> bool:
-        """Send the rest for at most `timeout_s` seconds; whether all is sent."""
+    def close(self, timeout_s: float, upload_timeout_s: float = 0.0) -> bool:
+        """Send the rest for at most `timeout_s` seconds; whether all is sent.
+
+        Files may be large: where by then only they are left and all goes well, for `upload_timeout_s` more.
+        """
         self._closing.set()
         self._news.set()
         self.join(timeout_s)
+        deadline = time.monotonic() + upload_timeout_s
+        while self.is_alive() and self._only_files_left() and time.monotonic() < deadline:
+            self.join(0.1)
         self._abandoned.set()
         return not self.is_alive()
 
@@ -160,6 +175,9 @@ class Sender(threading.Thread):
                 return
             # Gather: a call costs tens of milliseconds of Python, which training in this process has to wait for.
             self._closing.wait(self._interval_s)
+
+    def _only_files_left(self) -> bool:
+        return self.problem is None and self.sent.offset == self._spool.stat().st_size
 
     def _pause(self, failures: int) -> None:
         seconds = min(2.0 ** (failures - 1), self._max_pause_s) * self._random.uniform(0.75, 1.0)

@@ -105,6 +105,10 @@ class Spool:
         """Whether the newest attempt has written its end."""
         self.last_time_ms: int | None = None
         """When the newest line was written."""
+        self.furthest: tuple[int, int] | None = None
+        """The furthest step with metrics of the training itself, and the time in milliseconds of that line."""
+        self.last_value: dict[str, float] = {}
+        """Metric -> its newest value."""
         self._last_step: dict[str, int] = {}
         self._stump_end = b""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,11 @@ class Spool:
     def _note(self, record: Record) -> None:
         self.last_time_ms = record.time_ms or self.last_time_ms
         if record.kind == "metrics":
-            self._last_step.update(dict.fromkeys(record.fields["values"], record.fields["step"]))
+            step, values = record.fields["step"], record.fields["values"]
+            self._last_step.update(dict.fromkeys(values, step))
+            self.last_value |= {name: float(value) for name, value in values.items()}
+            if "train/loss" in values:
+                self.furthest = (step, record.time_ms)
         elif record.kind == "switch":
             self._last_step["switch"] = record.fields["step"]
         elif record.kind == "run":

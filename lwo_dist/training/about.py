@@ -14,7 +14,7 @@ from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.hook import LWO
 
-__all__ = ["about_run", "facts", "save_model_files"]
+__all__ = ["about_run", "facts", "layer_sizes", "save_model_files"]
 
 
 def about_run(config: Config, data: PreparedData) -> dict[str, Any]:
@@ -35,8 +35,14 @@ def about_run(config: Config, data: PreparedData) -> dict[str, Any]:
     }
 
 
+def layer_sizes(lwo: LWO) -> tuple[int, ...]:
+    """Parameters of each layer."""
+    sizes = _sizes(lwo)
+    return tuple(sum(sizes[name] for name in layer.parameter_names) for layer in lwo.layers)
+
+
 def facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) -> dict[str, Any]:
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
+    sizes = _sizes(lwo)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "parameters": sum(sizes.values()),
@@ -46,6 +52,10 @@ def facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) ->
         "data": dict(data.counts),
         "versions": _versions(),
     }
+
+
+def _sizes(lwo: LWO) -> dict[str, int]:
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
 
 
 def _versions() -> dict[str, str]:

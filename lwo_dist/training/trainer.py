@@ -33,9 +33,13 @@ from .evaluate import Evaluation
 from .layer_store import LayerStore, Outcome
 from .results import Results
 from .stop import StopNow, Stopped, StopVote
+from .system import SystemMetrics
+from .visits import Visits
 from .watchdog import Watchdog
 
 __all__ = ["Trainer"]
+
+_MOST_RANKS = 64  # with points of their own; MLflow's pages draw a chart for each
 
 
 class Trainer:
@@ -44,6 +48,7 @@ class Trainer:
     Args:
         evaluate: a collective that scores the model on the held-out lines; calls its argument before each batch.
         about_run: what a checkpoint says of the run it is from.
+        system: the load of every node, for the metrics.
         callbacks: on rank 0 only; empty elsewhere.
         on_commit: called on every rank, at the same place in the loop, for each checkpoint that is there.
         checkpoint: the folder that training goes on from.
@@ -61,6 +66,7 @@ class Trainer:
         evaluate: Callable[[Callable[[], None]], Evaluation],
         about_run: Mapping[str, Any],
         stop: StopVote,
+        system: SystemMetrics,
         callbacks: Sequence[Callback] = (),
         on_commit: Callable[[int, Path], None] = lambda step, folder: None,
         checkpoint: Path | None = None,
@@ -68,6 +74,7 @@ class Trainer:
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
         self.evaluate, self.about_run, self.callbacks, self.on_commit = evaluate, about_run, callbacks, on_commit
+        self.system, self.visits = system, Visits(lwo, device)
         self._batch_of = {
             "seed": config.seed,
             "global_batch_size": config.train.global_batch_size,
@@ -143,13 +150,16 @@ class Trainer:
             accumulation=accumulation, **self._batch_of,
         )  # fmt: skip
         tokens = label_tokens(self.data, step=step, **self._batch_of)
+        step_loss = torch.zeros((), device=self.device)
         for batch in batches:
             self.watchdog.beat(step, lwo.active_layer.name)
             loss = self._loss({name: tensor.to(self.device) for name, tensor in batch.items()}) / tokens
-            self._stretch_loss += loss.detach()
+            step_loss += loss.detach()
             # The strategy averages over ranks and micro-batches; the sum over them is wanted.
             lwo.backward(loss * distributed.world_size() * accumulation)
             report = lwo.step()
+        self._stretch_loss += step_loss
+        self.visits.add(step, step_loss, report)
         self._stretch_tokens += int(self.data.lengths[self._indices(step)].sum())
         return report
 
@@ -172,7 +182,8 @@ class Trainer:
             "time/switch_seconds": self.lwo.switch_seconds - self._stretch_switch,
             "saved": float(self.store.poll()),
         }
-        largest = dict(zip(own, distributed.max_over_ranks(list(own.values()), self.device), strict=True))
+        everyone = distributed.gather_floats([*own.values(), *self.system.read()], self.device)
+        largest = {name: max(values) for name, values in zip(own, zip(*everyone, strict=True), strict=False)}
         self.stop.pace(largest["elapsed"] / steps)
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
@@ -185,15 +196,20 @@ class Trainer:
             "lwo/active_layer": float([layer.name for layer in self.lwo.layers].index(report.layer)),
             "lwo/cycle": float(self.lwo.schedule.cycle(step - 1)),
             **{name: value for name, value in largest.items() if "/" in name},
+            **{f"memory/ranks/peak_bytes_{rank}": row[1] for rank, row in enumerate(everyone[:_MOST_RANKS])},
             "comm/bytes_per_step": float(report.bytes_sent),
             "time/step_seconds": elapsed / steps,
             "time/checkpoint_blocked_seconds": self.results.blocked_seconds,
             **self._last_save,
+            **self.system.metrics([row[len(own) :] for row in everyone]),
         }
         self._last_save = {}
         self.results.add_metrics(metrics)
         for callback in self.callbacks:
             callback.on_metrics(step, metrics)
+        for visit in self.visits.take():
+            for callback in self.callbacks:
+                callback.on_visit(visit.step, visit.layer, visit.metrics)
         if largest["saved"]:
             self._settle()
         self._start_stretch()
@@ -264,7 +280,9 @@ class Trainer:
         """Training time is the loop's own: evaluations and saves are not in it."""
         started = time.perf_counter()
         yield
-        self._stretch_started += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._stretch_started += seconds
+        self.visits.pause(seconds)
 
     def _start_stretch(self) -> None:
         """What the next progress line is about starts now."""

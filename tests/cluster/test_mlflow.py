@@ -1,7 +1,5 @@
 """Tracking against a real MLflow: a sqlite store, and `mlflow server` on loopback."""
 
-import contextlib
-import io
 import logging
 import os
 import shutil
@@ -10,8 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,161 +15,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lwo_dist.callback import RunInfo
-from lwo_dist.config import Config, TrackingConfig, TrainConfig, UserError
-from lwo_dist.tracking.mlflow import MLflowCallback, create_run, end_run, replay
-from lwo_dist.tracking.spool import Sent, count_points, points_of, read_spool
+from lwo_dist.config import Config, TrainConfig, UserError
+from lwo_dist.tracking.mlflow import create_run, end_run, replay
+from lwo_dist.tracking.spool import Sent, count_points, read_spool
+from tests.tracking import (
+    FILES,
+    POINTS,
+    artifacts,
+    assert_equal_to_spool,
+    begin,
+    client_of,
+    config_for,
+    history,
+    train,
+    until,
+)  # fmt: skip
 
-LAYERS = ("embed", "layers.0", "layers.1", "head")
-SET_BY_US = (
-    "MLFLOW_HTTP_REQUEST_TIMEOUT",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
-    "MLFLOW_DISABLE_TELEMETRY",
-)
-
-
-def clean(patch):
-    for name in (*SET_BY_US, "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        patch.setenv(name, "")  # so that what a test leaves there is taken back
-        patch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch):
-    clean(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def first_use(tmp_path_factory):
-    """A storage folder with a store that was used once, and what that printed. The first use takes many seconds."""
-    folder = tmp_path_factory.mktemp("first")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
-        clean(patch)
-        assert create_run(config_for(experiment="first"), folder, "first")
-    return folder, printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def storage(first_use, tmp_path_factory):
-    """One folder with one sqlite store for all tests that do not care."""
-    folder = tmp_path_factory.mktemp("storage")
-    shutil.copy(first_use[0] / "mlflow.db", folder)
-    return folder
-
-
-@pytest.fixture
-def dead_uri():
-    """An address where connections are refused for as long as the test runs."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
-
-
-class Server:
-    """A real `mlflow server` of its own process group."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        if self.process is not None:
-            return
-        options = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        options += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
-        with (self.folder / "server.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", *options],
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        until(self.answers, 120)
-
-    def answers(self) -> bool:
-        assert self.process
-        assert self.process.poll() is None, (self.folder / "server.log").read_text()
-        with contextlib.suppress(OSError):
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
-        return False
-
-    def signal(self, number: int) -> None:
-        assert self.process
-        os.killpg(self.process.pid, number)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.signal(signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture(scope="module")
-def server(first_use, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(first_use[0] / "mlflow.db", folder / "server.db")
-    server = Server(folder)
-    yield server
-    server.stop()
-
-
-def until(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
-def config_for(uri=None, **tracking):
-    return Config(tracking=TrackingConfig(uri=uri, **tracking), train=TrainConfig(steps=100))
-
-
-def begin(config, storage, run_name, run_id=None, start_step=0):
-    callback = MLflowCallback(config.tracking, storage, run_id)
-    parameters = {"device": "cpu", "hosts": ["node-a", "node-b"], "long": "x" * 7000}
-    parameters |= {f"fact.{i}": i for i in range(150)}  # more than one call of MLflow takes
-    callback.on_run_start(RunInfo(config, storage / run_name, 2, LAYERS, parameters, start_step))
-    return callback
-
-
-def train(callback, steps=range(1, 101), loss=2.0):
-    """One hundred steps' worth of events: 4 points a step, a switch every 20."""
-    for step in steps:
-        values = {"train/loss": loss / step, "lwo/active_layer": (step - 1) // 20 % 4, "memory/peak_bytes": 1e9 + step}
-        callback.on_metrics(step, values | {"train/elapsed_seconds": step / 10})
-        if step % 20 == 0:
-            callback.on_switch(step, LAYERS[step // 20 % 4])
-            callback.on_evaluation(step, {"eval/loss": loss / step, "eval/bleu": float("nan")})
-
-
-def client_of(uri):
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def history(client, run_id):
-    """{metric: [(step, value)]} as MLflow holds it, repeated points included."""
-    keys = client.get_run(run_id).data.metrics
-    return {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys}
-
-
-def assert_equal_to_spool(client, run_id, spool):
-    held = history(client, run_id)
-    spooled = Counter((p.name, p.step) for record in read_spool(spool) for p in points_of(record))
-    assert sum(map(len, held.values())) == count_points(spool) > 0
-    assert Counter((key, step) for key, points in held.items() for step, _ in points) == spooled
-
-
-def artifacts(client, run_id):
-    top = [file.path for file in client.list_artifacts(run_id)]
-    return {*top, *(file.path for file in client.list_artifacts(run_id, "pictures"))}
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
@@ -188,21 +46,24 @@ def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3, lines  # the driver's, the sender's and the last
     assert all("Connection refused" in line and "\n" not in line for line in lines)
-    assert lines[-1].startswith("MLflow lacks 410 metric points, 3 files, the state of the run (Connection refused)")
+    assert lines[-1].startswith(
+        f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run (Connection refused)"
+    )
     assert lines[-1].endswith(f"send it with: lwo-dist replay {spool}")
     with pytest.raises(
-        UserError, match=r"Connection refused; it lacks 410 metric points, 3 files, the state of the run; when"
+        UserError,
+        match=rf"Connection refused; it lacks {POINTS} metric points, {len(FILES)} files, the state of the run; when",
     ):
         replay(spool)
 
     server.start()
-    assert replay(spool) == count_points(spool) == 410
+    assert replay(spool) == count_points(spool) == POINTS
     client, run_id = client_of(server.uri), Sent.load(spool).run_id
     assert_equal_to_spool(client, run_id, spool)
     run = client.get_run(run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "late")
     assert run.data.params["train.steps"] == "100"
-    assert artifacts(client, run_id) >= {"config.yaml", "pictures/loss_by_layer.png", "pictures/memory.png"}
+    assert artifacts(client, run_id) >= FILES
     assert replay(spool) == 0
 
 
@@ -228,7 +89,7 @@ def test_a_server_that_is_frozen_for_a_while(server, tmp_path, caplog, monkeypat
     # The calls that timed out were served when the server thawed: MLflow has those points once all the same.
     client = client_of(server.uri)
     assert_equal_to_spool(client, run_id, spool)
-    assert count_points(spool) == 410
+    assert count_points(spool) == POINTS
     assert client.get_run(run_id).info.status == "FINISHED"
     lines = [record.getMessage() for record in caplog.records]
     assert ["timed out" in lines[0], "is back" in lines[-1], len(lines)] == [True, True, 2], lines
@@ -257,8 +118,7 @@ def test_the_default_store_holds_all_that_the_run_said(storage, first_use, capfd
     assert run.data.params["layers"] == "embed, layers.0, layers.1, head"
     assert (run.data.tags["method"], run.data.tags["strategy"]) == ("lwo", "fsdp")
     assert (run.data.tags["hosts"], run.data.tags["attempts"]) == ("node-a, node-b", "1")
-    names = {"config.yaml", "summary.json", "pictures", "pictures/loss_by_layer.png", "pictures/memory.png"}
-    assert artifacts(client, run_id) == names
+    assert artifacts(client, run_id) == {*FILES, "summary.json", "pictures"}
     place = storage / "mlartifacts" / run_id / "artifacts"
     assert run.info.artifact_uri == place.as_uri()
     assert Config.model_validate(yaml.safe_load((place / "config.yaml").read_text())) == config
@@ -305,12 +165,12 @@ def test_an_interrupted_run_is_killed_not_failed(storage, error):
 def test_a_sigkilled_run_replays_whole(storage, dead_uri, caplog):
     script = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from test_mlflow import begin, config_for, train\n"
+        "from tests.tracking import begin, config_for, train\n"
         "callback = begin(config_for(sys.argv[3]), Path(sys.argv[2]), 'killed')\n"
         "train(callback)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    arguments = [str(Path(__file__).parent), str(storage), dead_uri]
+    arguments = [str(Path(__file__).parents[2]), str(storage), dead_uri]
     done = subprocess.run([sys.executable, "-c", script, *arguments], check=False)
     assert done.returncode == -signal.SIGKILL
     spool = storage / "killed" / "metrics.jsonl"
@@ -318,7 +178,7 @@ def test_a_sigkilled_run_replays_whole(storage, dead_uri, caplog):
         file.write(b'{"kind": "metrics", "st')
 
     uri = f"sqlite:///{storage}/mlflow.db"
-    assert replay(spool.parent, uri) == count_points(spool) == 410
+    assert replay(spool.parent, uri) == count_points(spool) == POINTS
     assert "torn line" in caplog.text
     client, run_id = client_of(uri), Sent.load(spool).run_id
     assert_equal_to_spool(client, run_id, spool)
@@ -334,7 +194,7 @@ def test_a_lost_offset_file_makes_no_second_run_and_no_second_point(storage):
     callback.on_run_end({})
     spool = storage / "lost" / "metrics.jsonl"
     spool.with_suffix(".sent.json").unlink()
-    assert replay(spool) == 410  # sent again, and dropped by MLflow
+    assert replay(spool) == POINTS  # sent again, and dropped by MLflow
     assert Sent.load(spool).run_id == callback.run_id
     assert_equal_to_spool(client_of(f"sqlite:///{storage}/mlflow.db"), callback.run_id, spool)
 
@@ -401,7 +261,7 @@ def test_files_that_cannot_be_uploaded_hold_up_nothing(tmp_path, storage, caplog
     client = client_of(config.tracking.uri)
     assert_equal_to_spool(client, callback.run_id, spool)
     assert client.get_run(callback.run_id).info.status == "FINISHED"
-    assert "MLflow lacks 3 files (config.yaml could not be uploaded: " in caplog.text
+    assert f"MLflow lacks {len(FILES)} files (config.yaml could not be uploaded: " in caplog.text
     (tmp_path / "mlartifacts").unlink()
     assert replay(spool) == 0
     assert artifacts(client, callback.run_id) >= {"config.yaml", "pictures/memory.png"}
@@ -431,14 +291,18 @@ def test_a_server_that_refuses_gets_one_line(tmp_path, caplog, status, said):
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(lines) == 2, lines
     assert all(said in line for line in lines), lines
-    assert lines[1].startswith("MLflow lacks 410 metric points, 3 files, the state of the run (")
+    assert lines[1].startswith(f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run (")
 
 
 def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "env-hunter2")
     secret = dead_uri.replace("http://", "http://ada:uri-hunter2@")
-    config = config_for(secret, flush_timeout_s=1)
+    with pytest.raises(UserError, match="was given with a password; keep it in the environment") as kept_out:
+        create_run(config_for(secret), tmp_path, "secret")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    config = config_for(flush_timeout_s=1)
     assert create_run(config, tmp_path, "secret") is None
     callback = begin(config, tmp_path, "secret")
     train(callback)
@@ -448,7 +312,7 @@ def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, 
         replay(spool)
     shutil.copy(first_use[0] / "mlflow.db", tmp_path)
     replay(spool, f"sqlite:///{tmp_path}/mlflow.db")
-    said = caplog.text + str(refused.value) + "".join(capfd.readouterr())
+    said = caplog.text + str(kept_out.value) + str(refused.value) + "".join(capfd.readouterr())
     assert "replay" in said
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) >= 8  # the spool, its offset, config, pictures, the database, artifacts

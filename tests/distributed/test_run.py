@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -101,13 +103,43 @@ def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(inputs: tuple
     names = """train/loss train/learning_rate train/grad_norm train/tokens_per_second train/elapsed_seconds
         train/skipped_steps lwo/active_layer lwo/cycle memory/peak_bytes memory/parameter_bytes memory/gradient_bytes
         memory/optimizer_state_bytes comm/bytes_per_step time/step_seconds time/switch_seconds eval/loss
-        eval/exact_match eval/edit_similarity eval/bleu"""
+        eval/exact_match eval/edit_similarity eval/bleu visit/layer visit/loss_drop visit/grad_norm visit/change_norm
+        visit/seconds memory/ranks/peak_bytes_0 memory/ranks/peak_bytes_1 run/attempt time/lost_seconds"""
     assert set(names.split()) <= set(found.data.metrics)
     assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [*range(2, 15, 2)]
     assert found.data.metrics["eval/loss"] == pytest.approx(summary["eval"]["after"]["eval/loss"])
     assert found.data.params["lwo.steps_per_layer"] == "3" and found.data.tags["strategy"] == "fsdp"
-    files = {item.path for folder in ("", "pictures") for item in client.list_artifacts(found.info.run_id, folder)}
-    assert {"config.yaml", "pictures/loss_by_layer.png"} <= files
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name in found.data.metrics:
+        shown = "system/HOST/" if name.startswith("system/") else f"`{re.sub('_[0-9]+$', '_N', name)}`"
+        assert shown in readme or name == "eval/lines", name
+    assert [p.step for p in client.get_metric_history(found.info.run_id, "visit/loss_drop")] == [3, 6, 9, 12]
+    folders = ("", "pictures", "tables")
+    files = {item.path for folder in folders for item in client.list_artifacts(found.info.run_id, folder)}
+    pictures = {f"pictures/{name}.png" for name in ("loss_by_layer", "memory", "layers_by_loss_drop")}
+    assert {"config.yaml", "report.html", "tables/scores.json", "tables/completions.json", *pictures} <= files
+    [output] = found.outputs.model_outputs
+    assert client.get_logged_model(output.model_id).status == "READY"
+
+
+def test_no_file_of_a_run_holds_a_password(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    for name in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN"):
+        monkeypatch.setenv(name, f"hunter2-of-{name}")
+    with socket.socket() as taken:  # nobody listens: all that is said of the server's address is said
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada:hunter2-of-uri@{address}")
+        settings = ("tracking.enabled=true", "tracking.flush_timeout_s=1", "cluster.env={API_KEY: hunter2-of-env}")
+        config = prepare(make_config(inputs, tmp_path, "train.steps=4", *settings))
+        run_ranks(run_and_record, 2, config)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"metrics.jsonl", "report.html", "run.json", "config.yaml", "memory.png"} <= {path.name for path in files}
+    assert address in caplog.text and address.encode() in files[tmp_path / "r" / "metrics.jsonl"]
+    assert [path for path, content in files.items() if b"hunter2" in content] == []
+    assert "hunter2" not in caplog.text
 
 
 def stop_after(config: Config, steps: int) -> None:

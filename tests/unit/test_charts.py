@@ -6,7 +6,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from lwo_dist.tracking.charts import _shades, layer_bands, loss_figure, memory_figure, save_pictures
+from lwo_dist.tracking.charts import _shades, layers_figure, loss_figure, memory_figure, save_pictures
+from lwo_dist.tracking.history import History, Visit, layer_bands
 from lwo_dist.tracking.spool import Spool, read_spool
 
 GIB = 2**30
@@ -94,11 +95,13 @@ def test_memory_stacks_its_parts_below_the_peak():
         "memory/optimizer_state_bytes": [(t, 3 * GIB) for t in x],
         "memory/peak_bytes": [(t, 8 * GIB) for t in x],
     }
-    figure = memory_figure(points, "training time", hours=True)
+    figure = memory_figure(points, "training time", hours=True, full=24 * GIB)
     rendered(figure)
     (axes,) = figure.axes
     tops = [area.get_datalim(axes.transData).ymax for area in axes.collections]
     assert tops == [2, 3, 6, 8]
+    full = next(line for line in axes.lines if line.get_label() == "full fine-tuning: at least 24 GiB")
+    assert set(full.get_ydata()) == {24} and axes.get_ylim()[1] > 24
     assert axes.get_ylabel() == "GiB"
     assert axes.get_xlabel() == "training time (minutes)"
     assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "parameters"
@@ -113,9 +116,42 @@ def test_pictures_are_made_from_a_spool_alone(tmp_path):
         spool.append_metrics(step, metrics | {"memory/peak_bytes": 1e9})
         if step % 20 == 0 and step < 100:
             spool.append_switch(step, layers[step // 20])
-    files = save_pictures(read_spool(spool.path), tmp_path / "pictures")
+    files = save_pictures(History.read(read_spool(spool.path)), tmp_path / "pictures")
     assert [file.name for file in files] == ["loss_by_layer.png", "memory.png"]
     for file in files:
         assert imread(file).shape[1] == 1650  # a whole PNG
-    assert save_pictures([], tmp_path / "none") == []
+    assert save_pictures(History(), tmp_path / "none") == []
     assert not (tmp_path / "none").exists()
+
+
+def test_layers_are_sorted_by_what_their_visits_brought():
+    layers = layer_names(4)
+    drops = {"embed": [0.1, 0.3], "layers.0": [0.5], "head": [-0.1]}
+    visits = [
+        Visit(step, layer, {"loss_drop": drop, "grad_norm": 1.0, "seconds": 2.0})
+        for layer, found in drops.items()
+        for step, drop in enumerate(found)
+    ]
+    figure = layers_figure(visits, layers)
+    rendered(figure)
+    first = figure.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["head", "embed", "layers.0"]
+    assert [bar.get_width() for bar in first.patches] == [-0.1, 0.2, 0.5]
+    assert (0.1, 0.3) in [tuple(line.get_xdata()) for line in first.lines]
+    shades = _shades(layers)
+    assert [bar.get_facecolor()[:3] for bar in first.patches] == [shades[n][:3] for n in ("head", "embed", "layers.0")]
+    rendered(layers_figure([], layers))
+
+
+def test_what_full_fine_tuning_needs_is_the_highest_lower_bound(tmp_path):
+    spool = Spool(tmp_path / "metrics.jsonl")
+    spool.append("run", layers=["a", "b"], layer_sizes=[10, 30], model_size=100)
+    for step, layer, peak in ((1, 0, 1000), (2, 1, 1500)):
+        size = (10, 30)[layer]
+        memory = {"memory/gradient_bytes": 4 * size, "memory/optimizer_state_bytes": 8 * size}
+        spool.append_metrics(step, {"lwo/active_layer": layer, "memory/peak_bytes": peak, **memory})
+    history = History.read(read_spool(spool.path))
+    # Of 100 parameters: 12 bytes each, in place of the 12 of each parameter of the active layer.
+    assert history.full_fine_tuning() == max(1000 + 12 * 90, 1500 + 12 * 70)
+    history.run["layer_sizes"] = [100]  # this is full fine-tuning
+    assert history.full_fine_tuning() is None

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,16 +161,35 @@ def test_ui_runs_mlflow_on_this_machine_only(
     assert path == command[0] == sys.executable
     assert command[1:4] == ["-m", "mlflow", "server"]
     options = dict(zip(command[4::2], command[5::2], strict=True))
-    assert options["--backend-store-uri"] == f"sqlite:///{storage}/mlflow.db"
     assert (options["--host"], options["--port"]) == ("127.0.0.1", "5005")
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{storage}/mlflow.db"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
 
 
-def test_ui_does_not_start_a_second_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["ui", "tracking.uri=https://name:secret@mlflow.example"]) == 2
-    message = capsys.readouterr().err
-    assert "https://mlflow.example is a server already" in message
-    assert "secret" not in message
+def test_ui_keeps_a_password_off_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hunter2@db/mlflow")
+    commands: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
+    assert cli.main(["ui"]) == 0
+    [(_, command, environment)] = commands
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:hunter2@db/mlflow"
+    assert "hunter2" not in " ".join(command) + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("https://name:secret@mlflow.example", "tracking.uri = https://mlflow.example was given with a password; keep"),
+        ("http://127.0.0.1:9", "MLflow at http://127.0.0.1:9: Connection refused; start it, or correct tracking.uri"),
+        ("file:///tmp/mlruns", "tracking.uri = file:///tmp/mlruns has no pages; give a server (http://HOST:PORT) or a"),
+    ],
+)
+def test_ui_says_what_it_cannot_open(uri: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ui", f"tracking.uri={uri}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "secret" not in said
 
 
 def test_replay_says_what_it_sent(

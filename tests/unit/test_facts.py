@@ -1,3 +1,4 @@
+import importlib.metadata
 from pathlib import Path
 
 from lwo_dist.callback import RunInfo
@@ -38,11 +39,11 @@ def test_no_secret_of_the_config_is_shown():
 def test_tags_name_the_job_the_hosts_and_the_code(monkeypatch):
     monkeypatch.setenv("RAY_JOB_ID", "02000000")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_x"}}')
-    tags = run_tags(Config(method="full"), {"hosts": ["node-a", "node-b"]})
+    tags = run_tags(Config(method="full"), ["node-a", "node-b"])
     assert tags["hosts"] == "node-a, node-b"
     assert (tags["ray_job_id"], tags["ray_submission_id"]) == ("02000000", "raysubmit_x")
     assert (tags["method"], tags["strategy"]) == ("full", "fsdp")
-    assert tags["lwo_dist_version"]
+    assert tags["version.torch"] == importlib.metadata.version("torch")
 
 
 def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):

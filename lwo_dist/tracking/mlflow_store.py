@@ -1,0 +1,144 @@
+"""One run in MLflow: a server or a database. With `mlflow_model.py` the only module that imports MLflow."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .facts import redact
+from .mlflow_model import log_model
+from .spool import Point
+from .tables import FOLDER as TABLES
+
+__all__ = ["MLflowStore"]
+
+MAX_PARAMETER, MAX_TAG = 6000, 5000  # characters
+SLOWEST_UPLOAD = 10_000_000  # bytes a second
+_KEY_TAG = "lwo_dist_run"
+
+
+class MLflowStore:
+    """One run at one tracking server or database. Every call may raise, and may be repeated without harm."""
+
+    def __init__(self, uri: str, storage: Path, timeout_s: int) -> None:
+        self.uri = redact(uri)
+        self._address, self._storage, self._timeout_s = uri, storage, timeout_s
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        # MLflow reads these at each call. Its own defaults, 120 s and 7 retries, hold a call of a dead server for
+        # four minutes; the rest keeps it from printing between the progress lines and from reporting to its makers.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self._timeout_s))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
+        return MlflowClient(tracking_uri=self._address)
+
+    def find_experiment(self, name: str) -> str | None:
+        experiment = self._client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else None
+
+    def find_or_create(self, fields: Mapping[str, Any], time_ms: int) -> str:
+        experiment_id = self._experiment(fields["experiment"])
+        found = self._client.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{fields['key']}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        tags = fields["tags"] | {_KEY_TAG: fields["key"]}
+        return self._client.create_run(experiment_id, time_ms, tags, run_name=fields["run_name"]).info.run_id
+
+    def open_run(self, fields: Mapping[str, Any], time_ms: int, run_id: str | None) -> str:
+        from mlflow.entities import Param, RunTag
+
+        run = self._get_run(run_id) if run_id else None
+        if run is None:
+            run = self._client.get_run(self.find_or_create(fields, time_ms))
+        known, attempt = run.data.params, fields["attempt"]
+        tags = fields["tags"] | {"attempts": str(attempt)}
+        if attempt > 1:
+            started = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(" ", "seconds")
+            tags |= {f"attempt.{attempt}.start_step": str(fields["start_step"]), f"attempt.{attempt}.started": started}
+        parameters = []
+        for name, value in fields["parameters"].items():
+            name, value = name[:250], value[:MAX_PARAMETER]
+            if name not in known:
+                parameters.append(Param(name, value))
+            elif known[name] != value:  # a parameter of MLflow never changes; what a restart changed goes to a tag
+                tags[f"attempt.{attempt}.{name}"[:250]] = value
+        self._client.log_batch(
+            run.info.run_id, params=parameters, tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()]
+        )
+        if run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        return run.info.run_id
+
+    def log_points(self, run_id: str, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        # With the spool's own times: a batch that is sent twice is then the same points, and MLflow keeps one.
+        self._client.log_batch(run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in points])
+
+    def upload(self, run_id: str, file: Path, folder: str | None) -> None:
+        with self._patience(file) as client:
+            client.log_artifact(run_id, str(file), folder)
+        if folder == TABLES:
+            self._mark_table(run_id, f"{folder}/{file.name}")
+
+    def log_model(self, run_id: str, folder: Path, fields: Mapping[str, Any]) -> None:
+        with self._patience(*folder.iterdir()) as client:
+            log_model(client, run_id, folder, fields)
+
+    def end_run(self, run_id: str, fields: Mapping[str, Any], time_ms: int) -> None:
+        if "error" in fields:
+            self._client.set_tag(run_id, "error", fields["error"])
+        self._client.set_terminated(run_id, fields["status"], time_ms)
+
+    @contextmanager
+    def _patience(self, *files: Path) -> Iterator[Any]:
+        """The client, for files: a server that was sent gigabytes answers when it has put them away, not in seconds."""
+        seconds = max(file.stat().st_size for file in files) // SLOWEST_UPLOAD
+        client = self._client  # whose first use sets what is changed here
+        name, value = "MLFLOW_HTTP_REQUEST_TIMEOUT", os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+        os.environ[name] = str(int(value) + seconds)
+        try:
+            yield client
+        finally:
+            os.environ[name] = value
+
+    def _mark_table(self, run_id: str, path: str) -> None:
+        """As `mlflow.log_table` does, so that the pages show the file as a table."""
+        tag = "mlflow.loggedArtifacts"
+        known = json.loads(self._client.get_run(run_id).data.tags.get(tag, "[]"))
+        entry = {"path": path, "type": "table"}
+        if entry not in known:
+            self._client.set_tag(run_id, tag, json.dumps([*known, entry]))
+
+    def _get_run(self, run_id: str) -> Any:
+        """The run, or None where the store has no such run (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _experiment(self, name: str) -> str:
+        if experiment_id := self.find_experiment(name):
+            return experiment_id
+        # A database has no artifact store of its own: MLflow would put the files below the working directory.
+        database = self._address.startswith(("sqlite", "postgresql", "mysql", "mssql"))
+        place = (self._storage.absolute() / "mlartifacts").as_uri() if database else None
+        # The kind opens MLflow's pages for training, not those for language-model applications.
+        return self._client.create_experiment(name, place, {"mlflow.experimentKind": "custom_model_development"})

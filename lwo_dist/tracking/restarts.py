@@ -1,0 +1,32 @@
+"""What restarts cost: marked in every chart as `run/attempt` and `time/lost_seconds`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from .spool import Spool
+
+__all__ = ["Restarts"]
+
+
+class Restarts:
+    """Of the attempt that has just written its start into the spool.
+
+    Lost is the time from when an earlier attempt logged its last step until the run is there again: the time without
+    any worker, the start, and the steps that were done twice. It is known, and added, when the run is there again.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        self._attempt = spool.attempts
+        self._lost = spool.last_value.get("time/lost_seconds", 0.0)
+        self._behind = spool.furthest if self._attempt > 1 else None
+
+    def points(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """To log with the `metrics` of `step`."""
+        if self._behind is not None and step >= self._behind[0]:
+            last_step, time_ms = self._behind
+            trained = (step - last_step) * metrics.get("time/step_seconds", 0.0)
+            self._lost += max(0.0, time.time() - time_ms / 1000 - trained)
+            self._behind = None
+        return {"run/attempt": float(self._attempt), "time/lost_seconds": self._lost}

@@ -1,0 +1,145 @@
+"""The load of every node and GPU, sampled beside the training and carried to rank 0 with the logged metrics."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import torch
+
+from lwo_dist import distributed
+
+__all__ = ["SystemMetrics"]
+
+# MLflow's own names: its pages show them in a tab of their own. A node's come from its first rank.
+NODE = (
+    "cpu_utilization_percentage",
+    "system_memory_usage_megabytes",
+    "system_memory_usage_percentage",
+    "disk_usage_percentage",
+    "disk_available_megabytes",
+    "network_receive_megabytes",
+    "network_transmit_megabytes",
+)
+GPU = (
+    "utilization_percentage",
+    "memory_usage_megabytes",
+    "memory_usage_percentage",
+    "power_usage_watts",
+)
+
+
+class SystemMetrics:
+    """Every rank makes one, together. A thread samples; `read` gives the means since the last `read` and never waits.
+
+    Args:
+        folder: the disk that it lies on is watched.
+        enabled: False: all values are NaN, and there is no thread.
+    """
+
+    def __init__(
+        self, device: torch.device, folder: str | os.PathLike[str], *, enabled: bool = True, interval_s: float = 2.0
+    ):
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._places: list[tuple[str, int]] = distributed.gather_objects((socket.gethostname(), local_rank))
+        """Host and local rank of every rank."""
+        sources: list[Callable[[], list[float]]] = []
+        self._samples: list[list[float]] = []
+        if enabled and local_rank == 0:
+            sources.append(_node_source(folder))
+        else:
+            sources.append(lambda: [math.nan] * len(NODE))
+        gpu = _gpu_source(device) if enabled else None
+        sources.append(gpu or (lambda: [math.nan] * len(GPU)))
+        if enabled and (local_rank == 0 or gpu is not None):
+            stop = threading.Event()
+            weakref.finalize(self, stop.set)
+            arguments = (sources, self._samples, stop, interval_s)
+            threading.Thread(target=_sample, args=arguments, name="lwo-system-metrics", daemon=True).start()
+
+    @property
+    def hosts(self) -> list[str]:
+        """The host of every rank, each once."""
+        return list(dict.fromkeys(host for host, _ in self._places))
+
+    def read(self) -> list[float]:
+        """This rank's `len(NODE) + len(GPU)` means since the last call; NaN where there was no sample."""
+        samples = self._samples[:]
+        del self._samples[: len(samples)]
+        columns = list(zip(*samples, strict=True)) or [()] * (len(NODE) + len(GPU))
+        return [sum(column) / len(column) if column else math.nan for column in columns]
+
+    def metrics(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
+        """What every rank has `read`, in rank order, as `system/<host>/...`."""
+        found: dict[str, float] = {}
+        for (host, local_rank), row in zip(self._places, rows, strict=True):
+            names = [*NODE, *(f"gpu_{local_rank}_{name}" for name in GPU)]
+            found |= {f"system/{host}/{name}": v for name, v in zip(names, row, strict=True) if not math.isnan(v)}
+        return found
+
+
+def _sample(
+    sources: list[Callable[[], list[float]]], samples: list[list[float]], stop: threading.Event, interval_s: float
+) -> None:
+    while not stop.wait(interval_s):
+        with suppress(Exception):  # a driver that stops answering costs its points and nothing else
+            samples.append([value for source in sources for value in source()])
+
+
+def _node_source(folder: str | os.PathLike[str]) -> Callable[[], list[float]]:
+    def traffic() -> tuple[int, int]:
+        counters = psutil.net_io_counters()
+        return (counters.bytes_recv, counters.bytes_sent) if counters else (0, 0)
+
+    received, sent = traffic()
+    psutil.cpu_percent()  # the first call has nothing to compare with
+
+    def read() -> list[float]:
+        memory, disk, now = psutil.virtual_memory(), psutil.disk_usage(os.fspath(folder)), traffic()
+        return [
+            psutil.cpu_percent(),
+            memory.used / 1e6,
+            memory.used / memory.total * 100,
+            disk.percent,
+            disk.free / 1e6,
+            (now[0] - received) / 1e6,
+            (now[1] - sent) / 1e6,
+        ]
+
+    return read
+
+
+def _gpu_source(device: torch.device) -> Callable[[], list[float]] | None:
+    """None without a GPU, or without nvidia-ml-py and a driver that it can ask."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # By UUID: CUDA_VISIBLE_DEVICES renumbers for CUDA, not for NVML.
+        handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except Exception:
+        return None
+
+    def read() -> list[float]:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        try:
+            watts = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        except pynvml.NVMLError:  # not every card tells
+            watts = math.nan
+        return [
+            float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+            memory.used / 1e6,
+            memory.used / memory.total * 100,
+            watts,
+        ]
+
+    return read
