@@ -117,3 +117,21 @@ def test_moments_of_a_layer_that_is_not_active_are_kept_only_if_asked_for() -> N
             assert all(torch.equal(found[n][k], mine[n][k]) for n in found for k in mine[n])
             lwo.write_moments(layer, {})
             assert lwo.read_moments(layer) == {}
+
+
+@pytest.mark.parametrize("steps_per_layer", [1, 3])
+def test_the_coming_layer_is_brought_ahead_before_the_last_step_of_a_visit(steps_per_layer: int) -> None:
+    settings = LWOConfig(state="keep", steps_per_layer=steps_per_layer, order="descending")
+    lwo = attach(oracle.tiny_model(tied=True), settings)
+    asked: list[tuple[int, str]] = []
+    lwo.strategy.prefetch = lambda layer: asked.append((lwo.step_count, layer.name))  # type: ignore[method-assign]
+    entered = {}
+    for step in range(2 * len(lwo.layers) * steps_per_layer):
+        tokens, labels = oracle.global_batch(step)
+        lwo.backward(oracle.loss_sum(lwo.model, tokens, labels))
+        lwo.step()
+        if lwo.step_count % steps_per_layer == 0:
+            entered[lwo.step_count] = lwo.active_layer.name
+    first = 1 if steps_per_layer == 1 else steps_per_layer - 1
+    assert [step for step, _ in asked] == list(range(first, lwo.step_count + 1, steps_per_layer))
+    assert all(entered.get(step + 1, name) == name for step, name in asked)
