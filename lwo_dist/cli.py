@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     submit = commands.add_parser("submit", help="train on a Ray cluster that is elsewhere, and follow the job")
-    submit.description = "Send what git tracks in this folder, without data and secrets, and the config to a Ray cluster, and train there."
+    submit.description = (
+        "Send what git tracks in this folder, but no data and no secrets, and the config to a Ray cluster; train there."
+    )
     _add_config_arguments(submit)
     _add_cluster_arguments(submit)
     submit.add_argument("--detach", action="store_true", help="do not follow the job")

@@ -172,7 +172,11 @@ def test_ctrl_c_asks(
     command = [sys.executable, "-m", "lwo_dist.cli", *_submit(head, source, f"asked-{answer}", source="/seconds/600")]
     keyboard, terminal = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, text=True, env=environment) as client:
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=subprocess.PIPE, text=True, env=environment,
+        # A shell's background jobs ignore Ctrl-C, and these tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as client:  # fmt: skip
         try:
             assert client.stdout is not None
             job = client.stdout.readline().split()[1]
