@@ -100,7 +100,7 @@ class Proxy:
 
 
 def train(folder: Path, uri: str, run_id: str | None) -> None:
-    """Train and log until the file `stop` is there; a line per step in `steps`: when it ended, its seconds, the process's."""
+    """Train and log until the file `stop` is there; per step a line in `steps`: when it ended, its seconds, CPU time."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

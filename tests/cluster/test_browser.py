@@ -109,6 +109,9 @@ def test_people_see_their_runs(browser: Browser, server: Server, runs: dict[str,
     browser.open(f"{run_page}/system-metrics")
     browser.see(lambda: "cpu_utilization_percentage" in browser.text() and browser.charts() >= 1)
 
+    browser.open(f"{experiment_page}/runs?compareRunsMode=CHART")  # both runs in every chart
+    browser.see(lambda: browser.charts() >= 3)
+    browser.keep("comparison-charts")
     browser.open(f"{server.uri}/#/compare-runs?runs={quoted(list(runs.values()))}&experiments={quoted([experiment])}")
     browser.see(lambda: "Comparing 2 Runs" in browser.text())
     browser.keep("comparison")
