@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import secrets
 import signal
@@ -116,22 +117,26 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
         except ControllerError as error:
             if not cannot_connect(error) or failures == _CONNECTION_ATTEMPTS:
                 raise
-            wait = 5 * 2**failures
-            failures += 1
-            print(
-                f"the workers could not connect ({first_line(error.controller_failure)}); trying again in {wait} s "
-                f"({failures} of {_CONNECTION_ATTEMPTS})",
-                flush=True,
-            )
-            time.sleep(wait)
+            problem = first_line(error.controller_failure)
+        else:
+            if not isinstance(outcome, Interrupted):
+                return outcome
+            # A node that is taken away takes only its workers along, if the others have room for them.
+            lost = outcome.preempted_nodes
+            if not lost or room(nodes_of_cluster(without=lost), resources) < config.cluster.min_workers:
+                raise outcome.stopped
+            print(f"{outcome.stopped}; going on without it", flush=True)
             continue
-        if not isinstance(outcome, Interrupted):
-            return outcome
-        # A node that is taken away takes only its workers along, if the others have room for them.
-        lost = outcome.preempted_nodes
-        if not lost or room(nodes_of_cluster(without=lost), resources) < config.cluster.min_workers:
-            raise outcome.stopped
-        print(f"{outcome.stopped}; going on without it", flush=True)
+        # Ray's controller of this attempt keeps its workers' places until nothing refers to it, as the error did.
+        gc.collect()
+        wait = 5 * 2**failures
+        failures += 1
+        print(
+            f"the workers could not connect ({problem}); trying again in {wait} s ({failures} of "
+            f"{_CONNECTION_ATTEMPTS})",
+            flush=True,
+        )
+        time.sleep(wait)
 
 
 def _fit(config: Config, resources: dict[str, float], threads: int | None, flag: Any) -> Any:
