@@ -13,7 +13,17 @@ from collections.abc import Collection, Iterator, Mapping
 
 from lwo_dist.config import ClusterConfig, UserError
 
-__all__ = ["Node", "joined_ray", "local_ray", "nodes_of_cluster", "resources_per_worker", "room", "this_machine"]
+__all__ = [
+    "Node",
+    "joined_ray",
+    "local_ray",
+    "nodes_of_cluster",
+    "placement_groups",
+    "remove_placement_groups",
+    "resources_per_worker",
+    "room",
+    "this_machine",
+]
 
 Node = Mapping[str, float]
 """What a node offers: CPU, GPU, memory (bytes), ... -> amount."""
@@ -60,6 +70,25 @@ def nodes_of_cluster(without: Collection[str] = ()) -> list[Node]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+
+
+def placement_groups() -> set[str]:
+    """Ids of this job's placement groups, which hold places for workers."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # An id of a placement group ends with its job's.
+    return {
+        name for name, group in placement_group_table().items() if name.endswith(job) and group["state"] != "REMOVED"
+    }
+
+
+def remove_placement_groups(names: Collection[str]) -> None:
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for name in names:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 @contextlib.contextmanager

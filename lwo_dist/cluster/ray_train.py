@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import secrets
 import signal
@@ -19,7 +18,16 @@ from lwo_dist.config import ClusterConfig, Config, UserError
 from lwo_dist.storage import storage_folder
 from lwo_dist.training.stop import Stopped, StopRequest
 
-from .nodes import joined_ray, local_ray, nodes_of_cluster, resources_per_worker, room, this_machine
+from .nodes import (
+    joined_ray,
+    local_ray,
+    nodes_of_cluster,
+    placement_groups,
+    remove_placement_groups,
+    resources_per_worker,
+    room,
+    this_machine,
+)
 from .worker import Interrupted, forwarded
 
 __all__ = ["train"]
@@ -112,6 +120,7 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
 
     failures = 0
     while True:
+        before = placement_groups()
         try:
             outcome = _fit(config, resources, threads, flag)
         except ControllerError as error:
@@ -127,8 +136,8 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
                 raise outcome.stopped
             print(f"{outcome.stopped}; going on without it", flush=True)
             continue
-        # Ray's controller of this attempt keeps its workers' places until nothing refers to it, as the error did.
-        gc.collect()
+        # Ray 2.60 leaves them behind after such a failure, and the next attempt would wait for their room for ever.
+        remove_placement_groups(placement_groups() - before)
         wait = 5 * 2**failures
         failures += 1
         print(

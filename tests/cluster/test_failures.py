@@ -33,12 +33,18 @@ def fits(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> list[float]:
     left = list(outcomes)
 
     def fit(*_: Any) -> Any:
+        assert groups == {"the caller's"}
         outcome = left.pop(0)
         if isinstance(outcome, Exception):
+            groups.add(f"of attempt {len(left)}")
             raise outcome
         return outcome
 
     monkeypatch.setattr(ray_train, "_fit", fit)
+    # Each attempt leaves one behind, beside one of the caller's own; it must not.
+    groups = {"the caller's"}
+    monkeypatch.setattr(ray_train, "placement_groups", lambda: set(groups))
+    monkeypatch.setattr(ray_train, "remove_placement_groups", groups.difference_update)
     monkeypatch.setattr(ray_train.time, "sleep", waits.append)
     return waits
 
