@@ -127,7 +127,7 @@ def test_workers_get_the_driver_s_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("UNRELATED")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(
-        run, "run", lambda config, **_: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED"))
+        run, "run", lambda config, *_, **__: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED"))
     )
     assert cloudpickle.loads(sent)() == (Config(), SECRET, None)
 
