@@ -8,10 +8,15 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .config import Config, UserError, load_config
+from .training.stop import EXIT_CODE, Stopped
+
+if TYPE_CHECKING:
+    from .cluster.jobs import Jobs
 
 # Everything below the parser is imported by the command that needs it: `lwo-dist --help` waits for no torch.
 
@@ -22,10 +27,15 @@ _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C; other exceptions pass through."""
+    """Run one command; exceptions other than these pass through.
+
+    Returns:
+        The exit code: 0, 2 after bad input, 75 after a stop that the same command goes on from, 130 after Ctrl-C;
+        `submit` ends with that of the job.
+    """
     try:
         arguments = _parser().parse_args(argv)
-        arguments.command(arguments)
+        code: int | None = arguments.command(arguments)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Each rank of a host finds the same fault, and torchrun ends them all when the first one exits: that must
@@ -33,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(_PATIENCE_S)
         print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"lwo-dist: {stopped}; {_go_on(_config(arguments), stopped)}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +67,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config_arguments(train)
     train.set_defaults(command=_train)
+
+    submit = commands.add_parser("submit", help="train on a Ray cluster that is elsewhere, and follow the job")
+    submit.description = (
+        "Send what git tracks in this folder, but no data and no secrets, and the config to a Ray cluster; train there."
+    )
+    _add_config_arguments(submit)
+    _add_cluster_arguments(submit)
+    submit.add_argument("--detach", action="store_true", help="do not follow the job")
+    submit.add_argument("--working-dir", type=Path, default=Path(), metavar="DIR", help="default: this folder")
+    submit.set_defaults(command=_submit)
+
+    jobs = commands.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster")
+    actions = jobs.add_subparsers(title="actions", required=True, metavar="ACTION")
+    for name, text in (("list", "newest first"), ("logs", "what a job writes"), ("stop", "save a checkpoint and end")):
+        action = actions.add_parser(name, help=text)
+        _add_cluster_arguments(action)
+        action.set_defaults(command=_jobs, action=name)
+        if name != "list":
+            action.add_argument("job", metavar="JOB", help="the job's id, or its run_name: then the newest")
+        if name == "logs":
+            action.add_argument("-f", "--follow", action="store_true", help="to the job's end, with its exit code")
 
     replay = commands.add_parser("replay", help="send what a run could not send to MLflow")
     replay.add_argument("spool", type=Path, metavar="SPOOL", help="the spool in the run's folder, or that folder")
@@ -86,6 +121,13 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
 
 
+def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", required=True, metavar="URL", help="Ray's dashboard, such as http://head:8265")
+    parser.add_argument(
+        "--insecure-token", action="store_true", help="send RAY_AUTH_TOKEN over http to another machine all the same"
+    )
+
+
 def _config(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, arguments.overrides)
 
@@ -109,6 +151,68 @@ def _train(arguments: argparse.Namespace) -> None:
         file = ["-c", str(arguments.config)] if arguments.config else []
         store = [override for override in arguments.overrides if override.startswith(("storage=", "tracking."))]
         print(f"MLflow: {shlex.join([program, 'ui', *file, *store])}")
+
+
+def _go_on(config: Config, stopped: Stopped) -> str:
+    if stopped.checkpoint is None:
+        return "the same command starts anew"
+    name = "" if config.run_name else f" with run_name={stopped.checkpoint.parents[1].name}"
+    return f"the same command{name} goes on from there"
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from .cluster.jobs import Jobs
+
+    jobs = Jobs(arguments.address, insecure_token=arguments.insecure_token)
+    job = jobs.submit(arguments.config, arguments.overrides, arguments.working_dir)
+    print(f"job {job}", flush=True)
+    if arguments.detach:
+        print(_later(arguments, job))
+        return 0
+    return _follow(arguments, jobs, job)
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    from .cluster.jobs import Jobs
+
+    jobs = Jobs(arguments.address, insecure_token=arguments.insecure_token)
+    if arguments.action == "list":
+        for line in jobs.lines():
+            print(line)
+    elif arguments.action == "stop":
+        print(f"stopping {jobs.stop(arguments.job)}")
+    elif arguments.follow:
+        return _follow(arguments, jobs, jobs.find(arguments.job))
+    else:
+        sys.stdout.write(jobs.logs(arguments.job))
+    return 0
+
+
+def _follow(arguments: argparse.Namespace, jobs: Jobs, job: str) -> int:
+    """Follow to the end; Ctrl-C asks what is to become of the job, and leaves it alone where there is nobody to ask."""
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        return jobs.follow(job, write)
+    except KeyboardInterrupt:
+        answer = ""
+        if sys.stdin.isatty():
+            with suppress(EOFError, KeyboardInterrupt):
+                answer = input("\nd: detach, the job runs on; s: stop the job [d] ").strip().lower()
+        if answer not in ("s", "stop"):
+            print(f"\n{_later(arguments, job)}")
+            return 130
+        jobs.stop(job)
+        print(f"stopping {job}", flush=True)
+        return jobs.follow(job, lambda text: None)
+
+
+def _later(arguments: argparse.Namespace, job: str) -> str:
+    where = f"--address {shlex.quote(arguments.address)}"
+    return f"follow it: lwo-dist jobs logs -f {where} {job}\nstop it: lwo-dist jobs stop {where} {job}"
 
 
 def _replay(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Every function works without a process group: one process is then the whole worl
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "assert_same_on_all_ranks",
     "barrier",
     "broadcast_object",
+    "first_reason",
     "gather_floats",
     "gather_objects",
     "init_process_group",
@@ -29,6 +31,7 @@ __all__ = [
     "on_rank_0",
     "rank",
     "reduce_scatter",
+    "silent_ranks",
     "world_size",
 ]
 
@@ -36,7 +39,9 @@ __all__ = [
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
+# World group -> group of the same ranks for objects; the first waits for ever, the second as long as training does.
 _patient_groups: dict[Any, dist.ProcessGroup] = {}
+_cpu_groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def rank() -> int:
@@ -153,6 +158,47 @@ def _patient_group() -> dist.ProcessGroup:
         _patient_groups.clear()  # of a process group that has been destroyed since
         _patient_groups[world] = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return _patient_groups[world]
+
+
+def first_reason(reason: str | None) -> str | None:
+    """The `reason` of the lowest rank that has one, on every rank; None where none has. One small MAX if none has."""
+    if world_size() == 1:
+        return reason
+    group = _cpu_group()
+    flag = torch.tensor(int(reason is not None), dtype=torch.int32)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    if not flag.item():
+        return None
+    reasons: list[str | None] = [None] * world_size()
+    dist.all_gather_object(reasons, reason, group=group)
+    return next(other for other in reasons if other is not None)
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    """The ranks on the CPU's backend: a small vote does not wait for a GPU's queue."""
+    world = dist.group.WORLD
+    if dist.get_backend() == "gloo":
+        return world
+    if world not in _cpu_groups:
+        _cpu_groups.clear()
+        _cpu_groups[world] = dist.new_group(backend="gloo")
+    return _cpu_groups[world]
+
+
+def silent_ranks(timeout_s: float) -> list[int]:
+    """After a collective has failed: the ranks that do not come to a barrier, as far as rank 0 can tell; else none.
+
+    Never raises: the failure that led here is the one to tell.
+    """
+    group = _patient_groups.get(dist.group.WORLD) if dist.is_initialized() else None
+    if group is None:
+        return []
+    try:
+        dist.monitored_barrier(group, timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+    except Exception as error:
+        named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        return [int(number) for number in named[1].split(",")] if named else []
+    return []
 
 
 def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:

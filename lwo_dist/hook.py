@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .config import LWOConfig
+from .config import LWOConfig, UserError
 from .layers import Layer, rest_names
 from .methods import METHODS
 from .schedule import learning_rate, make_schedule
@@ -65,9 +65,10 @@ def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
     All ranks have the same weights.
 
     Raises:
-        UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage, reentrant
-            checkpointing, meshes of more than one dimension, a model without a stack of layers, initial weights
-            that differ between ranks, a DeepSpeed engine with settings that cannot be honoured.
+        UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage (but for DeepSpeed's, and
+            FSDP2's in bf16 under a policy that reduces in fp32), reentrant checkpointing, meshes of more than one
+            dimension, a model without a stack of layers, initial weights that differ between ranks, a DeepSpeed
+            engine with settings that cannot be honoured.
     """
     return LWO(model, config, method)
 
@@ -200,8 +201,8 @@ class LWO:
         """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer trains.
 
         Right after a switch the new layer has no moments yet: then what the layer before it held. `park_bytes` are on
-        the host. What `visit_change` compares with is not counted: the active layer's masters as its visit found them,
-        on the host too.
+        the host. Not counted is what `visit_change` compares with, the active layer's masters as its visit found them,
+        on the host too; and on a GPU the parks of the coming layer, which are there in the last step of a visit.
         """
         if self._step_in_visit == 0 and self._memory:
             return {**self._memory, "park_bytes": self.strategy.park_bytes}
@@ -230,13 +231,13 @@ class LWO:
         """Go on from `state_dict`; load the weights (`write_layer`) too.
 
         Raises:
-            ValueError: the schedule of this config has another layer active at that step.
+            UserError: the schedule of this config has another layer active at that step.
         """
         self._refuse_mid_accumulation("load_state_dict()")
         step, moments = state_dict["step"], state_dict["moments"]
         scheduled = self.layers[self.schedule.active_layer(step)].name
         if scheduled != state_dict["active_layer"]:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint trains {state_dict['active_layer']} at step {step}, this schedule {scheduled}; "
                 "resume with the same order, seed, steps_per_layer, layers_per_group and trained layers"
             )
@@ -259,8 +260,8 @@ class LWO:
         if not before:
             return None
         after = self.strategy.masters()
-        change = [(new - old.to(new.device)).norm() for new, old in zip(after, before, strict=True)]
-        return distributed.all_reduce(torch.stack(change).square().sum().to(device)).sqrt()
+        change = [(new - old.to(new.device)).norm().to(device) for new, old in zip(after, before, strict=True)]
+        return distributed.all_reduce(torch.stack(change).square().sum()).sqrt()
 
     @property
     def _at_boundary(self) -> bool:

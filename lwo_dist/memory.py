@@ -8,7 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor
 
-__all__ = ["full_fine_tuning_bytes", "local_bytes", "optimizer_state_bytes", "padded_numel", "peak_bytes"]
+__all__ = [
+    "full_fine_tuning_bytes",
+    "local_bytes",
+    "optimizer_state_bytes",
+    "padded_numel",
+    "park_bytes",
+    "peak_bytes",
+]
 
 
 def padded_numel(numel: int, multiple: int) -> int:
@@ -23,6 +30,17 @@ def optimizer_state_bytes(numel: int, world_size: int, *, master: bool = False) 
     themselves (DESIGN section 3). The step scalars of the optimizer, 4 bytes a tensor, are not counted.
     """
     return (12 if master else 8) * padded_numel(numel, world_size) // world_size
+
+
+def park_bytes(numel: int, *, moments: bool, masters: bool) -> int:
+    """Host memory that the parks of layers with `numel` elements on this rank take: 8 bytes an element, and 2.
+
+    Args:
+        moments: `state: keep` parks AdamW's two fp32 moments.
+        masters: with 16-bit storage, `inactive_master: host` parks what the bf16 rounding lacks. Not counted: 8 bytes
+            for each element that lies half-way between two bf16 numbers, one in 65,536.
+    """
+    return (8 * moments + 2 * masters) * numel
 
 
 def full_fine_tuning_bytes(peak: float, gradient: float, state: float, active_numel: int, numel: int) -> float:

@@ -20,22 +20,23 @@ from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback, RunInfo
 from .config import Config, UserError
-from .data import PreparedData, micro_batch_size, prepare_dataset, read_source_tree
+from .data import check_world_sizes, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
-from .models.folders import on_all_ranks
 from .storage import RunFolder, is_url, storage_folder, write_whole
 from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.about import about_run, facts, layer_sizes, save_model_files
-from .training.checkpoint import Checkpoint, committed_steps, newest_checkpoint, read_checkpoint, step_folder, use_copy
+from .training.checkpoint import committed_steps, read_checkpoint, step_folder
 from .training.evaluate import evaluate
 from .training.export import export_model
 from .training.layer_store import LayerStore
 from .training.progress import Progress
 from .training.results import Results
+from .training.resume import find_checkpoint, refuse_other_run, restore
+from .training.stop import Stopped, StopRequest, StopVote
 from .training.system import SystemMetrics
 from .training.trainer import Trainer
 
@@ -54,10 +55,11 @@ def prepare(config: Config) -> Config:
     source = config.data.source
     if source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
-    micro_batch_size(config.train.global_batch_size, config.cluster.num_workers, config.lwo.gradient_accumulation_steps)
+    check_world_sizes(config)
     if config.strategy == "deepspeed":  # the workers need not see the file
         config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
-        deepspeed_config.resolve(config, config.cluster.num_workers)
+        for workers in config.cluster.world_sizes:
+            deepspeed_config.resolve(config, workers)
     tracking_uri(config.tracking, Path())  # refuses a password
     run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
     if "://" not in source and not source.startswith("git@"):
@@ -100,31 +102,38 @@ def run(
     callbacks: Sequence[Callback] = (),
     *,
     on_commit: Callable[[int, Path], None] = lambda step, folder: None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any] | None:
     """Train on this worker; every worker calls it with the same prepared config.
 
     Args:
         callbacks: rank 0's count, those of the others are ignored.
         on_commit: called on every rank, at the same place in the loop, with each checkpoint that is there.
+        stop: asked about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the run.
 
     Returns:
         On rank 0 what summary.json holds, None elsewhere.
 
     Raises:
         UserError: on every rank alike.
+        Stopped: on every rank alike; the next `run` goes on from its checkpoint.
     """
+    stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
     main = distributed.rank() == 0
     place = RunFolder(config.storage, str(config.run_name))
     record = distributed.on_rank_0(_read_record, place)
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
-        trainer = _build(config, place, device, everyone, on_commit)
-        trainer.train()
+        trainer = _build(config, place, device, everyone, stop, on_commit)
+        with stop.listening():
+            trainer.train()
         summary = distributed.on_rank_0(_finish, config, trainer, place, record)
     except BaseException as error:
         for callback in everyone:
             callback.on_run_failed(error)
+        if isinstance(error, Stopped):  # torchrun ends all ranks when the first one leaves: rank 0 reports first
+            distributed.broadcast_object(None)
         raise
     for callback in everyone:
         callback.on_run_end(summary)
@@ -138,17 +147,18 @@ def _build(
     place: RunFolder,
     device: torch.device,
     callbacks: Sequence[Callback],
+    stop: StopRequest,
     on_commit: Callable[[int, Path], None],
 ) -> Trainer:
     main = distributed.rank() == 0
-    checkpoint = _find_checkpoint(config, place)
+    checkpoint = find_checkpoint(config, place)
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task]
     data = prepare_dataset(config, tokenizer, task, is_builder=main, broadcast=distributed.broadcast_object)
     results = Results(place.local, config.eval.metric, writes=main)
     source = config.model
     if checkpoint is not None:
-        _refuse_other_run(config, data, checkpoint.state)
+        refuse_other_run(config, data, checkpoint.state)
         source = source.model_copy(update={"name": str(checkpoint.folder), "revision": None})
     partition, settings = None, {}
     if config.strategy == "deepspeed":
@@ -162,11 +172,7 @@ def _build(
     lwo = attach(wrapped, config.lwo, config.method)
     store = LayerStore(place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep)
     if checkpoint is not None:
-        if lwo.strategy.stores_16_bit:
-            # The model was made from the checkpoint in 16 bits; the fp32 masters are in the same files.
-            for tensors in checkpoint.weights():
-                lwo.write_layer(tensors)
-        _restore(lwo, checkpoint)
+        restore(lwo, checkpoint)
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
     system = SystemMetrics(
@@ -174,10 +180,12 @@ def _build(
     )
     trainer = Trainer(
         config, lwo, data, results, store, device=device, callbacks=callbacks, on_commit=on_commit, system=system,
-        evaluate=partial(
-            evaluate, model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
+        checkpoint=checkpoint.folder if checkpoint is not None else None,
+        stop=StopVote(stop, distributed.first_reason),
+        evaluate=lambda before_batch: evaluate(
+            model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
             max_new_tokens=config.eval.max_new_tokens, rank=distributed.rank(), world_size=distributed.world_size(),
-            synced=config.strategy != "replicate",
+            synced=config.strategy != "replicate", before_batch=before_batch,
         ),
         about_run=about_run(config, data),
     )  # fmt: skip
@@ -189,25 +197,6 @@ def _build(
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
-
-
-def _find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
-    """The newest whole checkpoint, its files on every machine."""
-    if config.checkpoint.resume != "auto":
-        return None
-    checkpoint = distributed.on_rank_0(newest_checkpoint, place)
-    if checkpoint is not None:
-        with on_all_ranks():
-            if distributed.rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
-                use_copy(place, checkpoint)
-    return checkpoint
-
-
-def _restore(lwo: LWO, checkpoint: Checkpoint) -> None:
-    lwo.load_state_dict(checkpoint.hook_state())
-    layers = {layer.name: layer for layer in lwo.layers}
-    for name, moments in checkpoint.parked_moments():
-        lwo.write_moments(layers[name], moments)
 
 
 def _finish(config: Config, trainer: Trainer, place: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
@@ -249,21 +238,6 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
             f"{lwo.schedule.steps_per_cycle} steps (lwo.steps_per_layer = {config.lwo.steps_per_layer})",
             flush=True,
         )
-
-
-def _refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    now = {
-        "seed": config.seed,
-        "global_batch_size": config.train.global_batch_size,
-        "fingerprint": data.fingerprint,
-    }
-    for key, value in now.items():
-        if state["data"][key] != value:
-            what = "the examples (source files, tokenizer or sequence length)" if key == "fingerprint" else key
-            raise UserError(
-                f"run_name = {config.run_name}: its checkpoint was made with other data: {what} changed from "
-                f"{state['data'][key]} to {value}; choose another run_name, or set it back"
-            )
 
 
 @contextmanager

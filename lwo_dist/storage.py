@@ -193,7 +193,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def _is_small(name: str) -> bool:
     top = name.partition("/")[0]
-    return top not in ("layers", "checkpoints", "model", "ray") and not name.endswith(".tmp")
+    rays = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")  # which Ray writes into the store itself
+    return top not in ("layers", "checkpoints", "model", *rays) and not name.endswith(".tmp")
 
 
 def _open(storage: str, run_name: str) -> tuple[Any, str]:

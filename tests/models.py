@@ -30,3 +30,4 @@ def save_tiny_model(folder: Path, texts: Sequence[str], *, tied: bool = True, vo
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,22 @@ class Recipe:
     accumulation: int = 1
 
 
-def train(model: nn.Module, layers: list[tuple[str, ...]], recipe: Recipe) -> list[float]:
-    """Train in place; returns the loss of each step."""
+def train(
+    model: nn.Module,
+    layers: list[tuple[str, ...]],
+    recipe: Recipe,
+    *,
+    keep: bool = False,
+    rate: Callable[[int], float] | None = None,
+) -> list[float]:
+    """Train in place; returns the loss of each step.
+
+    Args:
+        keep: a layer goes on with the optimizer of its last visit, instead of a fresh one.
+        rate: the learning rate of each step, instead of `recipe.lr`.
+    """
     parameters, losses = dict(model.named_parameters()), []
+    optimizers: dict[tuple[str, ...], torch.optim.Optimizer] = {}
     for step in range(recipe.steps):
         if step % recipe.steps_per_layer == 0:
             active = layers[step // recipe.steps_per_layer % len(layers)]
@@ -30,7 +44,11 @@ def train(model: nn.Module, layers: list[tuple[str, ...]], recipe: Recipe) -> li
                 parameter.requires_grad_(name in active)
                 parameter.grad = None
             mine = [parameters[name] for name in active]
-            optimizer = torch.optim.AdamW(mine, lr=recipe.lr, eps=recipe.eps, weight_decay=0.01)
+            if not keep or active not in optimizers:
+                optimizers[active] = torch.optim.AdamW(mine, lr=recipe.lr, eps=recipe.eps, weight_decay=0.01)
+            optimizer = optimizers[active]
+        if rate is not None:
+            optimizer.param_groups[0]["lr"] = rate(step)
         tokens, labels = global_batch(step)
         loss = loss_sum(model, tokens, labels) / (labels[:, 1:] != -100).sum()
         loss.backward()

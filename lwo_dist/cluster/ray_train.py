@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import gc
 import os
 import secrets
-import shlex
 import signal
 import socket
 import sys
-import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from lwo_dist.config import ClusterConfig, Config, UserError
 from lwo_dist.storage import storage_folder
+from lwo_dist.training.stop import Stopped, StopRequest
+
+from .nodes import joined_ray, local_ray, nodes_of_cluster, resources_per_worker, room, this_machine
+from .worker import Interrupted, forwarded
 
 __all__ = ["train"]
 
@@ -44,8 +47,10 @@ _LOCAL_ENVIRONMENT = {
 _PASSED_ON = ("HF_", "HUGGING", "TRANSFORMERS_", "MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "LWO_")
 _TRACEBACK = "lwo_dist_traceback"
 
-_Node = Mapping[str, float]
-"""What a node offers: CPU, GPU, memory (bytes), ... -> amount."""
+# How often workers that cannot connect are started again; after 5, 10, 20, 40 s.
+_CONNECTION_ATTEMPTS = 4
+# An elastic run whose node is gone asks for it again for so long before it goes on without. Ray's default is 60.
+_ELASTIC_START_TIMEOUT_S = "10"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -53,21 +58,26 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: bad input, found here or on a worker; too few CPUs or GPUs; no cluster at RAY_ADDRESS.
+        Stopped: SIGTERM, SIGUSR1, `train.max_seconds`, or Ray took a node away and the others have no room.
         ray.train.TrainingFailedError: another failure of a worker.
         KeyboardInterrupt: Ctrl-C; the workers are gone by then.
     """
-    joins = _set_environment()
+    joins = _set_environment(config.cluster)
+    stop = StopRequest(config.train.max_seconds)
     with contextlib.ExitStack() as stack:
-        nodes = stack.enter_context(_joined_ray()) if joins else [_this_machine()]
-        resources = _resources_per_worker(config.cluster, nodes)
+        nodes = stack.enter_context(joined_ray()) if joins else [this_machine()]
+        resources = resources_per_worker(config.cluster, nodes)
         from lwo_dist.run import prepare  # After the first check: it brings transformers and more.
 
         config = prepare(config)
         if not joins:
-            stack.enter_context(_local_ray(nodes[0]))
-        threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.num_workers)
+            stack.enter_context(local_ray(nodes[0]))
+        threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
         try:
-            return _fit(config, resources, threads)
+            with stop.listening(), forwarded(stop) as flag:
+                return _fit_until_done(config, resources, threads, flag)
+        except Stopped:
+            raise
         except BaseException as error:
             from lwo_dist.tracking.mlflow import end_run
 
@@ -78,13 +88,15 @@ def train(config: Config) -> dict[str, Any]:
             raise
 
 
-def _set_environment() -> bool:
+def _set_environment(cluster: ClusterConfig) -> bool:
     """Set what Ray reads, where the user has not; return whether there is a Ray to join."""
     imported = "ray" in sys.modules  # Then it has read its environment, and a new token would not fit the old mode.
     joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if imported and sys.modules["ray"].is_initialized():
         joins = True
     environment = dict(_DRIVER_ENVIRONMENT)
+    if cluster.min_workers < cluster.max_workers:
+        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = _ELASTIC_START_TIMEOUT_S
     if not joins and not imported:
         environment |= _LOCAL_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in environment.items():
@@ -92,146 +104,102 @@ def _set_environment() -> bool:
     return joins
 
 
-def _resources_per_worker(cluster: ClusterConfig, nodes: list[_Node]) -> dict[str, float]:
-    """What one worker takes. Raises UserError where the workers do not all fit: Ray would wait for ever."""
-    on_gpu: dict[str, float] = {"CPU": 1, "GPU": 1, **cluster.resources_per_worker}
-    on_cpu: dict[str, float] = {"CPU": 1, **cluster.resources_per_worker}
-    if cluster.use_gpu is None:
-        wanted = on_gpu if _room(nodes, on_gpu) >= cluster.num_workers else on_cpu
-    else:
-        wanted = on_gpu if cluster.use_gpu else on_cpu
-    room = _room(nodes, wanted)
-    if room < cluster.num_workers:
-        offer = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in wanted)
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-        lower = "set cluster.use_gpu=false" if "GPU" in wanted else "lower cluster.resources_per_worker"
-        remedy = f"set it to at most {room}" if room else lower
-        raise UserError(
-            f"cluster.num_workers = {cluster.num_workers}: this Ray cluster has {offer}, and a worker takes {needs}; "
-            f"{remedy}, or add nodes"
-        )
-    return wanted
+def _fit_until_done(config: Config, resources: dict[str, float], threads: int | None, flag: Any) -> dict[str, Any]:
+    """Fit; and again where Ray gives up although the run can go on."""
+    from ray.train import ControllerError
 
+    from .failures import cannot_connect, first_line
 
-def _room(nodes: list[_Node], wanted: Mapping[str, float]) -> int:
-    """How many workers fit, each wholly on one node."""
-    asked = {name: amount for name, amount in wanted.items() if amount > 0}
-    return sum(min((int(node.get(name, 0) // amount) for name, amount in asked.items()), default=1) for node in nodes)
-
-
-def _this_machine() -> _Node:
-    import torch
-
-    # Ray is told the same numbers, so that what was checked is what there is.
-    allowed = getattr(os, "sched_getaffinity", None)
-    return {"CPU": len(allowed(0)) if allowed else os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-
-
-@contextlib.contextmanager
-def _joined_ray() -> Iterator[list[_Node]]:
-    """The nodes of the caller's Ray, which is the caller's to end, or of the cluster at RAY_ADDRESS."""
-    import ray
-
-    ours = not ray.is_initialized()
-    if ours:
-        address = os.environ["RAY_ADDRESS"]
+    failures = 0
+    while True:
         try:
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            if port.isdigit():  # Ray itself would try for minutes.
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, logging_level=logging.WARNING)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"RAY_ADDRESS = {address}: no Ray can be joined there ({error}); give host:port of a running Ray, and "
-                "its token in RAY_AUTH_TOKEN if it has one, or unset RAY_ADDRESS for a local Ray"
-            ) from None
-    try:
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        if ours:
-            ray.shutdown()
+            outcome = _fit(config, resources, threads, flag)
+        except ControllerError as error:
+            if not cannot_connect(error) or failures == _CONNECTION_ATTEMPTS:
+                raise
+            problem = first_line(error.controller_failure)
+        else:
+            if not isinstance(outcome, Interrupted):
+                return outcome
+            # A node that is taken away takes only its workers along, if the others have room for them.
+            lost = outcome.preempted_nodes
+            if not lost or room(nodes_of_cluster(without=lost), resources) < config.cluster.min_workers:
+                raise outcome.stopped
+            print(f"{outcome.stopped}; going on without it", flush=True)
+            continue
+        # Ray's controller of this attempt keeps its workers' places until nothing refers to it, as the error did.
+        gc.collect()
+        wait = 5 * 2**failures
+        failures += 1
+        print(
+            f"the workers could not connect ({problem}); trying again in {wait} s ({failures} of "
+            f"{_CONNECTION_ATTEMPTS})",
+            flush=True,
+        )
+        time.sleep(wait)
 
 
-@contextlib.contextmanager
-def _local_ray(machine: _Node) -> Iterator[None]:
-    import ray
-
-    # Else Ray's own actors look for "the" Ray of the machine, and complain where there are two.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    # Ray starts workers through a shell and does not quote a path with spaces.
-    python = shlex.quote(sys.executable)
-    ray.init(
-        address="local",
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        num_cpus=int(machine["CPU"]),
-        num_gpus=int(machine["GPU"]),
-        runtime_env={} if python == sys.executable else {"py_executable": python},
-        logging_level=logging.WARNING,
-        **_short_temp_dir(),
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        del os.environ["RAY_API_SERVER_ADDRESS"]
-
-
-def _short_temp_dir() -> dict[str, str]:
-    # Ray puts sockets about 70 characters below this folder, and a socket's path has at most 107 bytes.
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return {} if len(os.fsencode(folder)) <= 35 else {"_temp_dir": "/tmp/ray"}
-
-
-def _fit(config: Config, resources: dict[str, float], threads: int | None) -> dict[str, Any]:
+def _fit(config: Config, resources: dict[str, float], threads: int | None, flag: Any) -> Any:
+    """The summary, or Interrupted."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = "GPU" in resources
-    worker_environment = dict(config.cluster.env)
+    from .failures import Failures
+
+    cluster, use_gpu = config.cluster, "GPU" in resources
+    worker_environment = dict(cluster.env)
     if "OMP_NUM_THREADS" in os.environ or threads is not None:
         worker_environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
+    run_config = RunConfig(
+        # Ray's folder is the run's own: a checkpoint that is reported must lie in it.
+        name=config.run_name,
+        storage_path=config.storage,
+        failure_config=FailureConfig(max_failures=cluster.max_failures),
+        worker_runtime_env={"env_vars": worker_environment},
+        logging_config=LoggingConfig(log_level="CRITICAL"),
+        callbacks=[Failures(cluster.max_failures)],
+    )
+    _forget_reports(run_config.storage_context)
     trainer = TorchTrainer(
-        _train_loop(config),
-        # Ray Train does not try again when workers fail to connect, and on a busy machine they take their time.
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(120, config.cluster.timeout_s)),
+        _train_loop(config, flag),
+        # Connecting takes its time on a busy machine.
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(120, cluster.timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=cluster.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.elastic_resize_monitor_interval_s,
         ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=f"{config.storage}/{config.run_name}",
-            # The next command with this run_name goes on from the last checkpoint.
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": worker_environment},
-            logging_config=LoggingConfig(log_level="CRITICAL"),
-        ),
+        run_config=run_config,
     )
     handler = signal.getsignal(signal.SIGINT)
     try:
-        summary: dict[str, Any] = trainer.fit().return_value
+        return trainer.fit().return_value
     except SystemExit:  # Ray's handler of Ctrl-C ends the workers, then exits with 0, as if all were well.
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, handler)
-    return summary
 
 
-def _train_loop(config: Config) -> Callable[[], dict[str, Any] | None]:
+def _forget_reports(storage: Any) -> None:
+    """Remove Ray's list of the checkpoints of an earlier driver.
+
+    Ray refuses to start where one of them is gone, and we have pruned them. Our store knows which there are.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        storage.storage_filesystem.delete_file(storage.checkpoint_manager_snapshot_path)
+
+
+def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
     # In the function that is sent, not in a runtime_env: Ray writes that into its logs and shows it on its pages.
     environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
 
-    def train_loop_per_worker() -> dict[str, Any] | None:
+    def train_loop_per_worker() -> Any:
         os.environ.update(environment)
-        from lwo_dist.run import run
-
-        from .gauges import RayGauges
+        from lwo_dist.cluster.worker import run_on_worker
 
         try:
-            return run(config, [RayGauges()])
+            return run_on_worker(config, flag)
         except Exception as error:
             # Ray sends the exception without its traceback, and shows 1,000 characters of that.
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -244,8 +212,8 @@ def _train_loop(config: Config) -> Callable[[], dict[str, Any] | None]:
 
 def _raise_user_error(error: BaseException) -> None:
     """Raise the UserError that is behind Ray's `error`; else note the traceback of the worker that failed first."""
-    failures = getattr(error, "worker_failures", {}).values()
-    for failure in failures:
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in [*failures, getattr(error, "controller_failure", None)]:
         if isinstance(failure, UserError):
             raise failure from None
     tracebacks = sorted(filter(None, (getattr(failure, _TRACEBACK, None) for failure in failures)))

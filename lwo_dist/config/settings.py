@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
     "CheckpointConfig",
@@ -121,6 +121,9 @@ class TrainConfig(_Settings):
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward (non-reentrant)")
     logging_steps: int = Field(10, ge=1, description="a progress line and a metrics point every so many steps")
     max_skipped_steps: int = Field(10, ge=1, description="stop after so many non-finite steps in a row")
+    max_seconds: float | None = Field(
+        None, gt=0, description="wall-clock limit: then save, exit with 75 and go on when the command is given again"
+    )
 
 
 class EvalConfig(_Settings):
@@ -149,11 +152,38 @@ class CheckpointConfig(_Settings):
 class ClusterConfig(_Settings):
     """Ray Train's workers."""
 
-    num_workers: int = Field(1, ge=1, description="worker processes, one per GPU where there are GPUs")
+    num_workers: int | tuple[int, int] = Field(
+        1, description="worker processes, one per GPU where there are GPUs; [fewest, most]: as many as there is room"
+    )
     use_gpu: bool | None = Field(None, description="unset: GPUs where Ray has one for each worker")
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="as in Ray's ScalingConfig")
-    timeout_s: int = Field(300, ge=1, description="time limit of one collective")
+    timeout_s: int = Field(300, ge=1, description="time limit of one collective, and of a micro-batch")
+    max_failures: int = Field(3, ge=-1, description="restarts of the workers after failures; -1: without limit")
+    elastic_resize_monitor_interval_s: float = Field(
+        60.0, gt=0, description="num_workers: [fewest, most] only; how often to look for room for more"
+    )
     env: dict[str, str] = Field(default_factory=dict, description="environment variables for the workers; no secrets")
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _check_num_workers(cls, value: Any) -> Any:
+        both = list(value) if isinstance(value, list | tuple) else [value, value]
+        if len(both) != 2 or any(type(n) is not int or n < 1 for n in both) or both[0] > both[1]:
+            raise ValueError(f"{value!r} must be a number of workers, 1 or more, or [fewest, most], for example [2, 4]")
+        return value if isinstance(value, int) else tuple(both)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def world_sizes(self) -> range:
+        """Every number of workers that can come."""
+        return range(self.min_workers, self.max_workers + 1)
 
 
 class TrackingConfig(_Settings):
@@ -212,7 +242,8 @@ class Config(_Settings):
                 found = self.train.precision if key == "train.precision" else getattr(self, key)
                 if found != value:
                     raise ValueError(
-                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, or storage: fp32"
+                        f"fsdp.storage: bf16 cannot be used with {key}: {found}; set {key}: {value}, "
+                        "or fsdp.storage: fp32"
                     )
         in_16_bits = self.fsdp.storage == "bf16" or (self.strategy == "deepspeed" and self.train.precision == "bf16")
         if self.lwo.inactive_master == "discard" and not in_16_bits:

@@ -1,6 +1,6 @@
 """From source trees to token batches."""
 
-from .batches import global_batch_indices, label_tokens, micro_batch_size, micro_batches
+from .batches import check_world_sizes, global_batch_indices, label_tokens, micro_batch_size, micro_batches
 from .cache import cache_folder
 from .dataset import PreparedData, prepare_dataset
 from .examples import EvalExample, TrainExample
@@ -12,6 +12,7 @@ __all__ = [
     "SourceTree",
     "TrainExample",
     "cache_folder",
+    "check_world_sizes",
     "global_batch_indices",
     "label_tokens",
     "micro_batch_size",

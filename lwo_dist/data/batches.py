@@ -6,17 +6,25 @@ label tokens the whole has, without asking the others.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lwo_dist.config import UserError
+from lwo_dist.config import Config, UserError
 
 from .dataset import PreparedData
 
-__all__ = ["IGNORED_LABEL", "global_batch_indices", "label_tokens", "micro_batch_size", "micro_batches"]
+__all__ = [
+    "IGNORED_LABEL",
+    "check_world_sizes",
+    "global_batch_indices",
+    "label_tokens",
+    "micro_batch_size",
+    "micro_batches",
+]
 
 IGNORED_LABEL = -100
 _PAD_TO_MULTIPLE_OF = 8
@@ -35,6 +43,27 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulation: int)
             f"{accumulation} lwo.gradient_accumulation_steps; for example {-(-global_batch_size // parts) * parts}"
         )
     return global_batch_size // parts
+
+
+def check_world_sizes(config: Config) -> None:
+    """Refuse a global batch that cannot be divided evenly at every number of workers that can come.
+
+    Raises:
+        UserError: naming the numbers of workers at which it cannot.
+    """
+    global_batch_size, world_sizes = config.train.global_batch_size, config.cluster.world_sizes
+    accumulation = config.lwo.gradient_accumulation_steps
+    if len(world_sizes) == 1:
+        micro_batch_size(global_batch_size, world_sizes[0], accumulation)
+    uneven = [size for size in world_sizes if global_batch_size % (size * accumulation)]
+    if uneven:
+        multiple = math.lcm(*world_sizes) * accumulation
+        raise UserError(
+            f"cluster.num_workers = {[world_sizes[0], world_sizes[-1]]}: train.global_batch_size = {global_batch_size} "
+            f"cannot be divided evenly among {' or '.join(map(str, uneven))} workers (with "
+            f"lwo.gradient_accumulation_steps = {accumulation}); set it to a multiple of {multiple}, or other numbers "
+            "of workers"
+        )
 
 
 def global_batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:

@@ -118,11 +118,12 @@ def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> Non
         raise UserError(
             "inactive_master: discard has no effect where weights are stored in fp32; drop it, or store them in bf16"
         )
-    size = float(torch.cat([shard.flatten() for shard in strategy.masters()]).abs().median())
+    shards = [shard.flatten() for shard in strategy.masters() if shard.numel()]
+    size = float(torch.cat(shards).abs().median()) if shards else 0.0
     if distributed.rank() == 0 and size > 0:
         reach, half_ulp = steps_per_layer * lr, 2.0 ** (math.floor(math.log2(size)) - 8)
         warnings.warn(
-            "inactive_master: discard rounds a layer to bf16 at the end of its visit, and what moved by less than bf16's "
+            "inactive_master: discard rounds a layer to bf16 at the end of its visit, and what moved by less than its "
             f"half ulp is lost: steps_per_layer x lr = {reach:.1e} is {reach / half_ulp:.2g} times that at a typical "
             f"weight ({half_ulp:.1e} at {size:.1g}); stay well above 1, or park the masters (inactive_master: host)",
             stacklevel=4,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,14 @@ class RateOfEngine:
 
 def warn_overruled(engine: Any, made: torch.optim.Optimizer, *, rate: bool) -> None:
     """Say where LWOConfig wins over the engine's optimizer."""
-    theirs = engine.basic_optimizer.param_groups[0]
-    keys = ["betas", "eps", "weight_decay", *(["lr"] if rate else [])]
-    other = [key for key in keys if key in theirs and _plain(theirs[key]) != _plain(made.defaults[key])]
+    other = []
+    for key in ["betas", "eps", "weight_decay", *(["lr"] if rate else [])]:
+        ours = _plain(made.defaults[key])
+        theirs = {_plain(group.get(key, ours)): None for group in engine.basic_optimizer.param_groups}  # in order
+        if set(theirs) != {ours}:
+            other.append(f"{key} {' and '.join(map(str, theirs))} -> {ours}")
     if other:
-        said = ", ".join(f"{key} {_plain(theirs[key])} -> {_plain(made.defaults[key])}" for key in other)
-        warn(f"LWOConfig wins over the engine's optimizer: {said}")
+        warn(f"LWOConfig wins over the engine's optimizer: {', '.join(other)}")
 
 
 def build_engine(
@@ -114,13 +117,11 @@ def build_engine(
     """
     _join()
     settings = {**settings, "zero_force_ds_cpu_optimizer": False}
-    try:
+    with _refusals():
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=list(parameters), optimizer=optimizer, config=settings,
             dist_init_required=False,
         )  # fmt: skip
-    except (ValidationError, DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed config: {' '.join(str(error).split())}") from None
     return engine
 
 
@@ -130,7 +131,8 @@ def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     That is stage 3 from the start; a model so made goes to `build_engine` with the same `settings`.
     """
     _join()
-    partition = partition_function(settings)
+    with _refusals():
+        partition = partition_function(settings)
     dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
 
     def keep_part(parameter: nn.Parameter) -> None:
@@ -138,6 +140,15 @@ def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
         partition([parameter])
 
     return keep_part
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What DeepSpeed itself refuses in a config, such as a misspelt key of `zero_optimization`, in one line."""
+    try:
+        yield
+    except (ValidationError, DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed config: {' '.join(str(error).split())}") from None
 
 
 def _join() -> None:

@@ -61,10 +61,9 @@ def refuse_unsupported(model: nn.Module, modules: Iterable[FSDPModule]) -> None:
             dtype = item.sharded_param.dtype
             cast = dtype == policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
             if dtype not in masters and not cast:
-                fix = f"pass fully_shard(..., {_POLICY})"
                 raise UserError(
                     f"parameter {names[id(item.sharded_param)]} is stored in {dtype}, which would round the updates "
-                    f"away; {fix if dtype == torch.bfloat16 else f'load the model with dtype=torch.float32 and {fix}'}"
+                    f"away; load the model with dtype=torch.float32, or in bf16 and pass fully_shard(..., {_POLICY})"
                 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +85,7 @@ def evaluate(
     synced: bool = False,
     device: torch.device | str = "cpu",
     task: Task = completion,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Complete `lines` greedily and score the completions; a collective where `world_size` is above 1.
 
@@ -95,6 +96,7 @@ def evaluate(
         max_new_tokens: where a completion is cut.
         synced: every forward is a collective, as under FSDP2: all ranks then run equally many batches and decoding
             steps, the surplus ones for nothing.
+        before_batch: called equally often on every rank, so it may be a collective; what it raises ends the evaluation.
     """
     ordered = sorted(range(len(lines)), key=lambda i: (-len(lines[i].context), i))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
@@ -109,6 +111,7 @@ def evaluate(
     results: list[tuple[int, float, str]] = []
     with _evaluating(model):
         for first in range(0, len(batches), world_size):
+            before_batch()
             number = first + rank
             if number >= len(batches) and not synced:
                 break

@@ -32,8 +32,10 @@ from lwo_dist.memory import peak_bytes
 from .evaluate import Evaluation
 from .layer_store import LayerStore, Outcome
 from .results import Results
+from .stop import StopNow, Stopped, StopVote
 from .system import SystemMetrics
 from .visits import Visits
+from .watchdog import Watchdog
 
 __all__ = ["Trainer"]
 
@@ -44,11 +46,12 @@ class Trainer:
     """Trains to `config.train.steps`, from wherever the hook stands. Every rank runs one.
 
     Args:
-        evaluate: a collective that scores the model on the held-out lines.
+        evaluate: a collective that scores the model on the held-out lines; calls its argument before each batch.
         about_run: what a checkpoint says of the run it is from.
         system: the load of every node, for the metrics.
         callbacks: on rank 0 only; empty elsewhere.
         on_commit: called on every rank, at the same place in the loop, for each checkpoint that is there.
+        checkpoint: the folder that training goes on from.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class Trainer:
         store: LayerStore,
         *,
         device: torch.device,
-        evaluate: Callable[[], Evaluation],
+        evaluate: Callable[[Callable[[], None]], Evaluation],
         about_run: Mapping[str, Any],
+        stop: StopVote,
         system: SystemMetrics,
         callbacks: Sequence[Callback] = (),
         on_commit: Callable[[int, Path], None] = lambda step, folder: None,
+        checkpoint: Path | None = None,
     ):
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
@@ -74,18 +79,34 @@ class Trainer:
             "seed": config.seed,
             "global_batch_size": config.train.global_batch_size,
         }
+        self.stop, self.watchdog = stop, Watchdog(config.cluster.timeout_s)
+        self._report: StepReport | None = None
+        self._committed = checkpoint
+        self._saved_step = lwo.step_count
         self._saved_at = time.monotonic()
         self._last_save: dict[str, float] = {}
         self._start_stretch()
 
     def train(self) -> None:
-        """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint."""
-        train, steps = self.config.train, self.config.train.steps
+        """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint.
+
+        Raises:
+            Stopped: on every rank alike, with what was done saved.
+            CollectiveError: a rank died or hangs.
+        """
         self.lwo.model.train()
-        if not self.results.evaluations:
-            self._evaluate()
+        with self.watchdog:
+            try:
+                self._train()
+            except StopNow as stop:
+                raise self._stopped(stop.reason) from None
+
+    def _train(self) -> None:
+        train, steps = self.config.train, self.config.train.steps
+        if self._evaluates(self.lwo.step_count) and self.lwo.step_count not in self.results.evaluations:
+            self._evaluate()  # before the first step, or where a stop came before it was done
         while self.lwo.step_count < steps:
-            report = self._train_step(self.lwo.step_count)
+            self._report = report = self._train_step(self.lwo.step_count)
             done = self.lwo.step_count
             if report.switched:
                 for callback in self.callbacks:
@@ -94,11 +115,25 @@ class Trainer:
                 self._refuse_non_finite()
             if done % train.logging_steps == 0 or done == steps:
                 self._log(report)
-            evaluates = done == steps or _every(self.config.eval.steps, done)
-            if evaluates:
+            self.stop.after_step(done)
+            if self._evaluates(done):
                 self._evaluate()
-            if evaluates or self._save_is_due(done):
+            if self._evaluates(done) or self._save_is_due(done):
                 self._save()
+        self._settle_last()
+
+    def _evaluates(self, step: int) -> bool:
+        return step in (0, self.config.train.steps) or _every(self.config.eval.steps, step)
+
+    def _stopped(self, reason: str) -> Stopped:
+        if self.lwo.step_count > self._saved_step:
+            if self._report is not None and self.lwo.step_count > self._stretch_first:
+                self._log(self._report)
+            self._save()
+        self._settle_last()
+        return Stopped(reason, self.lwo.step_count, self._committed)
+
+    def _settle_last(self) -> None:
         outcome = self._settle()
         if outcome is not None and outcome.error:
             raise UserError(
@@ -117,6 +152,7 @@ class Trainer:
         tokens = label_tokens(self.data, step=step, **self._batch_of)
         step_loss = torch.zeros((), device=self.device)
         for batch in batches:
+            self.watchdog.beat(step, lwo.active_layer.name)
             loss = self._loss({name: tensor.to(self.device) for name, tensor in batch.items()}) / tokens
             step_loss += loss.detach()
             # The strategy averages over ranks and micro-batches; the sum over them is wanted.
@@ -148,6 +184,7 @@ class Trainer:
         }
         everyone = distributed.gather_floats([*own.values(), *self.system.read()], self.device)
         largest = {name: max(values) for name, values in zip(own, zip(*everyone, strict=True), strict=False)}
+        self.stop.pace(largest["elapsed"] / steps)
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
             "train/loss": float(loss),
@@ -179,8 +216,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.lwo.flush()
-        with self._off_the_clock():
-            evaluation = self.evaluate()
+        with self._off_the_clock(), self.watchdog.paused("evaluation"):
+            evaluation = self.evaluate(self.stop.now)
         self.results.add_evaluation(self.lwo.step_count, evaluation)
         for callback in self.callbacks:
             callback.on_evaluation(self.lwo.step_count, evaluation.scores)
@@ -203,15 +240,16 @@ class Trainer:
             "run": self.about_run,
         }
         started = time.perf_counter()
-        with self._off_the_clock():
+        with self._off_the_clock(), self.watchdog.paused("checkpoint"):
             self._settle()
             self.store.save(self.lwo, extra, best_step=self.results.best_step)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), step
         self.results.blocked_seconds += time.perf_counter() - started
 
     def _settle(self) -> Outcome | None:
         """Wait for the save that is under way and tell everyone what became of it. A collective."""
-        outcome = self.store.wait()
+        with self.watchdog.paused("checkpoint"):
+            outcome = self.store.wait()
         if outcome is None:
             return None
         if outcome.error:
@@ -222,6 +260,7 @@ class Trainer:
                     flush=True,
                 )
             return outcome
+        self._committed = outcome.folder
         self.on_commit(outcome.step, outcome.folder)
         for callback in self.callbacks:
             callback.on_checkpoint(outcome.step, outcome.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,47 +16,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from lwo_dist.cluster import nodes as places
 from lwo_dist.cluster import ray_train
 from lwo_dist.config import ClusterConfig, Config, UserError
-from tests.models import save_tiny_model
+from tests.cluster.launching import REPOSITORY, STEPS, make_inputs
+from tests.cluster.launching import command as _command
+from tests.cluster.launching import environment as _environment
+from tests.cluster.launching import run as _run
 
-REPOSITORY = Path(__file__).parents[2]
 SECRET = "hf_a_secret_of_the_test"
-STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model` and `source`; runs go into `runs`."""
-    folder = tmp_path_factory.mktemp("ray")
-    (folder / "source").mkdir()
-    for i in range(8):
-        lines = "".join(f"    total_{i} += values[{j}]  # line {j}\n" for j in range(15))
-        (folder / "source" / f"module_{i}.py").write_text(f"def function_{i}(values):\n{lines}")
-    save_tiny_model(folder / "model", [path.read_text() for path in (folder / "source").iterdir()])
-    return folder
-
-
-def _environment(folder: Path, **more: str) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_", "OMP_"))}
-    return inherited | {"HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)} | more
-
-
-def _command(folder: Path, run_name: str, *overrides: str) -> list[str]:
-    return [
-        sys.executable, "-m", "lwo_dist.cli", "train", "-c", f"{REPOSITORY}/launch/configs/debug_cpu.yaml",
-        f"model.name={folder}/model", f"data.source={folder}/source", f"storage={folder}/runs", f"run_name={run_name}",
-        f"train.steps={STEPS}", "train.global_batch_size=4", "train.sequence_length=32", "train.logging_steps=2",
-        "eval.num_lines=4", "eval.max_new_tokens=4", "tracking.enabled=false", *overrides,
-    ]  # fmt: skip
-
-
-def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    # Started elsewhere than the storage lies, because the workers' own folder is elsewhere, too.
-    return subprocess.run(
-        command, cwd=environment["HOME"], env=environment, capture_output=True, text=True, timeout=600
-    )
+    return make_inputs(tmp_path_factory.mktemp("ray"))
 
 
 def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path) -> None:
@@ -148,7 +125,10 @@ def test_workers_get_the_driver_s_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     sent = cloudpickle.dumps(ray_train._train_loop(Config()))
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.delenv("UNRELATED")
-    monkeypatch.setattr(run, "run", lambda config: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED")))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(
+        run, "run", lambda config, **_: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED"))
+    )
     assert cloudpickle.loads(sent)() == (Config(), SECRET, None)
 
 
@@ -156,7 +136,7 @@ def test_a_worker_s_failure_shows_its_whole_traceback(folder: Path, cluster: dic
     in_the_way = folder / "runs" / "failing" / "evaluations"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
-    result = _run(_command(folder, "failing"), cluster)
+    result = _run(_command(folder, "failing", "cluster.max_failures=0"), cluster)
     assert result.returncode == 1
     assert re.search(r"rank 0 on .*: Traceback", result.stderr)
     assert "in add_evaluation" in result.stderr
@@ -212,6 +192,34 @@ def test_bad_input_under_torchrun_is_said_once(folder: Path, override: str, mess
     assert not (folder / "runs" / "refused").exists()
 
 
+long = pytest.mark.long
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=long), pytest.param(2, marks=long), 3])
+def test_deepspeed_on_ray_and_torchrun_ends_in_a_model_that_loads(
+    stage: int, folder: Path, cluster: dict[str, str]
+) -> None:
+    overrides = ("strategy=deepspeed", f"zero_stage={stage}", "lwo.steps_per_layer=1")
+    results = {
+        "ray": _run(_command(folder, f"zero-ray-{stage}", *overrides, "cluster.num_workers=2"), cluster),
+        "torchrun": _torchrun(folder, f"zero-torchrun-{stage}", *overrides),
+    }
+    losses = {}
+    for launcher, result in results.items():
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "built successfully" not in result.stdout  # DeepSpeed compiled nothing
+        summary = json.loads((folder / "runs" / f"zero-{launcher}-{stage}" / "summary.json").read_text())
+        assert (summary["strategy"], summary["world_size"], summary["steps"]) == ("deepspeed", 2, STEPS)
+        model = AutoModelForCausalLM.from_pretrained(summary["export"])
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))]
+        assert len(changed) == len(list(model.parameters()))  # a visit of one step each, and all have arrived
+        losses[launcher] = summary["loss_first"], summary["loss_last"]
+    assert losses["ray"] == losses["torchrun"]
+
+
 NODE = {"CPU": 4.0, "GPU": 2.0, "memory": 1e9}
 
 
@@ -227,7 +235,7 @@ NODE = {"CPU": 4.0, "GPU": 2.0, "memory": 1e9}
     ],
 )
 def test_what_a_worker_takes(cluster_config: dict, nodes: list[dict[str, float]], expected: dict[str, float]) -> None:
-    assert ray_train._resources_per_worker(ClusterConfig(**cluster_config), nodes) == expected
+    assert places.resources_per_worker(ClusterConfig(**cluster_config), nodes) == expected
 
 
 @pytest.mark.parametrize(
@@ -244,4 +252,4 @@ def test_what_a_worker_takes(cluster_config: dict, nodes: list[dict[str, float]]
 )  # fmt: skip
 def test_workers_that_do_not_fit(cluster_config: dict, nodes: list[dict[str, float]], message: str) -> None:
     with pytest.raises(UserError, match=f"^cluster.num_workers = {cluster_config['num_workers']}: .*{message}"):
-        ray_train._resources_per_worker(ClusterConfig(**cluster_config), nodes)
+        places.resources_per_worker(ClusterConfig(**cluster_config), nodes)

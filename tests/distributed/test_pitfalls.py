@@ -167,6 +167,9 @@ def refusals() -> list[str]:
     messages = [message(DistributedDataParallel(oracle.tiny_model(tied=True)))]
     bf16 = oracle.tiny_model(tied=True, dtype=torch.bfloat16)
     messages.append(message(fully_shard(bf16)))
+    summed = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
+    half = fully_shard(oracle.tiny_model(tied=True, dtype=torch.float16), mp_policy=summed)
+    messages.append(message(half))
     fp32 = fully_shard(
         oracle.tiny_model(tied=True),
         mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
@@ -183,15 +186,16 @@ def refusals() -> list[str]:
 
 
 def test_what_cannot_be_done_is_refused_with_reason_and_remedy() -> None:
-    ddp, bf16, policy, partly, storage, seeds, mesh = run_ranks(refusals, 2)[0]
+    messages = ddp, bf16, fp16, policy, partly, storage, seeds, mesh = run_ranks(refusals, 2)[0]
     assert "DistributedDataParallel" in ddp and "pass the bare module" in ddp
     assert "stored in torch.bfloat16" in bf16 and "MixedPrecisionPolicy(param_dtype=torch.bfloat16" in bf16
+    assert "stored in torch.float16" in fp16 and "dtype=torch.float32" in fp16
     assert "reduces gradients in torch.bfloat16; set reduce_dtype=torch.float32" in policy
     assert "not on the root" in partly
     assert "torch.autocast" in storage
     assert "initial weights differ between rank 0 and rank 1" in seeds
     assert "hybrid meshes are not supported" in mesh
-    assert all("\n" not in line for line in (ddp, bf16, policy, partly, storage, seeds, mesh))
+    assert all("\n" not in line for line in messages)
 
 
 # ---- non-finite steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lwo_dist.hook import LWO
 from lwo_dist.storage import RunFolder
 from lwo_dist.training.checkpoint import newest_checkpoint
 from lwo_dist.training.layer_store import LayerStore
+from lwo_dist.training.resume import restore
 from tests import oracle, stores
 from tests.distributed import training, zero
 from tests.ranks import run_ranks
@@ -61,19 +61,12 @@ def resume(folder: Path, pairs: list[tuple]) -> list[tuple[list[float], dict[str
         training.train_step(lwo, 0)  # so that there is something to overwrite
         checkpoint = newest_checkpoint(RunFolder(str(folder / str(first_ranks)), first))
         assert checkpoint is not None
+        for tensors in checkpoint.weights():
+            lwo.write_layer(tensors)
         restore(lwo, checkpoint)
         losses = [training.train_step(lwo, step)[0] for step in range(SAVED_AT, STEPS)]
         results.append((losses, training.weights(lwo)))
     return results
-
-
-def restore(lwo: LWO, checkpoint: Any) -> None:
-    for tensors in checkpoint.weights():
-        lwo.write_layer(tensors)
-    lwo.load_state_dict(checkpoint.hook_state())
-    layers = {layer.name: layer for layer in lwo.layers}
-    for name, moments in checkpoint.parked_moments():
-        lwo.write_moments(layers[name], moments)
 
 
 def test_every_strategy_goes_on_from_every_other_one(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def settings(stage: int, *, precision: str = "fp32", accumulation: int = 1, **mo
 
 def make_engine(
     stage: int, recipe: oracle.Recipe, *, tied: bool, late: bool = False, from_start: bool = False,
-    lr_scheduler: Any = None, **more: Any,
+    checkpointing: bool = False, lr_scheduler: Any = None, **more: Any,
 ) -> Any:  # fmt: skip
     """`prepare` and `deepspeed.initialize`, as a user writes it; `late` forgets the first."""
     load_deepspeed()
@@ -42,6 +42,10 @@ def make_engine(
             model = oracle.tiny_model(tied=tied)
     else:
         model = oracle.tiny_model(tied=tied)
+    if checkpointing:
+        model.train()
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if late:
         load_deepspeed().check_environment()
         parameters = list(model.parameters())
@@ -64,5 +68,9 @@ def lwo_config(recipe: oracle.Recipe, **config: Any) -> lwo_dist.LWOConfig:
     )  # fmt: skip
 
 
-def attach_engine(stage: int, recipe: oracle.Recipe, *, tied: bool, method: str = "lwo", **more: Any) -> LWO:
-    return lwo_dist.attach(make_engine(stage, recipe, tied=tied, **more), lwo_config(recipe), method)
+def attach_engine(
+    stage: int, recipe: oracle.Recipe, *, tied: bool, method: str = "lwo", config: dict[str, Any] | None = None,
+    **more: Any,
+) -> LWO:  # fmt: skip
+    """`config`: further fields of LWOConfig; `more`: for `make_engine`."""
+    return lwo_dist.attach(make_engine(stage, recipe, tied=tied, **more), lwo_config(recipe, **(config or {})), method)

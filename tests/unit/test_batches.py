@@ -11,8 +11,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwo_dist.config import UserError
-from lwo_dist.data.batches import global_batch_indices, label_tokens, micro_batch_size, micro_batches
+from lwo_dist.config import UserError, load_config
+from lwo_dist.data.batches import (
+    check_world_sizes,
+    global_batch_indices,
+    label_tokens,
+    micro_batch_size,
+    micro_batches,
+)
 from lwo_dist.data.dataset import PreparedData
 from lwo_dist.data.examples import TrainExample
 
@@ -121,3 +127,22 @@ def test_a_batch_that_cannot_be_divided() -> None:
         micro_batch_size(16, 3, 2)
     with pytest.raises(UserError):
         micro_batches(prepared([3]), seed=0, step=0, global_batch_size=3, world_size=2, rank=0, accumulation=1)
+
+
+def test_the_global_batch_divides_at_every_number_of_workers_that_can_come() -> None:
+    def check(workers: str, batch: int, accumulation: int = 1) -> None:
+        settings = [f"cluster.num_workers={workers}", f"train.global_batch_size={batch}"]
+        check_world_sizes(load_config(None, [*settings, f"lwo.gradient_accumulation_steps={accumulation}"]))
+
+    check("[1,4]", 12)
+    check("[1,2]", 4, accumulation=2)
+    with pytest.raises(UserError) as error:
+        check("[2,5]", 8)
+    assert str(error.value) == (
+        "cluster.num_workers = [2, 5]: train.global_batch_size = 8 cannot be divided evenly among 3 or 5 workers (with "
+        "lwo.gradient_accumulation_steps = 1); set it to a multiple of 60, or other numbers of workers"
+    )
+    with pytest.raises(UserError, match="among 2 workers .* a multiple of 4"):
+        check("[1,2]", 2, accumulation=2)
+    with pytest.raises(UserError, match="must be divisible by 3"):
+        check("3", 8)

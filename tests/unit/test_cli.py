@@ -77,6 +77,11 @@ SLOW = {
         {},
         "cluster.num_workers = 1000: this Ray cluster has ",
     ),
+    "a deepspeed config that is none": (
+        ("data.source=source", "strategy=deepspeed", "deepspeed=source/a.py"),
+        {},
+        "deepspeed = source/a.py is not JSON: Expecting value: line 1 column 1",
+    ),
     "an unwritable storage": (("data.source=source", "storage=source/a.py/runs"), {}, "a.py/runs: Not a directory"),
 }
 

@@ -64,6 +64,13 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
         ("lwo.lr=.inf", "lwo.lr = inf: must be"),
         ("lwo.betas=[0.9, 1.0]", "lwo: betas (0.9, 1.0) must lie in [0, 1)"),
         ("lwo.order=weighted", "lwo: order: weighted needs layer_weights"),
+        ("lwo.inactive_master=discard", "lwo.inactive_master: discard has no effect where weights are stored in fp32"),
+        (
+            "fsdp.storage=bf16",
+            "fsdp.storage: bf16 cannot be used with train.precision: fp32; set train.precision: bf16",
+        ),
+        ("fsdp.storage=fp16", "fsdp.storage = 'fp16': must be 'fp32' or 'bf16' (strategy: fsdp only"),
+        ("lwo.state=drop", "lwo.state = 'drop': must be 'reset' or 'keep' (a layer's moments at a switch"),
         ("strategy=ddp", "strategy = 'ddp': must be 'replicate'"),
         ("run_name=../up", "run_name = '../up': "),
         ("lwo=3", "lwo = 3 must be a group of keys: lr, betas"),
@@ -79,6 +86,18 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, override: str, message
         load_config(path, [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_16_bit_storage_is_refused_where_it_cannot_be() -> None:
+    bf16 = ["train.precision=bf16", "fsdp.storage=bf16"]
+    assert load_config(None, [*bf16, "lwo.inactive_master=discard"]).fsdp.storage == "bf16"
+    load_config(None, ["strategy=deepspeed", "train.precision=bf16", "lwo.inactive_master=discard"])
+    for override, message in [
+        ("strategy=replicate", "fsdp.storage: bf16 cannot be used with strategy: replicate; set strategy: fsdp"),
+        ("method=full", "fsdp.storage: bf16 cannot be used with method: full; set method: lwo, or fsdp.storage: fp32"),
+    ]:
+        with pytest.raises(UserError, match=f"^{message}"):
+            load_config(None, [*bf16, override])
 
 
 @pytest.mark.parametrize(

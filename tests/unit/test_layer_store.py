@@ -17,6 +17,7 @@ from lwo_dist.storage import write_whole
 from lwo_dist.training import writer
 from lwo_dist.training.checkpoint import INDEX, committed_steps, newest_checkpoint, read_checkpoint, step_folder
 from lwo_dist.training.layer_store import LayerStore
+from lwo_dist.training.resume import restore
 from tests import stores
 
 MB = 10**6
@@ -102,10 +103,7 @@ def test_a_store_that_goes_on_writes_nothing_twice(tmp_path: Path) -> None:
     again = stores.attach(state="keep")
     for tensors in checkpoint.weights():
         again.write_layer(tensors)
-    again.load_state_dict(checkpoint.hook_state())
-    layers = {layer.name: layer for layer in again.layers}
-    for name, moments in checkpoint.parked_moments():
-        again.write_moments(layers[name], moments)
+    restore(again, checkpoint)
     assert stores.same(stores.state_of(again), stores.state_of(lwo))
     store = open_store(tmp_path, keep=9)
     store.remember(checkpoint, again)

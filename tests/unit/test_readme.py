@@ -23,7 +23,10 @@ RUN_BY = {
     "torchrun --nproc-per-node 2 launch/train.py -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
+    "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
+    "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist ui": "tests/unit/test_cli.py",
+    "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": "tests/cluster/test_kills.py",
     "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
 }
 

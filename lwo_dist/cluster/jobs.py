@@ -1,0 +1,246 @@
+"""Runs as jobs of a Ray cluster that is elsewhere: submit, follow, list, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import importlib.metadata
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lwo_dist.config import Config, UserError, load_config
+from lwo_dist.tracking.facts import public_config
+
+from .packing import CONFIG_NAME, pack, refuse_credentials
+
+__all__ = ["Jobs"]
+
+_LOST_SECONDS = 60
+"""How long a cluster may be out of reach before following a job ends."""
+_STOPPED = 143  # as a shell says it of a process that SIGTERM ended
+
+
+class Jobs:
+    """The jobs of the cluster at `address`, such as http://head:8265.
+
+    Args:
+        insecure_token: send the token over plain http, even to another machine.
+
+    Raises:
+        UserError: from here and every method: no cluster there, no token or a wrong one, a token that would go over
+            the network in the clear.
+    """
+
+    def __init__(self, address: str, *, insecure_token: bool = False):
+        self._address = address.rstrip("/")
+        url = urlsplit(self._address)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"--address {address}: not a URL; give that of Ray's dashboard, such as http://head:8265")
+        token = _token()
+        if token and url.scheme == "http" and not _is_loopback(url.hostname) and not insecure_token:
+            raise UserError(
+                f"--address {address}: Ray's token would go over the network in the clear; use https, or forward the "
+                "port to this machine (ssh -L, kubectl port-forward), or say --insecure-token"
+            )
+        # Ray puts these before the address that it is given.
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            os.environ.pop(name, None)
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if token else "disabled")
+        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # `pack` has asked git already
+        from ray.job_submission import JobSubmissionClient
+
+        for module in ("job.sdk", "dashboard_sdk"):  # they set levels of their own
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        with self._asking():
+            self._client = JobSubmissionClient(self._address, headers=headers)
+
+    def submit(self, config: Path | None, overrides: Sequence[str], folder: Path) -> str:
+        """Send the code in `folder` and the config, and start `lwo-dist train` with them. Returns the job's id."""
+        settings, run_name = _checked(config, overrides)
+        arguments = [*overrides, *([] if settings.run_name else [f"run_name={run_name}"])]
+        refuse_credentials({override: override for override in arguments})
+        running = [job for job in self._all() if not job.status.is_terminal() and _run_name(job) == run_name]
+        if running:
+            raise UserError(
+                f"run_name = {run_name}: job {running[0].submission_id} is at it; stop that first, or choose another "
+                "run_name"
+            )
+        command = ["python", "-m", "lwo_dist.cli", "train", "-c", CONFIG_NAME, *arguments]
+        with tempfile.TemporaryDirectory(prefix="lwo-dist-job-") as name:
+            left_out = pack(folder, config.read_text() if config else "{}\n", Path(name))
+            if left_out:
+                print(f"left out: {', '.join(left_out)}", file=sys.stderr)
+            with self._asking():
+                job: str = self._client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=f"{run_name}-{secrets.token_hex(4)}",
+                    runtime_env={"working_dir": name},
+                    metadata=_metadata(settings, run_name),
+                )
+        return job
+
+    def follow(self, job: str, write: Callable[[str], Any]) -> int:
+        """Write the job's log from its start to its end. Returns the exit code of its command, 143 if it was stopped.
+
+        A connection that is lost is made again, and nothing is written twice.
+        """
+        written, lost_since = 0, None
+        while True:
+            try:
+                written = asyncio.run(self._tail(job, written, write))
+                info = self._client.get_job_info(job)
+                lost_since = None
+                if info.status.is_terminal():
+                    return _exit_code(info)
+            except (OSError, RuntimeError) as error:  # aiohttp's and requests' errors of connections among them
+                now = time.monotonic()
+                lost_since = lost_since or now
+                if now - lost_since > _LOST_SECONDS:
+                    raise UserError(f"{self._address} is out of reach ({_line(error)}); job {job} may run on") from None
+            time.sleep(1)
+
+    def logs(self, job: str) -> str:
+        """What the job has written so far."""
+        job = self.find(job)
+        with self._asking():
+            text: str = self._client.get_job_logs(job)
+        return text
+
+    def stop(self, job: str) -> str:
+        """Ask a job to end; it saves a checkpoint first, as far as the cluster gives it the time. Returns its id."""
+        job = self.find(job)
+        with self._asking():
+            self._client.stop_job(job)
+        return job
+
+    def lines(self) -> Iterator[str]:
+        """A table of the jobs that were submitted, newest first."""
+        rows = [("JOB", "STATUS", "SUBMITTED", "RUN")]
+        for job in sorted(self._all(), key=lambda job: job.start_time or 0, reverse=True):
+            start = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000)
+            rows.append((job.submission_id, str(job.status.value), f"{start:%Y-%m-%d %H:%M:%S}", _run_name(job) or "-"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+    def find(self, name: str) -> str:
+        """The id of a job, given that or its run_name (then the newest)."""
+        jobs = self._all()
+        if any(job.submission_id == name for job in jobs):
+            return name
+        of_run = [job for job in jobs if _run_name(job) == name]
+        if not of_run:
+            raise UserError(f"job {name}: {self._address} has none of this id or run_name; see lwo-dist jobs list")
+        return str(max(of_run, key=lambda job: job.start_time or 0).submission_id)
+
+    def _all(self) -> list[Any]:
+        with self._asking():
+            return [job for job in self._client.list_jobs() if job.submission_id]
+
+    async def _tail(self, job: str, written: int, write: Callable[[str], Any]) -> int:
+        """Write the log from character `written` on. Returns how many characters are written now."""
+        seen = 0
+        async for text in self._client.tail_job_logs(job):
+            new = text[max(0, written - seen) :]
+            seen += len(text)
+            if new:
+                write(new)
+                written = seen
+        return written
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        import requests
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise UserError(
+                f"--address {self._address}: {_line(error)}; set RAY_AUTH_TOKEN to the cluster's token"
+            ) from None
+        except (ConnectionError, requests.RequestException) as error:
+            raise UserError(
+                f"--address {self._address}: {_line(error)}; give the URL of Ray's dashboard, such as http://head:8265"
+            ) from None
+        except RuntimeError as error:  # what the server answers to a request that it refuses
+            raise UserError(f"--address {self._address}: {_line(error)}") from None
+
+
+def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
+    """The config, and the run's name. Raises: UserError where it cannot hold on another machine."""
+    config = load_config(file, tuple(overrides))
+    source = config.data.source
+    if source is None:
+        raise UserError("data.source is not set; give a git URL, or a folder that the cluster sees")
+    if "://" not in source and not source.startswith(("git@", "/")):
+        raise UserError(
+            f"data.source = {source}: a path of this machine; give a git URL, or the cluster's absolute path"
+        )
+    if "://" not in config.storage and not config.storage.startswith("/"):
+        raise UserError(
+            f"storage = {config.storage}: would go away with the job's folder; give an absolute folder that all nodes "
+            "of the cluster see, or a URL such as s3://bucket/folder"
+        )
+    return config, config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def _metadata(config: Config, run_name: str) -> dict[str, str]:
+    """What ties job, config and MLflow run together; the MLflow run has the job's id as tag ray_submission_id."""
+    try:
+        version = importlib.metadata.version("lwo-dist")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    facts = {"run_name": run_name, "storage": config.storage, "lwo_dist_version": version}
+    return facts | {"config": json.dumps(public_config(config))}
+
+
+def _run_name(job: Any) -> str | None:
+    name = (job.metadata or {}).get("run_name")
+    return None if name is None else str(name)
+
+
+def _exit_code(info: Any) -> int:
+    if info.status.value == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code:
+        # A process that a signal ended has a negative code; shells say 128 + signal.
+        return int(info.driver_exit_code) if info.driver_exit_code > 0 else 128 - int(info.driver_exit_code)
+    if info.status.value == "STOPPED":
+        return _STOPPED
+    print(f"lwo-dist: {_line(info.message or 'the job failed')}", file=sys.stderr)
+    return 1
+
+
+def _token() -> str | None:
+    """The token, from where Ray looks for one and in its order."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    with contextlib.suppress(OSError):
+        return path.read_text().strip() or None
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,121 @@
+"""The Ray that a run uses, and the room for workers on its nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+
+from lwo_dist.config import ClusterConfig, UserError
+
+__all__ = ["Node", "joined_ray", "local_ray", "nodes_of_cluster", "resources_per_worker", "room", "this_machine"]
+
+Node = Mapping[str, float]
+"""What a node offers: CPU, GPU, memory (bytes), ... -> amount."""
+
+
+def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str, float]:
+    """What one worker takes. Raises UserError where the fewest workers do not fit: Ray would wait for ever."""
+    on_gpu: dict[str, float] = {"CPU": 1, "GPU": 1, **cluster.resources_per_worker}
+    on_cpu: dict[str, float] = {"CPU": 1, **cluster.resources_per_worker}
+    if cluster.use_gpu is None:
+        wanted = on_gpu if room(nodes, on_gpu) >= cluster.min_workers else on_cpu
+    else:
+        wanted = on_gpu if cluster.use_gpu else on_cpu
+    places = room(nodes, wanted)
+    if places < cluster.min_workers:
+        offer = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in wanted)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+        lower = "set cluster.use_gpu=false" if "GPU" in wanted else "lower cluster.resources_per_worker"
+        remedy = f"set it to at most {places}" if places else lower
+        number = cluster.num_workers if isinstance(cluster.num_workers, int) else list(cluster.num_workers)
+        raise UserError(
+            f"cluster.num_workers = {number}: this Ray cluster has {offer}, and a worker takes {needs}; "
+            f"{remedy}, or add nodes"
+        )
+    return wanted
+
+
+def room(nodes: list[Node], wanted: Mapping[str, float]) -> int:
+    """How many workers fit, each wholly on one node."""
+    asked = {name: amount for name, amount in wanted.items() if amount > 0}
+    return sum(min((int(node.get(name, 0) // amount) for name, amount in asked.items()), default=1) for node in nodes)
+
+
+def this_machine() -> Node:
+    import torch
+
+    # Ray is told the same numbers, so that what was checked is what there is.
+    allowed = getattr(os, "sched_getaffinity", None)
+    return {"CPU": len(allowed(0)) if allowed else os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+
+
+def nodes_of_cluster(without: Collection[str] = ()) -> list[Node]:
+    """The nodes that are alive in the Ray that was joined, but for those with an id in `without`."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+
+
+@contextlib.contextmanager
+def joined_ray() -> Iterator[list[Node]]:
+    """The nodes of the caller's Ray, which is the caller's to end, or of the cluster at RAY_ADDRESS."""
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        address = os.environ["RAY_ADDRESS"]
+        try:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if port.isdigit():  # Ray itself would try for minutes.
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"RAY_ADDRESS = {address}: no Ray can be joined there ({error}); give host:port of a running Ray, and "
+                "its token in RAY_AUTH_TOKEN if it has one, or unset RAY_ADDRESS for a local Ray"
+            ) from None
+    try:
+        yield nodes_of_cluster()
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def local_ray(machine: Node) -> Iterator[None]:
+    import ray
+
+    # Else Ray's own actors look for "the" Ray of the machine, and complain where there are two.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    # Ray starts workers through a shell and does not quote a path with spaces.
+    python = shlex.quote(sys.executable)
+    ray.init(
+        address="local",
+        dashboard_host="127.0.0.1",
+        dashboard_port=port,
+        num_cpus=int(machine["CPU"]),
+        num_gpus=int(machine["GPU"]),
+        runtime_env={} if python == sys.executable else {"py_executable": python},
+        logging_level=logging.WARNING,
+        **_short_temp_dir(),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        del os.environ["RAY_API_SERVER_ADDRESS"]
+
+
+def _short_temp_dir() -> dict[str, str]:
+    # Ray puts sockets about 70 characters below this folder, and a socket's path has at most 107 bytes.
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return {} if len(os.fsencode(folder)) <= 35 else {"_temp_dir": "/tmp/ray"}

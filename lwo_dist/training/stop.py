@@ -1,0 +1,146 @@
+"""Stopping in time: schedulers give notice before they take a machine away.
+
+SIGTERM (Slurm, Kubernetes), SIGUSR1 (`sbatch --signal`), a wall-clock limit known from the start, and whatever a
+launcher polls for, such as Ray's preemption notice. The ranks agree on it after a whole step; the trainer then saves
+and raises `Stopped`, and the process exits with EXIT_CODE: try again later, the run goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+# No torch here: the command line needs `Stopped` before it needs a model.
+
+__all__ = ["EXIT_CODE", "StopNow", "StopRequest", "Stopped", "StopVote"]
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop and has saved what it had. Raised on every rank alike."""
+
+    def __init__(self, reason: str, step: int, checkpoint: Path | None):
+        super().__init__(reason, step, checkpoint)
+        self.reason, self.step, self.checkpoint = reason, step, checkpoint
+
+    def __str__(self) -> str:
+        saved = f"checkpoint {self.checkpoint}" if self.checkpoint else "no step was done, so nothing was saved"
+        return f"stopped by {self.reason} at step {self.step}; {saved}"
+
+
+class StopNow(Exception):  # noqa: N818
+    """Inside the trainer: all ranks have agreed to stop."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class StopRequest:
+    """Whether this process has been asked to stop, and why. Any thread may ask.
+
+    Args:
+        max_seconds: wall-clock limit, from the start of the process; None: no limit.
+    """
+
+    def __init__(self, max_seconds: float | None = None):
+        self._reason: str | None = None
+        self._polls: list[Callable[[], str | None]] = []
+        self._max_seconds = max_seconds
+        # torchrun's ranks outlive a torchrun that is killed, and must not write into the run that comes after it.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        # On the monotonic clock, which nobody sets, the time this process began.
+        self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
+
+    @property
+    def reason(self) -> str | None:
+        """The first reason to stop; None: go on."""
+        if self._max_seconds is not None and time.monotonic() - self._started > self._max_seconds:
+            self.request(f"train.max_seconds = {self._max_seconds:g}")
+        if self._launcher not in (None, os.getppid()):
+            self.request("the death of its launcher")
+        return self._reason
+
+    def request(self, reason: str) -> None:
+        # No lock: a signal handler may come here while its own thread is in here.
+        self._reason = self._reason or reason
+
+    def add_poll(self, poll: Callable[[], str | None]) -> None:
+        """`poll` is called by every rank at the same checks, so it may be a collective; it gives a reason, or None."""
+        self._polls.append(poll)
+
+    def poll(self) -> str | None:
+        """Ask every poll, then give `reason`."""
+        for found in [poll() for poll in self._polls]:
+            if found is not None:
+                self.request(found)
+        return self.reason
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 are requests in here, where the caller is the main thread; else they are not handled.
+
+        After a request they are ignored for good: a launcher that sees the first rank leave sends SIGTERM to the
+        others, who report, or are on their way out.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                then = signal.SIG_IGN if self._reason is not None else handler
+                signal.signal(number, then if then is not None else signal.SIG_DFL)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+
+
+class StopVote:
+    """Do all ranks stop now? They ask each other about once a second, not at every step.
+
+    Args:
+        agree: a collective; gives a reason that some rank has, on every rank alike, or None.
+    """
+
+    def __init__(self, request: StopRequest, agree: Callable[[str | None], str | None]):
+        self._request, self._agree = request, agree
+        self._interval, self._next = 1, 0
+
+    def pace(self, step_seconds: float) -> None:
+        """Tell how long a step takes: the same number on every rank, because it says at which steps they vote."""
+        self._interval = max(1, int(1.0 / step_seconds)) if step_seconds > 0 else 1
+
+    def after_step(self, step: int) -> None:
+        """Call after every step.
+
+        Raises:
+            StopNow: on every rank alike.
+        """
+        if step >= self._next:
+            self._next = step + self._interval
+            self.now()
+
+    def now(self) -> None:
+        """Vote at once; every rank calls it at the same point.
+
+        Raises:
+            StopNow: on every rank alike.
+        """
+        reason = self._agree(self._request.poll())
+        if reason is not None:
+            self._request.request(reason)  # Another rank's, perhaps; from now on it is this one's, too.
+            raise StopNow(reason)

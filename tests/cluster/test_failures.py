@@ -1,0 +1,136 @@
+"""What Ray may try again, and what we try again because Ray does not."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayTaskError
+from ray.train import ControllerError, WorkerGroupError
+
+from lwo_dist.cluster import nodes, ray_train
+from lwo_dist.cluster.failures import Failures, cannot_connect
+from lwo_dist.cluster.worker import Interrupted
+from lwo_dist.config import ClusterConfig, Config, UserError
+from lwo_dist.training.stop import Stopped
+
+CONFIG = Config(run_name="r")
+
+
+def in_a_task(cause: Exception) -> ControllerError:
+    """As Ray's controller fails when a task on a worker did, before training began."""
+    return ControllerError(RayTaskError("_setup_torch_process_group", "traceback", cause))
+
+
+CANNOT_CONNECT = in_a_task(RuntimeError("Gloo connectFullMesh failed with ...\nand more"))
+
+
+def fits(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> list[float]:
+    """Let Ray's fit end so, one after the other; the seconds that were waited."""
+    waits: list[float] = []
+    left = list(outcomes)
+
+    def fit(*_: Any) -> Any:
+        outcome = left.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(ray_train, "_fit", fit)
+    monkeypatch.setattr(ray_train.time, "sleep", waits.append)
+    return waits
+
+
+def fit() -> Any:
+    return ray_train._fit_until_done(CONFIG, {"CPU": 1}, None, None)
+
+
+def test_workers_that_cannot_connect_are_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = fits(monkeypatch, CANNOT_CONNECT, in_a_task(ConnectionError("reset")), {"steps": 3})
+    assert fit() == {"steps": 3}
+    assert waits == [5, 10]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "the workers could not connect (RayTaskError: Gloo connectFullMesh failed with ...); trying again in 5 s "
+        "(1 of 4)"
+    )
+    assert second.endswith("trying again in 10 s (2 of 4)")
+
+
+def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = fits(monkeypatch, *[CANNOT_CONNECT] * 5)
+    with pytest.raises(ControllerError):
+        fit()
+    assert waits == [5, 10, 20, 40]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ControllerError(UserError("no model there")),
+        in_a_task(UserError("no model there")),
+        in_a_task(ImportError("no lwo_dist there")),
+        WorkerGroupError("failed in training", {0: RuntimeError("Gloo connectFullMesh failed")}),
+    ],
+)
+def test_nothing_else_is(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    assert not cannot_connect(error)
+    fits(monkeypatch, error)
+    with pytest.raises(type(error)):
+        fit()
+
+
+def test_a_user_error_ends_the_run_whatever_max_failures_says() -> None:
+    error = UserError("no model there")
+    with pytest.raises(UserError, match="no model there"):
+        Failures(-1).after_exception(None, {0: RuntimeError("peer is gone"), 1: error})
+    with pytest.raises(UserError, match="no model there"):
+        ray_train._raise_user_error(ControllerError(error))
+
+
+def test_a_restart_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([100.0, 100.2, 101.5, 110.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    failures = Failures(1)
+    for _ in range(4):
+        failures.after_exception(None, {1: RuntimeError("out of memory\nsome lines")})
+    monkeypatch.undo()
+    assert capsys.readouterr().out.splitlines() == [
+        "failure 1 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory; the workers start again "
+        "from the newest checkpoint",
+        "failure 2 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory; no more restarts",
+    ]
+
+
+def interrupted(*preempted: str) -> Interrupted:
+    return Interrupted(Stopped("SIGTERM", 7, Path("/r/checkpoints/step_000007")), preempted)
+
+
+@pytest.mark.parametrize(("others", "goes_on"), [([{"CPU": 1.0}], True), ([{"CPU": 0.0}], False)])
+def test_a_preempted_node_takes_only_its_workers_along(
+    monkeypatch: pytest.MonkeyPatch, others: list[nodes.Node], goes_on: bool
+) -> None:
+    monkeypatch.setattr(ray_train, "nodes_of_cluster", lambda without: others if without == ("n",) else [])
+    fits(monkeypatch, interrupted("n"), {"steps": 3})
+    if goes_on:
+        assert fit() == {"steps": 3}
+    else:
+        with pytest.raises(Stopped):
+            fit()
+
+
+def test_a_stop_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits(monkeypatch, interrupted())
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 7; checkpoint /r/checkpoints/step_000007"):
+        fit()
+
+
+def test_room_for_the_fewest_workers_is_enough() -> None:
+    elastic = ClusterConfig(num_workers=(1, 4))
+    assert nodes.resources_per_worker(elastic, [{"CPU": 2.0, "GPU": 0}]) == {"CPU": 1}
+    with pytest.raises(UserError, match=r"^cluster.num_workers = \[3, 4\]: .* set it to at most 2, or add nodes"):
+        nodes.resources_per_worker(ClusterConfig(num_workers=(3, 4)), [{"CPU": 2.0, "GPU": 0}])

@@ -1,0 +1,234 @@
+"""The Kubernetes manifests: each overlay renders, fits the schemas, the operator and our policy; each rule bites."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .manifests import OVERLAYS, Object, containers, render, schema_problems
+from .operator_rules import OPERATOR_RULES
+from .policy_rules import POLICY_RULES
+
+RULES = (*OPERATOR_RULES, *POLICY_RULES)
+HEAD = "RayJob.spec.rayClusterSpec.headGroupSpec"
+POD = f"{HEAD}.template.spec"
+WORKER = "RayJob.spec.rayClusterSpec.workerGroupSpecs.0"
+MLFLOW = "Deployment.spec.template.spec"
+
+
+def _at(objects: list[Object], path: str) -> tuple[Any, Any]:
+    """The container of what `path` names, and its key there. `Kind` or `Kind/name` comes first; the entries of a list
+    go by number or by their name."""
+    kind, *keys = path.split(".")
+    kind, _, name = kind.partition("/")
+    place: Any = next(o for o in objects if o["kind"] == kind and o["metadata"]["name"].startswith(name))
+    for i, key in enumerate(keys):
+        found: Any = key
+        if isinstance(place, list):
+            found = int(key) if key.isdigit() else [entry["name"] for entry in place].index(key)
+        if i == len(keys) - 1:
+            return place, found
+        place = place[found]
+    raise AssertionError(path)
+
+
+def put(path: str, value: Any) -> Callable[[list[Object]], None]:
+    def change(objects: list[Object]) -> None:
+        place, key = _at(objects, path)
+        place[key] = value
+
+    return change
+
+
+def drop(path: str) -> Callable[[list[Object]], None]:
+    def change(objects: list[Object]) -> None:
+        place, key = _at(objects, path)
+        del place[key]
+
+    return change
+
+
+def forget(kind: str, name: str) -> Callable[[list[Object]], None]:
+    def change(objects: list[Object]) -> None:
+        thing = next(o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name)
+        objects.remove(thing)
+
+    return change
+
+
+def config(old: str, new: str) -> Callable[[list[Object]], None]:
+    def change(objects: list[Object]) -> None:
+        data, _ = _at(objects, "ConfigMap/lwo-dist-config.data.")
+        assert old in data["config.yaml"]
+        data["config.yaml"] = data["config.yaml"].replace(old, new)
+
+    return change
+
+
+# What breaks each rule, as (rule, change to a sound copy).
+BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
+    ("short_name", put("RayJob.metadata.name", "a" * 48)),
+    ("short_name", put("RayJob.metadata.name", "1st-run")),
+    ("token_needs_ray_2_52", put("RayJob.spec.rayClusterSpec.rayVersion", "2.51.1")),
+    ("no_kubernetes_token_auth", put("RayJob.spec.rayClusterSpec.authOptions.enableK8sTokenAuth", True)),
+    ("no_alpha_gates", put("RayJob.spec.rayClusterSpec.networkPolicy", {})),
+    ("no_alpha_gates", put("RayJob.spec.rayClusterSpec.tlsOptions", {})),
+    ("no_alpha_gates", put("RayJob.spec.rayClusterSpec.gcsFaultToleranceOptions", {"backend": "rocksdb"})),
+    ("shut_down_before_ttl_or_suspend", drop("RayJob.spec.shutdownAfterJobFinishes")),
+    ("retries_need_a_cluster_of_their_own", put("RayJob.spec.clusterSelector", {"ray.io/cluster": "x"})),
+    ("retries_need_a_cluster_of_their_own", put("RayJob.spec.submissionMode", "InteractiveMode")),
+    ("worker_bounds", drop(f"{WORKER}.minReplicas")),
+    ("resources_said_once", put(f"{HEAD}.resources", {"cpu": "1"})),
+    ("non_root", put(f"{POD}.securityContext.runAsNonRoot", False)),
+    ("non_root", put(f"{MLFLOW}.securityContext.runAsUser", 0)),
+    ("non_root", put(f"{MLFLOW}.containers.0.securityContext.runAsUser", 0)),
+    ("no_privilege_escalation", drop(f"{POD}.containers.0.securityContext.allowPrivilegeEscalation")),
+    ("no_privilege_escalation", put(f"{MLFLOW}.containers.0.securityContext.privileged", True)),
+    ("capabilities_dropped", put(f"{MLFLOW}.containers.0.securityContext.capabilities", {"drop": ["NET_RAW"]})),
+    ("capabilities_dropped", put(f"{POD}.containers.0.securityContext.capabilities.add", ["SYS_PTRACE"])),
+    ("seccomp", put(f"{POD}.securityContext.seccompProfile.type", "Unconfined")),
+    ("read_only_root", put(f"{POD}.containers.0.securityContext.readOnlyRootFilesystem", False)),
+    ("room_to_write", put(f"{POD}.containers.0.volumeMounts.tmp.mountPath", "/temporary")),
+    ("room_to_write", put(f"{POD}.containers.0.env.HOME.value", "/home/somebody")),
+    ("shared_memory", put(f"{WORKER}.template.spec.volumes.shm.emptyDir", {})),
+    ("nothing_of_the_host", put(f"{POD}.hostNetwork", True)),
+    ("nothing_of_the_host", put(f"{POD}.volumes.runs", {"name": "runs", "hostPath": {"path": "/"}})),
+    ("nothing_of_the_host", put(f"{POD}.containers.0.ports.0.hostPort", 6379)),
+    ("no_api_token", drop("ServiceAccount.automountServiceAccountToken")),
+    ("no_api_token", put(f"{POD}.serviceAccountName", "default")),
+    ("restricted_namespace", put("Namespace.metadata.labels", {"pod-security.kubernetes.io/enforce": "baseline"})),
+    ("restricted_namespace", put("RayJob.metadata.namespace", "default")),
+    ("resources_set", drop(f"{MLFLOW}.containers.0.resources.limits")),
+    ("resources_set", drop("RayJob.spec.submitterPodTemplate.spec.containers.0.resources.requests.memory")),
+    ("probed", drop(f"{MLFLOW}.containers.0.readinessProbe")),
+    ("probed", drop("StatefulSet.spec.template.spec.containers.0.livenessProbe")),
+    ("images_pinned", put("StatefulSet.spec.template.spec.containers.0.image", "registry:5000/postgres")),
+    ("images_pinned", put("StatefulSet.spec.template.spec.containers.0.image", "postgres:latest")),
+    ("one_version_of_ray", put("RayJob.spec.rayClusterSpec.rayVersion", "2.59.0")),
+    ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.1.0-ray2.59.0-cpu")),
+    ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.0.9-ray2.60.0-cpu")),
+    (
+        "no_secret_literal",
+        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_PASSWORD", {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}),
+    ),
+    (
+        "no_secret_literal",
+        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_URI.value", "http://user:secret@lwo-dist-mlflow:5000"),
+    ),
+    ("no_secret_literal", config("method: lwo", "method: lwo  # hf_abcdefghijklmnop")),
+    ("no_secret_literal", put("Namespace.kind", "Secret")),
+    ("token_on", put("RayJob.spec.rayClusterSpec.authOptions.mode", "disabled")),
+    ("references_resolve", put(f"{POD}.volumes.runs.persistentVolumeClaim.claimName", "nowhere")),
+    (
+        "references_resolve",
+        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_USERNAME.valueFrom.secretKeyRef.name", "nowhere"),
+    ),
+    (
+        "references_resolve",
+        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_USERNAME.valueFrom.secretKeyRef.key", "user-name"),
+    ),
+    ("network_closed", forget("NetworkPolicy", "default-deny")),
+    ("network_closed", drop("NetworkPolicy/mlflow.spec.ingress.0.from")),
+    ("selectors_match", put("Service.spec.selector", {"lwo-dist/part": "mlfow"})),
+    ("selectors_match", put("PodDisruptionBudget.spec.selector.matchLabels", {"lwo-dist/part": "heads"})),
+    ("head_kept", put("PodDisruptionBudget.spec", {"maxUnavailable": 0})),
+    ("resumes", drop("RayJob.spec.backoffLimit")),
+    ("resumes", drop(f"{WORKER}.template.spec.containers.0.lifecycle")),
+    ("resumes", put(f"{POD}.terminationGracePeriodSeconds", 30)),
+    ("config_fits", config("run_name: first", "")),
+    ("config_fits", config("checkpoint:\n  steps: 50", "")),
+    ("config_fits", config("storage: /runs", "storage: /tmp/runs")),
+    ("config_fits", put(f"{HEAD}.rayStartParams", {})),
+    ("config_fits", put(f"{WORKER}.replicas", 3)),
+    ("config_fits", config("num_workers: 2", "num_workers: 2\n  use_gpu: true")),
+]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_keeps_every_rule(overlay: str) -> None:
+    objects = render(overlay)
+    assert {rule.__name__: found for rule in RULES if (found := list(rule(objects)))} == {}
+    names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_fits_the_core_schemas(overlay: str) -> None:
+    core = [thing for thing in render(overlay) if thing["apiVersion"] != "ray.io/v1"]
+    assert {thing["metadata"]["name"]: found for thing in core if (found := schema_problems(thing))} == {}
+    assert len(core) >= 15
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_fits_kuberay_s_schema(overlay: str) -> None:
+    (job,) = [thing for thing in render(overlay) if thing["kind"] == "RayJob"]
+    assert schema_problems(job) == []
+
+
+@pytest.mark.parametrize(("rule", "change"), BROKEN, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BROKEN)])
+def test_a_rule_is_broken(rule: str, change: Callable[[list[Object]], None]) -> None:
+    objects = render("overlays/postgres")
+    change(objects)
+    (check,) = [candidate for candidate in RULES if candidate.__name__ == rule]
+    assert list(check(objects)) != []
+
+
+def test_every_rule_is_shown_to_bite() -> None:
+    assert {rule.__name__ for rule in RULES} == {rule for rule, _ in BROKEN}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("Deployment.spec.strategie", {}), "strategie"),
+        (put(f"{MLFLOW}.containers.0.readynessProbe", {}), "readynessProbe"),
+        (put("Deployment.spec.replicas", "one"), "one"),
+        (drop("Service.spec.ports.0.port"), "port"),
+        (put("RayJob.spec.shutdownAfterJobFinish", True), "shutdownAfterJobFinish"),
+        (put("RayJob.spec.backoffLimit", "5"), "5"),
+        (put(f"{POD}.containers.0.imagePolicy", "Always"), "imagePolicy"),
+        (drop(f"{WORKER}.groupName"), "groupName"),
+    ],
+)
+def test_the_schemas_refuse(change: Callable[[list[Object]], None], message: str) -> None:
+    objects = render("base")
+    change(objects)
+    found = [problem for thing in objects for problem in schema_problems(thing)]
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_overlays_differ_where_they_say_so() -> None:
+    gpu, s3, smoke = render("overlays/gpu-kueue"), render("overlays/s3"), render("overlays/cpu-smoke")
+    job = next(thing for thing in gpu if thing["kind"] == "RayJob")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lwo-dist"
+    assert job["spec"]["suspend"] is True
+    assert all(c["image"].endswith("-cuda") for _, c in containers(gpu))
+    assert [name for name, c in containers(s3) if "envFrom" in c] == [
+        "RayJob head, container ray-head",
+        "RayJob workers, container ray-worker",
+    ]
+    assert not [thing for thing in smoke if thing["metadata"]["name"] == "https"]  # no way out
+
+
+def test_mlflow_knows_its_own_names() -> None:
+    objects = render("base")
+    (mlflow,) = [container for name, container in containers(objects) if name.startswith("Deployment")]
+    (argument,) = [word for word in mlflow["args"] if word.startswith("--allowed-hosts=")]
+    # As mlflow/server/fastapi_security.py compares them.
+    allowed = argument.partition("=")[2].split(",")
+    service = next(thing for thing in objects if thing["kind"] == "Service")["metadata"]
+    hosts = {
+        variable["value"].partition("://")[2]
+        for _, container in containers(objects)
+        for variable in container.get("env", [])
+        if variable["name"] == "MLFLOW_TRACKING_URI"
+    }
+    hosts |= {f"{service['name']}.{service['namespace']}.svc.cluster.local:5000", "localhost:5000", "127.0.0.1:8080"}
+    assert len(hosts) == 4
+    for host in hosts:
+        assert any(fnmatch.fnmatch(host, pattern) for pattern in allowed), host
+    assert not any(fnmatch.fnmatch("evil.example:5000", pattern) for pattern in allowed)

