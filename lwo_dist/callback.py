@@ -60,5 +60,8 @@ class Callback:
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """The run ended well; `summary` is what summary.json holds."""
 
+    def on_run_stopped(self, reason: str) -> None:
+        """The run was asked to stop and has saved what it had; it may go on later."""
+
     def on_run_failed(self, error: BaseException) -> None:
         """The run ended by an exception, which is raised again afterwards."""

@@ -129,11 +129,14 @@ def run(
         with stop.listening():
             trainer.train()
         summary = distributed.on_rank_0(_finish, config, trainer, place, record)
+    except Stopped as stopped:
+        for callback in everyone:
+            callback.on_run_stopped(str(stopped))
+        distributed.broadcast_object(None)  # torchrun ends all ranks when the first one leaves: rank 0 reports first
+        raise
     except BaseException as error:
         for callback in everyone:
             callback.on_run_failed(error)
-        if isinstance(error, Stopped):  # torchrun ends all ranks when the first one leaves: rank 0 reports first
-            distributed.broadcast_object(None)
         raise
     for callback in everyone:
         callback.on_run_end(summary)

@@ -55,7 +55,11 @@ def finish(
     if model is not None:
         spool.append("model", **model)
     spool.append(
-        "end", status=status, **({"error": error} if error else {}), **({"time_ms": time_ms} if time_ms else {})
+        "end",
+        status=status,
+        attempt=spool.attempts,
+        **({"error": error} if error else {}),
+        **({"time_ms": time_ms} if time_ms else {}),
     )
 
 

@@ -217,6 +217,10 @@ class MLflowCallback(Callback):
         self._end("FINISHED", self._tracking.flush_timeout_s, best_step=best_step, model=model)
 
     @_never_raises
+    def on_run_stopped(self, reason: str) -> None:
+        self._end("KILLED", min(FAILED_FLUSH_S, self._tracking.flush_timeout_s), error=redact(reason)[:1000])
+
+    @_never_raises
     def on_run_failed(self, error: BaseException) -> None:
         killed = isinstance(error, KeyboardInterrupt | SystemExit)
         message = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:1000]

@@ -77,6 +77,8 @@ class MLflowStore:
         self._client.log_batch(
             run.info.run_id, params=parameters, tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()]
         )
+        if "error" in run.data.tags:  # of the attempt before, which keeps it under its own name
+            self._client.delete_tag(run.info.run_id, "error")
         if run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
         return run.info.run_id
@@ -100,6 +102,8 @@ class MLflowStore:
     def end_run(self, run_id: str, fields: Mapping[str, Any], time_ms: int) -> None:
         if "error" in fields:
             self._client.set_tag(run_id, "error", fields["error"])
+        how = ": ".join([fields["status"], *([fields["error"]] if "error" in fields else [])])
+        self._client.set_tag(run_id, f"attempt.{fields['attempt']}.ended", how)
         self._client.set_terminated(run_id, fields["status"], time_ms)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """The metric points of a run as JSON lines, one file per run folder; what MLflow holds is a copy of this file.
 
-    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "end", "time_ms": ..., ...} per line
+    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "model" | "end", "time_ms": ..., ...} a line
     metrics.sent.json    how far it has been sent, and to which MLflow run
 
 Everything that MLflow is to know goes through these lines, the run's start and end included. So sending while the
@@ -34,7 +34,7 @@ class Record:
     """One line of a spool."""
 
     kind: str
-    """run, metrics, switch, artifact or end; damaged for a whole line that is not ours to read."""
+    """run, metrics, switch, artifact, model or end; damaged for a whole line that is not ours to read."""
     time_ms: int
     """When it was written, in milliseconds since 1970."""
     fields: Mapping[str, Any]

@@ -100,7 +100,7 @@ class Proxy:
 
 
 def train(folder: Path, uri: str, run_id: str | None) -> None:
-    """Train and log until the file `stop` is there; per step a line in `steps`: when it ended, its seconds, CPU time."""
+    """Train and log until the file `stop` is there; per step a line in `steps`: its end, its seconds, its CPU time."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -225,8 +225,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{'ailment':<22}{'step, ms':>10}{'well, ms':>10}{'ratio':>8}{'of CPU':>8}")
     for case in result["cases"]:
-        figures = f"{case['seconds_ill'] * 1e3:>10.1f}{case['seconds_well'] * 1e3:>10.1f}{case['ratio']:>8.3f}{case['cpu_ratio']:>8.3f}"
-        print(f"{case['ailment']:<22}{figures}")
+        figures = f"{case['seconds_ill'] * 1e3:>10.1f}{case['seconds_well'] * 1e3:>10.1f}{case['ratio']:>8.3f}"
+        print(f"{case['ailment']:<22}{figures}{case['cpu_ratio']:>8.3f}")
     print(f"points: {result['points_spooled']} spooled, {result['points_held']} in MLflow; run {result['status']}")
     print(f"load {result['load_before']:.1f} to {result['load_after']:.1f} on {result['cores']} cores")
     if arguments.json:

@@ -143,6 +143,8 @@ def test_a_resumed_run_stays_one_run_and_no_step_counts_twice(storage):
     second.on_run_end({})
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
+    ends = [run.data.tags[f"attempt.{attempt}.ended"] for attempt in (1, 2)]
+    assert ends == ["FAILED: ValueError: a worker died", "FINISHED"] and "error" not in run.data.tags
     assert_equal_to_spool(client, run_id, storage / "resumed" / "metrics.jsonl")
     held = history(client, run_id)
     assert sorted(held["train/loss"]) == [(s, (2.0 if s <= 50 else 9.0) / s) for s in range(1, 101)]
@@ -150,6 +152,14 @@ def test_a_resumed_run_stays_one_run_and_no_step_counts_twice(storage):
     assert run.data.tags["attempt.2.train.steps"] == "200"
     assert (run.data.tags["attempts"], run.data.tags["attempt.2.start_step"]) == ("2", "40")
     assert len(client.search_runs([run.info.experiment_id], "attributes.run_name = 'resumed'")) == 1
+
+
+def test_a_run_that_was_asked_to_stop_is_killed_not_failed(storage):
+    callback = begin(config_for(), storage, "stopped")
+    train(callback, range(1, 3))
+    callback.on_run_stopped("stopped by SIGTERM at step 2; checkpoint x")
+    run = client_of(f"sqlite:///{storage}/mlflow.db").get_run(callback.run_id)
+    assert (run.info.status, run.data.tags["error"]) == ("KILLED", "stopped by SIGTERM at step 2; checkpoint x")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
@@ -325,7 +335,7 @@ def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, 
 def test_a_hundred_thousand_points_arrive(storage):
     callback = begin(config_for(flush_timeout_s=600), storage, "many")
     for step in range(10_000):
-        callback.on_metrics(step, {f"m/{i}": step + i for i in range(10)})
+        callback.on_metrics(step, {f"m/{i}": step + i for i in range(8)})  # and the two that tell of restarts
     callback.on_run_end({})
     spool = storage / "many" / "metrics.jsonl"
     assert count_points(spool) == 100_000
