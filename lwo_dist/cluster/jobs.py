@@ -49,6 +49,7 @@ class Jobs:
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"--address {address}: not a URL; give that of Ray's dashboard, such as http://head:8265")
         token = _token()
+        self._has_token = token is not None
         if token and url.scheme == "http" and not _is_loopback(url.hostname) and not insecure_token:
             raise UserError(
                 f"--address {address}: Ray's token would go over the network in the clear; use https, or forward the "
@@ -168,9 +169,10 @@ class Jobs:
 
         try:
             yield
-        except AuthenticationError as error:
+        except AuthenticationError:
+            why = "that in RAY_AUTH_TOKEN is another's" if self._has_token else "RAY_AUTH_TOKEN is not set"
             raise UserError(
-                f"--address {self._address}: {_line(error)}; set RAY_AUTH_TOKEN to the cluster's token"
+                f"--address {self._address}: this Ray wants its token, and {why}; set RAY_AUTH_TOKEN to it"
             ) from None
         except (ConnectionError, requests.RequestException) as error:
             raise UserError(
