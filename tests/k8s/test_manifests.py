@@ -92,7 +92,7 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("seccomp", put(f"{POD}.securityContext.seccompProfile.type", "Unconfined")),
     ("read_only_root", put(f"{POD}.containers.0.securityContext.readOnlyRootFilesystem", False)),
     ("room_to_write", put(f"{POD}.containers.0.volumeMounts.tmp.mountPath", "/temporary")),
-    ("room_to_write", put(f"{POD}.containers.0.env.HOME.value", "/home/somebody")),
+    ("room_to_write", put(f"{POD}.containers.0.env.HOME.value", "/var/somebody")),
     ("shared_memory", put(f"{WORKER}.template.spec.volumes.shm.emptyDir", {})),
     ("nothing_of_the_host", put(f"{POD}.hostNetwork", True)),
     ("nothing_of_the_host", put(f"{POD}.volumes.runs", {"name": "runs", "hostPath": {"path": "/"}})),

@@ -23,6 +23,12 @@ RUN_BY = {
     "torchrun --nproc-per-node 2 launch/train.py -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
+    "lwo-dist submit -c CONFIG.yaml --address http://127.0.0.1:8265 storage=/shared/runs": "tests/cluster/test_jobs.py",
+    # These two as far as they go without Kubernetes and without Slurm: rendered and checked; run on stand-ins.
+    "kubectl apply -k k8s/overlays/cpu-smoke": "tests/k8s/test_manifests.py",
+    "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sbatch -c CONFIG.yaml": (
+        "tests/unit/test_scripts.py"
+    ),
     "lwo-dist ui": "tests/unit/test_cli.py",
     "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
 }
