@@ -62,8 +62,13 @@ class Jobs:
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # `pack` has asked git already
         from ray.job_submission import JobSubmissionClient
 
-        for module in ("job.sdk", "dashboard_sdk"):  # they set levels of their own
-            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        # They set levels of their own.
+        for module in (
+            "dashboard.modules.job.sdk",
+            "dashboard.modules.dashboard_sdk",
+            "_private.runtime_env.packaging",
+        ):
+            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
         headers = {"Authorization": f"Bearer {token}"} if token else None
         with self._asking():
             self._client = JobSubmissionClient(self._address, headers=headers)
