@@ -269,6 +269,7 @@ def test_the_main_job_ends_well(head: str, tmp_path: Path, capfd: pytest.Capture
     ]  # fmt: skip
     config = REPOSITORY / "launch" / "configs" / "debug_cpu.yaml"
     folder = ["--working-dir", str(tmp_path)]  # without git: the cluster has lwo_dist
+    capfd.readouterr()  # What DeepSpeed says when it is imported.
     assert main(["submit", "-c", str(config), "--address", head, *folder, *settings]) == 0
     job = capfd.readouterr().out.split()[1]
     summary = json.loads((storage / "main" / "summary.json").read_text())

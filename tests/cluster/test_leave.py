@@ -87,3 +87,35 @@ def test_a_node_with_workers_only_is_drained(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_drain", drain)
     assert leave(60)
     assert drained == [60]
+
+
+_DRAINS = """
+import os, subprocess, sys
+import psutil, ray
+from ray._private.state import state
+
+ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False)
+node, address = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().gcs_address
+
+@ray.remote
+class RayTrainWorker:  # keeps the node busy, so that it does not go at once
+    def title(self):
+        return psutil.Process().cmdline()[0]
+
+worker = RayTrainWorker.remote()
+print(ray.get(worker.title.remote()))
+code = "from lwo_dist.cluster.leave import _drain, _workers; print(len(_workers())); _drain(100)"
+environment = os.environ | {"RAY_ADDRESS": address}
+done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+print(done.returncode, done.stdout.split()[0], done.stderr[-2000:])
+print(list(state.get_draining_nodes()) == [node])
+"""
+
+
+@pytest.mark.long
+def test_ray_takes_a_drain() -> None:
+    done = subprocess.run([sys.executable, "-c", _DRAINS], capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("ray::RayTrainWorker"), done.stderr
+    assert int(lines[1].split()[0]) == 0 and int(lines[1].split()[1]) >= 1, lines
+    assert lines[-1] == "True"
