@@ -29,6 +29,7 @@ __all__ = ["Jobs"]
 
 _LOST_SECONDS = 60
 """How long a cluster may be out of reach before following a job ends."""
+_PAUSE_SECONDS = 1
 _STOPPED = 143  # as a shell says it of a process that SIGTERM ended
 
 
@@ -104,9 +105,20 @@ class Jobs:
         A connection that is lost is made again, and nothing is written twice.
         """
         written, lost_since = 0, None
+
+        async def tail() -> None:
+            nonlocal written
+            seen = 0
+            async for text in self._client.tail_job_logs(job):  # from the log's start, each time
+                new = text[max(0, written - seen) :]
+                seen += len(text)
+                if new:
+                    write(new)
+                    written = seen
+
         while True:
             try:
-                written = asyncio.run(self._tail(job, written, write))
+                asyncio.run(tail())
                 info = self._client.get_job_info(job)
                 lost_since = None
                 if info.status.is_terminal():
@@ -116,7 +128,7 @@ class Jobs:
                 lost_since = lost_since or now
                 if now - lost_since > _LOST_SECONDS:
                     raise UserError(f"{self._address} is out of reach ({_line(error)}); job {job} may run on") from None
-            time.sleep(1)
+            time.sleep(_PAUSE_SECONDS)
 
     def logs(self, job: str) -> str:
         """What the job has written so far."""
@@ -155,17 +167,6 @@ class Jobs:
     def _all(self) -> list[Any]:
         with self._asking():
             return [job for job in self._client.list_jobs() if job.submission_id]
-
-    async def _tail(self, job: str, written: int, write: Callable[[str], Any]) -> int:
-        """Write the log from character `written` on. Returns how many characters are written now."""
-        seen = 0
-        async for text in self._client.tail_job_logs(job):
-            new = text[max(0, written - seen) :]
-            seen += len(text)
-            if new:
-                write(new)
-                written = seen
-        return written
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:

@@ -82,6 +82,8 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("retries_need_a_cluster_of_their_own", put("RayJob.spec.submissionMode", "InteractiveMode")),
     ("worker_bounds", drop(f"{WORKER}.minReplicas")),
     ("resources_said_once", put(f"{HEAD}.resources", {"cpu": "1"})),
+    ("labels_in_the_group", put(f"{HEAD}.rayStartParams.labels", "a=b")),
+    ("sidecar_submits_itself", put("RayJob.spec.submissionMode", "SidecarMode")),
     ("non_root", put(f"{POD}.securityContext.runAsNonRoot", False)),
     ("non_root", put(f"{MLFLOW}.securityContext.runAsUser", 0)),
     ("non_root", put(f"{MLFLOW}.containers.0.securityContext.runAsUser", 0)),
