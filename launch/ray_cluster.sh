@@ -36,11 +36,11 @@ use_token() {
 }
 
 use_interface() {
-  local address
+  local own
   [[ -n ${LWO_INTERFACE-} ]] || return 0
-  address=$(ip -4 -o address show dev "$LWO_INTERFACE" 2>/dev/null | awk '{sub("/.*", "", $4); print $4; exit}' || true)
-  [[ -n $address ]] || fail "LWO_INTERFACE = $LWO_INTERFACE: no such interface with an IPv4 address; see: ip address"
-  arguments+=("--node-ip-address=$address")
+  own=$(ip -4 -o address show dev "$LWO_INTERFACE" 2>/dev/null | awk '{sub("/.*", "", $4); print $4; exit}' || true)
+  [[ -n $own ]] || fail "LWO_INTERFACE = $LWO_INTERFACE: no such interface with an IPv4 address; see: ip address"
+  arguments+=("--node-ip-address=$own")
   export GLOO_SOCKET_IFNAME=$LWO_INTERFACE NCCL_SOCKET_IFNAME=$LWO_INTERFACE
 }
 
@@ -48,10 +48,11 @@ use_interface() {
 end() {
   trap '' TERM INT
   ended=yes
-  "$python" -m lwo_dist.cluster.leave --seconds "${LWO_LEAVE_SECONDS:-150}" || true
+  RAY_ADDRESS=$address "$python" -m lwo_dist.cluster.leave --seconds "${LWO_LEAVE_SECONDS:-150}" || true
   kill -TERM "$child" 2>/dev/null || true
 }
 
+address=127.0.0.1:$port
 case ${1-} in
   head)
     (($# == 1)) || usage 2 >&2
@@ -60,9 +61,9 @@ case ${1-} in
     ;;
   worker)
     (($# == 2)) || usage 2 >&2
-    head=$2
-    [[ $head == *:* ]] || head=$head:$port
-    arguments=("--address=$head")
+    address=$2
+    [[ $address == *:* ]] || address=$address:$port
+    arguments=("--address=$address")
     ;;
   -h | --help) usage 0 ;;
   *) usage 2 >&2 ;;

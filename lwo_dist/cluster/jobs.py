@@ -29,6 +29,7 @@ __all__ = ["Jobs"]
 
 _LOST_SECONDS = 60
 """How long a cluster may be out of reach before following a job ends."""
+_PAUSE_SECONDS = 1
 _STOPPED = 143  # as a shell says it of a process that SIGTERM ended
 
 
@@ -49,6 +50,7 @@ class Jobs:
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"--address {address}: not a URL; give that of Ray's dashboard, such as http://head:8265")
         token = _token()
+        self._has_token = token is not None
         if token and url.scheme == "http" and not _is_loopback(url.hostname) and not insecure_token:
             raise UserError(
                 f"--address {address}: Ray's token would go over the network in the clear; use https, or forward the "
@@ -61,8 +63,13 @@ class Jobs:
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # `pack` has asked git already
         from ray.job_submission import JobSubmissionClient
 
-        for module in ("job.sdk", "dashboard_sdk"):  # they set levels of their own
-            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        # They set levels of their own.
+        for module in (
+            "dashboard.modules.job.sdk",
+            "dashboard.modules.dashboard_sdk",
+            "_private.runtime_env.packaging",
+        ):
+            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
         headers = {"Authorization": f"Bearer {token}"} if token else None
         with self._asking():
             self._client = JobSubmissionClient(self._address, headers=headers)
@@ -98,9 +105,20 @@ class Jobs:
         A connection that is lost is made again, and nothing is written twice.
         """
         written, lost_since = 0, None
+
+        async def tail() -> None:
+            nonlocal written
+            seen = 0
+            async for text in self._client.tail_job_logs(job):  # from the log's start, each time
+                new = text[max(0, written - seen) :]
+                seen += len(text)
+                if new:
+                    write(new)
+                    written = seen
+
         while True:
             try:
-                written = asyncio.run(self._tail(job, written, write))
+                asyncio.run(tail())
                 info = self._client.get_job_info(job)
                 lost_since = None
                 if info.status.is_terminal():
@@ -110,7 +128,7 @@ class Jobs:
                 lost_since = lost_since or now
                 if now - lost_since > _LOST_SECONDS:
                     raise UserError(f"{self._address} is out of reach ({_line(error)}); job {job} may run on") from None
-            time.sleep(1)
+            time.sleep(_PAUSE_SECONDS)
 
     def logs(self, job: str) -> str:
         """What the job has written so far."""
@@ -150,17 +168,6 @@ class Jobs:
         with self._asking():
             return [job for job in self._client.list_jobs() if job.submission_id]
 
-    async def _tail(self, job: str, written: int, write: Callable[[str], Any]) -> int:
-        """Write the log from character `written` on. Returns how many characters are written now."""
-        seen = 0
-        async for text in self._client.tail_job_logs(job):
-            new = text[max(0, written - seen) :]
-            seen += len(text)
-            if new:
-                write(new)
-                written = seen
-        return written
-
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
         import requests
@@ -168,9 +175,10 @@ class Jobs:
 
         try:
             yield
-        except AuthenticationError as error:
+        except AuthenticationError:
+            why = "that in RAY_AUTH_TOKEN is another's" if self._has_token else "RAY_AUTH_TOKEN is not set"
             raise UserError(
-                f"--address {self._address}: {_line(error)}; set RAY_AUTH_TOKEN to the cluster's token"
+                f"--address {self._address}: this Ray wants its token, and {why}; set RAY_AUTH_TOKEN to it"
             ) from None
         except (ConnectionError, requests.RequestException) as error:
             raise UserError(

@@ -29,7 +29,7 @@ def leave(seconds: float) -> bool:
     if drivers:
         for driver in drivers:
             driver.terminate()
-        return _gone(lambda: [driver for driver in drivers if driver.is_running()], deadline)
+        return _gone(lambda: [driver for driver in drivers if _runs(driver)], deadline)
     if not _workers():
         return True
     _drain(seconds)
@@ -53,6 +53,14 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        # One that has ended stays until its parent looks, and Ray is in no hurry.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def _is_driver(words: list[str]) -> bool:
     """Whether a command line is `lwo-dist train` by one of its names, and not a shell or client that mentions it."""
     for i, word in enumerate(words[:4]):
@@ -69,10 +77,12 @@ def _workers() -> list[psutil.Process]:
 def _drain(seconds: float) -> None:
     import ray
 
-    ray.init(address="auto", log_to_driver=False)
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    ray.init(address=address, log_to_driver=False)
     node = ray.get_runtime_context().get_node_id()
+    gcs = ray.get_runtime_context().gcs_address
     ray.shutdown()
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--node-id={node}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={gcs}", f"--node-id={node}"]
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the node goes"]
     subprocess.run([*command, *reason, f"--deadline-remaining-seconds={int(seconds)}"], check=True)
 

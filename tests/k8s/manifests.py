@@ -15,9 +15,10 @@ import jsonschema
 import pytest
 import yaml
 
-__all__ = ["K8S", "OVERLAYS", "Object", "containers", "pods", "render", "schema_problems"]
+__all__ = ["K8S", "OVERLAYS", "REPOSITORY", "Object", "containers", "pods", "render", "schema_problems"]
 
-K8S = Path(__file__).parents[2] / "k8s"
+REPOSITORY = Path(__file__).parents[2]
+K8S = REPOSITORY / "k8s"
 OVERLAYS = ("base", "overlays/cpu-smoke", "overlays/gpu-kueue", "overlays/s3", "overlays/postgres")
 CORE_VERSION = "1.32"
 

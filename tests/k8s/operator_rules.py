@@ -87,6 +87,20 @@ def resources_said_once(objects: list[Object]) -> Iterator[str]:
                 yield f"resources are in the group and in rayStartParams ({', '.join(sorted(twice))})"
 
 
+def labels_in_the_group(objects: list[Object]) -> Iterator[str]:
+    for job in _jobs(objects):
+        if any("labels" in group.get("rayStartParams", {}) for group in _groups(job)):
+            yield "labels belong into the group, not into rayStartParams"
+
+
+def sidecar_submits_itself(objects: list[Object]) -> Iterator[str]:
+    for job in _jobs(objects):
+        if job["spec"].get("submissionMode") == "SidecarMode":
+            for field in ("submitterPodTemplate", "submitterConfig", "clusterSelector"):
+                if field in job["spec"]:
+                    yield f"SidecarMode takes no {field}"
+
+
 OPERATOR_RULES: tuple[Rule, ...] = (
     short_name,
     token_needs_ray_2_52,
@@ -96,4 +110,6 @@ OPERATOR_RULES: tuple[Rule, ...] = (
     retries_need_a_cluster_of_their_own,
     worker_bounds,
     resources_said_once,
+    labels_in_the_group,
+    sidecar_submits_itself,
 )

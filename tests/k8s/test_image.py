@@ -133,7 +133,7 @@ BROKEN = [
     ("nothing_from_elsewhere", "WORKDIR /build", "RUN curl -s https://example.org/x | sh"),
     ("nothing_from_elsewhere", "WORKDIR /build", "ADD https://example.org/x /x"),
     ("no_secrets", "WORKDIR /build", "ARG HF_TOKEN"),
-    ("writes_only_below_tmp", "HOME=/tmp", "HOME=/home/lwo"),
+    ("writes_only_below_tmp", "HOME=/tmp", "HOME=/var/lwo"),
     ("copies_code_only", "COPY lwo_dist lwo_dist", "COPY . ."),
     ("package_lists_are_removed", " && rm -rf /var/lib/apt/lists/* \\\n", " \\\n"),
 ]

@@ -25,6 +25,12 @@ RUN_BY = {
     ),
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
+    "lwo-dist submit -c CONFIG.yaml --address http://127.0.0.1:8265 storage=/shared/runs": "tests/cluster/test_jobs.py",
+    # These two as far as they go without Kubernetes and without Slurm: rendered and checked; run on stand-ins.
+    "kubectl apply -k k8s/overlays/cpu-smoke": "tests/k8s/test_manifests.py",
+    "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sbatch -c CONFIG.yaml": (
+        "tests/unit/test_scripts.py"
+    ),
     "lwo-dist ui": "tests/unit/test_cli.py",
     "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": "tests/cluster/test_kills.py",
     "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",

@@ -64,11 +64,14 @@ def _start(place: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
 
 
 def _wait_for(place: Path, what: str, times: int = 1) -> list[str]:
+    """The log's lines, as soon as `what` is in so many of them."""
     deadline = time.monotonic() + PATIENCE_S
-    while sum(what in line for line in (found := (place / "log").read_text().splitlines())) < times:
-        assert time.monotonic() < deadline, found
+    while True:
+        lines = (place / "log").read_text().splitlines()
+        if sum(what in line for line in lines) >= times:
+            return lines
+        assert time.monotonic() < deadline, lines
         time.sleep(0.02)
-    return found
 
 
 def test_a_head_makes_a_token_and_lets_the_run_leave(place: Path) -> None:
