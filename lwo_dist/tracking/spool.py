@@ -1,6 +1,6 @@
 """The metric points of a run as JSON lines, one file per run folder; what MLflow holds is a copy of this file.
 
-    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "model" | "end", "time_ms": ..., ...} a line
+    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "model" | "end", "time_ms": ..., ...}
     metrics.sent.json    how far it has been sent, and to which MLflow run
 
 Everything that MLflow is to know goes through these lines, the run's start and end included. So sending while the
