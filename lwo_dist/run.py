@@ -24,6 +24,7 @@ from .data import check_world_sizes, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
+from .models.folders import on_all_ranks
 from .storage import RunFolder, is_url, storage_folder, write_whole
 from .strategies import deepspeed_config, load_deepspeed
 from .tasks import TASKS
@@ -157,7 +158,12 @@ def _build(
     checkpoint = find_checkpoint(config, place)
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task]
-    data = prepare_dataset(config, tokenizer, task, is_builder=main, broadcast=distributed.broadcast_object)
+    # Where nodes share no folder, each makes its own examples.
+    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and is_url(config.storage) and not config.data.cache
+    with on_all_ranks():
+        data = prepare_dataset(
+            config, tokenizer, task, is_builder=main or first_of_node, broadcast=distributed.broadcast_object
+        )
     results = Results(place.local, config.eval.metric, writes=main)
     source = config.model
     if checkpoint is not None:

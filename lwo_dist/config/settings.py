@@ -233,6 +233,8 @@ class Config(_Settings):
         for key in ("zero_stage", "deepspeed"):
             if getattr(self, key) is not None and self.strategy != "deepspeed":
                 raise ValueError(f"{key} has no effect with strategy: {self.strategy}; set deepspeed there, or drop it")
+        if self.method == "full" and self.lwo.state == "keep":
+            raise ValueError("lwo.state: keep has no effect with method: full, which never switches; drop it")
         self._check_storage()
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lwo_dist.cli import main
-from lwo_dist.config import UserError
+from lwo_dist.config import Config, UserError
 from lwo_dist.run import prepare
 from lwo_dist.storage import RunFolder, storage_folder
 from tests.distributed import test_run
@@ -41,7 +42,15 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_a_run_goes_on_on_another_machine(
+def run_on_two_machines(config: Config) -> tuple[dict | None, list]:
+    """Each rank is the first of a machine of its own, which shares no folder with the other."""
+    os.environ["LOCAL_RANK"] = "0"
+    if os.environ["RANK"] == "1":
+        os.environ["LWO_SCRATCH_DIR"] += "-1"
+    return run_and_record(config)
+
+
+def test_a_run_goes_on_on_other_machines(
     bucket: str,
     inputs: tuple[Path, Path],
     tmp_path: Path,
@@ -62,9 +71,11 @@ def test_a_run_goes_on_on_another_machine(
 
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path / "other_node"))
     again = prepare(make_config(inputs, Path("x"), *settings, f"storage={bucket}"))
-    resumed, resumed_losses = run_ranks(run_and_record, 2, again)[0]
+    resumed, resumed_losses = run_ranks(run_on_two_machines, 2, again)[0]
     assert resumed_losses[0][0] == 6 and resumed_losses[1:] == losses[3:]
     assert resumed["export"] == f"{bucket}/r/model" and resumed["mlflow_run_id"]
+    fetched = sorted((tmp_path / "other_node-1").rglob("checkpoints/step_000005/state.json"))
+    assert len(fetched) == 1  # what the other machine went on from
     shutil.rmtree(tmp_path / "other_node")  # all that counts is in the store
     files = RunFolder(bucket, "r").files("")
     assert {"summary.json", "run.json", "metrics.jsonl", "model/model.safetensors", "config.yaml"} <= set(files)

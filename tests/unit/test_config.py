@@ -157,3 +157,8 @@ def test_every_field_says_what_it_is() -> None:
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_configs_are_valid(path: Path) -> None:
     load_config(path)
+
+
+def test_keeping_moments_needs_a_switch() -> None:
+    with pytest.raises(UserError, match="lwo.state: keep has no effect with method: full, which never switches"):
+        load_config(None, ["method=full", "lwo.state=keep"])
