@@ -84,7 +84,8 @@ def test_a_stopped_rank_ends_the_run_and_is_named(folder: Path) -> None:
         psutil.Process(int((killing / "pid_1").read_text())).resume()
         _, rest = launcher.communicate()
     assert re.search(r"rank 0 on \S+, step 5, layer \w+: a collective failed; no answer from rank 1 ", said)
-    assert launcher.returncode == 1 and re.findall(r"exitcode +: (\S+)", rest)[0] == "1"
+    # Rank 1 wakes to a closed connection, or to torchrun's SIGTERM, whichever comes first.
+    assert launcher.returncode == 1 and set(re.findall(r"exitcode +: (\S+)", rest)) <= {"1", "-15"}
     assert not [path for path in killing.glob("pid_*") if psutil.pid_exists(int(path.read_text()))]
 
 
