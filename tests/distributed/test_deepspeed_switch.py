@@ -96,8 +96,9 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
         if step % 2 == 0:  # in the middle of a visit
             memory = lwo.memory()
             states.append((12 * size_of(lwo) // RANKS, memory["optimizer_state_bytes"]))
-            parks = local_bytes(part for part, _ in lwo.strategy._parks.values())
-            reported = parks + memory["optimizer_state_bytes"] + memory["gradient_bytes"]
+            kept = [t for tensors in lwo.strategy._parked_masters._parked.values() for t in tensors.values()]
+            on_host = local_bytes([*kept, *lwo._before_visit])
+            reported = on_host + memory["optimizer_state_bytes"] + memory["gradient_bytes"]
             other.append(besides_the_weights(engine) - before - reported)
     gc.enable()
     held = [len(mine.state), sum(len(group["params"]) for group in mine.param_groups)]
