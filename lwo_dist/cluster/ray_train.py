@@ -118,7 +118,7 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
 
     from .failures import cannot_connect, first_line
 
-    failures = 0
+    failures, leaving = 0, set[str]()
     while True:
         before = placement_groups()
         try:
@@ -131,8 +131,10 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
             if not isinstance(outcome, Interrupted):
                 return outcome
             # A node that is taken away takes only its workers along, if the others have room for them.
+            # One that was announced earlier may still be alive, but Ray places nothing on it any more.
             lost = outcome.preempted_nodes
-            if not lost or room(nodes_of_cluster(without=lost), resources) < config.cluster.min_workers:
+            leaving |= set(lost)
+            if not lost or room(nodes_of_cluster(without=leaving), resources) < config.cluster.min_workers:
                 raise outcome.stopped
             print(f"{outcome.stopped}; going on without it", flush=True)
             continue
