@@ -120,13 +120,23 @@ def interrupted(*preempted: str) -> Interrupted:
 def test_a_preempted_node_takes_only_its_workers_along(
     monkeypatch: pytest.MonkeyPatch, others: list[nodes.Node], goes_on: bool
 ) -> None:
-    monkeypatch.setattr(ray_train, "nodes_of_cluster", lambda without: others if without == ("n",) else [])
+    monkeypatch.setattr(ray_train, "nodes_of_cluster", lambda without: others if without == {"n"} else [])
     fits(monkeypatch, interrupted("n"), {"steps": 3})
     if goes_on:
         assert fit() == {"steps": 3}
     else:
         with pytest.raises(Stopped):
             fit()
+
+
+def test_a_node_that_was_announced_before_gives_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both are still alive when the second one is announced.
+    cluster = {"m": {"CPU": 1.0}, "n": {"CPU": 1.0}, "o": {"CPU": 1.0}}
+    alive = lambda without: [node for name, node in cluster.items() if name not in without]  # noqa: E731
+    monkeypatch.setattr(ray_train, "nodes_of_cluster", alive)
+    fits(monkeypatch, interrupted("n"), interrupted("m"), interrupted("o"), {"steps": 3})
+    with pytest.raises(Stopped, match="preemption|stopped"):
+        fit()
 
 
 def test_a_stop_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
