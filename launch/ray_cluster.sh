@@ -35,6 +35,15 @@ use_token() {
   echo "the cluster's token is in $token_file; copy it to the other machines"
 }
 
+# By its address: gRPC asks DNS for names of /etc/hosts, too, and waits for ever where no server answers.
+find_head() {
+  local number
+  number=$("$python" -c 'import socket, sys; print(socket.gethostbyname(sys.argv[1]))' "${address%:*}" 2>/dev/null) ||
+    fail "worker ${address%:*}: no host of that name is known here; give the head's address, or name it in /etc/hosts"
+  address=$number:${address##*:}
+  arguments=("--address=$address")
+}
+
 use_interface() {
   local own
   [[ -n ${LWO_INTERFACE-} ]] || return 0
@@ -63,12 +72,12 @@ case ${1-} in
     (($# == 2)) || usage 2 >&2
     address=$2
     [[ $address == *:* ]] || address=$address:$port
-    arguments=("--address=$address")
     ;;
   -h | --help) usage 0 ;;
   *) usage 2 >&2 ;;
 esac
 [[ -x $python ]] || fail "$venv has no Python; install lwo_dist first (launch/quickstart.sh does), or set LWO_VENV"
+[[ $1 == head ]] || find_head
 use_interface
 use_token "$1"
 # A job that is stopped may save first; Ray's default is 3 s.

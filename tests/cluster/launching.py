@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import queue
+import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.models import save_tiny_model
 
-__all__ = ["REPOSITORY", "STEPS", "command", "environment", "make_inputs", "run", "torchrun"]
+__all__ = [
+    "REPOSITORY",
+    "STEPS",
+    "Followed",
+    "command",
+    "environment",
+    "followed",
+    "make_inputs",
+    "overrides",
+    "run",
+    "summary_of",
+    "torchrun",
+]
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 6
@@ -55,3 +75,61 @@ def run(command: list[str], environment: dict[str, str], timeout: float = 600) -
     return subprocess.run(
         command, cwd=environment["HOME"], env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+class Followed:
+    """A process, and what it says line by line."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self.process, self.said = process, list[str]()
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def until(self, pattern: str, timeout_s: float = 240) -> re.Match[str]:
+        """The next line in which `pattern` is found."""
+        deadline = time.monotonic() + timeout_s
+        while (line := self._next(deadline)) is not None:
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"it ended without saying {pattern}:\n{''.join(self.said)}")
+
+    def end(self, timeout_s: float = 240) -> str:
+        """Wait until it is over; all it said."""
+        while self._next(time.monotonic() + timeout_s) is not None:
+            pass
+        self.process.wait()
+        return "".join(self.said)
+
+    def _next(self, deadline: float) -> str | None:
+        try:
+            line = self._lines.get(timeout=max(0.1, deadline - time.monotonic()))
+        except queue.Empty:
+            raise AssertionError(f"it said nothing more in time, after:\n{''.join(self.said)}") from None
+        if line is not None:
+            self.said.append(line)
+        return line
+
+
+@contextmanager
+def followed(command: list[str], environment: dict[str, str]) -> Iterator[Followed]:
+    """Run `command` with both its outputs in one."""
+    process = subprocess.Popen(
+        command, cwd=environment["HOME"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        yield Followed(process)
+    finally:
+        # Its children may live on, with the pipe open: nothing is waited for but the process itself.
+        process.kill()
+        process.wait()
+
+
+def summary_of(folder: Path, run_name: str) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "runs" / run_name / "summary.json").read_text())
+    return summary

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import queue
 import re
 import shutil
-import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.launching import command, environment, make_inputs
+from tests.cluster.launching import command, environment, followed, make_inputs, summary_of
 from tests.cluster.raylets import Raylets, raylets
 
 pytestmark = pytest.mark.long  # a minute or two each
@@ -44,58 +39,11 @@ def cluster(folder: Path) -> Iterator[tuple[Raylets, dict[str, str]]]:
     shutil.rmtree(short, ignore_errors=True)
 
 
-class Driver:
-    """`lwo-dist train`, and what it says line by line."""
-
-    def __init__(self, process: subprocess.Popen[str]):
-        self.process, self.said = process, list[str]()
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def until(self, pattern: str, timeout_s: float = 240) -> re.Match[str]:
-        """The next line in which `pattern` is found."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            line = self._lines.get(timeout=max(0.1, deadline - time.monotonic()))
-            assert line is not None, f"the driver ended without saying {pattern}:\n{''.join(self.said)}"
-            self.said.append(line)
-            if found := re.search(pattern, line):
-                return found
-
-    def end(self) -> str:
-        """Wait for the driver; all it said."""
-        while (line := self._lines.get(timeout=240)) is not None:
-            self.said.append(line)
-        self.process.wait()
-        return "".join(self.said)
-
-
-@contextmanager
-def driver(command: list[str], environment: dict[str, str]) -> Iterator[Driver]:
-    with subprocess.Popen(
-        command, cwd=environment["HOME"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        try:
-            yield Driver(process)
-        finally:
-            process.kill()
-
-
-def summary_of(folder: Path, run_name: str) -> dict:
-    return json.loads((folder / "runs" / run_name / "summary.json").read_text())
-
-
 def test_a_run_survives_the_loss_of_a_node(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
     nodes, own = cluster
     for _ in range(3):
         nodes.add()
-    with driver(command(folder, "lost", *SETTINGS, "cluster.num_workers=2"), own) as train:
+    with followed(command(folder, "lost", *SETTINGS, "cluster.num_workers=2"), own) as train:
         train.until(r"^step 3\d/")
         lost = time.monotonic()
         nodes.remove(nodes.hosts()[-1])
@@ -113,7 +61,7 @@ def test_an_elastic_run_shrinks_and_grows(folder: Path, cluster: tuple[Raylets, 
     for _ in range(2):
         nodes.add()
     elastic = ("cluster.num_workers=[1,2]", "cluster.elastic_resize_monitor_interval_s=5")
-    with driver(command(folder, "elastic", *SETTINGS, *elastic), own) as train:
+    with followed(command(folder, "elastic", *SETTINGS, *elastic), own) as train:
         train.until(r"on 2 CPU worker\(s\)")
         train.until(r"^step 3\d/")
         lost = time.monotonic()
@@ -135,7 +83,7 @@ def test_a_node_that_is_taken_away(folder: Path, cluster: tuple[Raylets, dict[st
     nodes, own = cluster
     for _ in range(3):
         nodes.add()
-    with driver(command(folder, "preempted", *SETTINGS, "cluster.num_workers=2"), own) as train:
+    with followed(command(folder, "preempted", *SETTINGS, "cluster.num_workers=2"), own) as train:
         train.until(r"^step 3\d/")
         first = nodes.hosts()[-1]
         nodes.drain(first, 120)

@@ -1,0 +1,159 @@
+"""Training across three hosts, a head and two workers, started by launch/ray_cluster.sh; and what happens to them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cluster.launching import (
+    REPOSITORY,
+    Followed,
+    environment,
+    followed,
+    make_inputs,
+    overrides,
+    summary_of,
+)
+from tests.hosts import Host, hosts, why_not
+
+REASON = why_not()
+pytestmark = [pytest.mark.long, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+STEPS, STEPS_PER_LAYER, SAVE_EVERY = 120, 40, 10
+CUT_SECONDS = 30
+# Two CPUs for each worker, so that there is one on each host.
+SETTINGS = (
+    f"train.steps={STEPS}", "train.sequence_length=64", "train.logging_steps=5", f"checkpoint.steps={SAVE_EVERY}",
+    f"lwo.steps_per_layer={STEPS_PER_LAYER}", "eval.num_lines=2", "eval.max_new_tokens=1", "cluster.num_workers=2",
+    "cluster.resources_per_worker.CPU=2",
+)  # fmt: skip
+STRATEGIES = {"fsdp": ("strategy=fsdp",), "deepspeed": ("strategy=deepspeed", "deepspeed.zero_stage=3")}
+
+
+class Cluster:
+    """The scripts on their hosts, and jobs sent to the head from the head."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        self.folder = folder
+        self.head, *self.workers = stack.enter_context(hosts(3))
+        self._stack = stack
+        self._environment = environment(
+            folder, RAY_AUTH_TOKEN="0123456789abcdef" * 4, RAY_AUTH_MODE="token", OMP_NUM_THREADS="1",
+            LWO_VENV=sys.prefix, RAY_TMPDIR=str(self.head.ray_folder),
+        )  # fmt: skip
+        self.start(self.head, "head")
+        for host in self.workers:
+            self.start(host, "worker", self.head.name)
+
+    def start(self, host: Host, *arguments: str) -> None:
+        script = host.command("bash", str(REPOSITORY / "launch" / "ray_cluster.sh"), *arguments)
+        self._stack.enter_context(followed(script, self._environment)).until("Ray runtime started")
+
+    def submit(self, run_name: str, *more: str) -> Any:
+        client = [sys.executable, "-m", "lwo_dist.cli", "submit", "--address", "http://127.0.0.1:8265"]
+        return followed(
+            self.head.command(*client, "--working-dir", str(self.folder / "home"), *self._overrides(run_name, *more)),
+            self._environment,
+        )
+
+    def _overrides(self, run_name: str, *more: str) -> list[str]:
+        return overrides(self.folder, run_name, *SETTINGS, *more)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        yield Cluster(make_inputs(tmp_path_factory.mktemp("hosts")), stack)
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster) -> dict[str, dict[str, torch.Tensor]]:
+    """Strategy -> the weights of a run that nothing happened to."""
+    return {strategy: _train_unbroken(cluster, strategy) for strategy in STRATEGIES}
+
+
+def _train_unbroken(cluster: Cluster, strategy: str) -> dict[str, torch.Tensor]:
+    before = [host.bytes_received() for host in cluster.workers]
+    with cluster.submit(f"unbroken-{strategy}", *STRATEGIES[strategy], "tracking.enabled=true") as job:
+        said = job.end()
+    assert job.process.returncode == 0, said
+    received = [host.bytes_received() - sent for host, sent in zip(cluster.workers, before, strict=True)]
+    weights = weights_of(cluster, f"unbroken-{strategy}")
+    # In each forward pass a worker gets the half of the fp32 weights that the other one has.
+    gathered = STEPS * sum(tensor.numel() for tensor in weights.values()) // 2 * 4
+    print(f"\n{strategy}: {received} bytes came over the workers' links; gathered in forward passes: {gathered}")
+    assert all(gathered < number < 10 * gathered for number in received)
+    return weights
+
+
+def weights_of(cluster: Cluster, run_name: str) -> dict[str, torch.Tensor]:
+    assert summary_of(cluster.folder, run_name)["steps"] == STEPS
+    return load_file(cluster.folder / "runs" / run_name / "model" / "model.safetensors")
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def in_mid_visit(job: Followed) -> None:
+    """Wait for a moment in the second visit, after a checkpoint in it."""
+    job.until(rf"^step {STEPS_PER_LAYER + 2 * SAVE_EVERY - 5}/")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_across_hosts(cluster: Cluster, unbroken: Any, strategy: str) -> None:
+    from mlflow import MlflowClient
+
+    summary = summary_of(cluster.folder, f"unbroken-{strategy}")
+    assert summary["world_size"] == 2
+    run = MlflowClient(f"sqlite:///{cluster.folder}/runs/mlflow.db").get_run(summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert sorted(run.data.tags["hosts"].split(", ")) == [host.name for host in cluster.workers]
+
+
+@pytest.mark.parametrize(("strategy", "which"), [("fsdp", 1), ("deepspeed", 0)])
+def test_a_host_that_dies(cluster: Cluster, unbroken: Any, strategy: str, which: int) -> None:
+    host = cluster.workers[which]
+    with cluster.submit(f"lost-{strategy}", *STRATEGIES[strategy]) as job:
+        in_mid_visit(job)
+        host.kill()
+        lost = time.monotonic()
+        job.until("^failure 1 of at most 3")
+        noticed = time.monotonic() - lost
+        cluster.start(host, "worker", cluster.head.name)
+        back = time.monotonic() - lost
+        resumed = int(job.until(r"on 2 CPU worker\(s\).*, from step (\d+)")[1])
+        took = time.monotonic() - lost
+        said = job.end()
+    print(f"\n{host.name} died: noticed after {noticed:.0f} s, back after {back:.0f} s, training goes on from step "
+          f"{resumed} after {took:.0f} s")  # fmt: skip
+    assert job.process.returncode == 0, said
+    assert STEPS_PER_LAYER < resumed < 2 * STEPS_PER_LAYER
+    assert_equal(weights_of(cluster, f"lost-{strategy}"), unbroken[strategy])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_link_that_is_cut_for_a_while(cluster: Cluster, unbroken: Any, strategy: str) -> None:
+    host = cluster.workers[1]
+    with cluster.submit(f"cut-{strategy}", *STRATEGIES[strategy]) as job:
+        in_mid_visit(job)
+        host.cut()
+        time.sleep(CUT_SECONDS)
+        host.mend()
+        mended = time.monotonic()
+        job.until("^step ")
+        took = time.monotonic() - mended
+        said = job.end()
+    print(f"\nthe link was cut for {CUT_SECONDS} s: the next steps came {took:.0f} s after it was mended; "
+          f"{said.count('failure ')} failures")  # fmt: skip
+    assert job.process.returncode == 0, said
+    assert_equal(weights_of(cluster, f"cut-{strategy}"), unbroken[strategy])
