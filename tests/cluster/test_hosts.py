@@ -27,13 +27,13 @@ from tests.hosts import Host, hosts, why_not
 REASON = why_not()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-STEPS, STEPS_PER_LAYER, SAVE_EVERY = 120, 40, 10
+STEPS, STEPS_PER_LAYER, SAVE_EVERY = 160, 80, 10
 CUT_SECONDS = 30
 # Two CPUs for each worker, so that there is one on each host.
 SETTINGS = (
-    f"train.steps={STEPS}", "train.sequence_length=64", "train.logging_steps=5", f"checkpoint.steps={SAVE_EVERY}",
-    f"lwo.steps_per_layer={STEPS_PER_LAYER}", "eval.num_lines=2", "eval.max_new_tokens=1", "cluster.num_workers=2",
-    "cluster.resources_per_worker.CPU=2",
+    f"train.steps={STEPS}", "train.sequence_length=256", "train.global_batch_size=8", "train.logging_steps=5",
+    f"lwo.steps_per_layer={STEPS_PER_LAYER}", f"checkpoint.steps={SAVE_EVERY}", "eval.num_lines=2",
+    "eval.max_new_tokens=1", "cluster.num_workers=2", "cluster.resources_per_worker.CPU=2",
 )  # fmt: skip
 STRATEGIES = {"fsdp": ("strategy=fsdp",), "deepspeed": ("strategy=deepspeed", "deepspeed.zero_stage=3")}
 
@@ -104,9 +104,14 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def in_mid_visit(job: Followed) -> None:
-    """Wait for a moment in the second visit, after a checkpoint in it."""
-    job.until(rf"^step {STEPS_PER_LAYER + 2 * SAVE_EVERY - 5}/")
+def in_mid_visit(cluster: Cluster, job: Followed, run_name: str) -> None:
+    """Wait for a checkpoint in the second visit. The job's log comes seconds late, the folder does not."""
+    job.until("^step ")
+    checkpoints = cluster.folder / "runs" / run_name / "checkpoints"
+    deadline = time.monotonic() + 120
+    while max((int(path.parent.name[-6:]) for path in checkpoints.glob("*/state.json")), default=0) <= STEPS_PER_LAYER:
+        assert job.process.poll() is None and time.monotonic() < deadline, job.said
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -124,7 +129,7 @@ def test_a_run_across_hosts(cluster: Cluster, unbroken: Any, strategy: str) -> N
 def test_a_host_that_dies(cluster: Cluster, unbroken: Any, strategy: str, which: int) -> None:
     host = cluster.workers[which]
     with cluster.submit(f"lost-{strategy}", *STRATEGIES[strategy]) as job:
-        in_mid_visit(job)
+        in_mid_visit(cluster, job, f"lost-{strategy}")
         host.kill()
         lost = time.monotonic()
         job.until("^failure 1 of at most 3")
@@ -145,7 +150,7 @@ def test_a_host_that_dies(cluster: Cluster, unbroken: Any, strategy: str, which:
 def test_a_link_that_is_cut_for_a_while(cluster: Cluster, unbroken: Any, strategy: str) -> None:
     host = cluster.workers[1]
     with cluster.submit(f"cut-{strategy}", *STRATEGIES[strategy]) as job:
-        in_mid_visit(job)
+        in_mid_visit(cluster, job, f"cut-{strategy}")
         host.cut()
         time.sleep(CUT_SECONDS)
         host.mend()
