@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lwo_dist.config import Config, UserError, load_config
-from lwo_dist.tracking.facts import public_config
+from lwo_dist.tracking.facts import git_commit, public_config
 
 from .packing import CONFIG_NAME, pack, refuse_credentials
 
@@ -56,6 +56,8 @@ class Jobs:
                 f"--address {address}: Ray's token would go over the network in the clear; use https, or forward the "
                 "port to this machine (ssh -L, kubectl port-forward), or say --insecure-token"
             )
+        if _is_loopback(url.hostname):  # Not by a proxy, which would see the token.
+            os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{os.environ.get('NO_PROXY', '')},{url.hostname}"
         # Ray puts these before the address that it is given.
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)
@@ -95,7 +97,7 @@ class Jobs:
                     entrypoint=shlex.join(command),
                     submission_id=f"{run_name}-{secrets.token_hex(4)}",
                     runtime_env={"working_dir": name},
-                    metadata=_metadata(settings, run_name),
+                    metadata=_metadata(settings, run_name, folder),
                 )
         return job
 
@@ -206,13 +208,15 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
     return config, config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _metadata(config: Config, run_name: str) -> dict[str, str]:
-    """What ties job, config and MLflow run together; the MLflow run has the job's id as tag ray_submission_id."""
+def _metadata(config: Config, run_name: str, folder: Path) -> dict[str, str]:
+    """What ties job, code, config and MLflow run together; the MLflow run has job and commit as tags."""
     try:
         version = importlib.metadata.version("lwo-dist")
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     facts = {"run_name": run_name, "storage": config.storage, "lwo_dist_version": version}
+    if commit := git_commit(folder):
+        facts["git_commit"] = commit
     return facts | {"config": json.dumps(public_config(config))}
 
 

@@ -10,12 +10,13 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lwo_dist.callback import RunInfo
 from lwo_dist.config import Config
 
-__all__ = ["flatten", "holds_password", "public_config", "redact", "run_parameters", "run_tags"]
+__all__ = ["flatten", "git_commit", "holds_password", "public_config", "redact", "run_parameters", "run_tags"]
 
 _CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 _PACKAGES = ("lwo-dist", "torch", "transformers", "deepspeed", "ray", "mlflow")
@@ -66,6 +67,7 @@ def run_parameters(info: RunInfo) -> dict[str, str]:
 
 def run_tags(config: Config, hosts: Sequence[str] = ()) -> dict[str, str]:
     """Tags to find a run by: what it is, where it ran (this host where none are given), which code it ran."""
+    job = _job_metadata()
     tags = {
         "method": config.method,
         "strategy": config.strategy,
@@ -74,9 +76,9 @@ def run_tags(config: Config, hosts: Sequence[str] = ()) -> dict[str, str]:
         "hosts": ", ".join(hosts or [socket.gethostname()]),
         **{f"version.{package}": _version(package) for package in _PACKAGES},
         "ray_job_id": os.environ.get("RAY_JOB_ID"),
-        "ray_submission_id": _ray_submission_id(),
+        "ray_submission_id": job.get("job_submission_id"),
         # The two below are MLflow's own names: its pages show them in columns of their own.
-        "mlflow.source.git.commit": _git_commit(),
+        "mlflow.source.git.commit": job.get("git_commit") or git_commit(),
         "mlflow.user": _user(),
     }
     return {name: redact(value) for name, value in tags.items() if value}
@@ -99,17 +101,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ray_submission_id() -> str | None:
-    """The name `ray job submit` gave this job; Ray puts it into the entry point's environment only."""
+def _job_metadata() -> dict[str, str]:
+    """What `lwo-dist submit` said of this job, and its id; Ray puts it into the entry point's environment only."""
     try:
-        return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
+        metadata: dict[str, str] = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]
     except (KeyError, ValueError, TypeError):
-        return None
+        return {}
+    return metadata
 
 
-def _git_commit() -> str | None:
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit checked out in `folder` (the working directory), `-dirty` after it where tracked files differ."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

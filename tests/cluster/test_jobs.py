@@ -97,12 +97,14 @@ def _wait_until_healthy(address: str, ray: subprocess.Popen[bytes], log: Path) -
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A git work tree to submit."""
+    """A git work tree to submit, its code committed."""
     files = {"lwo_dist/__init__.py": "", "lwo_dist/cli.py": STUB, ".gitignore": "*.log\n", "x.log": "", ".env": "A=1"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for words in (["init", "-q"], ["add", "lwo_dist", ".gitignore"], [*identity, "commit", "-q", "-m", "Add it"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     return tmp_path
 
 
@@ -131,8 +133,19 @@ def test_a_job_is_followed_to_its_end(head: str, source: Path, capfd: pytest.Cap
     assert metadata["job_submission_id"] == lines["job"]
     assert lines["job"].startswith("whole-")
     assert (metadata["run_name"], json.loads(metadata["config"])["storage"]) == ("whole", "/runs")
+    commit = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert metadata["git_commit"] == commit.stdout.strip()
     assert said.out.count("arguments") == 1
     assert TOKEN not in said.out
+
+
+def test_no_proxy_sees_the_token(head: str, monkeypatch: pytest.MonkeyPatch, dead_uri: str) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, dead_uri)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.org")
+    assert main(["jobs", "list", "--address", head]) == 0
+    assert os.environ["NO_PROXY"] == "example.org,127.0.0.1"
 
 
 def test_a_job_s_exit_code_comes_through(head: str, source: Path) -> None:

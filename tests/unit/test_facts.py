@@ -38,10 +38,14 @@ def test_no_secret_of_the_config_is_shown():
 
 def test_tags_name_the_job_the_hosts_and_the_code(monkeypatch):
     monkeypatch.setenv("RAY_JOB_ID", "02000000")
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_x"}}')
+    monkeypatch.setenv(
+        "RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_x", "git_commit": "ab12"}}'
+    )
     tags = run_tags(Config(method="full"), ["node-a", "node-b"])
     assert tags["hosts"] == "node-a, node-b"
     assert (tags["ray_job_id"], tags["ray_submission_id"]) == ("02000000", "raysubmit_x")
+    # The commit that was sent: the job's own folder is no git work tree.
+    assert tags["mlflow.source.git.commit"] == "ab12"
     assert (tags["method"], tags["strategy"]) == ("full", "fsdp")
     assert tags["version.torch"] == importlib.metadata.version("torch")
 
