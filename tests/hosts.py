@@ -1,7 +1,7 @@
 """Several hosts on this machine: network namespaces on a bridge, each with a host name and folders of its own.
 
-Needs root and Debian's iproute2. What runs on a host shares files and processors with this machine, but no network,
-no /dev/shm and no temporary folder of Ray.
+Needs root and Debian's iproute2. What runs on a host shares files and cores with this machine, but no network,
+no processes, no /dev/shm and no temporary folder of Ray.
 """
 
 from __future__ import annotations
@@ -35,11 +35,25 @@ class Host:
         self._folder = folder
 
     def command(self, *words: str) -> list[str]:
-        """The command `words`, run on this host; it has the number of the process that is started."""
+        """The command `words`, run on this host; what is started, and the command, end with SIGKILL to it."""
         own = self._folder / self.name
         own.mkdir(exist_ok=True)
         arguments = [self.name, str(self._folder / "hosts"), str(own), str(self.ray_folder)]
-        inside = ["unshare", "--uts", "--mount", "bash", "-c", _ON_HOST, "on-host", *arguments]
+        # Processes of their own: Ray looks for other Rays among those that it sees.
+        inside = [
+            "unshare",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+            _ON_HOST,
+            "on-host",
+            *arguments,
+        ]
         return ["ip", "netns", "exec", self.namespace, *inside, *words]
 
     def start(self, *words: str, **popen: Any) -> subprocess.Popen[str]:

@@ -50,13 +50,16 @@ class Cluster:
             folder, RAY_AUTH_TOKEN="0123456789abcdef" * 4, RAY_AUTH_MODE="token", OMP_NUM_THREADS="1",
             LWO_VENV=sys.prefix, RAY_TMPDIR=str(self.head.ray_folder),
         )  # fmt: skip
-        self.start(self.head, "head")
-        for host in self.workers:
-            self.start(host, "worker", self.head.name)
+        self.start(self.head)
+        self.scripts = [self.start(host) for host in self.workers]
 
-    def start(self, host: Host, *arguments: str) -> None:
-        script = host.command("bash", str(REPOSITORY / "launch" / "ray_cluster.sh"), *arguments)
-        self._stack.enter_context(followed(script, self._environment)).until("Ray runtime started")
+    def start(self, host: Host) -> Followed:
+        """launch/ray_cluster.sh, as soon as its Ray runs."""
+        role = ["head"] if host is self.head else ["worker", self.head.name]
+        script = host.command("bash", str(REPOSITORY / "launch" / "ray_cluster.sh"), *role)
+        started = self._stack.enter_context(followed(script, self._environment))
+        started.until("Ray runtime started")
+        return started
 
     def submit(self, run_name: str, *more: str) -> Any:
         client = [sys.executable, "-m", "lwo_dist.cli", "submit", "--address", "http://127.0.0.1:8265"]
@@ -139,7 +142,7 @@ def test_a_host_that_dies(cluster: Cluster, unbroken: Unbroken) -> None:
         lost = time.monotonic()
         job.until("^failure 1 of at most 3")
         noticed = time.monotonic() - lost
-        cluster.start(host, "worker", cluster.head.name)
+        cluster.scripts[cluster.workers.index(host)] = cluster.start(host)
         back = time.monotonic() - lost
         resumed = int(job.until(r"on 2 CPU worker\(s\).*, from step (\d+)")[1])
         took = time.monotonic() - lost
@@ -165,4 +168,26 @@ def test_a_link_that_is_cut_for_a_while(cluster: Cluster, unbroken: Unbroken) ->
     failures = "".join(line for line in job.said if line.startswith("failure"))
     print(f"\na link was cut for {CUT_SECONDS} s: the next steps came {took:.0f} s after it was mended\n{failures}")
     assert job.process.returncode == 0, said
+    assert_equal(weights_of(cluster, run_name), unbroken.weights)
+
+
+def test_a_head_that_dies(cluster: Cluster, unbroken: Unbroken) -> None:
+    run_name = f"headless-{unbroken.strategy}"
+    with cluster.submit(run_name, *STRATEGIES[unbroken.strategy]) as job:
+        in_mid_visit(cluster, job, run_name)
+        cluster.head.kill()  # and the client, which runs there, too
+        lost = time.monotonic()
+    cluster.start(cluster.head)
+    for script in cluster.scripts:  # They start again by themselves.
+        script.until("Ray runtime started")
+    back = time.monotonic() - lost
+    with cluster.submit(run_name, *STRATEGIES[unbroken.strategy]) as job:
+        resumed = int(job.until(r"on 2 CPU worker\(s\).*, from step (\d+)")[1])
+        took = time.monotonic() - lost
+        said = job.end()
+    print(
+        f"\nthe head died: all hosts back after {back:.0f} s, training goes on from step {resumed} after {took:.0f} s"
+    )
+    assert job.process.returncode == 0, said
+    assert STEPS_PER_LAYER < resumed < 2 * STEPS_PER_LAYER
     assert_equal(weights_of(cluster, run_name), unbroken.weights)

@@ -39,7 +39,7 @@ def place(tmp_path: Path) -> Path:
     """A home, `venv/bin/python` that logs what it is called with, `bin` with the other stand-ins."""
     python = f"""
 case "$*" in
-  *token_hex*) exec {sys.executable} "$@" ;;
+  *token_hex* | *gethostbyname*) exec {sys.executable} "$@" ;;
   *lwo_dist.cluster.leave*) echo "leave $*" >>{tmp_path}/log ;;
   *"scripts start"*) echo "$RAY_AUTH_MODE $*" >>{tmp_path}/log; if [[ -e {tmp_path}/dies ]]; then exit 1; fi
     trap 'echo ended >>{tmp_path}/log; exit 0' TERM; echo up >>{tmp_path}/log; while :; do /bin/sleep 0.1; done ;;
@@ -92,8 +92,8 @@ def test_a_head_makes_a_token_and_lets_the_run_leave(place: Path) -> None:
 
 def test_a_worker_starts_again_until_it_is_told_to_end(place: Path) -> None:
     (place / "dies").touch()
-    with _start(place, "worker", "head-7", RAY_AUTH_TOKEN="x" * 64) as script:
-        _wait_for(place, "--address=head-7:6379", times=2)
+    with _start(place, "worker", "localhost", RAY_AUTH_TOKEN="x" * 64) as script:
+        _wait_for(place, "--address=127.0.0.1:6379", times=2)
         (place / "dies").unlink()
         _wait_for(place, "up")
         script.send_signal(signal.SIGTERM)
@@ -116,7 +116,8 @@ def test_a_head_that_cannot_start_says_so(place: Path) -> None:
         ([], {}, "launch/ray_cluster.sh head"),
         (["both"], {}, "launch/ray_cluster.sh head"),
         (["worker"], {}, "launch/ray_cluster.sh head"),
-        (["worker", "head"], {}, "no token; set RAY_AUTH_TOKEN"),
+        (["worker", "no.such.invalid"], {}, "worker no.such.invalid: no host of that name"),
+        (["worker", "localhost"], {}, "no token; set RAY_AUTH_TOKEN"),
         (["head"], {"LWO_INTERFACE": "none0"}, "LWO_INTERFACE = none0: no such interface"),
         (["head"], {"LWO_VENV": "/nowhere"}, "/nowhere has no Python"),
     ],
