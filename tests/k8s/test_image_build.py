@@ -1,8 +1,8 @@
 """The CPU image, built with buildah on a base that debootstrap makes, and run as a pod runs it: uid 1000 without any
-capability, a read-only root, only the volumes to write to. Of Kubernetes and of Debian's published base nothing is here.
+capability, a read-only root, only the volumes to write to. Kubernetes and Debian's published base are not part of it.
 
-LWO_BUILD_OPTIONS: more options of `buildah bud`, for a place that reaches PyPI or torch's wheels in its own way, such as
---volume=/etc/pip.conf:/etc/pip.conf:ro
+LWO_BUILD_OPTIONS: more options of `buildah bud`, for a place that reaches PyPI or torch's wheels in its own way, such
+as --volume=/etc/pip.conf:/etc/pip.conf:ro
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,9 @@ def test_nothing_of_the_build_is_left(image: Image) -> None:
     files = [path for path in image.root.rglob("*") if path.is_file() and not path.is_symlink()]
     assert COMPILERS & {path.name for path in files if path.stat().st_mode & 0o111} == set()
     assert [path for path in files if path.stat().st_mode & 0o6000] == []
-    assert [path for path in files if path.suffix in {".whl", ".deb"} or "var/lib/apt/lists/" in str(path)] == []
+    packages = [path for path in files if path.suffix in {".whl", ".deb"} or "var/lib/apt/lists/" in str(path)]
+    # virtualenv, which Ray asks for, carries its seeds.
+    assert [path for path in packages if "virtualenv/seed/wheels" not in str(path)] == []
     assert list(image.root.glob("**/site-packages/pip")) == []
     assert list((image.root / "tmp").iterdir()) == []
     assert not (image.root / "build").exists()
@@ -183,10 +186,14 @@ def test_the_sbom_is_valid_and_names_what_is_there(image: Image) -> None:
     text = (image.root / "opt" / "lwo" / "sbom.cdx.json").read_text()
     found = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     assert found is None, str(found.data)[:1000]
-    named = [component.get("purl", "") for component in json.loads(text)["components"]]
+    components = json.loads(text)["components"]
+    named = [component.get("purl", "") for component in components]
     locked = pins((REPOSITORY / "launch" / "image" / "requirements-cpu.txt").read_text())
-    ours = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())["images"][0]["newTag"].partition("-")[0]
-    assert _of_kind(named, "pypi") == {f"{name}@{version}" for name, version in (locked | {"lwo-dist": ours}).items()}
+    assert _of_kind(named, "pypi") == {f"{name}@{version}" for name, version in locked.items()}
+    # What is on no index has no package URL.
+    ours = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    others = {(component["name"], component["version"]) for component in components if "purl" not in component}
+    assert others == {("Debian", "12"), (ours["name"], ours["version"])}
     query = "${db:Status-Abbrev} ${Package}@${Version} ${Architecture}\n"
     status = _checked("dpkg-query", f"--admindir={image.root}/var/lib/dpkg", "--show", f"--showformat={query}")
     installed = [line.split() for line in status.splitlines() if line.startswith("ii ")]
