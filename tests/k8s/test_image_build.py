@@ -29,6 +29,8 @@ UID = 1000
 MAX_SIZE = 3e9
 VOLUMES = ("/tmp", "/scratch", "/runs", "/dev/shm")
 SUITES = ("debian bookworm", "debian bookworm-updates", "debian-security bookworm-security")
+# Nothing that the command starts outlives it, and tini is process 1.
+NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 COMPILERS = {"as", "c++", "cc", "clang", "cmake", "g++", "gcc", "ld", "make", "nvcc"}
 
 # $1: the image's root; $2: /runs; $3: the config; the other arguments: the command. What a container runtime does.
@@ -38,7 +40,7 @@ root=$1 runs=$2 config=$3; shift 3
 mkdir -p "$root"/{runs,scratch,etc/lwo-dist}
 touch "$root"/etc/{hosts,resolv.conf}
 mount --bind "$root" "$root"
-mount --rbind /proc "$root/proc"; mount --rbind /dev "$root/dev"
+mount -t proc proc "$root/proc"; mount --rbind /dev "$root/dev"
 for volume in tmp scratch dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$root/$volume"; done
 mount --bind "$runs" "$root/runs"
 for file in hosts resolv.conf; do
@@ -57,8 +59,12 @@ def _missing() -> str | None:
     missing = [tool for tool in ("buildah", "debootstrap") if shutil.which(tool) is None]
     if missing:
         return f"no {' and no '.join(missing)} (Debian and Ubuntu: apt install buildah debootstrap)"
-    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
-    return None if subprocess.run(probe, capture_output=True).returncode == 0 else "needs a private mount namespace"
+    probe = [*NAMESPACES, "sh", "-c", "mount -t tmpfs tmpfs /mnt && mount -t proc proc /mnt"]
+    return (
+        None
+        if subprocess.run(probe, capture_output=True).returncode == 0
+        else "needs private mount and process namespaces"
+    )
 
 
 REASON = _missing()
@@ -90,7 +96,7 @@ class Image:
             os.chown(runs or volume, UID, UID)
             script = f"ENVIRONMENT=({pairs})\nUSER_ID={UID}\nWORK={self.config['WorkingDir']}\n{POD}"
             arguments = [*self.config["Entrypoint"], *(command or self.config["Cmd"])]
-            start = ["unshare", "--mount", "bash", "-c", script, "pod", self.root, runs or volume, config]
+            start = [*NAMESPACES, "bash", "-c", script, "pod", self.root, runs or volume, config]
             return subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=900)
 
     def output(self, *command: str) -> str:
