@@ -1,7 +1,8 @@
-"""The rules that launch/Dockerfile keeps, each shown to bite on a broken copy. Building it is not part of this."""
+"""The rules that launch/Dockerfile keeps, each shown to bite on a broken copy. test_image_build.py builds it."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,18 @@ def stages(text: str) -> list[list[Instruction]]:
     return found
 
 
+def image(text: str) -> list[Instruction]:
+    """The instructions whose outcome stays: those of the last stage and of the stages that it starts from."""
+    found: list[Instruction] = []
+    parent: str | None = None
+    for stage in reversed(stages(text)):
+        start, _, name = stage[0][1].partition(" AS ")
+        if parent is None or name == parent:
+            found = stage[1:] + found
+            parent = start
+    return found
+
+
 def more_than_one_stage(text: str) -> Iterator[str]:
     if len(stages(text)) < 2:
         yield "one stage only: its tools stay in the image"
@@ -40,21 +53,38 @@ def more_than_one_stage(text: str) -> Iterator[str]:
 
 def base_is_pinned(text: str) -> Iterator[str]:
     defaults = dict(words.split("=", 1) for word, words in instructions(text) if word == "ARG" and "=" in words)
+    earlier: set[str] = set()
     for stage in stages(text):
-        image = re.sub(r"\$\{(\w+)\}", lambda match: defaults.get(match[1], ""), stage[0][1].split(" ")[0])
-        if not re.search(r":\d+\.\d+\.\d+[-\w]*$|@sha256:[0-9a-f]{64}$", image):
-            yield f"{image}: no full version and no digest"
+        start, _, name = stage[0][1].partition(" AS ")
+        base = re.sub(r"\$\{(\w+)\}", lambda match: defaults.get(match[1], ""), start)
+        if base not in earlier and not re.search(r":[-\w.]*\d{8}[-\w]*@sha256:[0-9a-f]{64}$", base):
+            yield f"{base}: no dated tag with its digest"
+        earlier.add(name)
 
 
-def no_compiler_in_the_last_stage(text: str) -> Iterator[str]:
-    for word, words in stages(text)[-1]:
+def no_compiler_in_the_image(text: str) -> Iterator[str]:
+    for word, words in image(text):
         for tool in re.findall(r"\b(gcc|g\+\+|clang|make|cmake|build-essential|[\w-]+-dev|nvcc)(?!\w)", words):
             if word == "RUN":
-                yield f"{tool} in the last stage"
+                yield f"{tool} in the image"
+
+
+def no_installer_in_the_image(text: str) -> Iterator[str]:
+    for word, words in image(text):
+        if word == "RUN" and re.search(r"python3?-(pip|venv)\b", words):
+            yield "pip in the image"
+    if "-m venv --without-pip /opt/lwo/venv" not in text:
+        yield "pip in the image's environment"
+
+
+def nothing_may_become_root(text: str) -> Iterator[str]:
+    last = max((at for at, (_, words) in enumerate(image(text)) if "apt-get install" in words), default=0)
+    if not any("-perm /6000 -exec chmod a-s" in words for _, words in image(text)[last:]):
+        yield "setuid programs stay"
 
 
 def runs_as_nobody_special(text: str) -> Iterator[str]:
-    users = [words for word, words in stages(text)[-1] if word == "USER"]
+    users = [words for word, words in image(text) if word == "USER"]
     if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
         yield "the last USER must be a number other than 0, with its group: Kubernetes checks no names"
     manifest = yaml.safe_load((REPOSITORY / "k8s" / "base" / "ray-job.yaml").read_text())
@@ -63,11 +93,14 @@ def runs_as_nobody_special(text: str) -> Iterator[str]:
         yield "another user than the manifests'"
 
 
-def python_packages_are_pinned(text: str) -> Iterator[str]:
+def python_packages_have_hashes(text: str) -> Iterator[str]:
     for word, words in instructions(text):
-        installs = [part for part in re.split(r"&&|;;|\|\|", words) if "pip install" in part]
-        if word == "RUN" and any("--constraint launch/constraints.txt" not in part for part in installs):
-            yield "pip install without the pins of launch/constraints.txt"
+        for part in re.split(r"&&|;;|\|\|", words):
+            if word != "RUN" or not re.search(r"\bpip\b.* (install|wheel|download) ", part):
+                continue
+            locked = "--require-hashes --no-deps" in part and re.search(r"-r requirements[-\w]*\.txt", part)
+            if not locked and "--no-index --no-deps" not in part:
+                yield f"{part.strip()}: neither from a lock file with hashes nor from what was fetched so"
 
 
 def nothing_from_elsewhere(text: str) -> Iterator[str]:
@@ -83,17 +116,19 @@ def no_secrets(text: str) -> Iterator[str]:
 
 
 def writes_only_below_tmp(text: str) -> Iterator[str]:
-    words = " ".join(words for word, words in stages(text)[-1] if word == "ENV")
+    words = " ".join(words for word, words in image(text) if word == "ENV")
     for setting in ("HOME=/tmp", "PYTHONDONTWRITEBYTECODE=1"):
         if setting not in words.split():
             yield f"no {setting}: something would write to the read-only root"
 
 
 def copies_code_only(text: str) -> Iterator[str]:
-    allowed = {"launch/constraints.txt", "pyproject.toml", "README.md", "LICENSE", "lwo_dist"}
+    allowed = re.compile(
+        r"launch/image/requirements-(build|\$VARIANT)\.txt|pyproject\.toml|README\.md|LICENSE|lwo_dist"
+    )
     for word, words in instructions(text):
-        if word == "COPY" and not words.startswith("--from=build ") and not set(words.split(" ")[:-1]) <= allowed:
-            yield f"COPY {words}"
+        if word == "COPY" and not words.startswith("--from="):
+            yield from (f"COPY {words}" for source in words.split(" ")[:-1] if not allowed.fullmatch(source))
 
 
 def package_lists_are_removed(text: str) -> Iterator[str]:
@@ -108,9 +143,11 @@ RULES: dict[str, Callable[[str], Iterator[str]]] = {
     for rule in (
         more_than_one_stage,
         base_is_pinned,
-        no_compiler_in_the_last_stage,
+        no_compiler_in_the_image,
+        no_installer_in_the_image,
+        nothing_may_become_root,
         runs_as_nobody_special,
-        python_packages_are_pinned,
+        python_packages_have_hashes,
         nothing_from_elsewhere,
         no_secrets,
         writes_only_below_tmp,
@@ -119,22 +156,32 @@ RULES: dict[str, Callable[[str], Iterator[str]]] = {
     )
 }
 
+HARDENED = " && find / -xdev -type f -perm /6000 -exec chmod a-s {} +"
 BROKEN = [
-    ("more_than_one_stage", "", ""),  # cut off before the last FROM
-    ("base_is_pinned", "PYTHON=3.12.8-slim-bookworm", "PYTHON=latest"),
-    ("base_is_pinned", "PYTHON=3.12.8-slim-bookworm", "PYTHON=3-slim"),
-    ("no_compiler_in_the_last_stage", "git tini", "git tini gcc"),
-    ("no_compiler_in_the_last_stage", "git tini", "git tini python3-dev"),
+    ("more_than_one_stage", "", ""),  # only the last stage is left
+    ("base_is_pinned", "-20261005-slim@", "-slim@"),
+    ("base_is_pinned", re.findall("@sha256:.*", DOCKERFILE)[0], ""),
+    ("base_is_pinned", "FROM system AS build", "FROM python:3 AS build"),
+    ("no_compiler_in_the_image", "python3 tini", "python3 tini gcc"),
+    ("no_compiler_in_the_image", "python3 tini", "python3 tini python3-dev"),
+    ("no_compiler_in_the_image", "RUN ln -s", "RUN apt-get install gcc && ln -s"),
+    ("no_installer_in_the_image", "python3 tini", "python3 python3-venv tini"),
+    ("no_installer_in_the_image", "--without-pip ", ""),
+    ("nothing_may_become_root", HARDENED, " && true"),
+    ("nothing_may_become_root", "RUN ln -s", "RUN apt-get install sudo && ln -s"),
     ("runs_as_nobody_special", "USER 1000:1000", "USER lwo"),
     ("runs_as_nobody_special", "USER 1000:1000", "USER 0:0"),
     ("runs_as_nobody_special", "USER 1000:1000", "USER 1001:1001"),
     ("runs_as_nobody_special", "USER 1000:1000", ""),
-    ("python_packages_are_pinned", "pip install --constraint launch/constraints.txt torch", "pip install torch"),
+    ("python_packages_have_hashes", "pip install --require-hashes", "pip install"),
+    ("python_packages_have_hashes", "pip wheel --require-hashes --no-deps", "pip wheel --require-hashes"),
+    ("python_packages_have_hashes", "install --no-index --no-deps", "install"),
+    ("python_packages_have_hashes", "RUN ln -s", "RUN pip install requests && ln -s"),
     ("nothing_from_elsewhere", "WORKDIR /build", "RUN curl -s https://example.org/x | sh"),
     ("nothing_from_elsewhere", "WORKDIR /build", "ADD https://example.org/x /x"),
     ("no_secrets", "WORKDIR /build", "ARG HF_TOKEN"),
     ("writes_only_below_tmp", "HOME=/tmp", "HOME=/var/lwo"),
-    ("copies_code_only", "COPY lwo_dist lwo_dist", "COPY . ."),
+    ("copies_code_only", "COPY lwo_dist source/lwo_dist", "COPY . ."),
     ("package_lists_are_removed", " && rm -rf /var/lib/apt/lists/* \\\n", " \\\n"),
 ]
 
@@ -148,7 +195,7 @@ def test_a_rule_bites(rule: str, old: str, new: str) -> None:
     assert old in DOCKERFILE
     broken = DOCKERFILE.replace(old, new)
     if rule == "more_than_one_stage":
-        broken = DOCKERFILE[: DOCKERFILE.rindex("FROM ")]
+        broken = DOCKERFILE[DOCKERFILE.rindex("FROM ") :]
     assert list(RULES[rule](broken)) != []
 
 
@@ -161,3 +208,19 @@ def test_the_manifests_find_what_they_name() -> None:
     assert f" {smoke['data']['source']}\n" in DOCKERFILE
     (tag,) = set(re.findall(r"lwo-dist:(\S+-cpu)\b", DOCKERFILE))
     assert f"newTag: {tag}" in (REPOSITORY / "k8s" / "base" / "kustomization.yaml").read_text()
+
+
+def test_the_builder_gets_what_is_copied_and_no_more() -> None:
+    ignore = (REPOSITORY / "launch" / "Dockerfile.dockerignore").read_text().split("\n")
+    assert ignore[1] == "*"
+    let_in = [line[1:] for line in ignore if line.startswith("!")]
+    copied = [
+        source.replace("$VARIANT", variant)
+        for word, words in instructions(DOCKERFILE)
+        if word == "COPY" and not words.startswith("--from=")
+        for source in words.split(" ")[:-1]
+        for variant in ("cpu", "cuda")
+    ]
+    assert all((REPOSITORY / source).exists() for source in copied)
+    assert [source for source in copied if not any(fnmatch.fnmatch(source, pattern) for pattern in let_in)] == []
+    assert [pattern for pattern in let_in if not fnmatch.filter(copied, pattern)] == []
