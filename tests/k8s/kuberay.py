@@ -39,39 +39,58 @@ class RayCluster:
         self.domain = f"{self.name}-head-svc.{self.namespace}.svc.cluster.local"
         self.service = _head_service(self.name, self.namespace)
         self.workers: list[Pod] = []
-        self._submitters: list[Pod] = []
+        self._made: list[Pod] = []
 
     def start(self) -> None:
         """Head and workers, until all of them are ready; the operator submits only then."""
         self.kubelet.objects.append(self.service)
-        self.head = self.kubelet.run(self.head_pod())
-        self.workers = [self.kubelet.run(pod) for pod in self.worker_pods()]
+        self.head = self._run(self.head_pod())
+        self.workers = [self._run(pod) for pod in self.worker_pods()]
         for pod in (self.head, *self.workers):
             pod.wait_ready()
 
     def submit(self) -> Pod:
-        self._submitters.append(self.kubelet.run(self.submitter_pod()))
-        return self._submitters[-1]
+        return self._run(self.submitter_pod())
+
+    def _run(self, pod: Object) -> Pod:
+        self._made.append(self.kubelet.run(pod))
+        return self._made[-1]
 
     def status(self, token: str | None = None) -> str:
         """The job's, asked as the operator asks: of the head's dashboard, with the token."""
-        url = f"http://{self.head.address}:{DASHBOARD_PORT}/api/jobs/{self.submission}"
-        if token is None:
-            token = self.kubelet.secrets[self.spec["authOptions"]["secretName"]]["auth_token"]
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                found: dict[str, Any] = json.load(answer)
+            job = self._ask(f"/api/jobs/{self.submission}", token)
         except urllib.error.HTTPError as error:
             return str(error.code)
-        return f"{found['status']}: {found['message']}"
+        return f"{job['status']}: {job['message']}"
+
+    def actors(self) -> list[Any]:
+        """All that there are or were."""
+        return list(self._ask("/logical/actors")["data"]["actors"].values())
+
+    def _ask(self, path: str, token: str | None = None) -> Any:
+        if token is None:
+            token = self.kubelet.secrets[self.spec["authOptions"]["secretName"]]["auth_token"]
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        request = urllib.request.Request(f"http://{self.head.address}:{DASHBOARD_PORT}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def pods(self) -> list[Pod]:
+        """Those that are left of it, its submitters too."""
+        return [pod for pod in self._made if pod in self.kubelet.pods]
 
     def delete(self) -> list[Deletion]:
-        """What is left of its pods, submitters too, and its Service: before a retry, or at the end."""
-        left = [pod for pod in [self.head, *self.workers, *self._submitters] if pod in self.kubelet.pods]
-        deletions = self.kubelet.delete(left)
+        """Before a retry, or at the end."""
+        deletions = self.kubelet.delete(self.pods())
         self.kubelet.objects.remove(self.service)
         return deletions
+
+    def remove(self) -> None:
+        """Without a notice."""
+        for pod in self.pods():
+            self.kubelet.forget(pod)
+        self.kubelet.objects.remove(self.service)
 
     def head_pod(self) -> Object:
         group = self.spec["headGroupSpec"]
