@@ -18,8 +18,9 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from .kubelet import Kubelet
 from .manifests import Object
-from .pods import Deletion, Kubelet, Pod
+from .pods import Deletion, Pod
 from .quantities import quantity
 
 __all__ = ["RayCluster"]
