@@ -37,7 +37,7 @@ class Kubelet:
     def run(self, thing: Object) -> Pod:
         with self._lock:
             host = Host(self._net, next(self._numbers), self._folder, self._folder)
-            folder = self._folder / "pods" / thing["metadata"]["name"]
+            folder = self._folder / "pods" / host.namespace  # A name may come again.
             folder.mkdir(parents=True)
             pod, links = Pod(self, thing, host, folder), contextlib.ExitStack()
             links.enter_context(host.linked(self.gateway))
@@ -55,8 +55,9 @@ class Kubelet:
     def deploy(self) -> None:
         """The Deployments and StatefulSets, a pod each, until they are ready."""
         wanted = [thing for thing in self.objects if thing["kind"] in ("Deployment", "StatefulSet")]
-        for pod in [self.run(self.pod_of(thing)) for thing in wanted]:
-            pod.wait_ready()
+        pods = [self.run(self.pod_of(thing)) for thing in wanted]
+        with ThreadPoolExecutor(len(pods)) as threads:  # One may wait for another.
+            list(threads.map(Pod.wait_ready, pods))
 
     def pod_of(self, thing: Object) -> Object:
         """The first pod of a Deployment or StatefulSet."""

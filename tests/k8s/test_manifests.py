@@ -20,6 +20,7 @@ HEAD = "RayJob.spec.rayClusterSpec.headGroupSpec"
 POD = f"{HEAD}.template.spec"
 WORKER = "RayJob.spec.rayClusterSpec.workerGroupSpecs.0"
 MLFLOW = "Deployment.spec.template.spec"
+BACKEND = f"{MLFLOW}.containers.0.env.MLFLOW_BACKEND_STORE_URI"
 
 
 def _at(objects: list[Object], path: str) -> tuple[Any, Any]:
@@ -115,6 +116,8 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("one_version_of_ray", put("RayJob.spec.rayClusterSpec.rayVersion", "2.59.0")),
     ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.1.0-ray2.59.0-cpu")),
     ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.0.9-ray2.60.0-cpu")),
+    ("database_driver", put(f"{BACKEND}.value", "postgresql://mlflow:$(POSTGRES_PASSWORD)@lwo-dist-postgres/mlflow")),
+    ("database_driver", put(f"{BACKEND}.value", "postgresql+psycopg://mlflow:$(PASSWORD)@lwo-dist-postgres/mlflow")),
     (
         "no_secret_literal",
         put(f"{POD}.containers.0.env.MLFLOW_TRACKING_PASSWORD", {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}),
