@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Host", "hosts", "why_not"]
+__all__ = ["Host", "bridge", "hosts", "why_not"]
 
 # $1: host name, $2: its hosts file, $3: its own folder, $4: where that is seen; then the command.
 _ON_HOST = """
@@ -120,7 +120,7 @@ def hosts(number: int) -> Iterator[list[Host]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
         # Ray's sockets do not fit below a longer path.
         ray_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")))
-        net = stack.enter_context(_bridge())
+        net = stack.enter_context(bridge())
         made = [Host(net, i, folder, ray_folder) for i in range(1, number + 1)]
         for host in made:
             stack.enter_context(host.linked(f"10.77.{net}.254"))
@@ -130,7 +130,7 @@ def hosts(number: int) -> Iterator[list[Host]]:
 
 
 @contextlib.contextmanager
-def _bridge() -> Iterator[int]:
+def bridge() -> Iterator[int]:
     """The number of a network that nobody else has: its bridge's name is the lock."""
     for net in range(256):
         name = _bridge_name(net)

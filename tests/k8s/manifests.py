@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-__all__ = ["K8S", "OVERLAYS", "REPOSITORY", "Object", "containers", "pods", "render", "schema_problems"]
+__all__ = ["K8S", "OVERLAYS", "REPOSITORY", "Object", "build", "containers", "pods", "render", "schema_problems"]
 
 REPOSITORY = Path(__file__).parents[2]
 K8S = REPOSITORY / "k8s"
@@ -26,19 +26,24 @@ Object = dict[str, Any]
 
 
 def render(overlay: str) -> list[Object]:
-    """The objects of an overlay, the caller's to change; the test is skipped where there is no kustomize."""
+    """The objects of an overlay, the caller's to change."""
     return copy.deepcopy(_render(overlay))
 
 
 @functools.cache
 def _render(overlay: str) -> list[Object]:
+    return build(K8S / overlay)
+
+
+def build(folder: Path) -> list[Object]:
+    """What kustomize makes of a folder; the test is skipped where there is none."""
     if kubectl := shutil.which("kubectl"):
         command = [kubectl, "kustomize"]
     elif kustomize := shutil.which("kustomize"):
         command = [kustomize, "build"]
     else:
         pytest.skip("no kubectl and no kustomize here; https://kubernetes.io/docs/tasks/tools (any kubectl from 1.25)")
-    done = subprocess.run([*command, str(K8S / overlay)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 

@@ -157,6 +157,16 @@ def one_version_of_ray(objects: list[Object]) -> Iterator[str]:
             yield f"{name}: image tag {tag}, expected {version}-ray{pins['ray']}-cpu or -cuda"
 
 
+def database_driver(objects: list[Object]) -> Iterator[str]:
+    """A database's URI names its driver, which the image has; SQLAlchemy's default one changes with its version."""
+    pins = (REPOSITORY / "launch" / "constraints.txt").read_text()
+    for name, container in containers(objects):
+        for variable in container.get("env", []):
+            match = re.match(r"(postgresql|mysql|mssql)\+?(\w*)://", variable.get("value", ""))
+            if match and (not match[2] or not re.search(rf"(?m)^{match[2]}(-binary)?==", pins)):
+                yield f"{name}: {variable['name']} must name a driver that is pinned: {match[1]}+psycopg2://"
+
+
 def no_secret_literal(objects: list[Object]) -> Iterator[str]:
     yield from (
         f"Secret {thing['metadata']['name']}: made by hand, not kept here" for thing in _of_kind(objects, "Secret")
@@ -295,6 +305,7 @@ POLICY_RULES: tuple[Rule, ...] = (
     probed,
     images_pinned,
     one_version_of_ray,
+    database_driver,
     no_secret_literal,
     token_on,
     references_resolve,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .manifests import OVERLAYS, Object, containers, render, schema_problems
+from .manifests import K8S, OVERLAYS, Object, build, containers, render, schema_problems
 from .operator_rules import OPERATOR_RULES
 from .policy_rules import POLICY_RULES
 
@@ -17,6 +20,7 @@ HEAD = "RayJob.spec.rayClusterSpec.headGroupSpec"
 POD = f"{HEAD}.template.spec"
 WORKER = "RayJob.spec.rayClusterSpec.workerGroupSpecs.0"
 MLFLOW = "Deployment.spec.template.spec"
+BACKEND = f"{MLFLOW}.containers.0.env.MLFLOW_BACKEND_STORE_URI"
 
 
 def _at(objects: list[Object], path: str) -> tuple[Any, Any]:
@@ -112,6 +116,8 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("one_version_of_ray", put("RayJob.spec.rayClusterSpec.rayVersion", "2.59.0")),
     ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.1.0-ray2.59.0-cpu")),
     ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.0.9-ray2.60.0-cpu")),
+    ("database_driver", put(f"{BACKEND}.value", "postgresql://mlflow:$(POSTGRES_PASSWORD)@lwo-dist-postgres/mlflow")),
+    ("database_driver", put(f"{BACKEND}.value", "postgresql+psycopg://mlflow:$(PASSWORD)@lwo-dist-postgres/mlflow")),
     (
         "no_secret_literal",
         put(f"{POD}.containers.0.env.MLFLOW_TRACKING_PASSWORD", {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}),
@@ -155,6 +161,20 @@ def test_an_overlay_keeps_every_rule(overlay: str) -> None:
     assert {rule.__name__: found for rule in RULES if (found := list(rule(objects)))} == {}
     names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
     assert len(names) == len(set(names))
+
+
+def test_components_go_together(tmp_path: Path) -> None:
+    """An overlay of one's own, as the README describes it."""
+    k8s = Path(os.path.relpath(K8S, tmp_path))
+    components = [f"{k8s}/components/{folder.name}" for folder in (K8S / "components").iterdir()]
+    own = {"resources": [f"{k8s}/base"], "components": components}
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(own))
+    objects = build(tmp_path)
+    assert {rule.__name__: found for rule in RULES if (found := list(rule(objects)))} == {}
+    apart = [{(t["kind"], t["metadata"]["name"]) for t in render(f"overlays/{name}")} for name in ("s3", "postgres")]
+    together = {(thing["kind"], thing["metadata"]["name"]) for thing in objects}
+    configs = {name for name in apart[0] if name[1].startswith("lwo-dist-config")}  # An overlay's own.
+    assert (apart[0] | apart[1]) - configs <= together
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
