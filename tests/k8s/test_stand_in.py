@@ -180,6 +180,7 @@ TO_MLFLOW = {"head -> mlflow:5000", "worker -> mlflow:5000"}
 SUBMISSION = {"submitter -> head:8265"}
 
 
+@pytest.mark.long
 def test_the_network_policies_let_in_whom_they_name(image: Image) -> None:
     with kubelet(render("overlays/cpu-smoke"), lambda _: image, secrets()) as node:
         pods = _pods_of(node, f"exec python -c '{LISTEN}'")
