@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.hosts import why_not
@@ -14,4 +16,6 @@ from .images import lwo_dist_image
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     if (why := why_not()) is not None:
         pytest.skip(why)
+    if shutil.which("nft") is None:
+        pytest.skip("network policies need the command `nft` (Debian: nftables)")
     return lwo_dist_image(tmp_path_factory.mktemp("image") / "root")

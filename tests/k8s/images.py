@@ -21,7 +21,7 @@ _COMMANDS = {"lwo-dist": "lwo_dist.cli", "ray": "ray.scripts.scripts", "mlflow":
 
 
 def lwo_dist_image(folder: Path) -> Image:
-    """LWO_IMAGE_ROOT names the root file system of the built image (launch/README.md); else `folder` gets a stand-in.
+    """LWO_IMAGE_ROOT names the root file system of the built image; else `folder` gets a stand-in.
 
     Environment, entry point and working directory are the Dockerfile's either way.
     """

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import re
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tests.hosts import Host
 
@@ -208,5 +207,4 @@ class Pod:
 
 
 def _size(folder: Path) -> int:
-    done: Any = subprocess.run(["du", "-sb", folder], capture_output=True, text=True)
-    return int(re.match(r"\d+", done.stdout)[0])  # type: ignore[index]
+    return int(subprocess.run(["du", "-sb", folder], capture_output=True, text=True).stdout.split()[0])

@@ -129,13 +129,15 @@ def _pods_of(node: Kubelet, script: str) -> dict[str, Pod]:
 
 def test_only_the_volumes_can_be_written(image: Image) -> None:
     places = "/ /usr /etc /etc/lwo-dist /opt/lwo /proc /sys /dev /tmp /runs /scratch /dev/shm /mlflow /etc/mlflow"
-    probe = f'id -u; for place in {places}; do if (: >"$place/probe") 2>/dev/null; then echo "$place"; fi; done; true'
+    probe = "id -u; awk '$2 == \"/\" {print substr($4, 1, 2)}' /proc/mounts; "
+    probe += "awk '/^(CapBnd|NoNewPrivs)/ {print $2}' /proc/self/status; "
+    probe += f'for place in {places}; do if (: >"$place/probe") 2>/dev/null; then echo "$place"; fi; done; true'
     with kubelet(render("overlays/cpu-smoke"), lambda _: image, secrets()) as node:
         found = {}
         for part, pod in _pods_of(node, probe).items():
             assert pod.wait(60) == 0, pod.log
-            uid, *found[part] = pod.container.log.split()
-            assert uid == str(UID)
+            uid, root, capabilities, no_new_privileges, *found[part] = pod.container.log.split()
+            assert (uid, root, int(capabilities, 16), no_new_privileges) == (str(UID), "ro", 0, "1")
     of_ray = ["/tmp", "/runs", "/scratch", "/dev/shm"]
     # The runtime gives every container a /dev/shm of 64 MB.
     assert found == {
@@ -178,6 +180,7 @@ TO_MLFLOW = {"head -> mlflow:5000", "worker -> mlflow:5000"}
 SUBMISSION = {"submitter -> head:8265"}
 
 
+@pytest.mark.long
 def test_the_network_policies_let_in_whom_they_name(image: Image) -> None:
     with kubelet(render("overlays/cpu-smoke"), lambda _: image, secrets()) as node:
         pods = _pods_of(node, f"exec python -c '{LISTEN}'")
