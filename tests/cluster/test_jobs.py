@@ -33,7 +33,7 @@ STUB = """
 import json, os, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 print("arguments", sys.argv[1:4])
-print("files", sorted(os.path.relpath(os.path.join(d, f)) for d, _, fs in os.walk(".") for f in fs))
+print("files", sorted(os.path.relpath(os.path.join(d, f)) for d, _, fs in os.walk(".") for f in fs if f[-4:] != ".pyc"))
 print("metadata", os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])
 if "seconds" in settings.get("data.source", ""):
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
