@@ -48,6 +48,8 @@ def lwo_dist_image(folder: Path) -> Image:
     if shutil.which(entrypoint[0]) is None:
         entrypoint = []
     environment |= {"PYTHONPATH": str(REPOSITORY), "LWO_TINY_CODE": "small"}
+    # The image's packages lie in no git work tree; those borrowed may, in one of another user.
+    environment["GIT_CEILING_DIRECTORIES"] = ":".join(packages)
     return Image(folder, environment, entrypoint, command, working_dir, tuple(borrowed))
 
 
