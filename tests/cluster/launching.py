@@ -99,6 +99,11 @@ class Followed:
                 return found
         raise AssertionError(f"it ended without saying {pattern}:\n{''.join(self.said)}")
 
+    def forget(self) -> None:
+        """Leave out what has been said so far: `until` waits for what comes."""
+        while not self._lines.empty():
+            self._next(time.monotonic())
+
     def end(self, timeout_s: float = 240) -> str:
         """Wait until it is over; all it said."""
         while self._next(time.monotonic() + timeout_s) is not None:

@@ -175,6 +175,8 @@ def test_a_head_that_dies(cluster: Cluster, unbroken: Unbroken) -> None:
     run_name = f"headless-{unbroken.strategy}"
     with cluster.submit(run_name, *STRATEGIES[unbroken.strategy]) as job:
         in_mid_visit(cluster, job, run_name)
+        for script in cluster.scripts:
+            script.forget()
         cluster.head.kill()  # and the client, which runs there, too
         lost = time.monotonic()
     cluster.start(cluster.head)

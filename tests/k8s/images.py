@@ -44,12 +44,11 @@ def lwo_dist_image(folder: Path) -> Image:
         return Image(Path(root), environment, entrypoint, command, working_dir)
     _stand_in(folder, Path(environment["PATH"].split(":")[0]))
     packages = [*site.getsitepackages(), *(path for path in sys.path if path.endswith("site-packages"))]
-    borrowed = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix, *packages, str(REPOSITORY)])
+    # Not the whole checkout: the image has no git work tree around its packages.
+    borrowed = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix, *packages, str(REPOSITORY / "lwo_dist")])
     if shutil.which(entrypoint[0]) is None:
         entrypoint = []
     environment |= {"PYTHONPATH": str(REPOSITORY), "LWO_TINY_CODE": "small"}
-    # The image's packages lie in no git work tree; those borrowed may, in one of another user.
-    environment["GIT_CEILING_DIRECTORIES"] = ":".join(packages)
     return Image(folder, environment, entrypoint, command, working_dir, tuple(borrowed))
 
 
