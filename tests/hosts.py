@@ -70,6 +70,13 @@ class Host:
         """Of all that came over the link so far, headers included."""
         return int(Path(f"/sys/class/net/{self._link}/statistics/tx_bytes").read_text())
 
+    def nft(self, rules: str) -> None:
+        """Load `rules` into this host's nftables (Debian: nftables)."""
+        command = ["ip", "netns", "exec", self.namespace, "nft", "-f", "-"]
+        done = subprocess.run(command, input=rules, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{done.stderr}\n{rules}")
+
     def kill(self) -> None:
         """The power is gone: SIGKILL to all that runs here."""
         while pids := _ip("netns", "pids", self.namespace).split():

@@ -1,7 +1,7 @@
 """A kubelet for tests: runs pods as they are written, each with a network, mounts, processes and a user of its own.
 
 Needs root and Debian's iproute2, util-linux and nftables. Not done: CPU limits, seccomp, restarts of a container that
-ended, eviction (see `Pod.over_limit`); a Service is a name for its pod's address; there is no DNS.
+ended, eviction (see `Pod.over_limit`); there is no DNS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.hosts import Host, bridge
 
-from . import policies
+from . import policies, services
 from .container import Image
 from .manifests import Object
 from .pods import Deletion, Pod
@@ -89,23 +89,11 @@ class Kubelet:
     def refresh(self) -> None:
         """Tell every pod which Services there are, and who may talk to it."""
         with self._lock:
-            names = "".join(self._services())
+            names = services.names(self.objects, self.pods, self._net)
             for pod in self.pods:
                 pod.hosts_file.write_text(f"127.0.0.1 localhost\n{pod.address} {pod.name}\n{names}")
+            services.enforce(self.objects, self.pods, self._net)
             policies.enforce(self.objects, self.pods, self.gateway)
-
-    def _services(self) -> Iterator[str]:
-        for thing in self.objects:
-            if thing["kind"] == "Service":
-                name, namespace = thing["metadata"]["name"], thing["metadata"]["namespace"]
-                early = thing["spec"].get("publishNotReadyAddresses", False)
-                for port in thing["spec"].get("ports", []):
-                    if "targetPort" in port and port["targetPort"] not in (port["port"], port.get("name")):
-                        raise NotImplementedError(f"Service {name}: another port than the pod's")
-                for pod in self.pods:
-                    if thing["spec"]["selector"].items() <= pod.labels.items() and (early or pod.ready):
-                        full = f"{name}.{namespace}.svc"
-                        yield f"{pod.address} {full}.cluster.local {full} {name}.{namespace} {name}\n"
 
     def delete(self, pods: list[Pod]) -> list[Deletion]:
         """All at once."""

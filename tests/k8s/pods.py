@@ -129,6 +129,11 @@ class Pod:
     def exec(self, *command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
         return self.container.exec(*command, timeout=timeout)
 
+    def port(self, name: str | int) -> int:
+        """The number of a port, which may be named."""
+        named = {entry.get("name"): entry["containerPort"] for entry in self._main.get("ports", [])}
+        return int(named.get(name, name))
+
     def probe(self, kind: str) -> bool:
         """Whether the startup, readiness or liveness probe is answered; one that is not there is."""
         if (probe := self._main.get(f"{kind}Probe")) is None:
@@ -139,9 +144,8 @@ class Pod:
                 return self.exec(*probe["exec"]["command"], timeout=timeout).returncode == 0
             except subprocess.TimeoutExpired:
                 return False
-        port = probe["httpGet"]["port"]
-        named = {entry.get("name"): entry["containerPort"] for entry in self._main.get("ports", [])}
-        connection = http.client.HTTPConnection(self.address, named.get(port, port), timeout=timeout)
+        port = self.port(probe["httpGet"]["port"])
+        connection = http.client.HTTPConnection(self.address, port, timeout=timeout)
         try:
             connection.request("GET", probe["httpGet"]["path"])
             return 200 <= connection.getresponse().status < 400

@@ -6,8 +6,7 @@ What no policy selects is open, as in Kubernetes. The node (KubeRay's operator a
 from __future__ import annotations
 
 import ipaddress
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .manifests import Object
@@ -15,7 +14,7 @@ from .manifests import Object
 if TYPE_CHECKING:
     from .pods import Pod
 
-__all__ = ["enforce"]
+__all__ = ["enforce", "selects"]
 
 _SIDES = {"Ingress": ("input", "from", "saddr"), "Egress": ("output", "to", "daddr")}
 
@@ -25,7 +24,7 @@ def enforce(objects: list[Object], pods: list[Pod], node: str) -> None:
     for pod in pods:
         rules = "table inet pod {}\nflush table inet pod\ntable inet pod {\n"
         for side, (chain, peers_key, address) in _SIDES.items():
-            held = [p for p in policies if side in p["policyTypes"] and _selects(p["podSelector"], pod.labels)]
+            held = [p for p in policies if side in p["policyTypes"] and selects(p["podSelector"], pod.labels)]
             rules += f"chain {chain} {{\ntype filter hook {chain} priority 0; policy {'drop' if held else 'accept'};\n"
             rules += "ct state established,related accept\n"
             rules += 'iif "lo" accept\n' + f"ip saddr {node} accept\n" if chain == "input" else 'oif "lo" accept\n'
@@ -33,10 +32,7 @@ def enforce(objects: list[Object], pods: list[Pod], node: str) -> None:
                 for rule in policy.get(side.lower(), []):
                     rules += "".join(_lines(rule, rule.get(peers_key), address, pods))
             rules += "}\n"
-        command = ["ip", "netns", "exec", pod.host.namespace, "nft", "-f", "-"]
-        done = subprocess.run(command, input=rules + "}\n", capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{done.stderr}\n{rules}")
+        pod.host.nft(rules + "}\n")
 
 
 def _lines(rule: Object, peers: list[Object] | None, address: str, pods: list[Pod]) -> Iterator[str]:
@@ -52,17 +48,23 @@ def _addresses(peer: Object, address: str, pods: list[Pod]) -> Iterator[str]:
         out = "".join(f" ip {address} != {ipaddress.ip_network(net)}" for net in block.get("except", []))
         yield f"ip {address} {block['cidr']}{out}"
     elif "namespaceSelector" not in peer:  # All pods here are of one namespace, and that is none of the system's.
-        chosen = [pod.address for pod in pods if _selects(peer["podSelector"], pod.labels)]
+        chosen = [pod.address for pod in pods if selects(peer["podSelector"], pod.labels)]
         if chosen:
             yield f"ip {address} {{ {', '.join(chosen)} }}"
 
 
-def _selects(selector: Object, labels: dict[str, str]) -> bool:
-    if not selector.get("matchLabels", {}).items() <= labels.items():
-        return False
-    for expression in selector.get("matchExpressions", []):
-        if expression["operator"] != "In":
-            raise NotImplementedError(expression["operator"])
-        if labels.get(expression["key"]) not in expression["values"]:
-            return False
-    return True
+_OPERATORS: dict[str, Callable[[str | None, list[str]], bool]] = {
+    "In": lambda value, values: value in values,
+    "NotIn": lambda value, values: value not in values,
+    "Exists": lambda value, _: value is not None,
+    "DoesNotExist": lambda value, _: value is None,
+}
+
+
+def selects(selector: Object, labels: dict[str, str]) -> bool:
+    """Whether a label selector fits; an empty one fits all."""
+    expressions = selector.get("matchExpressions", [])
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        _OPERATORS[expression["operator"]](labels.get(expression["key"]), expression.get("values", []))
+        for expression in expressions
+    )

@@ -22,35 +22,21 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.hosts import hosts, why_not
+
+from .container import Container, Image, Mount
 from .manifests import K8S, REPOSITORY
 from .test_image_locks import pins
 
 UID = 1000
 MAX_SIZE = 3e9
 VOLUMES = ("/tmp", "/scratch", "/runs", "/dev/shm")
+SECURITY = {
+    "runAsUser": UID, "runAsGroup": UID, "readOnlyRootFilesystem": True, "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+}  # fmt: skip
 SUITES = ("debian bookworm", "debian bookworm-updates", "debian-security bookworm-security")
-# Nothing that the command starts outlives it, and tini is process 1.
-NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 COMPILERS = {"as", "c++", "cc", "clang", "cmake", "g++", "gcc", "ld", "make", "nvcc"}
-
-# $1: the image's root; $2: /runs; $3: the config; the other arguments: the command. What a container runtime does.
-POD = """
-set -euo pipefail
-root=$1 runs=$2 config=$3; shift 3
-mkdir -p "$root"/{runs,scratch,etc/lwo-dist}
-touch "$root"/etc/{hosts,resolv.conf}
-mount --bind "$root" "$root"
-mount -t proc proc "$root/proc"; mount --rbind /dev "$root/dev"
-for volume in tmp scratch dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$root/$volume"; done
-mount --bind "$runs" "$root/runs"
-for file in hosts resolv.conf; do
-  mount --bind "/etc/$file" "$root/etc/$file"; mount -o remount,bind,ro "$root/etc/$file"
-done
-mount --bind "$config" "$root/etc/lwo-dist"; mount -o remount,bind,ro "$root/etc/lwo-dist"
-mount -o remount,bind,ro "$root"
-exec chroot "$root" /usr/bin/env -i "${ENVIRONMENT[@]}" /usr/bin/setpriv --reuid="$USER_ID" --regid="$USER_ID" \\
-  --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all -- /bin/sh -c 'cd "$0" && exec "$@"' "$WORK" "$@"
-"""
 
 
 def _missing() -> str | None:
@@ -59,12 +45,7 @@ def _missing() -> str | None:
     missing = [tool for tool in ("buildah", "debootstrap") if shutil.which(tool) is None]
     if missing:
         return f"no {' and no '.join(missing)} (Debian and Ubuntu: apt install buildah debootstrap)"
-    probe = [*NAMESPACES, "sh", "-c", "mount -t tmpfs tmpfs /mnt && mount -t proc proc /mnt"]
-    return (
-        None
-        if subprocess.run(probe, capture_output=True).returncode == 0
-        else "needs private mount and process namespaces"
-    )
+    return why_not()
 
 
 REASON = _missing()
@@ -78,35 +59,53 @@ def _checked(*command: str | Path) -> str:
 
 
 @dataclass(frozen=True)
-class Image:
-    """A container of the image; its root is not written to but for the places to mount at."""
+class Built:
+    """The image's root file system and its configuration."""
 
     root: Path
     config: dict[str, Any]
 
-    def run(self, *command: str, runs: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run `command`, or the image's own, behind its entrypoint."""
-        inside = dict(entry.split("=", 1) for entry in self.config["Env"]) | environment
-        pairs = " ".join(shlex.quote(f"{name}={value}") for name, value in inside.items())
-        with tempfile.TemporaryDirectory() as folder:
-            volume, config = Path(folder, "runs"), Path(folder, "config")
-            config.mkdir()
-            shutil.copy(K8S / "overlays" / "cpu-smoke" / "config.yaml", config)
-            runs or volume.mkdir()
-            os.chown(runs or volume, UID, UID)
-            script = f"ENVIRONMENT=({pairs})\nUSER_ID={UID}\nWORK={self.config['WorkingDir']}\n{POD}"
-            arguments = [*self.config["Entrypoint"], *(command or self.config["Cmd"])]
-            start = [*NAMESPACES, "bash", "-c", script, "pod", self.root, runs or volume, config]
-            return subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=900)
+    def run(self, *command: str, runs: Path | None = None, **environment: str) -> tuple[int, str]:
+        """The exit code and log of `command`, or of the image's own, behind its entrypoint, as a pod runs it."""
+        image = Image(self.root, {}, working_dir=self.config["WorkingDir"])
+        with hosts(1) as (host,), tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            (folder / "runs").mkdir()
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{host.address} {host.name}\n")
+            os.chown(runs or folder / "runs", UID, UID)
+            memory = [Mount(volume, None, size=2**30) for volume in VOLUMES if volume != "/runs"]
+            config = Mount("/etc/lwo-dist/config.yaml", K8S / "overlays" / "cpu-smoke" / "config.yaml", read_only=True)
+            container = Container(
+                name="image",
+                image=image,
+                command=[*self.config["Entrypoint"], *(command or self.config["Cmd"])],
+                environment=dict(entry.split("=", 1) for entry in self.config["Env"]) | environment,
+                mounts=[
+                    *memory,
+                    config,
+                    Mount("/runs", runs or folder / "runs"),
+                    Mount("/etc/hosts", folder / "hosts"),
+                ],
+                security=SECURITY,
+                namespace=host.namespace,
+                hostname=host.name,
+                folder=folder / "container",
+            )
+            container.start()
+            try:
+                return container.wait(900), container.log
+            finally:
+                container.remove()
 
     def output(self, *command: str) -> str:
-        done = self.run(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.strip()
+        code, log = self.run(*command)
+        assert code == 0, log
+        return log.strip()
 
 
 @pytest.fixture(scope="module")
-def image() -> Iterator[Image]:
+def image() -> Iterator[Built]:
     with tempfile.TemporaryDirectory(prefix="lwo-image-", dir="/var/tmp") as folder:
         buildah = ["buildah", "--storage-driver=vfs", f"--root={folder}/storage", f"--runroot={folder}/run"]
         try:
@@ -121,7 +120,7 @@ def image() -> Iterator[Image]:
             root = Path(_checked(*buildah, "mount", container))
             for stub in (option.split(":")[1] for option in options if option.startswith("--volume=")):
                 _remove_stub(root / stub.lstrip("/"))
-            yield Image(root, json.loads(_checked(*buildah, "inspect", container))["OCIv1"]["config"])
+            yield Built(root, json.loads(_checked(*buildah, "inspect", container))["OCIv1"]["config"])
         finally:
             subprocess.run([*buildah, "rm", "--all"], capture_output=True)
             subprocess.run([*buildah, "rmi", "--all", "--force"], capture_output=True)
@@ -149,12 +148,10 @@ def _remove_stub(place: Path) -> None:
         place.unlink()
 
 
-def test_the_programs_that_the_manifests_name_run(image: Image) -> None:
+def test_the_programs_that_the_manifests_name_run(image: Built) -> None:
     assert image.config["User"] == f"{UID}:{UID}"
     wanted = pins((REPOSITORY / "launch" / "image" / "requirements-cpu.txt").read_text())
-    help_text = image.run()
-    assert help_text.returncode == 0, help_text.stderr
-    assert "usage: lwo-dist" in help_text.stdout
+    assert "usage: lwo-dist" in image.output()
     assert image.output("ray", "--version").split()[-1] == wanted["ray"]
     assert image.output("mlflow", "--version").split()[-1] == wanted["mlflow"]
     imports = "import torch, deepspeed, peft, psycopg2, flask_wtf; print(torch.__version__, deepspeed.__version__)"
@@ -164,13 +161,13 @@ def test_the_programs_that_the_manifests_name_run(image: Image) -> None:
     assert image.output("sh", "-c", "ls /opt/lwo/example-source/*.py")
 
 
-def test_only_the_volumes_can_be_written(image: Image) -> None:
+def test_only_the_volumes_can_be_written(image: Built) -> None:
     places = "/ /usr /etc /etc/lwo-dist /opt/lwo /opt/lwo/venv /var/tmp /home " + " ".join(VOLUMES)
     probe = f'id -u; for place in {places}; do if (: >"$place/probe") 2>/dev/null; then echo "$place"; fi; done'
     assert image.output("sh", "-c", probe).split() == [str(UID), *VOLUMES]
 
 
-def test_nothing_of_the_build_is_left(image: Image) -> None:
+def test_nothing_of_the_build_is_left(image: Built) -> None:
     files = [path for path in image.root.rglob("*") if path.is_file() and not path.is_symlink()]
     assert COMPILERS & {path.name for path in files if path.stat().st_mode & 0o111} == set()
     assert [path for path in files if path.stat().st_mode & 0o6000] == []
@@ -185,7 +182,7 @@ def test_nothing_of_the_build_is_left(image: Image) -> None:
     assert sum(path.stat().st_size for path in files) < MAX_SIZE
 
 
-def test_the_sbom_is_valid_and_names_what_is_there(image: Image) -> None:
+def test_the_sbom_is_valid_and_names_what_is_there(image: Built) -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
@@ -216,14 +213,14 @@ def _of_kind(purls: list[str], kind: str) -> set[str]:
     return {f"{purl.name}@{purl.version}" for purl in parsed}
 
 
-def test_the_main_job_ends_well(image: Image, tmp_path: Path) -> None:
+def test_the_main_job_ends_well(image: Built, tmp_path: Path) -> None:
     job = yaml.safe_load((K8S / "base" / "ray-job.yaml").read_text())["spec"]
     container = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     # Without a cluster Ray is a local one, and without secrets MLflow cannot be reached: the run goes on without it.
     environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
     environment |= {"LWO_TINY_CODE": "small", "OMP_NUM_THREADS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    done = image.run(*shlex.split(job["entrypoint"]), runs=tmp_path, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, log = image.run(*shlex.split(job["entrypoint"]), runs=tmp_path, **environment)
+    assert code == 0, log
     summary = json.loads((tmp_path / "smoke" / "summary.json").read_text())
     assert (summary["steps"], summary["world_size"]) == (20, 2)
     assert (tmp_path / "smoke" / "summary.json").stat().st_uid == UID

@@ -10,6 +10,7 @@ import pytest
 from .environment import expand
 from .kuberay import RayCluster
 from .manifests import OVERLAYS, Object, render, schema_problems
+from .policies import selects
 from .quantities import quantity
 
 
@@ -56,6 +57,22 @@ def test_the_head_service_finds_the_head_alone() -> None:
 )
 def test_variables_in_variables(text: str, expected: str) -> None:
     assert expand(text, {"A": "1"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "labels"),
+    [
+        ("In", ["a", "b"], [{"part": "a"}]),
+        ("NotIn", ["a", "b"], [{"part": "c"}, {}]),
+        ("Exists", None, [{"part": "a"}, {"part": "c"}]),
+        ("DoesNotExist", None, [{}]),
+    ],
+)
+def test_whom_a_policy_selects(operator: str, values: list[str] | None, labels: list[dict[str, str]]) -> None:
+    expression = {"key": "part", "operator": operator} | ({} if values is None else {"values": values})
+    every: list[dict[str, str]] = [{"part": "a"}, {"part": "c"}, {}]
+    assert [own for own in every if selects({"matchExpressions": [expression]}, own)] == labels
+    assert not selects({"matchLabels": {"other": "x"}, "matchExpressions": [expression]}, labels[0])
 
 
 def test_quantities() -> None:

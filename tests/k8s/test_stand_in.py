@@ -68,6 +68,15 @@ def _long_run(name: str) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
+def _submit_and_take_away(ray: RayCluster, pod: Pod) -> Pod:
+    """The submitter of a run that was in its middle when `pod` was deleted; its hook had the run leave in time."""
+    submitter = ray.submit()
+    until(lambda: "step 20/300" in submitter.log, submitter)
+    deletion = pod.delete()
+    assert deletion.hook is not None and deletion.hook.returncode == 0 and not deletion.killed, deletion
+    return submitter
+
+
 def _stopped_at(log: str) -> int:
     assert "failed with exit code 75" in log, log
     stopped = re.search(r"stopped by .* at step (\d+); checkpoint (\S+);", log)
@@ -79,10 +88,7 @@ def _stopped_at(log: str) -> int:
 def test_a_worker_pod_goes_and_the_next_try_goes_on_from_that_step(node: Kubelet) -> None:
     edit_config(node.objects, _long_run("worker-goes"))
     with cluster(node) as ray:
-        submitter = ray.submit()
-        until(lambda: "step 20/300" in submitter.log, submitter)
-        deletion = ray.workers[0].delete()
-        assert deletion.hook is not None and deletion.hook.returncode == 0 and not deletion.killed, deletion
+        submitter = _submit_and_take_away(ray, ray.workers[0])
         # Not 1: `ray job logs --follow` takes no notice of how the job ended. The operator asks for that.
         assert submitter.wait(PATIENCE_S) == 0
         assert ray.status().startswith("FAILED")
@@ -101,10 +107,7 @@ def test_a_worker_pod_goes_and_the_next_try_goes_on_from_that_step(node: Kubelet
 def test_the_head_pod_goes_and_the_run_is_saved_before(node: Kubelet) -> None:
     edit_config(node.objects, _long_run("head-goes"))
     with cluster(node) as ray:
-        submitter = ray.submit()
-        until(lambda: "step 20/300" in submitter.log, submitter)
-        deletion = ray.head.delete()
-        assert deletion.hook is not None and deletion.hook.returncode == 0 and not deletion.killed, deletion
+        submitter = _submit_and_take_away(ray, ray.head)
         submitter.wait(PATIENCE_S)
         step = _stopped_at(submitter.log)
         assert "stopped by SIGTERM" in submitter.log
@@ -163,12 +166,16 @@ with concurrent.futures.ThreadPoolExecutor(20) as threads: print("\\n".join(thre
 """
 
 
+def _opened(pod: Pod, *doors: str) -> list[str]:
+    return pod.exec("python", "-c", KNOCK, *doors).stdout.split()
+
+
 def _open_doors(pods: dict[str, Pod]) -> set[str]:
     names = {pod.address: part for part, pod in pods.items()}
     found = set()
     for part, pod in pods.items():
         doors = [f"{other.address}:{port}" for other in pods.values() if other is not pod for port in PORTS]
-        for door in pod.exec("python", "-c", KNOCK, *doors).stdout.split():
+        for door in _opened(pod, *doors):
             address, _, port = door.partition(":")
             found.add(f"{part} -> {names[address]}:{port}")
     return found
@@ -198,3 +205,23 @@ def test_the_network_policies_let_in_whom_they_name(image: Image) -> None:
             node.objects[:] = [t for t in everything if (t["kind"], t["metadata"]["name"]) != ("NetworkPolicy", name)]
             node.refresh()
             assert _open_doors(pods) == (AMONG_RAY | TO_MLFLOW | SUBMISSION) - lost, name
+
+
+def test_a_service_opens_its_own_ports_and_leads_to_the_pods_that_are_ready(image: Image) -> None:
+    objects = render("overlays/cpu-smoke")
+    (service,) = (thing for thing in objects if thing["kind"] == "Service")
+    service["spec"]["ports"] = [{"name": "web", "port": 80, "targetPort": "http"}]
+    doors = ["lwo-dist-mlflow:80", "lwo-dist-mlflow.lwo-dist:80", "lwo-dist-mlflow:5000"]
+    with kubelet(objects, lambda _: image, secrets()) as node:
+        pods = _pods_of(node, f"exec python -c '{LISTEN}'")
+        mlflow, head = pods["mlflow"], pods["head"]
+        until(lambda: "listening" in mlflow.log, mlflow)
+        assert _opened(head, *doors) == []
+        mlflow.ready = True
+        node.refresh()
+        assert _opened(head, *doors) == doors[:2]
+        # The policy is about the pod's port, wherever the connection came in.
+        assert _opened(pods["submitter"], *doors) == []
+        service["spec"]["clusterIP"] = "None"
+        node.refresh()
+        assert _opened(head, *doors) == doors[2:]
