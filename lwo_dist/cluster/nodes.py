@@ -72,15 +72,14 @@ def nodes_of_cluster(without: Collection[str] = ()) -> list[Node]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
 
 
-def placement_groups() -> set[str]:
-    """Ids of this job's placement groups, which hold places for workers."""
+def placement_groups() -> dict[str, str]:
+    """This job's placement groups, which hold places for workers: id -> state, such as PENDING or CREATED."""
     import ray
     from ray.util import placement_group_table
 
     job = ray.get_runtime_context().get_job_id()  # An id of a placement group ends with its job's.
-    return {
-        name for name, group in placement_group_table().items() if name.endswith(job) and group["state"] != "REMOVED"
-    }
+    states = {name: group["state"] for name, group in placement_group_table().items() if name.endswith(job)}
+    return {name: state for name, state in states.items() if state != "REMOVED"}
 
 
 def remove_placement_groups(names: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from lwo_dist.config import ClusterConfig, Config, UserError
+from lwo_dist.config import Config, UserError
 from lwo_dist.storage import storage_folder
 from lwo_dist.training.stop import Stopped, StopRequest
 
@@ -28,6 +28,7 @@ from .nodes import (
     room,
     this_machine,
 )
+from .waiting import watched_waiting
 from .worker import Interrupted, forwarded
 
 __all__ = ["train"]
@@ -44,6 +45,8 @@ _DRIVER_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray Train looks at its workers every 2 s by default, and each checkpoint waits for a look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # For so long a run asks for its places before it asks again, or, if elastic, for fewer. Ray's default is 60.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 _LOCAL_ENVIRONMENT = {
     # A token of this run's own, below: nobody else on the machine gets in, and no file is made in the home folder.
@@ -57,8 +60,6 @@ _TRACEBACK = "lwo_dist_traceback"
 
 # How often workers that cannot connect are started again; after 5, 10, 20, 40 s.
 _CONNECTION_ATTEMPTS = 4
-# An elastic run whose node is gone asks for it again for so long before it goes on without. Ray's default is 60.
-_ELASTIC_START_TIMEOUT_S = "10"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def train(config: Config) -> dict[str, Any]:
         ray.train.TrainingFailedError: another failure of a worker.
         KeyboardInterrupt: Ctrl-C; the workers are gone by then.
     """
-    joins = _set_environment(config.cluster)
+    joins = _set_environment()
     stop = StopRequest(config.train.max_seconds)
     with contextlib.ExitStack() as stack:
         nodes = stack.enter_context(joined_ray()) if joins else [this_machine()]
@@ -82,7 +83,7 @@ def train(config: Config) -> dict[str, Any]:
             stack.enter_context(local_ray(nodes[0]))
         threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
         try:
-            with stop.listening(), forwarded(stop) as flag:
+            with stop.listening(), forwarded(stop) as flag, watched_waiting(config, resources, stop):
                 return _fit_until_done(config, resources, threads, flag)
         except Stopped:
             raise
@@ -96,15 +97,13 @@ def train(config: Config) -> dict[str, Any]:
             raise
 
 
-def _set_environment(cluster: ClusterConfig) -> bool:
+def _set_environment() -> bool:
     """Set what Ray reads, where the user has not; return whether there is a Ray to join."""
     imported = "ray" in sys.modules  # Then it has read its environment, and a new token would not fit the old mode.
     joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if imported and sys.modules["ray"].is_initialized():
         joins = True
     environment = dict(_DRIVER_ENVIRONMENT)
-    if cluster.min_workers < cluster.max_workers:
-        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = _ELASTIC_START_TIMEOUT_S
     if not joins and not imported:
         environment |= _LOCAL_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in environment.items():
@@ -120,7 +119,7 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
 
     failures, leaving = 0, set[str]()
     while True:
-        before = placement_groups()
+        before = set(placement_groups())
         try:
             outcome = _fit(config, resources, threads, flag)
         except ControllerError as error:
@@ -139,7 +138,7 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
             print(f"{outcome.stopped}; going on without it", flush=True)
             continue
         # Ray 2.60 leaves them behind after such a failure, and the next attempt would wait for their room for ever.
-        remove_placement_groups(placement_groups() - before)
+        remove_placement_groups(set(placement_groups()) - before)
         wait = 5 * 2**failures
         failures += 1
         print(

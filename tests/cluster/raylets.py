@@ -8,11 +8,14 @@ hosts           which nodes have training workers  -> ids
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = ["Raylets", "raylets"]
 
@@ -50,15 +53,22 @@ class Raylets:
 
 
 @contextmanager
-def raylets(environment: dict[str, str]) -> Iterator[Raylets]:
-    """A head without CPUs, for a driver, and as many nodes as are added."""
+def raylets(folder: Path, **more: str) -> Iterator[tuple[Raylets, dict[str, str]]]:
+    """A head without CPUs, for a driver, and as many nodes as are added; the environment to join it with."""
+    from tests.cluster.launching import environment  # Not in the process below: it brings torch.
+
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets do not fit below pytest's folders.
+    own = environment(folder, RAY_TMPDIR=short, OMP_NUM_THREADS="1", **token, **more)
     process = subprocess.Popen(
-        [sys.executable, __file__], env=environment, text=True,
+        [sys.executable, __file__], env=own, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     with process:
-        yield Raylets(process)
+        nodes = Raylets(process)
+        yield nodes, own | {"RAY_ADDRESS": nodes.address}
         process.communicate("")
+    shutil.rmtree(short, ignore_errors=True)
 
 
 def main() -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.launching import command, environment, followed, make_inputs, summary_of
+from tests.cluster.launching import command, followed, make_inputs, summary_of
 from tests.cluster.raylets import Raylets, raylets
 
 pytestmark = pytest.mark.long  # a minute or two each
@@ -31,12 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cluster(folder: Path) -> Iterator[tuple[Raylets, dict[str, str]]]:
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets do not fit below pytest's folders.
-    own = environment(folder, RAY_TMPDIR=short, OMP_NUM_THREADS="1", RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1", **token)
-    with raylets(own) as nodes:
-        yield nodes, own | {"RAY_ADDRESS": nodes.address}
-    shutil.rmtree(short, ignore_errors=True)
+    with raylets(folder, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1") as cluster:
+        yield cluster
 
 
 def test_a_run_survives_the_loss_of_a_node(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
