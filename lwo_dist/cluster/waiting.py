@@ -50,6 +50,7 @@ def watched_waiting(config: Config, resources: Mapping[str, float], stop: StopRe
         if watch.can_end:
             signal.set_wakeup_fd(before)
         ring.send(_OVER)
+        ring.close()
         watch.join(timeout=5)  # A Ray that is gone may not answer it.
 
 
@@ -62,13 +63,16 @@ class _Watch(threading.Thread):
         self.ended_by_stop = False
 
     def run(self) -> None:
+        with self._bell:
+            self._listen()
+
+    def _listen(self) -> None:
         began, next_line, ends = None, _FIRST_LINE_S, False
         while True:
             came = self._bell.recv(64) if select.select([self._bell], [], [], _LOOK_S)[0] else b""
             if _OVER in came:
                 return
-            if signal.SIGINT in came and not ends:
-                ends = True
+            ends = ends or signal.SIGINT in came
             waits = _waits()
             if waits is None:  # Ray Train asks for the places again, from time to time.
                 continue
@@ -82,7 +86,8 @@ class _Watch(threading.Thread):
             if ends:
                 self._end()
             elif waited >= next_line:
-                print(_line(self._config, self._resources, waited), flush=True)
+                with contextlib.suppress(Exception):  # as in _waits
+                    print(_line(self._config, self._resources, waited), flush=True)
                 next_line *= 2
 
     def _end(self) -> None:
