@@ -48,18 +48,22 @@ def _others_work(own: dict[str, str]) -> Iterator[None]:
         driver.communicate("")
 
 
+def test_ctrl_c_is_heard_while_a_run_waits(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
+    _, own = cluster
+    with _others_work(own), followed(command(folder, "impatient", "cluster.num_workers=2"), own) as train:
+        train.until(r"^waiting for room for 2 worker\(s\) of 1 CPU for 1\d s; .* have room for 2, which others use")
+        train.process.send_signal(signal.SIGINT)
+        said = train.end()
+    assert train.process.returncode == 130, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.long  # a minute
 def test_a_run_waits_until_others_are_done(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
     _, own = cluster
-    two = command(folder, "patient", "cluster.num_workers=2")
     with ExitStack() as others:
         others.enter_context(_others_work(own))
-        with followed(two, own) as train:
-            train.until(r"^waiting for room for 2 worker\(s\) of 1 CPU for 1\d s; .* have room for 2, which others use")
-            train.process.send_signal(signal.SIGINT)
-            said = train.end()
-        # Ctrl-C is heard meanwhile.
-        assert train.process.returncode == 130, said
-        with followed(two, own) as train:
+        with followed(command(folder, "patient", "cluster.num_workers=2"), own) as train:
             train.until(r"^waiting for room for 2 worker")
             others.close()
             said = train.end()
