@@ -55,7 +55,7 @@ def test_ctrl_c_is_heard_while_a_run_waits(folder: Path, cluster: tuple[Raylets,
         train.process.send_signal(signal.SIGINT)
         said = train.end()
     assert train.process.returncode == 130, said
-    assert "Traceback" not in said
+    assert "lwo_dist/cli.py" not in said  # No traceback of ours; Ray's own actors may have one as their driver leaves.
 
 
 @pytest.mark.long  # a minute
