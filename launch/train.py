@@ -1,6 +1,8 @@
-"""What torchrun and a Ray job run, for example: torchrun --nproc-per-node 2 launch/train.py -c FILE key=value ...
+"""What torchrun and a Ray job run, for example: torchrun --nproc-per-node 2 launch/train.py -c FILE
+key=value ...
 
-A rank of torchrun trains; without torchrun this starts a local Ray, or joins RAY_ADDRESS, as `lwo-dist train` does.
+A rank of torchrun trains; without torchrun this starts a local Ray, or joins RAY_ADDRESS, as
+`lwo-dist train` does.
 """
 
 import sys

@@ -1,7 +1,9 @@
-"""tiny-code: a small model of Python, made where no hub can be reached, so that there is something to tune.
+"""tiny-code: a small model of Python, made where no hub can be reached, so that there is something
+to tune.
 
-A tokenizer and a Qwen2 model are trained from nothing, in full and with plain torch, on the sources of the
-interpreter's standard library. That takes about two minutes on two cores, once per cache folder.
+A tokenizer and a Qwen2 model are trained from nothing, in full and with plain torch, on the sources
+of the interpreter's standard library. That takes about two minutes on two cores, once per cache
+folder.
 """
 
 from __future__ import annotations
@@ -33,15 +35,27 @@ from .config import UserError
 __all__ = ["Recipe", "default_cache_folder", "ensure_base_model"]
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-# Tests and tools that no program imports, tables that were generated, and what is not the standard library.
-_LEFT_OUT = {"_bundled", "dist-packages", "distutils", "encodings", "idlelib", "lib2to3", "msilib", "pydoc_data"}
+# Tests and tools that no program imports, tables that were generated, and what is not the standard
+# library.
+_LEFT_OUT = {
+    "_bundled",
+    "dist-packages",
+    "distutils",
+    "encodings",
+    "idlelib",
+    "lib2to3",
+    "msilib",
+    "pydoc_data",
+}
 _LEFT_OUT |= {"site-packages", "test", "tests", "turtledemo"}
 _FEWEST_FILES = 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What tiny-code is made of. Anything that changes the result belongs here: the cache goes by it."""
+    """What tiny-code is made of. Anything that changes the result belongs here: the cache goes by
+    it.
+    """
 
     version: int = 1
     """Raised when the code below changes what it makes."""
@@ -74,29 +88,41 @@ tiny-code, made by lwo_dist from the sources of Python's standard library.
 RECIPES = {
     "full": Recipe(),
     "small": Recipe(
-        files=60, vocab_size=512, hidden_size=32, intermediate_size=64, sequence_length=128, steps=60, warmup_steps=6
+        files=60,
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        sequence_length=128,
+        steps=60,
+        warmup_steps=6,
     ),
 }
 
 
 def default_cache_folder(storage: str | Path) -> Path:
-    """Where a run keeps tiny-code: LWO_CACHE_DIR if that is set, else <storage>/cache, which all workers see."""
+    """Where a run keeps tiny-code: LWO_CACHE_DIR if that is set, else <storage>/cache, which all
+    workers see.
+    """
     return Path(os.environ.get("LWO_CACHE_DIR") or Path(storage) / "cache").expanduser()
 
 
-def ensure_base_model(cache_folder: Path, *, recipe: Recipe | None = None, log: Callable[[str], None] = print) -> Path:
-    """The folder of tiny-code, as `save_pretrained` writes one; it is made if `cache_folder` does not have it.
+def ensure_base_model(
+    cache_folder: Path, *, recipe: Recipe | None = None, log: Callable[[str], None] = print
+) -> Path:
+    """The folder of tiny-code, as `save_pretrained` writes one; it is made if `cache_folder` does
+    not have it.
 
-    Of several processes, on one machine or on several that share `cache_folder`, one builds and the others wait.
-    A build that is killed leaves nothing that is taken for a model.
+    Of several processes, on one machine or on several that share `cache_folder`, one builds and the
+    others wait. A build that is killed leaves nothing that is taken for a model.
 
     Args:
-        recipe: None takes the one that the environment variable LWO_TINY_CODE names, "full" or "small", else "full".
+        recipe: None takes the one that the environment variable LWO_TINY_CODE names, "full" or
+            "small", else "full".
         log: gets a line now and then while the model is made.
 
     Raises:
-        UserError: an interpreter without the sources of its standard library, a cache folder that cannot be written,
-            an unknown LWO_TINY_CODE.
+        UserError: an interpreter without the sources of its standard library, a cache folder that
+            cannot be written, an unknown LWO_TINY_CODE.
     """
     recipe = recipe or _chosen_recipe()
     folder = cache_folder / f"tiny-code-{_fingerprint(recipe)}"
@@ -121,7 +147,10 @@ def ensure_base_model(cache_folder: Path, *, recipe: Recipe | None = None, log: 
 def _chosen_recipe() -> Recipe:
     name = os.environ.get("LWO_TINY_CODE") or "full"
     if name not in RECIPES:
-        raise UserError(f"LWO_TINY_CODE = {name!r} must be one of {', '.join(RECIPES)}; unset it for the full model")
+        raise UserError(
+            f"LWO_TINY_CODE = {name!r} must be one of {', '.join(RECIPES)}; unset it for the full"
+            " model"
+        )
     return RECIPES[name]
 
 
@@ -145,7 +174,10 @@ def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
 def _build(recipe: Recipe, folder: Path, log: Callable[[str], None]) -> None:
     started = time.monotonic()
     texts = _standard_library()[: recipe.files]
-    log(f"tiny-code: making a base model from {len(texts)} files of the standard library, once, in about two minutes")
+    log(
+        f"tiny-code: making a base model from {len(texts)} files of the standard library, once, in"
+        " about two minutes"
+    )
     tokenizer = _train_tokenizer(texts, recipe)
     model = _train_model(_packed(texts, tokenizer, recipe), tokenizer, recipe, log)
     tokenizer.save_pretrained(folder)
@@ -169,8 +201,9 @@ def _standard_library() -> list[str]:
     texts = [text for text in texts if text.strip()]
     if len(texts) < _FEWEST_FILES:
         raise UserError(
-            f"tiny-code is made from the standard library, but {root} holds only {len(texts)} of its sources; "
-            "use a Python that has them, or set model.name to a folder or a Hugging Face id"
+            f"tiny-code is made from the standard library, but {root} holds only {len(texts)} of"
+            " its sources; use a Python that has them, or set model.name to a folder or a Hugging"
+            " Face id"
         )
     return texts
 
@@ -178,14 +211,16 @@ def _standard_library() -> list[str]:
 def _train_tokenizer(texts: list[str], recipe: Recipe) -> Qwen2Tokenizer:
     """Qwen2's byte-level BPE with a vocabulary of its own.
 
-    `AutoTokenizer` reads the tokenizer of a Qwen2 model as this class, with the class's way of cutting text into
-    words, whatever was saved; so this is what is trained. But no token crosses the end of a line: a line has the
-    same tokens alone as within its file.
+    `AutoTokenizer` reads the tokenizer of a Qwen2 model as this class, with the class's way of
+    cutting text into words, whatever was saved; so this is what is trained. But no token crosses
+    the end of a line: a line has the same tokens alone as within its file.
     """
     qwen2 = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = qwen2.normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), qwen2.pre_tokenizer])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), qwen2.pre_tokenizer]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
         special_tokens=[END_OF_TEXT, PADDING],
@@ -204,7 +239,9 @@ def _train_tokenizer(texts: list[str], recipe: Recipe) -> Qwen2Tokenizer:
 
 
 def _packed(texts: list[str], tokenizer: Qwen2Tokenizer, recipe: Recipe) -> Tensor:
-    """All files in a random order, an end-of-text token after each, as int64 rows of `sequence_length`."""
+    """All files in a random order, an end-of-text token after each, as int64 rows of
+    `sequence_length`.
+    """
     ids = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
     random.Random(recipe.seed).shuffle(ids)
     stream = torch.tensor([token for file in ids for token in (*file, tokenizer.eos_token_id)])
@@ -221,7 +258,9 @@ def _train_model(
         torch.manual_seed(recipe.seed)
         model = Qwen2ForCausalLM(_architecture(tokenizer, recipe))
         model.generation_config = GenerationConfig(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
         )
         _train(model, rows, recipe, log)
     finally:
@@ -246,7 +285,9 @@ def _architecture(tokenizer: Qwen2Tokenizer, recipe: Recipe) -> Qwen2Config:
     )
 
 
-def _train(model: Qwen2ForCausalLM, rows: Tensor, recipe: Recipe, log: Callable[[str], None]) -> None:
+def _train(
+    model: Qwen2ForCausalLM, rows: Tensor, recipe: Recipe, log: Callable[[str], None]
+) -> None:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
@@ -254,13 +295,18 @@ def _train(model: Qwen2ForCausalLM, rows: Tensor, recipe: Recipe, log: Callable[
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
     batches = _batches(rows, recipe.batch_size, torch.Generator().manual_seed(recipe.seed))
     said, losses = time.monotonic(), []
-    # Cores work on sequences, not on parts of one operation: at this size those would wait for each other most of
-    # the time, and on a busy machine nearly all of it. The sum does not depend on the number of cores either.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    # Cores work on sequences, not on parts of one operation: at this size those would wait for each
+    # other most of the time, and on a busy machine nearly all of it. The sum does not depend on the
+    # number of cores either.
+    with ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         for step in range(1, recipe.steps + 1):
             parts = list(pool.map(partial(_gradients, model, parameters), next(batches).split(1)))
             losses += [loss for loss, _ in parts]
-            for parameter, *gradients in zip(parameters, *(gradients for _, gradients in parts), strict=True):
+            for parameter, *gradients in zip(
+                parameters, *(gradients for _, gradients in parts), strict=True
+            ):
                 parameter.grad = torch.stack(gradients).mean(0)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -270,7 +316,9 @@ def _train(model: Qwen2ForCausalLM, rows: Tensor, recipe: Recipe, log: Callable[
                 said, losses = time.monotonic(), []
 
 
-def _gradients(model: Qwen2ForCausalLM, parameters: list[Tensor], row: Tensor) -> tuple[float, tuple[Tensor, ...]]:
+def _gradients(
+    model: Qwen2ForCausalLM, parameters: list[Tensor], row: Tensor
+) -> tuple[float, tuple[Tensor, ...]]:
     loss = model(input_ids=row, labels=row, use_cache=False).loss
     return loss.item(), torch.autograd.grad(loss, parameters)
 

@@ -43,13 +43,17 @@ class Callback:
         """Model, data and hook are ready."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Every `train.logging_steps` optimizer steps: DESIGN's names (`train/loss`, `lwo/active_layer`, ...)."""
+        """Every `train.logging_steps` optimizer steps: DESIGN's names (`train/loss`,
+        `lwo/active_layer`, ...).
+        """
 
     def on_switch(self, step: int, layer: str) -> None:
         """After `step` optimizer steps, `layer` became active."""
 
     def on_visit(self, step: int, layer: str, metrics: Mapping[str, float]) -> None:
-        """With the metrics: the visit of `layer` that was over after `step` steps; names `visit/...`."""
+        """With the metrics: the visit of `layer` that was over after `step` steps; names
+        `visit/...`.
+        """
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """`eval/loss`, `eval/exact_match`, `eval/edit_similarity`, `eval/bleu`, `eval/lines`."""

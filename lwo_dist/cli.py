@@ -1,4 +1,6 @@
-"""The command line: parses, calls, and turns a UserError into one line on stderr and exit code 2."""
+"""The command line: parses, calls, and turns a UserError into one line on stderr and exit code
+2.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from .training.stop import EXIT_CODE, Stopped
 if TYPE_CHECKING:
     from .cluster.jobs import Jobs
 
-# Everything below the parser is imported by the command that needs it: `lwo-dist --help` waits for no torch.
+# Everything below the parser is imported by the command that needs it: `lwo-dist --help` waits for
+# no torch.
 
 __all__ = ["main"]
 
@@ -30,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exceptions other than these pass through.
 
     Returns:
-        The exit code: 0, 2 after bad input, 75 after a stop that the same command goes on from, 130 after Ctrl-C;
+        The exit code: 0, 2 after bad input, 75 after a stop that the same command goes on from, 130
+            after Ctrl-C;
         `submit` ends with that of the job.
     """
     try:
@@ -38,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = arguments.command(arguments)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Each rank of a host finds the same fault, and torchrun ends them all when the first one exits: that must
-            # be the one that says it. Whoever is still here afterwards has a fault of its own.
+            # Each rank of a host finds the same fault, and torchrun ends them all when the first
+            # one exits: that must be the one that says it. Whoever is still here afterwards has a
+            # fault of its own.
             time.sleep(_PATIENCE_S)
         print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,52 +63,78 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lwo-dist", description="Layer-wise optimisation of code models on clusters.")
+    parser = _Parser(
+        prog="lwo-dist", description="Layer-wise optimisation of code models on clusters."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="tune a code model on a source tree")
     train.description = (
-        "Tune a code model; on Ray (a local one, or RAY_ADDRESS), or as a rank that torchrun has started."
+        "Tune a code model; on Ray (a local one, or RAY_ADDRESS), or as a rank that torchrun has"
+        " started."
     )
     _add_config_arguments(train)
     train.set_defaults(command=_train)
 
-    submit = commands.add_parser("submit", help="train on a Ray cluster that is elsewhere, and follow the job")
+    submit = commands.add_parser(
+        "submit", help="train on a Ray cluster that is elsewhere, and follow the job"
+    )
     submit.description = (
-        "Send what git tracks in this folder, but no data and no secrets, and the config to a Ray cluster; train there."
+        "Send what git tracks in this folder, but no data and no secrets, and the config to a Ray"
+        " cluster; train there."
     )
     _add_config_arguments(submit)
     _add_cluster_arguments(submit)
     submit.add_argument("--detach", action="store_true", help="do not follow the job")
-    submit.add_argument("--working-dir", type=Path, default=Path(), metavar="DIR", help="default: this folder")
+    submit.add_argument(
+        "--working-dir", type=Path, default=Path(), metavar="DIR", help="default: this folder"
+    )
     submit.set_defaults(command=_submit)
 
     jobs = commands.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster")
     actions = jobs.add_subparsers(title="actions", required=True, metavar="ACTION")
-    for name, text in (("list", "newest first"), ("logs", "what a job writes"), ("stop", "save a checkpoint and end")):
+    for name, text in (
+        ("list", "newest first"),
+        ("logs", "what a job writes"),
+        ("stop", "save a checkpoint and end"),
+    ):
         action = actions.add_parser(name, help=text)
         _add_cluster_arguments(action)
         action.set_defaults(command=_jobs, action=name)
         if name != "list":
-            action.add_argument("job", metavar="JOB", help="the job's id, or its run_name: then the newest")
+            action.add_argument(
+                "job", metavar="JOB", help="the job's id, or its run_name: then the newest"
+            )
         if name == "logs":
-            action.add_argument("-f", "--follow", action="store_true", help="to the job's end, with its exit code")
+            action.add_argument(
+                "-f", "--follow", action="store_true", help="to the job's end, with its exit code"
+            )
 
     replay = commands.add_parser("replay", help="send what a run could not send to MLflow")
-    replay.add_argument("spool", type=Path, metavar="SPOOL", help="the spool in the run's folder, or that folder")
+    replay.add_argument(
+        "spool", type=Path, metavar="SPOOL", help="the spool in the run's folder, or that folder"
+    )
     replay.add_argument("--uri", help="MLflow tracking URI; unset: where the run meant to send to")
     replay.set_defaults(command=_replay)
 
     export = commands.add_parser("export", help="write a checkpoint as a plain Hugging Face folder")
     export.add_argument("run", metavar="RUN", help="the run's folder or URL, <storage>/<run_name>")
-    export.add_argument("--to", type=Path, metavar="DIR", help="default: RUN/model; for a URL ./RUN_NAME")
+    export.add_argument(
+        "--to", type=Path, metavar="DIR", help="default: RUN/model; for a URL ./RUN_NAME"
+    )
     export.add_argument("--step", type=int, help="which checkpoint; default: the newest")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"
+    )
     export.set_defaults(command=_export)
 
-    checkpoints = commands.add_parser("checkpoints", help="list, verify or prune the checkpoints of a run")
+    checkpoints = commands.add_parser(
+        "checkpoints", help="list, verify or prune the checkpoints of a run"
+    )
     checkpoints.add_argument("action", choices=("list", "verify", "prune"))
-    checkpoints.add_argument("run", metavar="RUN", help="the run's folder or URL, <storage>/<run_name>")
+    checkpoints.add_argument(
+        "run", metavar="RUN", help="the run's folder or URL, <storage>/<run_name>"
+    )
     checkpoints.add_argument(
         "--keep", type=int, default=1, metavar="N", help="prune: whole ones that stay, newest first"
     )
@@ -117,14 +148,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="YAML file; unset: the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before the file's")
+    parser.add_argument(
+        "-c", "--config", type=Path, metavar="FILE", help="YAML file; unset: the defaults"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that go before the file's"
+    )
 
 
 def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", required=True, metavar="URL", help="Ray's dashboard, such as http://head:8265")
     parser.add_argument(
-        "--insecure-token", action="store_true", help="send RAY_AUTH_TOKEN over http to another machine all the same"
+        "--address", required=True, metavar="URL", help="Ray's dashboard, such as http://head:8265"
+    )
+    parser.add_argument(
+        "--insecure-token",
+        action="store_true",
+        help="send RAY_AUTH_TOKEN over http to another machine all the same",
     )
 
 
@@ -149,7 +188,11 @@ def _train(arguments: argparse.Namespace) -> None:
     if config.tracking.enabled:
         program = sys.argv[0] if Path(sys.argv[0]).name == "lwo-dist" else "lwo-dist"
         file = ["-c", str(arguments.config)] if arguments.config else []
-        store = [override for override in arguments.overrides if override.startswith(("storage=", "tracking."))]
+        store = [
+            override
+            for override in arguments.overrides
+            if override.startswith(("storage=", "tracking."))
+        ]
         print(f"MLflow: {shlex.join([program, 'ui', *file, *store])}")
 
 
@@ -189,7 +232,9 @@ def _jobs(arguments: argparse.Namespace) -> int:
 
 
 def _follow(arguments: argparse.Namespace, jobs: Jobs, job: str) -> int:
-    """Follow to the end; Ctrl-C asks what is to become of the job, and leaves it alone where there is nobody to ask."""
+    """Follow to the end; Ctrl-C asks what is to become of the job, and leaves it alone where there
+    is nobody to ask.
+    """
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -212,7 +257,9 @@ def _follow(arguments: argparse.Namespace, jobs: Jobs, job: str) -> int:
 
 def _later(arguments: argparse.Namespace, job: str) -> str:
     where = f"--address {shlex.quote(arguments.address)}"
-    return f"follow it: lwo-dist jobs logs -f {where} {job}\nstop it: lwo-dist jobs stop {where} {job}"
+    return (
+        f"follow it: lwo-dist jobs logs -f {where} {job}\nstop it: lwo-dist jobs stop {where} {job}"
+    )
 
 
 def _replay(arguments: argparse.Namespace) -> None:
@@ -225,7 +272,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from .storage import RunFolder
     from .training.manage import export_run
 
-    print(f"model: {export_run(RunFolder.at(arguments.run), arguments.to, arguments.step, arguments.dtype)}")
+    print(
+        "model:"
+        f" {export_run(RunFolder.at(arguments.run), arguments.to, arguments.step, arguments.dtype)}"
+    )
 
 
 def _checkpoints(arguments: argparse.Namespace) -> None:
@@ -251,24 +301,36 @@ def _ui(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     uri = tracking_uri(config.tracking, storage_folder(config.storage))
     if uri.startswith(("http://", "https://")):
-        print(f"{experiment_page(config.tracking, uri)} shows the runs of experiment {config.tracking.experiment}")
+        print(
+            f"{experiment_page(config.tracking, uri)} shows the runs of experiment"
+            f" {config.tracking.experiment}"
+        )
         return
     if not uri.startswith(_DATABASES):
         raise UserError(
-            f"tracking.uri = {redact(uri)} has no pages; give a server (http://HOST:PORT) or a database "
-            "(sqlite:////FILE, postgresql://HOST/NAME)"
+            f"tracking.uri = {redact(uri)} has no pages; give a server (http://HOST:PORT) or a"
+            " database (sqlite:////FILE, postgresql://HOST/NAME)"
         )
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise UserError(
-            f"storage = {config.storage}: no runs there ({database}); give -c FILE or storage=DIR as in training"
+            f"storage = {config.storage}: no runs there ({database}); give -c FILE or storage=DIR"
+            " as in training"
         )
-    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it. The address, which may hold a password,
-    # not on the command line, which every user of the machine can read.
+    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it. The address, which
+    # may hold a password, not on the command line, which every user of the machine can read.
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
-    print(f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}; Ctrl-C ends it", flush=True)
-    os.execve(sys.executable, [sys.executable, *command, "--port", str(arguments.port)], environment)
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_BACKEND_STORE_URI": uri,
+    }
+    print(
+        f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}; Ctrl-C ends it",
+        flush=True,
+    )
+    os.execve(
+        sys.executable, [sys.executable, *command, "--port", str(arguments.port)], environment
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ __all__ = [
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
-# World group -> group of the same ranks for objects; the first waits for ever, the second as long as training does.
+# World group -> group of the same ranks for objects; the first waits for ever, the second as long
+# as training does.
 _patient_groups: dict[Any, dist.ProcessGroup] = {}
 _cpu_groups: dict[Any, dist.ProcessGroup] = {}
 
@@ -62,8 +63,8 @@ def local_device() -> torch.device:
 def init_process_group(timeout_s: int) -> torch.device:
     """Join the group that torchrun's environment describes; keep the group that Ray Train has made.
 
-    gloo on CPUs; nccl, bound to this worker's GPU, on GPUs. Without RANK in the environment a group of one is
-    made, because FSDP2 needs a device mesh.
+    gloo on CPUs; nccl, bound to this worker's GPU, on GPUs. Without RANK in the environment a group
+    of one is made, because FSDP2 needs a device mesh.
 
     Returns:
         The device that this worker computes on.
@@ -79,7 +80,9 @@ def init_process_group(timeout_s: int) -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, **options)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options
+        )
     return device
 
 
@@ -89,7 +92,9 @@ def barrier() -> None:
 
 
 def reduce_scatter(output: torch.Tensor, flat: torch.Tensor) -> None:
-    """Sum `flat` (world_size x n elements) over ranks; rank r keeps the r-th n elements in `output`."""
+    """Sum `flat` (world_size x n elements) over ranks; rank r keeps the r-th n elements in
+    `output`.
+    """
     if world_size() == 1:
         output.copy_(flat)
     else:
@@ -142,8 +147,8 @@ def gather_objects(value: Any) -> list[Any]:
 def broadcast_object(value: Any) -> Any:
     """`value` of rank 0, on every rank; they wait for it as long as it takes.
 
-    Rank 0 may be tokenising a large repository, or exporting a large model, for longer than a collective of
-    training may last. A rank that dies meanwhile is the launcher's to notice.
+    Rank 0 may be tokenising a large repository, or exporting a large model, for longer than a
+    collective of training may last. A rank that dies meanwhile is the launcher's to notice.
     """
     if world_size() == 1:
         return value
@@ -161,7 +166,9 @@ def _patient_group() -> dist.ProcessGroup:
 
 
 def first_reason(reason: str | None) -> str | None:
-    """The `reason` of the lowest rank that has one, on every rank; None where none has. One small MAX if none has."""
+    """The `reason` of the lowest rank that has one, on every rank; None where none has. One small
+    MAX if none has.
+    """
     if world_size() == 1:
         return reason
     group = _cpu_group()
@@ -186,7 +193,8 @@ def _cpu_group() -> dist.ProcessGroup | None:
 
 
 def silent_ranks(timeout_s: float) -> list[int]:
-    """After a collective has failed: the ranks that do not come to a barrier, as far as rank 0 can tell; else none.
+    """After a collective has failed: the ranks that do not come to a barrier, as far as rank 0 can
+    tell; else none.
 
     Never raises: the failure that led here is the one to tell.
     """
@@ -202,7 +210,9 @@ def silent_ranks(timeout_s: float) -> list[int]:
 
 
 def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank, so that none is left waiting."""
+    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank, so that none is
+    left waiting.
+    """
     value, error = None, None
     if rank() == 0:
         try:
@@ -233,6 +243,7 @@ def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:
             continue
         keys = [key for key in {**everyone[0], **other} if everyone[0].get(key) != other.get(key)]
         raise UserError(
-            f"{what} differ between rank 0 and rank {other_rank} ({len(keys)} of them, first {keys[0]}); "
-            "load the same weights on every rank, or set one seed before the model is made"
+            f"{what} differ between rank 0 and rank {other_rank} ({len(keys)} of them, first"
+            f" {keys[0]}); load the same weights on every rank, or set one seed before the model is"
+            " made"
         )

@@ -5,8 +5,9 @@
     lwo.backward(loss)
     lwo.step()
 
-The hook knows the schedule and asks a strategy to do the work: `activate` a layer, `backward`, `step`. A switch
-comes right after the last optimizer step of a visit is wholly done, so every step changes the active layer.
+The hook knows the schedule and asks a strategy to do the work: `activate` a layer, `backward`,
+`step`. A switch comes right after the last optimizer step of a visit is wholly done, so every step
+changes the active layer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ __all__ = ["LWO", "StepReport", "attach", "make_engine", "prepare"]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one call of `LWO.step` did. The tensors are 0-dim and on the device: reading one synchronises."""
+    """What one call of `LWO.step` did. The tensors are 0-dim and on the device: reading one
+    synchronises.
+    """
 
     stepped: bool
     """False inside an accumulation: the optimizer step comes with a later micro-batch."""
@@ -54,9 +57,12 @@ class StepReport:
     skipped: Tensor | None
     """1.0 if loss or norm was not finite and nothing was changed; None inside an accumulation."""
     bytes_sent: int
-    """Bytes of weights and gradients in this step's collectives, each counted as the whole tensor."""
+    """Bytes of weights and gradients in this step's collectives, each counted as the whole tensor.
+    """
     visit_change: Tensor | None = None
-    """At the last step of a visit: L2 norm, over all ranks, of what the visit has changed in the layer's masters."""
+    """At the last step of a visit: L2 norm, over all ranks, of what the visit has changed in the
+    layer's masters.
+    """
 
 
 def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
@@ -65,10 +71,11 @@ def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
     All ranks have the same weights.
 
     Raises:
-        UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage (but for DeepSpeed's, and
-            FSDP2's in bf16 under a policy that reduces in fp32), reentrant checkpointing, meshes of more than one
-            dimension, a model without a stack of layers, initial weights that differ between ranks, a DeepSpeed
-            engine with settings that cannot be honoured.
+        UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage (but for
+            DeepSpeed's, and FSDP2's in bf16 under a policy that reduces in fp32), reentrant
+            checkpointing, meshes of more than one dimension, a model without a stack of layers,
+            initial weights that differ between ranks, a DeepSpeed engine with settings that cannot
+            be honoured.
     """
     return LWO(model, config, method)
 
@@ -76,13 +83,15 @@ def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
 def prepare(model: nn.Module, config: LWOConfig, method: str = "lwo") -> list[nn.Parameter]:
     """Call before `deepspeed.initialize`: freezes all but the layer that is trained first.
 
-    Without it the engine makes optimizer state for the whole model, which `attach` has to free again.
+    Without it the engine makes optimizer state for the whole model, which `attach` has to free
+    again.
 
     Returns:
         The parameters of that layer, for the optimizer and `model_parameters`.
 
     Raises:
-        UserError: a model that `attach` refuses too, or a DeepSpeed that is missing or has not been tested.
+        UserError: a model that `attach` refuses too, or a DeepSpeed that is missing or has not been
+            tested.
     """
     load_deepspeed().check_environment()
     layers = METHODS[method](model, config)
@@ -92,14 +101,19 @@ def prepare(model: nn.Module, config: LWOConfig, method: str = "lwo") -> list[nn
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_engine(model: nn.Module, config: LWOConfig, settings: dict[str, Any], method: str = "lwo") -> Any:
-    """A DeepSpeed engine to `attach` to, in the process group that is there; it never holds state for the whole model.
+def make_engine(
+    model: nn.Module, config: LWOConfig, settings: dict[str, Any], method: str = "lwo"
+) -> Any:
+    """A DeepSpeed engine to `attach` to, in the process group that is there; it never holds state
+    for the whole model.
 
     Args:
         settings: a whole DeepSpeed config.
     """
     parameters = prepare(model, config, method)
-    return load_deepspeed().build_engine(model, parameters, _make_adamw(config, parameters), settings)
+    return load_deepspeed().build_engine(
+        model, parameters, _make_adamw(config, parameters), settings
+    )
 
 
 class LWO:
@@ -107,7 +121,8 @@ class LWO:
 
     Attributes:
         model: call it for the forward pass.
-        step_count: optimizer steps done, skipped ones included; all that a resume needs of the schedule.
+        step_count: optimizer steps done, skipped ones included; all that a resume needs of the
+            schedule.
         layers: the trained layers in model order; `rest` is what no layer holds.
         skipped_steps, skipped_in_a_row: 0-dim tensors; reading one synchronises.
         switch_seconds: host time spent in switches so far.
@@ -140,7 +155,9 @@ class LWO:
         return self.layers[self._active]
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's mean loss; the gradients of an accumulation are averaged."""
+        """Backward of one micro-batch's mean loss; the gradients of an accumulation are
+        averaged.
+        """
         self._micro_step += 1
         self.strategy.backward(loss, boundary=self._at_boundary)
 
@@ -157,15 +174,23 @@ class LWO:
             self._before_visit = [shard.to("cpu", copy=True) for shard in self.strategy.masters()]
         update = self.strategy.step(lr, self.config.max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
-        change = self._visit_change(update.grad_norm.device) if in_visit == self.config.steps_per_layer - 1 else None
+        change = (
+            self._visit_change(update.grad_norm.device)
+            if in_visit == self.config.steps_per_layer - 1
+            else None
+        )
         self.skipped_steps = self.skipped_steps.to(update.skipped.device) + update.skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row.to(update.skipped.device) + 1) * update.skipped
+        self.skipped_in_a_row = (
+            self.skipped_in_a_row.to(update.skipped.device) + 1
+        ) * update.skipped
         self._micro_step = 0
         self.step_count += 1
         switched = self._follow_schedule()
         if self._step_in_visit == self.config.steps_per_layer - 1:
             self.strategy.prefetch(self.layers[self.schedule.active_layer(self.step_count + 1)])
-        return StepReport(True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent, change)
+        return StepReport(
+            True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent, change
+        )
 
     def flush(self) -> None:
         """Call before evaluation or any read of the model's weights."""
@@ -182,7 +207,8 @@ class LWO:
         self.strategy.write_layer(tensors)
 
     def read_moments(self, layer: Layer) -> Moments:
-        """AdamW's moments of a layer that has any now, active or parked, as whole CPU tensors; {} else.
+        """AdamW's moments of a layer that has any now, active or parked, as whole CPU tensors; {}
+        else.
 
         All ranks call it. By parameter name: `exp_avg`, `exp_avg_sq` and the scalar `step`.
         """
@@ -190,7 +216,8 @@ class LWO:
         return self.strategy.export_state(layer)
 
     def write_moments(self, layer: Layer, moments: Moments) -> None:
-        """Give `layer` the moments of `read_moments`, of any strategy and world size; {} takes them away.
+        """Give `layer` the moments of `read_moments`, of any strategy and world size; {} takes them
+        away.
 
         All ranks call it with the same tensors. With `state: reset` only the active layer has any.
         """
@@ -198,18 +225,22 @@ class LWO:
         self.strategy.import_state(layer, moments)
 
     def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer trains.
+        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer
+        trains.
 
-        Right after a switch the new layer has no moments yet: then what the layer before it held. `park_bytes` are on
-        the host. Not counted is what `visit_change` compares with, the active layer's masters as its visit found them,
-        on the host too; and on a GPU the parks of the coming layer, which are there in the last step of a visit.
+        Right after a switch the new layer has no moments yet: then what the layer before it held.
+        `park_bytes` are on the host. Not counted is what `visit_change` compares with, the active
+        layer's masters as its visit found them, on the host too; and on a GPU the parks of the
+        coming layer, which are there in the last step of a visit.
         """
         if self._step_in_visit == 0 and self._memory:
             return {**self._memory, "park_bytes": self.strategy.park_bytes}
         return self.strategy.memory()
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands: `step`, `active_layer` (of the coming step; its name), `skipped_steps`."""
+        """Where the run stands: `step`, `active_layer` (of the coming step; its name),
+        `skipped_steps`.
+        """
         return {
             "step": self.step_count,
             "active_layer": self.active_layer.name,
@@ -217,7 +248,8 @@ class LWO:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and the moments of every layer that has any; the weights are left out (`read_layer`).
+        """Position and the moments of every layer that has any; the weights are left out
+        (`read_layer`).
 
         All ranks call it; nothing in it depends on the strategy or the world size.
         """
@@ -238,8 +270,9 @@ class LWO:
         scheduled = self.layers[self.schedule.active_layer(step)].name
         if scheduled != state_dict["active_layer"]:
             raise UserError(
-                f"the checkpoint trains {state_dict['active_layer']} at step {step}, this schedule {scheduled}; "
-                "resume with the same order, seed, steps_per_layer, layers_per_group and trained layers"
+                f"the checkpoint trains {state_dict['active_layer']} at step {step}, this schedule"
+                f" {scheduled}; resume with the same order, seed, steps_per_layer, layers_per_group"
+                " and trained layers"
             )
         self.step_count = step
         self.skipped_steps = torch.tensor(state_dict["skipped_steps"])
@@ -247,7 +280,9 @@ class LWO:
         self._before_visit = []  # not known in mid-visit
         self._follow_schedule()
         for layer in self.layers:
-            self.write_moments(layer, {name: moments[name] for name in layer.parameter_names if name in moments})
+            self.write_moments(
+                layer, {name: moments[name] for name in layer.parameter_names if name in moments}
+            )
 
     @property
     def _step_in_visit(self) -> int:
@@ -255,12 +290,17 @@ class LWO:
         return self.schedule.position(self.step_count)[1] if len(self.layers) > 1 else -1
 
     def _visit_change(self, device: torch.device) -> Tensor | None:
-        """What the visit has changed in the active layer's masters; None if its start was before a resume."""
+        """What the visit has changed in the active layer's masters; None if its start was before a
+        resume.
+        """
         before, self._before_visit = self._before_visit, []
         if not before:
             return None
         after = self.strategy.masters()
-        change = [(new - old.to(new.device)).norm().to(device) for new, old in zip(after, before, strict=True)]
+        change = [
+            (new - old.to(new.device)).norm().to(device)
+            for new, old in zip(after, before, strict=True)
+        ]
         return distributed.all_reduce(torch.stack(change).square().sum()).sqrt()
 
     @property
@@ -284,11 +324,19 @@ class LWO:
 
     def _refuse_mid_accumulation(self, what: str) -> None:
         if not self._at_boundary:
-            raise RuntimeError(f"{what} inside an accumulation would lose gradients; call it right after a whole step")
+            raise RuntimeError(
+                f"{what} inside an accumulation would lose gradients; call it right after a whole"
+                " step"
+            )
 
 
 def _make_adamw(config: LWOConfig, shards: Sequence[Tensor]) -> torch.optim.Optimizer:
     # Fused, because that kernel can be told on the device to skip a step (`update_shards`).
     return torch.optim.AdamW(
-        shards, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        shards,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )

@@ -1,7 +1,9 @@
-"""Which parameters are trained together: the layers of a decoder, found by structure and not by name.
+"""Which parameters are trained together: the layers of a decoder, found by structure and not by
+name.
 
-The stack of transformer layers is the largest `nn.ModuleList` of the model. What lies outside of it belongs to
-`embed` or to `head`. Layers that share a parameter (tied embeddings, repeated layers) are one layer.
+The stack of transformer layers is the largest `nn.ModuleList` of the model. What lies outside of it
+belongs to `embed` or to `head`. Layers that share a parameter (tied embeddings, repeated layers)
+are one layer.
 """
 
 from __future__ import annotations
@@ -24,13 +26,20 @@ class Layer:
     parameter_names: tuple[str, ...]
     """As in `model.named_parameters()`: a tied parameter appears once, under its first name."""
     depth: int
-    """Where backward may end: 0 for the embedding, i + 1 for transformer layer i, one more for the head."""
+    """Where backward may end: 0 for the embedding, i + 1 for transformer layer i, one more for the
+    head.
+    """
 
 
 def find_layers(
-    model: nn.Module, *, train_embeddings: bool = True, train_head: bool = True, layers_per_group: int = 1
+    model: nn.Module,
+    *,
+    train_embeddings: bool = True,
+    train_head: bool = True,
+    layers_per_group: int = 1,
 ) -> list[Layer]:
-    """The trained layers of `model` in the order of the forward pass; whatever is in none of them is `rest`.
+    """The trained layers of `model` in the order of the forward pass; whatever is in none of them
+    is `rest`.
 
     Raises:
         UserError: no stack of layers, an encoder-decoder, or half of a tied embedding and head.
@@ -51,16 +60,21 @@ def find_layers(
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and module of the stack of transformer layers: the `nn.ModuleList` with the most parameters.
+    """The path and module of the stack of transformer layers: the `nn.ModuleList` with the most
+    parameters.
 
-    Experts of a mixture and heads of an attention are lists too, but lie inside of the stack and are smaller.
+    Experts of a mixture and heads of an attention are lists too, but lie inside of the stack and
+    are smaller.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
-            f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a decoder-only model"
+            f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a"
+            " decoder-only model"
         )
     sizes = {
-        name: sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())  # ZeRO-3 leaves 0 elements in place
+        name: sum(
+            getattr(p, "ds_numel", p.numel()) for p in module.parameters()
+        )  # ZeRO-3 leaves 0 elements in place
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
@@ -79,9 +93,10 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def parameter_depths(model: nn.Module) -> dict[str, int]:
     """Parameter name -> depth: 0 below the stack, i + 1 in its layer i, len(stack) + 1 above it.
 
-    Outside the stack, embeddings and what is registered before the stack count as below it, the output
-    embedding and what is registered behind the stack as above it. A norm that a model registers out of order
-    (OPT) ends up in the other of the two layers, which costs a longer backward and changes no result.
+    Outside the stack, embeddings and what is registered before the stack count as below it, the
+    output embedding and what is registered behind the stack as above it. A norm that a model
+    registers out of order (OPT) ends up in the other of the two layers, which costs a longer
+    backward and changes no result.
     """
     path, stack = find_stack(model)
     top = len(stack) + 1
@@ -95,7 +110,9 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
                 continue
             if parameter_name.startswith(f"{path}."):
                 depths[parameter_name] = int(parameter_name[len(path) + 1 :].split(".")[0]) + 1
-            elif isinstance(module, nn.Embedding) or not (behind or id(parameter) in head_parameters):
+            elif isinstance(module, nn.Embedding) or not (
+                behind or id(parameter) in head_parameters
+            ):
                 depths[parameter_name] = 0
             else:
                 depths[parameter_name] = top
@@ -138,7 +155,11 @@ def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.startswith(f"{path}."):
             depth = int(name[len(path) + 1 :].split(".")[0]) + 1
-        elif head is not None and any(parameter is p for p in head.parameters()) and name != first_name[id(parameter)]:
+        elif (
+            head is not None
+            and any(parameter is p for p in head.parameters())
+            and name != first_name[id(parameter)]
+        ):
             depth = top
         else:
             continue
@@ -153,8 +174,8 @@ def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
 def _is_trained(group: list[int], top: int, train_embeddings: bool, train_head: bool) -> bool:
     if 0 in group and top in group and train_embeddings != train_head:
         raise UserError(
-            f"train_embeddings: {train_embeddings} and train_head: {train_head}, but this model's embedding and head "
-            "are one tied matrix; set both alike"
+            f"train_embeddings: {train_embeddings} and train_head: {train_head}, but this model's"
+            " embedding and head are one tied matrix; set both alike"
         )
     return (0 not in group or train_embeddings) and (top not in group or train_head)
 

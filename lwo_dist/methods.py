@@ -1,6 +1,8 @@
-"""A method is a function that says which parameters are trained together: model, config -> list of layers.
+"""A method is a function that says which parameters are trained together: model, config -> list of
+layers.
 
-`full` is the schedule of one element through the same hook, so nothing else in the package asks for the method.
+`full` is the schedule of one element through the same hook, so nothing else in the package asks for
+the method.
 """
 
 from __future__ import annotations

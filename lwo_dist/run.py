@@ -1,6 +1,7 @@
 """The composition root: a config becomes model, data, hook, trainer and callbacks.
 
-The driver calls `prepare` once; then every worker calls `run`. Under torchrun each rank calls `prepare_and_run`.
+The driver calls `prepare` once; then every worker calls `run`. Under torchrun each rank calls
+`prepare_and_run`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ __all__ = ["prepare", "prepare_and_run", "run"]
 
 
 def prepare(config: Config) -> Config:
-    """Check what can be checked before any worker starts, and make run.json. The driver calls it once.
+    """Check what can be checked before any worker starts, and make run.json. The driver calls it
+    once.
 
     Returns:
         The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
@@ -58,11 +60,15 @@ def prepare(config: Config) -> Config:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     check_world_sizes(config)
     if config.strategy == "deepspeed":  # the workers need not see the file
-        config = config.model_copy(update={"deepspeed": deepspeed_config.read_config(config.deepspeed)})
+        config = config.model_copy(
+            update={"deepspeed": deepspeed_config.read_config(config.deepspeed)}
+        )
         for workers in config.cluster.world_sizes:
             deepspeed_config.resolve(config, workers)
     tracking_uri(config.tracking, Path())  # refuses a password
-    run_name = config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    run_name = (
+        config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    )
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
@@ -73,13 +79,15 @@ def prepare(config: Config) -> Config:
         place.check_writable()
         if config.checkpoint.resume == "never" and committed_steps(place):
             raise UserError(
-                f"run_name = {run_name}: {place} holds a run and checkpoint.resume is never; choose another run_name, "
-                "or resume: auto"
+                f"run_name = {run_name}: {place} holds a run and checkpoint.resume is never; choose"
+                " another run_name, or resume: auto"
             )
         read_source_tree(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_base_model(default_cache_folder(place.local.parent))
-            config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(base)})})
+            config = config.model_copy(
+                update={"model": config.model.model_copy(update={"name": str(base)})}
+            )
     place.local.mkdir(exist_ok=True)
     place.fetch_small()
     record = _read_json(place.local / "run.json") or {"run_name": run_name, "attempts": 0}
@@ -109,8 +117,10 @@ def run(
 
     Args:
         callbacks: rank 0's count, those of the others are ignored.
-        on_commit: called on every rank, at the same place in the loop, with each checkpoint that is there.
-        stop: asked about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the run.
+        on_commit: called on every rank, at the same place in the loop, with each checkpoint that is
+            there.
+        stop: asked about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
+            run.
 
     Returns:
         On rank 0 what summary.json holds, None elsewhere.
@@ -133,7 +143,9 @@ def run(
     except Stopped as stopped:
         for callback in everyone:
             callback.on_run_stopped(str(stopped))
-        distributed.broadcast_object(None)  # torchrun ends all ranks when the first one leaves: rank 0 reports first
+        distributed.broadcast_object(
+            None
+        )  # torchrun ends all ranks when the first one leaves: rank 0 reports first
         raise
     except BaseException as error:
         for callback in everyone:
@@ -159,10 +171,18 @@ def _build(
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task]
     # Where nodes share no folder, each makes its own examples.
-    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0" and is_url(config.storage) and not config.data.cache
+    first_of_node = (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+        and is_url(config.storage)
+        and not config.data.cache
+    )
     with on_all_ranks():
         data = prepare_dataset(
-            config, tokenizer, task, is_builder=main or first_of_node, broadcast=distributed.broadcast_object
+            config,
+            tokenizer,
+            task,
+            is_builder=main or first_of_node,
+            broadcast=distributed.broadcast_object,
         )
     results = Results(place.local, config.eval.metric, writes=main)
     source = config.model
@@ -175,40 +195,73 @@ def _build(
         if settings["zero_optimization"]["stage"] == 3:
             partition = load_deepspeed().partitioner(settings)
     model = load_model(
-        source, config.train, strategy=config.strategy, device=device, partition=partition, storage=config.fsdp.storage
+        source,
+        config.train,
+        strategy=config.strategy,
+        device=device,
+        partition=partition,
+        storage=config.fsdp.storage,
     )
     wrapped = make_engine(model, config.lwo, settings, config.method) if settings else model
     lwo = attach(wrapped, config.lwo, config.method)
-    store = LayerStore(place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep)
+    store = LayerStore(
+        place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep
+    )
     if checkpoint is not None:
         restore(lwo, checkpoint)
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
     system = SystemMetrics(
-        device, place.local.parent, enabled=config.tracking.enabled and config.tracking.system_metrics
+        device,
+        place.local.parent,
+        enabled=config.tracking.enabled and config.tracking.system_metrics,
     )
     trainer = Trainer(
-        config, lwo, data, results, store, device=device, callbacks=callbacks, on_commit=on_commit, system=system,
+        config,
+        lwo,
+        data,
+        results,
+        store,
+        device=device,
+        callbacks=callbacks,
+        on_commit=on_commit,
+        system=system,
         checkpoint=checkpoint.folder if checkpoint is not None else None,
         stop=StopVote(stop, distributed.first_reason),
         evaluate=lambda before_batch: evaluate(
-            model, tokenizer, data.held_out, batch_size=config.eval.batch_size, task=task, device=device,
-            max_new_tokens=config.eval.max_new_tokens, rank=distributed.rank(), world_size=distributed.world_size(),
-            synced=config.strategy != "replicate", before_batch=before_batch,
+            model,
+            tokenizer,
+            data.held_out,
+            batch_size=config.eval.batch_size,
+            task=task,
+            device=device,
+            max_new_tokens=config.eval.max_new_tokens,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            synced=config.strategy != "replicate",
+            before_batch=before_batch,
         ),
         about_run=about_run(config, data),
-    )  # fmt: skip
+    )
     info = RunInfo(
-        config, place.local, distributed.world_size(), tuple(layer.name for layer in lwo.layers),
-        facts(config, lwo, data, device), lwo.step_count, layer_sizes(lwo), tuple(system.hosts),
-    )  # fmt: skip
+        config,
+        place.local,
+        distributed.world_size(),
+        tuple(layer.name for layer in lwo.layers),
+        facts(config, lwo, data, device),
+        lwo.step_count,
+        layer_sizes(lwo),
+        tuple(system.hosts),
+    )
     for callback in callbacks:
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
 
 
-def _finish(config: Config, trainer: Trainer, place: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    config: Config, trainer: Trainer, place: RunFolder, record: dict[str, Any]
+) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
     steps = committed_steps(place)
     # The best one may have met a full disk.
@@ -243,8 +296,9 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
     never = [lwo.layers[i].name for i in lwo.schedule.never_active(config.train.steps)]
     if never and distributed.rank() == 0:
         print(
-            f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes "
-            f"{lwo.schedule.steps_per_cycle} steps (lwo.steps_per_layer = {config.lwo.steps_per_layer})",
+            f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes"
+            f" {lwo.schedule.steps_per_cycle} steps (lwo.steps_per_layer ="
+            f" {config.lwo.steps_per_layer})",
             flush=True,
         )
 
@@ -263,7 +317,8 @@ def _nothing_left_behind(folder: Path) -> Iterator[None]:
 
 
 def _read_record(place: RunFolder) -> dict[str, Any] | None:
-    place.fetch_small()  # where the run went on on another machine, what it left is in the store only
+    # where the run went on on another machine, what it left is in the store only
+    place.fetch_small()
     return _read_json(place.local / "run.json")
 
 

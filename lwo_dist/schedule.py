@@ -1,7 +1,7 @@
 """When each layer is active, and at which learning rate: pure functions of the step.
 
-A step is an optimizer step, counted from 0. Nothing here holds state or draws from a global generator, so every
-rank agrees without talking and a resume needs only the step.
+A step is an optimizer step, counted from 0. Nothing here holds state or draws from a global
+generator, so every rank agrees without talking and a resume needs only the step.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class LayerSchedule:
 
 
 @lru_cache(maxsize=256)
-def _cycle_order(num_layers: int, order: str, seed: int, weights: tuple[float, ...], cycle: int) -> tuple[int, ...]:
+def _cycle_order(
+    num_layers: int, order: str, seed: int, weights: tuple[float, ...], cycle: int
+) -> tuple[int, ...]:
     layers = list(range(num_layers))
     if order == "descending":
         layers.reverse()
@@ -74,17 +76,27 @@ def make_schedule(config: LWOConfig, layer_names: Sequence[str]) -> LayerSchedul
     """
     for name in config.layer_weights:
         if name not in layer_names:
-            raise UserError(f"lwo.layer_weights names {name!r}; the trained layers are {', '.join(layer_names)}")
-    weights = tuple(config.layer_weights.get(name, 1.0) for name in layer_names) if config.layer_weights else ()
-    return LayerSchedule(len(layer_names), config.steps_per_layer, config.order, config.seed, weights)
+            raise UserError(
+                f"lwo.layer_weights names {name!r}; the trained layers are {', '.join(layer_names)}"
+            )
+    weights = (
+        tuple(config.layer_weights.get(name, 1.0) for name in layer_names)
+        if config.layer_weights
+        else ()
+    )
+    return LayerSchedule(
+        len(layer_names), config.steps_per_layer, config.order, config.seed, weights
+    )
 
 
 def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> float:
-    """The learning rate of `step`: warm-up and decay over the run, a cycle or a visit, then the visit's ramp.
+    """The learning rate of `step`: warm-up and decay over the run, a cycle or a visit, then the
+    visit's ramp.
 
-    The first step of a stretch never has rate 0, nor has the last: a warm-up of n steps starts at lr/n, and a
-    decay over N steps ends at its value for step N-1 of N. A ramp of n steps multiplies by 1/n, 2/n, ... 1 at the
-    start of each visit, because Adam's first step after a reset moves every weight by the full rate.
+    The first step of a stretch never has rate 0, nor has the last: a warm-up of n steps starts at
+    lr/n, and a decay over N steps ends at its value for step N-1 of N. A ramp of n steps multiplies
+    by 1/n, 2/n, ... 1 at the start of each visit, because Adam's first step after a reset moves
+    every weight by the full rate.
     """
     _, step_in_visit = schedule.position(step)
     length: int | None
@@ -107,8 +119,12 @@ def _shape(config: LWOConfig, place: int, length: int | None) -> float:
         return 1.0
     if length is None:
         raise UserError(
-            f"lr_scheduler_type: {config.lr_scheduler_type} over the run needs its length; set max_steps, "
-            "or lr_schedule_over: cycle or visit"
+            f"lr_scheduler_type: {config.lr_scheduler_type} over the run needs its length; set"
+            " max_steps, or lr_schedule_over: cycle or visit"
         )
     done = min(1.0, (place - config.warmup_steps) / max(1, length - config.warmup_steps))
-    return 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return (
+        1.0 - done
+        if config.lr_scheduler_type == "linear"
+        else 0.5 * (1.0 + math.cos(math.pi * done))
+    )

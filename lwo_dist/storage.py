@@ -1,8 +1,10 @@
-"""Where runs live: a folder that all workers see, or an object store with a local copy of what is needed.
+"""Where runs live: a folder that all workers see, or an object store with a local copy of what is
+needed.
 
-A process always reads and writes a local folder, `RunFolder.local`. For `s3://...`, `gs://...` and whatever else
-`pyarrow.fs` opens, that folder is scratch space of the node: `push` sends files to the store, `pull` fetches them.
-On a plain file system both do nothing, so that nobody above asks which of the two it is.
+A process always reads and writes a local folder, `RunFolder.local`. For `s3://...`, `gs://...` and
+whatever else `pyarrow.fs` opens, that folder is scratch space of the node: `push` sends files to
+the store, `pull` fetches them. On a plain file system both do nothing, so that nobody above asks
+which of the two it is.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def is_url(storage: str) -> bool:
 
 
 def storage_folder(storage: str) -> Path:
-    """The local folder of `storage`: itself, or this node's scratch space for it (below LWO_SCRATCH_DIR)."""
+    """The local folder of `storage`: itself, or this node's scratch space for it (below
+    LWO_SCRATCH_DIR).
+    """
     if not is_url(storage):
         return Path(storage.removeprefix("file://")).expanduser().absolute()
     scratch = os.environ.get("LWO_SCRATCH_DIR")
@@ -67,7 +71,13 @@ class RunFolder:
             return sorted(path.name for path in (self.local / name).glob("*") if path.is_dir())
         # An object store has no folders: they are where their files' names say.
         prefix = f"{self._base}/{name}/"
-        return sorted({path.removeprefix(prefix).partition("/")[0] for path in self._find(name) if prefix in path})
+        return sorted(
+            {
+                path.removeprefix(prefix).partition("/")[0]
+                for path in self._find(name)
+                if prefix in path
+            }
+        )
 
     def files(self, name: str) -> list[str]:
         """Names of all files in or below folder `name`, relative to the run's folder, sorted."""
@@ -85,7 +95,9 @@ class RunFolder:
                 self._reach(lambda n=name, s=source: self._upload(n, s))  # type: ignore[misc]
 
     def pull(self, name: str) -> Path:
-        """A file of the store as a local file, fetched anew. Raises: OSError, FileNotFoundError too."""
+        """A file of the store as a local file, fetched anew. Raises: OSError, FileNotFoundError
+        too.
+        """
         path = self.local / name
         if self._fs is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +124,9 @@ class RunFolder:
         """Send all but the layer store: what the run says of itself. Raises: OSError."""
         if self._fs is not None:
             found = [path for path in self.local.rglob("*") if path.is_file()]
-            self.push(name for path in found if _is_small(name := path.relative_to(self.local).as_posix()))
+            self.push(
+                name for path in found if _is_small(name := path.relative_to(self.local).as_posix())
+            )
 
     def fetch_small(self) -> None:
         """Fetch what `push_small` sent, as far as it is not here. Raises: OSError."""
@@ -129,7 +143,9 @@ class RunFolder:
             (place / probe).touch()
             (place / probe).unlink()
         except OSError as error:
-            raise UserError(f"storage = {place}: {error.strerror}; give a folder that can be written") from None
+            raise UserError(
+                f"storage = {place}: {error.strerror}; give a folder that can be written"
+            ) from None
         if self._fs is None:
             return
         try:
@@ -139,8 +155,9 @@ class RunFolder:
             self.remove([probe])
         except OSError as error:
             raise UserError(
-                f"storage = {self.url}: {_first_line(error)}; give a bucket that exists and credentials that may write "
-                "there (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...)"
+                f"storage = {self.url}: {_first_line(error)}; give a bucket that exists and"
+                " credentials that may write there (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,"
+                " AWS_ENDPOINT_URL, ...)"
             ) from None
         finally:
             (self.local / probe).unlink(missing_ok=True)
@@ -148,7 +165,9 @@ class RunFolder:
     def _find(self, name: str) -> list[str]:
         from pyarrow.fs import FileSelector, FileType
 
-        selector = FileSelector(f"{self._base}/{name}".rstrip("/"), allow_not_found=True, recursive=True)
+        selector = FileSelector(
+            f"{self._base}/{name}".rstrip("/"), allow_not_found=True, recursive=True
+        )
         found = self._reach(lambda: self._fs.get_file_info(selector))
         return [info.path for info in found if info.type == FileType.File]
 
@@ -157,7 +176,10 @@ class RunFolder:
             shutil.copyfileobj(source, target, 16 * 2**20)
 
     def _download(self, name: str, target: Path) -> None:
-        with self._fs.open_input_stream(f"{self._base}/{name}") as source, target.open("wb") as file:
+        with (
+            self._fs.open_input_stream(f"{self._base}/{name}") as source,
+            target.open("wb") as file,
+        ):
             shutil.copyfileobj(source, file, 16 * 2**20)
 
     def _reach(self, call: Callable[[], T]) -> T:
@@ -166,12 +188,16 @@ class RunFolder:
             return call()
         except FileNotFoundError:
             raise
-        except Exception as error:  # pyarrow raises OSError, and ArrowInvalid for what it refuses itself
+        except (
+            Exception
+        ) as error:  # pyarrow raises OSError, and ArrowInvalid for what it refuses itself
             raise OSError(f"{self.url}: {_first_line(error)}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a local file whole or not at all, on the disk itself when it returns. Raises: OSError."""
+    """Write a local file whole or not at all, on the disk itself when it returns. Raises:
+    OSError.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -193,7 +219,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def _is_small(name: str) -> bool:
     top = name.partition("/")[0]
-    rays = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")  # which Ray writes into the store itself
+    rays = (
+        "checkpoint_manager_snapshot.json",
+        ".validate_storage_marker",
+    )  # which Ray writes into the store itself
     return top not in ("layers", "checkpoints", "model", *rays) and not name.endswith(".tmp")
 
 
@@ -204,7 +233,8 @@ def _open(storage: str, run_name: str) -> tuple[Any, str]:
         fs, path = FileSystem.from_uri(storage)
     except Exception as error:
         raise UserError(
-            f"storage = {storage}: {_first_line(error)}; give a folder, or a URL such as s3://bucket/folder"
+            f"storage = {storage}: {_first_line(error)}; give a folder, or a URL such as"
+            " s3://bucket/folder"
         ) from None
     return fs, f"{path.rstrip('/')}/{run_name}"
 

@@ -17,13 +17,22 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def code(seed: int, lines: int = 40) -> str:
-    """Text that looks like a program; another text for another seed. Each line is shorter than 50 characters.
+    """Text that looks like a program; another text for another seed. Each line is shorter than 50
+    characters.
 
     The shape of a line follows from that of the line before, the names in it do not.
     """
     draw = random.Random(seed)
     names = ["alpha", "beta", "gamma", "delta", f"own_{seed}"]
-    shapes = ["def {}({}):", "    {} = {} + 1", "    return {}[{}]", "", "# {} and {}", "    )", "for {} in {}:"]
+    shapes = [
+        "def {}({}):",
+        "    {} = {} + 1",
+        "    return {}[{}]",
+        "",
+        "# {} and {}",
+        "    )",
+        "for {} in {}:",
+    ]
     chosen = (shapes[(seed + i) % len(shapes)] for i in range(lines))
     return "".join(shape.format(draw.choice(names), draw.choice(names)) + "\n" for shape in chosen)
 
@@ -38,7 +47,9 @@ def write_tree(root: Path, files: int = 12, lines: int = 40) -> Path:
 
 @lru_cache
 def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 tokens; no pad token unless asked for. Shared: do not change it."""
+    """A byte-level BPE tokenizer of 400 tokens; no pad token unless asked for. Shared: do not
+    change it.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,5 +66,10 @@ def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
 
 def make_config(source: Path, storage: Path, *overrides: str) -> Config:
     """A config of short sequences and few lines."""
-    small = ["train.sequence_length=48", "eval.num_lines=20", "eval.max_new_tokens=16", "data.held_out_fraction=0.3"]
+    small = [
+        "train.sequence_length=48",
+        "eval.num_lines=20",
+        "eval.max_new_tokens=16",
+        "data.held_out_fraction=0.3",
+    ]
     return load_config(None, [f"data.source={source}", f"storage={storage}", *small, *overrides])

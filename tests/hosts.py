@@ -1,7 +1,8 @@
-"""Several hosts on this machine: network namespaces on a bridge, each with a host name and folders of its own.
+"""Several hosts on this machine: network namespaces on a bridge, each with a host name and folders
+of its own.
 
-Needs root and Debian's iproute2. What runs on a host shares files and cores with this machine, but no network,
-no processes, no /dev/shm and no temporary folder of Ray.
+Needs root and Debian's iproute2. What runs on a host shares files and cores with this machine, but
+no network, no processes, no /dev/shm and no temporary folder of Ray.
 """
 
 from __future__ import annotations
@@ -27,15 +28,27 @@ exec "$@"
 
 
 class Host:
-    """A host `name` at `address`. RAY_TMPDIR must be `ray_folder` there: one path, another folder on each host."""
+    """A host `name` at `address`. RAY_TMPDIR must be `ray_folder` there: one path, another folder
+    on each host.
+    """
 
     def __init__(self, net: int, number: int, folder: Path, ray_folder: Path):
-        self.name, self.address, self.ray_folder = f"host{number}", f"10.77.{net}.{number}", ray_folder
-        self.namespace, self._link, self._bridge = f"lwo{net}h{number}", f"lwo{net}v{number}", _bridge_name(net)
+        self.name, self.address, self.ray_folder = (
+            f"host{number}",
+            f"10.77.{net}.{number}",
+            ray_folder,
+        )
+        self.namespace, self._link, self._bridge = (
+            f"lwo{net}h{number}",
+            f"lwo{net}v{number}",
+            _bridge_name(net),
+        )
         self._folder = folder
 
     def command(self, *words: str) -> list[str]:
-        """The command `words`, run on this host; what is started, and the command, end with SIGKILL to it."""
+        """The command `words`, run on this host; what is started, and the command, end with SIGKILL
+        to it.
+        """
         own = self._folder / self.name
         own.mkdir(exist_ok=True)
         arguments = [self.name, str(self._folder / "hosts"), str(own), str(self.ray_folder)]
@@ -60,7 +73,9 @@ class Host:
         return subprocess.Popen(self.command(*words), text=True, **popen)
 
     def cut(self) -> None:
-        """No packet comes or goes; nobody is told, as with a cable that is pulled out further away."""
+        """No packet comes or goes; nobody is told, as with a cable that is pulled out further
+        away.
+        """
         _ip("link", "set", self._link, "nomaster")
 
     def mend(self) -> None:
@@ -88,7 +103,18 @@ class Host:
     def linked(self, gateway: str) -> Iterator[None]:
         _ip("netns", "add", self.namespace)
         try:
-            _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
+            _ip(
+                "link",
+                "add",
+                self._link,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                self.namespace,
+            )
             _ip("link", "set", self._link, "master", self._bridge, "up")
             for words in (
                 ["address", "add", f"{self.address}/24", "dev", "eth0"],
@@ -102,7 +128,9 @@ class Host:
         finally:
             self.kill()
             with contextlib.suppress(subprocess.CalledProcessError):
-                _ip("link", "delete", self._link)  # A namespace goes at its leisure, and would keep the name taken.
+                _ip(
+                    "link", "delete", self._link
+                )  # A namespace goes at its leisure, and would keep the name taken.
             _ip("netns", "delete", self.namespace)
 
 
@@ -122,11 +150,15 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def hosts(number: int) -> Iterator[list[Host]]:
-    """`host1`, `host2`, ..., which find each other by name. All that runs on them is killed at the end."""
+    """`host1`, `host2`, ..., which find each other by name. All that runs on them is killed at the
+    end.
+    """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
         # Ray's sockets do not fit below a longer path.
-        ray_folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")))
+        ray_folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))
+        )
         net = stack.enter_context(bridge())
         made = [Host(net, i, folder, ray_folder) for i in range(1, number + 1)]
         for host in made:
@@ -145,7 +177,9 @@ def bridge() -> Iterator[int]:
             _ip("link", "add", name, "type", "bridge")
             break
     else:
-        raise RuntimeError("256 networks of these tests are there; `ip link delete` what an interrupted one left")
+        raise RuntimeError(
+            "256 networks of these tests are there; `ip link delete` what an interrupted one left"
+        )
     try:
         _ip("address", "add", f"10.77.{net}.254/24", "dev", name)
         _ip("link", "set", name, "up")

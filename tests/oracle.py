@@ -1,4 +1,6 @@
-"""What every strategy must equal: layer-wise training in one process, in plain torch, from the definition."""
+"""What every strategy must equal: layer-wise training in one process, in plain torch, from the
+definition.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def train(
                 parameter.grad = None
             mine = [parameters[name] for name in active]
             if not keep or active not in optimizers:
-                optimizers[active] = torch.optim.AdamW(mine, lr=recipe.lr, eps=recipe.eps, weight_decay=0.01)
+                optimizers[active] = torch.optim.AdamW(
+                    mine, lr=recipe.lr, eps=recipe.eps, weight_decay=0.01
+                )
             optimizer = optimizers[active]
         if rate is not None:
             optimizer.param_groups[0]["lr"] = rate(step)
@@ -62,23 +66,40 @@ def train(
 
 def loss_sum(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     logits = model(input_ids=tokens).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
-def global_batch(step: int, size: int = 8, length: int = 12, vocabulary: int = 61) -> tuple[Tensor, Tensor]:
-    """Tokens and labels; each sequence has its own number of unlabelled positions, so ranks' shares differ."""
-    tokens = torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(step))
+def global_batch(
+    step: int, size: int = 8, length: int = 12, vocabulary: int = 61
+) -> tuple[Tensor, Tensor]:
+    """Tokens and labels; each sequence has its own number of unlabelled positions, so ranks' shares
+    differ.
+    """
+    tokens = torch.randint(
+        vocabulary, (size, length), generator=torch.Generator().manual_seed(step)
+    )
     labels = tokens.clone()
     for i in range(size):
         labels[i, : 1 + i] = -100
     return tokens, labels
 
 
-def tiny_model(*, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 4, seed: int = 0) -> nn.Module:
+def tiny_model(
+    *, tied: bool, dtype: torch.dtype = torch.float32, num_layers: int = 4, seed: int = 0
+) -> nn.Module:
     """A Qwen2 whose sizes no world size divides: vocabulary 61, hidden 24, intermediate 50."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=61, hidden_size=24, intermediate_size=50, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=64, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
     return Qwen2ForCausalLM(config).to(dtype)

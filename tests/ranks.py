@@ -1,4 +1,6 @@
-"""Run a function on several ranks of one machine: gloo, a process per rank, started in about 0.1 s each."""
+"""Run a function on several ranks of one machine: gloo, a process per rank, started in about 0.1 s
+each.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +34,27 @@ PRELOAD = [
 
 
 class RanksError(AssertionError):
-    """A rank raised, died or hung. The message holds the traceback of the rank that failed first."""
+    """A rank raised, died or hung. The message holds the traceback of the rank that failed
+    first.
+    """
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Call `fn(*args)` on `world_size` ranks that share a gloo process group; return the ranks' values in rank order.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+) -> list[Any]:
+    """Call `fn(*args)` on `world_size` ranks that share a gloo process group; return the ranks'
+    values in rank order.
 
-    `fn` must be a function at the top of a module, `args` and what it returns must pickle. The ranks have the caller's
-    environment of this moment, RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and one thread each.
+    `fn` must be a function at the top of a module, `args` and what it returns must pickle. The
+    ranks have the caller's environment of this moment, RANK, LOCAL_RANK, WORLD_SIZE,
+    LOCAL_WORLD_SIZE and one thread each.
 
     Args:
         timeout: seconds, for the whole call.
 
     Raises:
-        RanksError: a rank raised, died or was still running after `timeout`; all ranks are gone by then.
+        RanksError: a rank raised, died or was still running after `timeout`; all ranks are gone by
+            then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -53,7 +62,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         folder = Path(name)
         environment = dict(os.environ)
         ranks = [
-            context.Process(target=_rank_main, args=(folder, rank, world_size, timeout, environment, fn, args))
+            context.Process(
+                target=_rank_main, args=(folder, rank, world_size, timeout, environment, fn, args)
+            )
             for rank in range(world_size)
         ]
         try:
@@ -76,16 +87,23 @@ def _join(folder: Path, ranks: list[ForkServerProcess], timeout: float) -> None:
         ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
             hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-            stacks = "\n".join(f"rank {rank}:\n{(folder / f'{rank}.stack').read_text()}" for rank in hung)
+            stacks = "\n".join(
+                f"rank {rank}:\n{(folder / f'{rank}.stack').read_text()}" for rank in hung
+            )
             raise RanksError(f"ranks {hung} still ran after {timeout} s\n{stacks}")
         if any(running.pop(sentinel).exitcode != 0 for sentinel in ended):  # type: ignore[arg-type]
             raise RanksError(_first_failure(folder, ranks))
 
 
 def _first_failure(folder: Path, ranks: list[ForkServerProcess]) -> str:
-    # A failed rank makes its peers fail too, with a broken connection: the first in time is the cause.
+    # A failed rank makes its peers fail too, with a broken connection: the first in time is the
+    # cause.
     tracebacks = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-    dead = [(rank, process.exitcode) for rank, process in enumerate(ranks) if (process.exitcode or 0) < 0]
+    dead = [
+        (rank, process.exitcode)
+        for rank, process in enumerate(ranks)
+        if (process.exitcode or 0) < 0
+    ]
     if dead:
         return f"rank {dead[0][0]} died with exit code {dead[0][1]}"
     if not tracebacks:
@@ -118,11 +136,14 @@ def _rank_main(
                 init_method=f"file://{folder}/rendezvous",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout + 60),  # Not the first to end a hang: a stack of each rank says more.
+                timeout=timedelta(
+                    seconds=timeout + 60
+                ),  # Not the first to end a hang: a stack of each rank says more.
             )
             value = pickle.dumps(fn(*args))
             if dist.is_initialized():
-                dist.barrier()  # A rank that leaves first would close connections that its peers still read from.
+                # A rank that leaves first would close connections that its peers still read from.
+                dist.barrier()
                 dist.destroy_process_group()
             (folder / f"{rank}.value").write_bytes(value)
         except BaseException:

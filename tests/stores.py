@@ -14,7 +14,17 @@ from lwo_dist.training.checkpoint import Checkpoint
 from lwo_dist.training.layer_store import LayerStore, Outcome
 from tests import oracle
 
-__all__ = ["State", "attach", "contents", "model_files", "run_folder", "same", "save", "state_of", "step"]
+__all__ = [
+    "State",
+    "attach",
+    "contents",
+    "model_files",
+    "run_folder",
+    "same",
+    "save",
+    "state_of",
+    "step",
+]
 
 State = tuple[int, str, dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]
 
@@ -47,7 +57,11 @@ def save(store: LayerStore, lwo: LWO, **extra: Any) -> Outcome:
 
 def state_of(lwo: LWO) -> State:
     """All that a checkpoint must bring back: step, active layer, masters, moments."""
-    weights = {name: tensor for layer in [*lwo.layers, lwo.rest] for name, tensor in lwo.read_layer(layer).items()}
+    weights = {
+        name: tensor
+        for layer in [*lwo.layers, lwo.rest]
+        for name, tensor in lwo.read_layer(layer).items()
+    }
     return lwo.step_count, lwo.active_layer.name, weights, lwo.state_dict()["moments"]
 
 
@@ -67,7 +81,9 @@ def same(a: State, b: State) -> bool:
         and a[2].keys() == b[2].keys()
         and all(torch.equal(a[2][name], b[2][name]) for name in a[2])
         and a[3].keys() == b[3].keys()
-        and all(torch.equal(a[3][name][kind], b[3][name][kind]) for name in a[3] for kind in a[3][name])
+        and all(
+            torch.equal(a[3][name][kind], b[3][name][kind]) for name in a[3] for kind in a[3][name]
+        )
     )
 
 

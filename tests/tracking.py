@@ -20,7 +20,9 @@ from lwo_dist.tracking.spool import count_points, points_of, read_spool
 
 LAYERS = ("embed", "layers.0", "layers.1", "head")
 POINTS = 100 * 6 + 5 * (2 + 4)
-"""What `train` makes of 100 steps: 4 points a step and the 2 that tell of restarts; 5 evaluations and visits."""
+"""What `train` makes of 100 steps: 4 points a step and the 2 that tell of restarts; 5 evaluations
+and visits.
+"""
 PICTURES = ("loss_by_layer", "memory", "layers_by_loss_drop")
 FILES = {"config.yaml", "report.html", *(f"pictures/{name}.png" for name in PICTURES)}
 """What is uploaded of such a run."""
@@ -41,11 +43,20 @@ class Server:
         if self.process is not None:
             return
         options = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
-        options += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
+        options += [
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+            "--port",
+            str(self.port),
+        ]
         with (self.folder / "server.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", *options],
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+                env=os.environ
+                | {
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                },
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -87,19 +98,41 @@ def begin(config, storage, run_name, run_id=None, start_step=0):
     parameters |= {f"fact.{i}": i for i in range(150)}  # more than one call of MLflow takes
     hosts = ("node-a", "node-b")
     callback.on_run_start(
-        RunInfo(config, storage / run_name, 2, LAYERS, parameters, start_step, (100, 90, 110, 100), hosts)
+        RunInfo(
+            config,
+            storage / run_name,
+            2,
+            LAYERS,
+            parameters,
+            start_step,
+            (100, 90, 110, 100),
+            hosts,
+        )
     )
     return callback
 
 
 def train(callback, steps=range(1, 101), loss=2.0):
-    """One hundred steps' worth of events: 4 points a step, a switch every 20, with a visit and an evaluation."""
+    """One hundred steps' worth of events: 4 points a step, a switch every 20, with a visit and an
+    evaluation.
+    """
     for step in steps:
-        values = {"train/loss": loss / step, "lwo/active_layer": (step - 1) // 20 % 4, "memory/peak_bytes": 1e9 + step}
+        values = {
+            "train/loss": loss / step,
+            "lwo/active_layer": (step - 1) // 20 % 4,
+            "memory/peak_bytes": 1e9 + step,
+        }
         callback.on_metrics(step, values | {"train/elapsed_seconds": step / 10})
         if step % 20 == 0:
-            visit = {"layer": (step - 1) // 20 % 4, "loss_drop": 1 / step, "grad_norm": 1.0, "seconds": 2.0}
-            callback.on_visit(step, LAYERS[(step - 1) // 20 % 4], {f"visit/{key}": v for key, v in visit.items()})
+            visit = {
+                "layer": (step - 1) // 20 % 4,
+                "loss_drop": 1 / step,
+                "grad_norm": 1.0,
+                "seconds": 2.0,
+            }
+            callback.on_visit(
+                step, LAYERS[(step - 1) // 20 % 4], {f"visit/{key}": v for key, v in visit.items()}
+            )
             callback.on_switch(step, LAYERS[step // 20 % 4])
             callback.on_evaluation(step, {"eval/loss": loss / step, "eval/bleu": float("nan")})
 
@@ -113,7 +146,9 @@ def client_of(uri):
 def history(client, run_id):
     """{metric: [(step, value)]} as MLflow holds it, repeated points included."""
     keys = client.get_run(run_id).data.metrics
-    return {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys}
+    return {
+        key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys
+    }
 
 
 def assert_equal_to_spool(client, run_id, spool):

@@ -1,4 +1,6 @@
-"""Which failures Ray may answer by starting the workers again. Imports Ray at the top: import it inside a function."""
+"""Which failures Ray may answer by starting the workers again. Imports Ray at the top: import it
+inside a function.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from lwo_dist.config import UserError
 
 __all__ = ["Failures", "cannot_connect", "first_line"]
 
-# While Ray waits for a node to be taken away it comes with the same failure at every look, each 0.2 s; other workers
-# would have needed seconds to start.
+# While Ray waits for a node to be taken away it comes with the same failure at every look, each 0.2
+# s; other workers would have needed seconds to start.
 _SAME_FAILURE_S = 1.5
 
 
 class Failures(UserCallback):
-    """Says what failed, and lets bad input end the run: Ray would try that again too. Lives in Ray's controller."""
+    """Says what failed, and lets bad input end the run: Ray would try that again too. Lives in
+    Ray's controller.
+    """
 
     def __init__(self, max_failures: int):
         self._max_failures = max_failures
@@ -39,16 +43,22 @@ class Failures(UserCallback):
             return
         self._count += 1
         again = self._max_failures < 0 or self._count <= self._max_failures
-        what = "; ".join(f"rank {rank}: {first_line(error)}" for rank, error in list(worker_exceptions.items())[:3])
+        what = "; ".join(
+            f"rank {rank}: {first_line(error)}"
+            for rank, error in list(worker_exceptions.items())[:3]
+        )
         then = "the workers start again from the newest checkpoint" if again else "no more restarts"
         limit = "" if self._max_failures < 0 else f" of at most {self._max_failures}"
         print(f"failure {self._count}{limit} (cluster.max_failures): {what}; {then}", flush=True)
 
 
 def cannot_connect(error: BaseException) -> bool:
-    """The workers' process group could not be made, which Ray takes for a fault of its own and does not try again."""
+    """The workers' process group could not be made, which Ray takes for a fault of its own and does
+    not try again.
+    """
     failure = getattr(error, "controller_failure", None)
-    # What fails in training is a WorkerGroupError; only the start of the workers ends as a task's error in here.
+    # What fails in training is a WorkerGroupError; only the start of the workers ends as a task's
+    # error in here.
     return isinstance(failure, RayTaskError) and isinstance(failure.cause, RuntimeError | OSError)
 
 

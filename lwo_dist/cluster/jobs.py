@@ -40,24 +40,30 @@ class Jobs:
         insecure_token: send the token over plain http, even to another machine.
 
     Raises:
-        UserError: from here and every method: no cluster there, no token or a wrong one, a token that would go over
-            the network in the clear.
+        UserError: from here and every method: no cluster there, no token or a wrong one, a token
+            that would go over the network in the clear.
     """
 
     def __init__(self, address: str, *, insecure_token: bool = False):
         self._address = address.rstrip("/")
         url = urlsplit(self._address)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(f"--address {address}: not a URL; give that of Ray's dashboard, such as http://head:8265")
+            raise UserError(
+                f"--address {address}: not a URL; give that of Ray's dashboard, such as"
+                " http://head:8265"
+            )
         token = _token()
         self._has_token = token is not None
         if token and url.scheme == "http" and not _is_loopback(url.hostname) and not insecure_token:
             raise UserError(
-                f"--address {address}: Ray's token would go over the network in the clear; use https, or forward the "
-                "port to this machine (ssh -L, kubectl port-forward), or say --insecure-token"
+                f"--address {address}: Ray's token would go over the network in the clear; use"
+                " https, or forward the port to this machine (ssh -L, kubectl port-forward), or"
+                " say --insecure-token"
             )
         if _is_loopback(url.hostname):  # Not by a proxy, which would see the token.
-            os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"{os.environ.get('NO_PROXY', '')},{url.hostname}"
+            os.environ["NO_PROXY"] = os.environ["no_proxy"] = (
+                f"{os.environ.get('NO_PROXY', '')},{url.hostname}"
+            )
         # Ray puts these before the address that it is given.
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)
@@ -77,15 +83,21 @@ class Jobs:
             self._client = JobSubmissionClient(self._address, headers=headers)
 
     def submit(self, config: Path | None, overrides: Sequence[str], folder: Path) -> str:
-        """Send the code in `folder` and the config, and start `lwo-dist train` with them. Returns the job's id."""
+        """Send the code in `folder` and the config, and start `lwo-dist train` with them. Returns
+        the job's id.
+        """
         settings, run_name = _checked(config, overrides)
         arguments = [*overrides, *([] if settings.run_name else [f"run_name={run_name}"])]
         refuse_credentials({override: override for override in arguments})
-        running = [job for job in self._all() if not job.status.is_terminal() and _run_name(job) == run_name]
+        running = [
+            job
+            for job in self._all()
+            if not job.status.is_terminal() and _run_name(job) == run_name
+        ]
         if running:
             raise UserError(
-                f"run_name = {run_name}: job {running[0].submission_id} is at it; stop that first, or choose another "
-                "run_name"
+                f"run_name = {run_name}: job {running[0].submission_id} is at it; stop that first,"
+                " or choose another run_name"
             )
         command = ["python", "-m", "lwo_dist.cli", "train", "-c", CONFIG_NAME, *arguments]
         with tempfile.TemporaryDirectory(prefix="lwo-dist-job-") as name:
@@ -102,7 +114,8 @@ class Jobs:
         return job
 
     def follow(self, job: str, write: Callable[[str], Any]) -> int:
-        """Write the job's log from its start to its end. Returns the exit code of its command, 143 if it was stopped.
+        """Write the job's log from its start to its end. Returns the exit code of its command, 143
+        if it was stopped.
 
         A connection that is lost is made again, and nothing is written twice.
         """
@@ -125,11 +138,16 @@ class Jobs:
                 lost_since = None
                 if info.status.is_terminal():
                     return _exit_code(info)
-            except (OSError, RuntimeError) as error:  # aiohttp's and requests' errors of connections among them
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # aiohttp's and requests' errors of connections among them
                 now = time.monotonic()
                 lost_since = lost_since or now
                 if now - lost_since > _LOST_SECONDS:
-                    raise UserError(f"{self._address} is out of reach ({_line(error)}); job {job} may run on") from None
+                    raise UserError(
+                        f"{self._address} is out of reach ({_line(error)}); job {job} may run on"
+                    ) from None
             time.sleep(_PAUSE_SECONDS)
 
     def logs(self, job: str) -> str:
@@ -140,7 +158,9 @@ class Jobs:
         return text
 
     def stop(self, job: str) -> str:
-        """Ask a job to end; it saves a checkpoint first, as far as the cluster gives it the time. Returns its id."""
+        """Ask a job to end; it saves a checkpoint first, as far as the cluster gives it the time.
+        Returns its id.
+        """
         job = self.find(job)
         with self._asking():
             self._client.stop_job(job)
@@ -151,10 +171,19 @@ class Jobs:
         rows = [("JOB", "STATUS", "SUBMITTED", "RUN")]
         for job in sorted(self._all(), key=lambda job: job.start_time or 0, reverse=True):
             start = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000)
-            rows.append((job.submission_id, str(job.status.value), f"{start:%Y-%m-%d %H:%M:%S}", _run_name(job) or "-"))
+            rows.append(
+                (
+                    job.submission_id,
+                    str(job.status.value),
+                    f"{start:%Y-%m-%d %H:%M:%S}",
+                    _run_name(job) or "-",
+                )
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            yield "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
 
     def find(self, name: str) -> str:
         """The id of a job, given that or its run_name (then the newest)."""
@@ -163,7 +192,10 @@ class Jobs:
             return name
         of_run = [job for job in jobs if _run_name(job) == name]
         if not of_run:
-            raise UserError(f"job {name}: {self._address} has none of this id or run_name; see lwo-dist jobs list")
+            raise UserError(
+                f"job {name}: {self._address} has none of this id or run_name; see lwo-dist jobs"
+                " list"
+            )
         return str(max(of_run, key=lambda job: job.start_time or 0).submission_id)
 
     def _all(self) -> list[Any]:
@@ -178,13 +210,19 @@ class Jobs:
         try:
             yield
         except AuthenticationError:
-            why = "that in RAY_AUTH_TOKEN is another's" if self._has_token else "RAY_AUTH_TOKEN is not set"
+            why = (
+                "that in RAY_AUTH_TOKEN is another's"
+                if self._has_token
+                else "RAY_AUTH_TOKEN is not set"
+            )
             raise UserError(
-                f"--address {self._address}: this Ray wants its token, and {why}; set RAY_AUTH_TOKEN to it"
+                f"--address {self._address}: this Ray wants its token, and {why}; set"
+                " RAY_AUTH_TOKEN to it"
             ) from None
         except (ConnectionError, requests.RequestException) as error:
             raise UserError(
-                f"--address {self._address}: {_line(error)}; give the URL of Ray's dashboard, such as http://head:8265"
+                f"--address {self._address}: {_line(error)}; give the URL of Ray's dashboard, such"
+                " as http://head:8265"
             ) from None
         except RuntimeError as error:  # what the server answers to a request that it refuses
             raise UserError(f"--address {self._address}: {_line(error)}") from None
@@ -198,18 +236,25 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
         raise UserError("data.source is not set; give a git URL, or a folder that the cluster sees")
     if "://" not in source and not source.startswith(("git@", "/")):
         raise UserError(
-            f"data.source = {source}: a path of this machine; give a git URL, or the cluster's absolute path"
+            f"data.source = {source}: a path of this machine; give a git URL, or the cluster's"
+            " absolute path"
         )
     if "://" not in config.storage and not config.storage.startswith("/"):
         raise UserError(
-            f"storage = {config.storage}: would go away with the job's folder; give an absolute folder that all nodes "
-            "of the cluster see, or a URL such as s3://bucket/folder"
+            f"storage = {config.storage}: would go away with the job's folder; give an absolute"
+            " folder that all nodes of the cluster see, or a URL such as s3://bucket/folder"
         )
-    return config, config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return (
+        config,
+        config.run_name
+        or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+    )
 
 
 def _metadata(config: Config, run_name: str, folder: Path) -> dict[str, str]:
-    """What ties job, code, config and MLflow run together; the MLflow run has job and commit as tags."""
+    """What ties job, code, config and MLflow run together; the MLflow run has job and commit as
+    tags.
+    """
     try:
         version = importlib.metadata.version("lwo-dist")
     except importlib.metadata.PackageNotFoundError:
@@ -230,7 +275,11 @@ def _exit_code(info: Any) -> int:
         return 0
     if info.driver_exit_code:
         # A process that a signal ended has a negative code; shells say 128 + signal.
-        return int(info.driver_exit_code) if info.driver_exit_code > 0 else 128 - int(info.driver_exit_code)
+        return (
+            int(info.driver_exit_code)
+            if info.driver_exit_code > 0
+            else 128 - int(info.driver_exit_code)
+        )
     if info.status.value == "STOPPED":
         return _STOPPED
     print(f"lwo-dist: {_line(info.message or 'the job failed')}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """What a pod or node runs when it is told to go: python -m lwo_dist.cluster.leave --seconds 150
 
-Where the run's driver is (the head), it gets SIGTERM, upon which the run saves a checkpoint and ends with exit code 75.
-Elsewhere Ray is told that this node goes; Ray Train's workers see that, save, and go on without it or end. Either way
-this returns when nothing of the run is left here, or when the time is over.
+Where the run's driver is (the head), it gets SIGTERM, upon which the run saves a checkpoint and
+ends with exit code 75. Elsewhere Ray is told that this node goes; Ray Train's workers see that,
+save, and go on without it or end. Either way this returns when nothing of the run is left here, or
+when the time is over.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _is_driver(words: list[str]) -> bool:
-    """Whether a command line is `lwo-dist train` by one of its names, and not a shell or client that mentions it."""
+    """Whether a command line is `lwo-dist train` by one of its names, and not a shell or client
+    that mentions it.
+    """
     for i, word in enumerate(words[:4]):
         if word.endswith(_DRIVERS):
             return word.endswith(_DRIVERS[-1]) or words[i + 1 : i + 2] == ["train"]
@@ -71,7 +74,9 @@ def _is_driver(words: list[str]) -> bool:
 
 def _workers() -> list[psutil.Process]:
     # Ray gives its processes the actor's name as a title.
-    return [process for process in _processes() if any(_WORKER in word for word in _words(process)[:1])]
+    return [
+        process for process in _processes() if any(_WORKER in word for word in _words(process)[:1])
+    ]
 
 
 def _drain(seconds: float) -> None:
@@ -82,7 +87,14 @@ def _drain(seconds: float) -> None:
     node = ray.get_runtime_context().get_node_id()
     gcs = ray.get_runtime_context().gcs_address
     ray.shutdown()
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={gcs}", f"--node-id={node}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "drain-node",
+        f"--address={gcs}",
+        f"--node-id={node}",
+    ]
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the node goes"]
     subprocess.run([*command, *reason, f"--deadline-remaining-seconds={int(seconds)}"], check=True)
 
@@ -97,7 +109,9 @@ def _gone(left: Callable[[], list[psutil.Process]], deadline: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lwo_dist.cluster.leave", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=150, help="time that there is; default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="time that there is; default: %(default)s"
+    )
     return 0 if leave(parser.parse_args().seconds) else 1
 
 

@@ -30,7 +30,9 @@ Node = Mapping[str, float]
 
 
 def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str, float]:
-    """What one worker takes. Raises UserError where the fewest workers do not fit: Ray would wait for ever."""
+    """What one worker takes. Raises UserError where the fewest workers do not fit: Ray would wait
+    for ever.
+    """
     on_gpu: dict[str, float] = {"CPU": 1, "GPU": 1, **cluster.resources_per_worker}
     on_cpu: dict[str, float] = {"CPU": 1, **cluster.resources_per_worker}
     if cluster.use_gpu is None:
@@ -39,14 +41,22 @@ def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str,
         wanted = on_gpu if cluster.use_gpu else on_cpu
     places = room(nodes, wanted)
     if places < cluster.min_workers:
-        offer = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in wanted)
+        offer = ", ".join(
+            f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in wanted
+        )
         needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-        lower = "set cluster.use_gpu=false" if "GPU" in wanted else "lower cluster.resources_per_worker"
+        lower = (
+            "set cluster.use_gpu=false" if "GPU" in wanted else "lower cluster.resources_per_worker"
+        )
         remedy = f"set it to at most {places}" if places else lower
-        number = cluster.num_workers if isinstance(cluster.num_workers, int) else list(cluster.num_workers)
+        number = (
+            cluster.num_workers
+            if isinstance(cluster.num_workers, int)
+            else list(cluster.num_workers)
+        )
         raise UserError(
-            f"cluster.num_workers = {number}: this Ray cluster has {offer}, and a worker takes {needs}; "
-            f"{remedy}, or add nodes"
+            f"cluster.num_workers = {number}: this Ray cluster has {offer}, and a worker takes"
+            f" {needs}; {remedy}, or add nodes"
         )
     return wanted
 
@@ -54,7 +64,10 @@ def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str,
 def room(nodes: list[Node], wanted: Mapping[str, float]) -> int:
     """How many workers fit, each wholly on one node."""
     asked = {name: amount for name, amount in wanted.items() if amount > 0}
-    return sum(min((int(node.get(name, 0) // amount) for name, amount in asked.items()), default=1) for node in nodes)
+    return sum(
+        min((int(node.get(name, 0) // amount) for name, amount in asked.items()), default=1)
+        for node in nodes
+    )
 
 
 def this_machine() -> Node:
@@ -62,23 +75,36 @@ def this_machine() -> Node:
 
     # Ray is told the same numbers, so that what was checked is what there is.
     allowed = getattr(os, "sched_getaffinity", None)
-    return {"CPU": len(allowed(0)) if allowed else os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    return {
+        "CPU": len(allowed(0)) if allowed else os.cpu_count() or 1,
+        "GPU": torch.cuda.device_count(),
+    }
 
 
 def nodes_of_cluster(without: Collection[str] = ()) -> list[Node]:
-    """The nodes that are alive in the Ray that was joined, but for those with an id in `without`."""
+    """The nodes that are alive in the Ray that was joined, but for those with an id in
+    `without`.
+    """
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+    return [
+        node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without
+    ]
 
 
 def placement_groups() -> dict[str, str]:
-    """This job's placement groups, which hold places for workers: id -> state, such as PENDING or CREATED."""
+    """This job's placement groups, which hold places for workers: id -> state, such as PENDING or
+    CREATED.
+    """
     import ray
     from ray.util import placement_group_table
 
     job = ray.get_runtime_context().get_job_id()  # An id of a placement group ends with its job's.
-    states = {name: group["state"] for name, group in placement_group_table().items() if name.endswith(job)}
+    states = {
+        name: group["state"]
+        for name, group in placement_group_table().items()
+        if name.endswith(job)
+    }
     return {name: state for name, state in states.items() if state != "REMOVED"}
 
 
@@ -92,7 +118,9 @@ def remove_placement_groups(names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def joined_ray() -> Iterator[list[Node]]:
-    """The nodes of the caller's Ray, which is the caller's to end, or of the cluster at RAY_ADDRESS."""
+    """The nodes of the caller's Ray, which is the caller's to end, or of the cluster at
+    RAY_ADDRESS.
+    """
     import ray
 
     ours = not ray.is_initialized()
@@ -105,8 +133,9 @@ def joined_ray() -> Iterator[list[Node]]:
             ray.init(address=address, logging_level=logging.WARNING)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS = {address}: no Ray can be joined there ({error}); give host:port of a running Ray, and "
-                "its token in RAY_AUTH_TOKEN if it has one, or unset RAY_ADDRESS for a local Ray"
+                f"RAY_ADDRESS = {address}: no Ray can be joined there ({error}); give host:port of"
+                " a running Ray, and its token in RAY_AUTH_TOKEN if it has one, or unset"
+                " RAY_ADDRESS for a local Ray"
             ) from None
     try:
         yield nodes_of_cluster()
@@ -144,6 +173,7 @@ def local_ray(machine: Node) -> Iterator[None]:
 
 
 def _short_temp_dir() -> dict[str, str]:
-    # Ray puts sockets about 70 characters below this folder, and a socket's path has at most 107 bytes.
+    # Ray puts sockets about 70 characters below this folder, and a socket's path has at most 107
+    # bytes.
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     return {} if len(os.fsencode(folder)) <= 35 else {"_temp_dir": "/tmp/ray"}

@@ -1,4 +1,6 @@
-"""Runs `lwo_dist.run.run` on the workers of Ray Train: a local Ray, or the cluster that RAY_ADDRESS names."""
+"""Runs `lwo_dist.run.run` on the workers of Ray Train: a local Ray, or the cluster that RAY_ADDRESS
+names.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,11 @@ from .worker import Interrupted, forwarded
 
 __all__ = ["train"]
 
-# Ray reads most of its environment when it is imported, so `import ray` stands inside the functions here.
+# Ray reads most of its environment when it is imported, so `import ray` stands inside the functions
+# here.
 _DRIVER_ENVIRONMENT = {
-    # The workers' lines as they are: no prefix, no colour, none folded, none printed twice, none late.
+    # The workers' lines as they are: no prefix, no colour, none folded, none printed twice, none
+    # late.
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -45,11 +49,13 @@ _DRIVER_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray Train looks at its workers every 2 s by default, and each checkpoint waits for a look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # For so long a run asks for its places before it asks again, or, if elastic, for fewer. Ray's default is 60.
+    # For so long a run asks for its places before it asks again, or, if elastic, for fewer. Ray's
+    # default is 60.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 _LOCAL_ENVIRONMENT = {
-    # A token of this run's own, below: nobody else on the machine gets in, and no file is made in the home folder.
+    # A token of this run's own, below: nobody else on the machine gets in, and no file is made in
+    # the home folder.
     "RAY_AUTH_MODE": "token",
     # Preemption is a matter of cloud nodes; its watcher prints a warning at every start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -66,8 +72,10 @@ def train(config: Config) -> dict[str, Any]:
     """Prepare the run, train it on `config.cluster`'s workers and return its summary.
 
     Raises:
-        UserError: bad input, found here or on a worker; too few CPUs or GPUs; no cluster at RAY_ADDRESS.
-        Stopped: SIGTERM, SIGUSR1, `train.max_seconds`, or Ray took a node away and the others have no room.
+        UserError: bad input, found here or on a worker; too few CPUs or GPUs; no cluster at
+            RAY_ADDRESS.
+        Stopped: SIGTERM, SIGUSR1, `train.max_seconds`, or Ray took a node away and the others have
+            no room.
         ray.train.TrainingFailedError: another failure of a worker.
         KeyboardInterrupt: Ctrl-C; the workers are gone by then.
     """
@@ -83,7 +91,11 @@ def train(config: Config) -> dict[str, Any]:
             stack.enter_context(local_ray(nodes[0]))
         threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
         try:
-            with stop.listening(), forwarded(stop) as flag, watched_waiting(config, resources, stop):
+            with (
+                stop.listening(),
+                forwarded(stop) as flag,
+                watched_waiting(config, resources, stop),
+            ):
                 return _fit_until_done(config, resources, threads, flag)
         except Stopped:
             raise
@@ -99,7 +111,9 @@ def train(config: Config) -> dict[str, Any]:
 
 def _set_environment() -> bool:
     """Set what Ray reads, where the user has not; return whether there is a Ray to join."""
-    imported = "ray" in sys.modules  # Then it has read its environment, and a new token would not fit the old mode.
+    imported = (
+        "ray" in sys.modules
+    )  # Then it has read its environment, and a new token would not fit the old mode.
     joins = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if imported and sys.modules["ray"].is_initialized():
         joins = True
@@ -111,7 +125,9 @@ def _set_environment() -> bool:
     return joins
 
 
-def _fit_until_done(config: Config, resources: dict[str, float], threads: int | None, flag: Any) -> dict[str, Any]:
+def _fit_until_done(
+    config: Config, resources: dict[str, float], threads: int | None, flag: Any
+) -> dict[str, Any]:
     """Fit; and again where Ray gives up although the run can go on."""
     from ray.train import ControllerError
 
@@ -129,15 +145,20 @@ def _fit_until_done(config: Config, resources: dict[str, float], threads: int | 
         else:
             if not isinstance(outcome, Interrupted):
                 return outcome
-            # A node that is taken away takes only its workers along, if the others have room for them.
-            # One that was announced earlier may still be alive, but Ray places nothing on it any more.
+            # A node that is taken away takes only its workers along, if the others have room for
+            # them. One that was announced earlier may still be alive, but Ray places nothing on it
+            # any more.
             lost = outcome.preempted_nodes
             leaving |= set(lost)
-            if not lost or room(nodes_of_cluster(without=leaving), resources) < config.cluster.min_workers:
+            if (
+                not lost
+                or room(nodes_of_cluster(without=leaving), resources) < config.cluster.min_workers
+            ):
                 raise outcome.stopped
             print(f"{outcome.stopped}; going on without it", flush=True)
             continue
-        # Ray 2.60 leaves them behind after such a failure, and the next attempt would wait for their room for ever.
+        # Ray 2.60 leaves them behind after such a failure, and the next attempt would wait for
+        # their room for ever.
         remove_placement_groups(set(placement_groups()) - before)
         wait = 5 * 2**failures
         failures += 1
@@ -159,7 +180,9 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
     cluster, use_gpu = config.cluster, "GPU" in resources
     worker_environment = dict(cluster.env)
     if "OMP_NUM_THREADS" in os.environ or threads is not None:
-        worker_environment.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
+        worker_environment.setdefault(
+            "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads))
+        )
     run_config = RunConfig(
         # Ray's folder is the run's own: a checkpoint that is reported must lie in it.
         name=config.run_name,
@@ -173,7 +196,9 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
     trainer = TorchTrainer(
         _train_loop(config, flag),
         # Connecting takes its time on a busy machine.
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(120, cluster.timeout_s)),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=max(120, cluster.timeout_s)
+        ),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=use_gpu,
@@ -185,7 +210,9 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
     handler = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit().return_value
-    except SystemExit:  # Ray's handler of Ctrl-C ends the workers, then exits with 0, as if all were well.
+    except (
+        SystemExit
+    ):  # Ray's handler of Ctrl-C ends the workers, then exits with 0, as if all were well.
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -194,14 +221,16 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
 def _forget_reports(storage: Any) -> None:
     """Remove Ray's list of the checkpoints of an earlier driver.
 
-    Ray refuses to start where one of them is gone, and we have pruned them. Our store knows which there are.
+    Ray refuses to start where one of them is gone, and we have pruned them. Our store knows which
+    there are.
     """
     with contextlib.suppress(FileNotFoundError):
         storage.storage_filesystem.delete_file(storage.checkpoint_manager_snapshot_path)
 
 
 def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
-    # In the function that is sent, not in a runtime_env: Ray writes that into its logs and shows it on its pages.
+    # In the function that is sent, not in a runtime_env: Ray writes that into its logs and shows it
+    # on its pages.
     environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
 
     def train_loop_per_worker() -> Any:
@@ -221,7 +250,9 @@ def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
 
 
 def _raise_user_error(error: BaseException) -> None:
-    """Raise the UserError that is behind Ray's `error`; else note the traceback of the worker that failed first."""
+    """Raise the UserError that is behind Ray's `error`; else note the traceback of the worker that
+    failed first.
+    """
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in [*failures, getattr(error, "controller_failure", None)]:
         if isinstance(failure, UserError):

@@ -1,4 +1,6 @@
-"""While a run waits for room on the cluster, Ray Train says nothing and hears nothing: here it does both."""
+"""While a run waits for room on the cluster, Ray Train says nothing and hears nothing: here it does
+both.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,11 @@ _OVER = b"\0"  # No signal has this number.
 
 
 @contextlib.contextmanager
-def watched_waiting(config: Config, resources: Mapping[str, float], stop: StopRequest) -> Iterator[None]:
-    """Say when the run waits for room, and let it end meanwhile. With workers, they hear of `stop`, and Ray of Ctrl-C.
+def watched_waiting(
+    config: Config, resources: Mapping[str, float], stop: StopRequest
+) -> Iterator[None]:
+    """Say when the run waits for room, and let it end meanwhile. With workers, they hear of `stop`,
+    and Ray of Ctrl-C.
 
     Raises:
         Stopped: `stop` was requested while the run waited; its checkpoint is the newest one.
@@ -37,7 +42,8 @@ def watched_waiting(config: Config, resources: Mapping[str, float], stop: StopRe
     bell, ring = socket.socketpair()
     ring.setblocking(False)
     watch = _Watch(config, resources, stop, bell)
-    # Signals reach the main thread only. Ray puts its own handler of Ctrl-C there; the bell rings all the same.
+    # Signals reach the main thread only. Ray puts its own handler of Ctrl-C there; the bell rings
+    # all the same.
     before = signal.set_wakeup_fd(ring.fileno()) if watch.can_end else -1
     watch.start()
     try:
@@ -55,9 +61,16 @@ def watched_waiting(config: Config, resources: Mapping[str, float], stop: StopRe
 
 
 class _Watch(threading.Thread):
-    def __init__(self, config: Config, resources: Mapping[str, float], stop: StopRequest, bell: socket.socket):
+    def __init__(
+        self, config: Config, resources: Mapping[str, float], stop: StopRequest, bell: socket.socket
+    ):
         super().__init__(name="lwo-dist-waiting", daemon=True)
-        self._config, self._resources, self._stop_request, self._bell = config, resources, stop, bell
+        self._config, self._resources, self._stop_request, self._bell = (
+            config,
+            resources,
+            stop,
+            bell,
+        )
         self._handler: Any = signal.getsignal(signal.SIGINT)
         self.can_end = threading.current_thread() is threading.main_thread()
         self.ended_by_stop = False
@@ -93,8 +106,9 @@ class _Watch(threading.Thread):
     def _end(self) -> None:
         """Bring the main thread out of Ray.
 
-        At the first Ctrl-C Ray 2.60 asks its controller to end, which waits for room and does not listen; at the third
-        it leaves. They come one by one, so that none is lost, as long as Ray's handler is there.
+        At the first Ctrl-C Ray 2.60 asks its controller to end, which waits for room and does not
+        listen; at the third it leaves. They come one by one, so that none is lost, as long as Ray's
+        handler is there.
         """
         if self.can_end and signal.getsignal(signal.SIGINT) is not self._handler:
             os.kill(os.getpid(), signal.SIGINT)
@@ -113,10 +127,14 @@ def _waits() -> bool | None:
 def _line(config: Config, resources: Mapping[str, float], waited: float) -> str:
     places, fewest = room(nodes_of_cluster(), resources), config.cluster.min_workers
     takes = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
-    why = "which others use" if places >= fewest else "add nodes, or stop it and go on with fewer workers"
+    why = (
+        "which others use"
+        if places >= fewest
+        else "add nodes, or stop it and go on with fewer workers"
+    )
     return (
-        f"waiting for room for {fewest} worker(s) of {takes} for {waited:.0f} s; the nodes that are alive have room "
-        f"for {places}, {why}"
+        f"waiting for room for {fewest} worker(s) of {takes} for {waited:.0f} s; the nodes that are"
+        f" alive have room for {places}, {why}"
     )
 
 
@@ -125,6 +143,12 @@ def _stopped(config: Config, reason: str) -> Stopped:
     from lwo_dist.training.checkpoint import committed_steps, step_folder
 
     run = RunFolder(config.storage, str(config.run_name))
-    end_run(config, storage_folder(config.storage), str(config.run_name), "KILLED")  # There are no workers to do it.
+    end_run(
+        config, storage_folder(config.storage), str(config.run_name), "KILLED"
+    )  # There are no workers to do it.
     steps = committed_steps(run)
-    return Stopped(reason, steps[-1], run.local / step_folder(steps[-1])) if steps else Stopped(reason, 0, None)
+    return (
+        Stopped(reason, steps[-1], run.local / step_folder(steps[-1]))
+        if steps
+        else Stopped(reason, 0, None)
+    )

@@ -1,4 +1,6 @@
-"""Between Ray and a run on one of its workers: what stops the run, and which checkpoints there are."""
+"""Between Ray and a run on one of its workers: what stops the run, and which checkpoints there
+are.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Interrupted:
 
 
 class _StopFlag:
-    """An actor without resources: the driver, who gets the signals, tells the workers, whom Ray runs in threads."""
+    """An actor without resources: the driver, who gets the signals, tells the workers, whom Ray
+    runs in threads.
+    """
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -45,7 +49,9 @@ class _StopFlag:
 
 @contextlib.contextmanager
 def forwarded(stop: StopRequest) -> Iterator[Any]:
-    """A handle for `run_on_worker` that carries the driver's request to stop, from whichever thread it comes."""
+    """A handle for `run_on_worker` that carries the driver's request to stop, from whichever thread
+    it comes.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -110,7 +116,9 @@ def _report(config: Config, step: int, folder: Path) -> None:
     import ray.train
 
     for name in list(logging.root.manager.loggerDict):
-        if name.endswith("execution/context.py"):  # Ray's: a line for every report, outside its `log_level`.
+        if name.endswith(
+            "execution/context.py"
+        ):  # Ray's: a line for every report, outside its `log_level`.
             logging.getLogger(name).setLevel(logging.WARNING)
     where = f"{config.storage.rstrip('/')}/{config.run_name}/checkpoints/{folder.name}"
     ray.train.report(

@@ -14,11 +14,14 @@ from .settings import Config, UserError
 __all__ = ["load_config"]
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()
+) -> Config:
     """Read a YAML file and apply dotted overrides such as `lwo.lr=1e-4`.
 
     Raises:
-        UserError: unreadable file, malformed override, unknown key (with the nearest valid one), wrong value.
+        UserError: unreadable file, malformed override, unknown key (with the nearest valid one),
+            wrong value.
     """
     values = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
@@ -29,7 +32,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
     if config.lwo.max_steps is None:
-        config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"max_steps": config.train.steps})})
+        config = config.model_copy(
+            update={"lwo": config.lwo.model_copy(update={"max_steps": config.train.steps})}
+        )
     return config
 
 
@@ -37,13 +42,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file") from None
+        raise UserError(
+            f"config file {path}: {error.strerror}; give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"config file {path} holds a {type(values).__name__}; it must be a mapping of keys to values")
+        raise UserError(
+            f"config file {path} holds a {type(values).__name__}; it must be a mapping of keys to"
+            " values"
+        )
     return values
 
 
@@ -55,7 +65,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            raise UserError(f"override {override!r}: {group!r} is a value, not a group; see the README's table of keys")
+            raise UserError(
+                f"override {override!r}: {group!r} is a value, not a group; see the README's table"
+                " of keys"
+            )
     try:
         values[name] = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -67,13 +80,16 @@ def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix:
         field = model.model_fields.get(str(key))
         if field is None:
             hint = _nearest_key(str(key), model, prefix)
-            mend = f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
+            mend = (
+                f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
+            )
             raise UserError(f"unknown key {prefix}{key}; {mend}")
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{prefix}{key} = {value!r} must be a group of keys: {', '.join(annotation.model_fields)}"
+                    f"{prefix}{key} = {value!r} must be a group of keys:"
+                    f" {', '.join(annotation.model_fields)}"
                 )
             _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
 

@@ -1,6 +1,12 @@
 """From source trees to token batches."""
 
-from .batches import check_world_sizes, global_batch_indices, label_tokens, micro_batch_size, micro_batches
+from .batches import (
+    check_world_sizes,
+    global_batch_indices,
+    label_tokens,
+    micro_batch_size,
+    micro_batches,
+)
 from .cache import cache_folder
 from .dataset import PreparedData, prepare_dataset
 from .examples import EvalExample, TrainExample

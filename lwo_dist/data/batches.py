@@ -1,7 +1,7 @@
 """The batch of a step is a pure function of (seed, step).
 
-The global batch does not depend on the number of ranks; each rank computes which part of it is its own, and how many
-label tokens the whole has, without asking the others.
+The global batch does not depend on the number of ranks; each rank computes which part of it is its
+own, and how many label tokens the whole has, without asking the others.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def micro_batch_size(global_batch_size: int, world_size: int, accumulation: int)
     parts = world_size * accumulation
     if global_batch_size % parts:
         raise UserError(
-            f"train.global_batch_size = {global_batch_size} must be divisible by {parts} = {world_size} workers x "
-            f"{accumulation} lwo.gradient_accumulation_steps; for example {-(-global_batch_size // parts) * parts}"
+            f"train.global_batch_size = {global_batch_size} must be divisible by {parts} ="
+            f" {world_size} workers x {accumulation} lwo.gradient_accumulation_steps; for example"
+            f" {-(-global_batch_size // parts) * parts}"
         )
     return global_batch_size // parts
 
@@ -59,18 +60,20 @@ def check_world_sizes(config: Config) -> None:
     if uneven:
         multiple = math.lcm(*world_sizes) * accumulation
         raise UserError(
-            f"cluster.num_workers = {[world_sizes[0], world_sizes[-1]]}: train.global_batch_size = {global_batch_size} "
-            f"cannot be divided evenly among {' or '.join(map(str, uneven))} workers (with "
-            f"lwo.gradient_accumulation_steps = {accumulation}); set it to a multiple of {multiple}, or other numbers "
-            "of workers"
+            f"cluster.num_workers = {[world_sizes[0], world_sizes[-1]]}: train.global_batch_size ="
+            f" {global_batch_size} cannot be divided evenly among {' or '.join(map(str, uneven))}"
+            f" workers (with lwo.gradient_accumulation_steps = {accumulation}); set it to a"
+            f" multiple of {multiple}, or other numbers of workers"
         )
 
 
-def global_batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+def global_batch_indices(
+    num_examples: int, batch_size: int, seed: int, step: int
+) -> npt.NDArray[np.int64]:
     """Which examples make up the batch of `step` (from 0).
 
-    Each epoch is a new permutation; epochs follow each other without a gap, so a batch may span two or more and no
-    example is ever left out.
+    Each epoch is a new permutation; epochs follow each other without a gap, so a batch may span two
+    or more and no example is ever left out.
 
     Returns:
         [batch_size] indices below `num_examples`.
@@ -89,7 +92,8 @@ def global_batch_indices(num_examples: int, batch_size: int, seed: int, step: in
 
 @lru_cache(maxsize=4)
 def _permutation(num_examples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    # RandomState: numpy keeps its stream the same for ever (NEP 19), so a run resumed under another numpy goes on.
+    # RandomState: numpy keeps its stream the same for ever (NEP 19), so a run resumed under another
+    # numpy goes on.
     state = np.random.RandomState(np.random.SeedSequence([seed, epoch]).generate_state(8))
     permutation = state.permutation(num_examples).astype(np.int64)
     permutation.flags.writeable = False
@@ -97,7 +101,9 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> npt.NDArray[np.int
 
 
 def label_tokens(data: PreparedData, *, seed: int, step: int, global_batch_size: int) -> int:
-    """Label positions that count in the loss over the global batch of `step`: the divisor of its summed loss."""
+    """Label positions that count in the loss over the global batch of `step`: the divisor of its
+    summed loss.
+    """
     indices = global_batch_indices(len(data.lengths), global_batch_size, seed, step)
     return int(data.label_tokens[indices].sum(dtype=np.int64))
 
@@ -114,8 +120,9 @@ def micro_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """This rank's part of the global batch of `step`, as `accumulation` micro-batches.
 
-    Rows are padded on the right to the longest of all ranks' rows of the same micro-batch (and to a multiple of 8
-    within `sequence_length`), so a row is computed in the same shape at every world size.
+    Rows are padded on the right to the longest of all ranks' rows of the same micro-batch (and to a
+    multiple of 8 within `sequence_length`), so a row is computed in the same shape at every world
+    size.
 
     Returns:
         `input_ids`, `attention_mask` (1 real, 0 padding) and `labels` (-100: not learned), each
@@ -134,7 +141,9 @@ def micro_batches(
     return batches
 
 
-def _batch(data: PreparedData, indices: npt.NDArray[np.int64], width: int) -> dict[str, torch.Tensor]:
+def _batch(
+    data: PreparedData, indices: npt.NDArray[np.int64], width: int
+) -> dict[str, torch.Tensor]:
     input_ids = torch.full((len(indices), width), data.pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED_LABEL)

@@ -19,19 +19,25 @@ _ABANDONED_SECONDS = 24 * 3600
 
 
 def cache_folder(config: Config) -> Path:
-    """Where clones and tokenised data lie: `data.cache`, else `<storage>/cache`. All workers must see it."""
-    return Path(config.data.cache or storage_folder(config.storage) / "cache").expanduser().absolute()
+    """Where clones and tokenised data lie: `data.cache`, else `<storage>/cache`. All workers must
+    see it.
+    """
+    return (
+        Path(config.data.cache or storage_folder(config.storage) / "cache").expanduser().absolute()
+    )
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Return `target`, after `build(folder)` filled it if it was not there yet.
 
-    `build` gets an empty folder beside the target, which takes the target's name when it is whole, and is removed on
-    any error. A killed process leaves it behind, under a name that nothing reads, until a later build clears it away.
-    Of two processes that build the same target at once, one wins and both return it.
+    `build` gets an empty folder beside the target, which takes the target's name when it is whole,
+    and is removed on any error. A killed process leaves it behind, under a name that nothing reads,
+    until a later build clears it away. Of two processes that build the same target at once, one
+    wins and both return it.
 
     Raises:
-        UserError: the folder cannot be written. What `build` raises passes through, but for an OSError.
+        UserError: the folder cannot be written. What `build` raises passes through, but for an
+            OSError.
     """
     if target.is_dir():
         return target
@@ -47,7 +53,8 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
                 raise
     except OSError as error:
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}; make room or set data.cache to another folder"
+            f"cannot write {target}: {error.strerror or error}; make room or set data.cache to"
+            " another folder"
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -4,7 +4,8 @@
 <cache>/datasets/<task>-<fingerprint>/held_out.arrow   EvalExample, one a row
 <cache>/datasets/<task>-<fingerprint>/about.json       counts
 
-The fingerprint is that of the files' contents, the tokenizer and the settings that examples depend on.
+The fingerprint is that of the files' contents, the tokenizer and the settings that examples depend
+on.
 """
 
 from __future__ import annotations
@@ -31,11 +32,19 @@ __all__ = ["ExampleMaker", "PreparedData", "Source", "prepare_dataset"]
 # Raise it when the same files would give other examples: caches of before are then not read.
 _FORMAT = 1
 _TRAIN = Features(
-    {"input_ids": Sequence(Value("int32")), "length": Value("int32"), "target_start": Value("int32")}
+    {
+        "input_ids": Sequence(Value("int32")),
+        "length": Value("int32"),
+        "target_start": Value("int32"),
+    }
     | {"label_tokens": Value("int32")}
 )
 _HELD_OUT = Features(
-    {"context": Sequence(Value("int32")), "target": Sequence(Value("int32")), "text": Value("large_string")}
+    {
+        "context": Sequence(Value("int32")),
+        "target": Sequence(Value("int32")),
+        "text": Value("large_string"),
+    }
     | {"name": Value("string"), "line": Value("int32")}
 )
 
@@ -60,11 +69,15 @@ class ExampleMaker(Protocol):
     def read(self, config: DataConfig, cache: Path) -> Source:
         """Find and judge the input; UserError where there is none to use."""
 
-    def training_examples(self, source: Any, tokenizer: Any, config: Config) -> Iterator[TrainExample]:
+    def training_examples(
+        self, source: Any, tokenizer: Any, config: Config
+    ) -> Iterator[TrainExample]:
         """Examples of at most `train.sequence_length` tokens, in a fixed order."""
 
     def evaluation_examples(self, source: Any, tokenizer: Any, config: Config) -> list[EvalExample]:
-        """Up to `eval.num_lines` examples; context and target together at most `train.sequence_length` tokens."""
+        """Up to `eval.num_lines` examples; context and target together at most
+        `train.sequence_length` tokens.
+        """
 
     def end_token_ids(self, tokenizer: Any) -> list[int]:
         """The tokens after which a completion has ended; UserError where the tokenizer has none."""
@@ -82,8 +95,8 @@ class PreparedData:
     """[examples], tokens of each that count in the loss."""
     held_out: tuple[EvalExample, ...]
     counts: Mapping[str, Any]
-    """`train_files`, `held_out_files`, `skipped` (reason -> number), `windows`, `tokens` (context included),
-    `label_tokens`, `held_out_lines`, `held_out_lines_asked`."""
+    """`train_files`, `held_out_files`, `skipped` (reason -> number), `windows`, `tokens` (context
+    included), `label_tokens`, `held_out_lines`, `held_out_lines_asked`."""
     fingerprint: str
     """64 hex digits. A resumed run must find the same."""
     folder: Path
@@ -105,11 +118,13 @@ def prepare_dataset(
     Args:
         tokenizer: a Hugging Face tokenizer with an end-of-text token.
         is_builder: true on one rank, the only one that reads the source.
-        broadcast: a collective that returns the builder's value on every rank. It tells the others where the examples
-            are, or why there are none: an error of the builder is raised on every rank, so that none waits.
+        broadcast: a collective that returns the builder's value on every rank. It tells the others
+            where the examples are, or why there are none: an error of the builder is raised on
+            every rank, so that none waits.
 
     Raises:
-        UserError: the source or a setting is wrong, the cache cannot be written, or this worker does not see it.
+        UserError: the source or a setting is wrong, the cache cannot be written, or this worker
+            does not see it.
     """
     fingerprint, folder, failure = "", Path(), None
     if is_builder:
@@ -117,7 +132,9 @@ def prepare_dataset(
             fingerprint, folder = _build(config, tokenizer, task)
         except Exception as error:
             failure = error
-    told = None if failure is None else (isinstance(failure, UserError), str(failure) or repr(failure))
+    told = (
+        None if failure is None else (isinstance(failure, UserError), str(failure) or repr(failure))
+    )
     fingerprint, folder, told = broadcast((fingerprint, folder, told))
     if failure is not None:
         raise failure
@@ -175,7 +192,9 @@ def _load(folder: Path, fingerprint: str, pad: int, config: Config) -> PreparedD
         )
     train = Dataset.from_file(str(folder / "train.arrow"))
     numbers = train.select_columns(["length", "label_tokens"]).with_format("numpy")[:]
-    held_out = tuple(EvalExample(**row) for row in Dataset.from_file(str(folder / "held_out.arrow")))
+    held_out = tuple(
+        EvalExample(**row) for row in Dataset.from_file(str(folder / "held_out.arrow"))
+    )
     return PreparedData(
         train=train,
         lengths=numbers["length"].astype(np.int32),
@@ -196,4 +215,7 @@ def _tokenizer_identity(tokenizer: Any) -> list[Any]:
         return [*identity, sorted(tokenizer.get_vocab().items())]
     whole = json.loads(backend.to_str())
     # What the last call of the tokenizer left behind; ours ask for neither.
-    return [*identity, {key: value for key, value in whole.items() if key not in ("truncation", "padding")}]
+    return [
+        *identity,
+        {key: value for key, value in whole.items() if key not in ("truncation", "padding")},
+    ]

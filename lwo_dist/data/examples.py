@@ -1,7 +1,9 @@
-"""Examples in tokens: what a task makes, what the Arrow files hold, and how a long file is cut into windows.
+"""Examples in tokens: what a task makes, what the Arrow files hold, and how a long file is cut into
+windows.
 
-A training example is one stretch of tokens, of which those from `target_start` on are learned. A held-out example is
-a context, the tokens that should follow, and their text. Every task's examples have these two shapes.
+A training example is one stretch of tokens, of which those from `target_start` on are learned. A
+held-out example is a context, the tokens that should follow, and their text. Every task's examples
+have these two shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ from typing import Any
 
 from lwo_dist.config import UserError
 
-__all__ = ["EvalExample", "TrainExample", "context_start", "cut_windows", "end_of_text_id", "pad_id", "tokenize_lines"]
+__all__ = [
+    "EvalExample",
+    "TrainExample",
+    "context_start",
+    "cut_windows",
+    "end_of_text_id",
+    "pad_id",
+    "tokenize_lines",
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,8 @@ class EvalExample:
 
 
 def tokenize_lines(tokenizer: Any, text: str) -> list[list[int]]:
-    """Token ids of each line, its "\\n" included: a line's end is a token's end. No special tokens are added.
+    """Token ids of each line, its "\\n" included: a line's end is a token's end. No special tokens
+    are added.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -55,20 +66,28 @@ def tokenize_lines(tokenizer: Any, text: str) -> list[list[int]]:
     """
     lines = [line + "\n" for line in text.split("\n")[:-1]]
     # verbose=False: a line may be longer than the model's context; it is cut later.
-    return tokenizer(lines, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokenizer(lines, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
 
 
 def cut_windows(lines: Sequence[Sequence[int]], length: int) -> Iterator[TrainExample]:
-    """Cut one file into windows of at most `length` tokens, so that each token is a target exactly once.
+    """Cut one file into windows of at most `length` tokens, so that each token is a target exactly
+    once.
 
-    A window after the first begins with the nearest context of what it is to learn, whole lines of up to a quarter of
-    the window (the nearest tokens, where the line before is longer than that), and then holds as many whole lines as
-    fit. A line that does not fit behind its context is cut into pieces that do.
+    A window after the first begins with the nearest context of what it is to learn, whole lines of
+    up to a quarter of the window (the nearest tokens, where the line before is longer than that),
+    and then holds as many whole lines as fit. A line that does not fit behind its context is cut
+    into pieces that do.
     """
     context = length // 4
     tokens = [token for line in lines for token in line]
     edges = list(accumulate(map(len, lines), initial=0))
-    ends = [end for a, b in pairwise(edges) for end in (*range(a + length - context, b, length - context), b)]
+    ends = [
+        end
+        for a, b in pairwise(edges)
+        for end in (*range(a + length - context, b, length - context), b)
+    ]
     start = 0
     while start < len(tokens):
         begin = context_start(edges, start, context)
@@ -78,7 +97,8 @@ def cut_windows(lines: Sequence[Sequence[int]], length: int) -> Iterator[TrainEx
 
 
 def context_start(edges: Sequence[int], end: int, limit: int) -> int:
-    """Where the context of at most `limit` tokens before token `end` begins: at a line, unless the nearest is too long.
+    """Where the context of at most `limit` tokens before token `end` begins: at a line, unless the
+    nearest is too long.
 
     Args:
         edges: where the lines of the file start, ascending, in tokens.
@@ -96,20 +116,34 @@ def end_of_text_id(tokenizer: Any) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no eos_token, which ends a file; "
-            "add eos_token to its tokenizer_config.json"
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no eos_token,"
+            " which ends a file; add eos_token to its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """A token to pad with, under attention mask 0: neither the end of a text nor of a line, and known to the model.
+    """A token to pad with, under attention mask 0: neither the end of a text nor of a line, and
+    known to the model.
 
-    The pad token where it is fit (many models pad with their end-of-text token), else another special token, else the
-    first token that will do: masked positions are neither attended to nor labelled, so it only has to exist.
+    The pad token where it is fit (many models pad with their end-of-text token), else another
+    special token, else the first token that will do: masked positions are neither attended to nor
+    labelled, so it only has to exist.
     """
-    special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    special = [
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.bos_token_id,
+        *tokenizer.all_special_ids,
+    ]
     for token in (*special, *range(len(tokenizer))):
-        if token is not None and token != tokenizer.eos_token_id and "\n" not in tokenizer.decode([token]):
+        if (
+            token is not None
+            and token != tokenizer.eos_token_id
+            and "\n" not in tokenizer.decode([token])
+        ):
             return int(token)
-    raise UserError(f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no token to pad with")
+    raise UserError(
+        f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no token to pad"
+        " with"
+    )

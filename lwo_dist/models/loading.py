@@ -1,8 +1,9 @@
-"""A folder or a Hugging Face id becomes a tokenizer and a model; under `fsdp` no rank ever holds the whole model.
+"""A folder or a Hugging Face id becomes a tokenizer and a model; under `fsdp` no rank ever holds
+the whole model.
 
-Weights are fp32 whatever the checkpoint holds, because they are the masters that the optimizer steps on, and compute
-has its own dtype; `fsdp.storage: bf16` asks for less. What one rank refuses all refuse: the others would wait for it
-until the collectives time out.
+Weights are fp32 whatever the checkpoint holds, because they are the masters that the optimizer
+steps on, and compute has its own dtype; `fsdp.storage: bf16` asks for less. What one rank refuses
+all refuse: the others would wait for it until the collectives time out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _SAVE_TOKENIZER = "save one there with tokenizer.save_pretrained(folder)"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, a `PreTrainedTokenizerBase`, as it was saved. No collective: any process may call it.
+    """The model's tokenizer, a `PreTrainedTokenizerBase`, as it was saved. No collective: any
+    process may call it.
 
     Raises:
         UserError: no such folder or id, the hub cannot be reached, or it has no tokenizer.
@@ -52,18 +54,23 @@ def load_model(
     partition: Callable[[nn.Parameter], None] | None = None,
     storage: str = "fp32",
 ) -> nn.Module:
-    """The model with fp32 weights on `device`, in eval mode as `from_pretrained` leaves it. Every rank calls this.
+    """The model with fp32 weights on `device`, in eval mode as `from_pretrained` leaves it. Every
+    rank calls this.
 
     Args:
-        train: `precision` is the compute dtype of the sharded model; `gradient_checkpointing` is turned on here.
-        strategy: "fsdp" shards the model and reads only this rank's rows of each tensor; "replicate" holds it whole.
-        partition: DeepSpeed's stage 3; every rank calls it with a whole parameter in turn, of which it keeps its part
-            of what rank 0 has there. Without it "deepspeed" holds the model whole.
+        train: `precision` is the compute dtype of the sharded model; `gradient_checkpointing` is
+            turned on here.
+        strategy: "fsdp" shards the model and reads only this rank's rows of each tensor;
+            "replicate" holds it whole.
+        partition: DeepSpeed's stage 3; every rank calls it with a whole parameter in turn, of which
+            it keeps its part of what rank 0 has there. Without it "deepspeed" holds the model
+            whole.
         storage: "fsdp" only; "bf16" rounds the parameters as they are read.
 
     Raises:
-        UserError: on every rank alike. No such folder or id, the hub cannot be reached, a damaged or quantised
-            checkpoint, weights that do not fit config.json, an encoder-decoder; under fsdp no stack of layers.
+        UserError: on every rank alike. No such folder or id, the hub cannot be reached, a damaged
+            or quantised checkpoint, weights that do not fit config.json, an encoder-decoder; under
+            fsdp no stack of layers.
     """
     with on_all_ranks():
         folder = resolve(config, [*_SETTINGS, "*.safetensors"])
@@ -73,7 +80,9 @@ def load_model(
         if strategy == "fsdp" or partition is not None:
             model = _empty_model(config, folder, settings)
             files = weights.locate(config, folder)
-            direct = weights.is_direct(model, files)  # Before it is sharded, which changes its classes' names.
+            direct = weights.is_direct(
+                model, files
+            )  # Before it is sharded, which changes its classes' names.
         else:
             model = whole_model(config, folder, torch.float32).to(device)
             if train.precision == "bf16" and strategy == "replicate":
@@ -91,7 +100,9 @@ def load_model(
         else:
             weights.receive(model, config, folder, files, device)
     elif partition is not None:
-        weights.receive_partitioned(model, config, folder, files if direct else {}, device, partition)
+        weights.receive_partitioned(
+            model, config, folder, files if direct else {}, device, partition
+        )
     # A cache of keys and values only costs memory in training; generate() asks for one by itself.
     model.config.get_text_config().use_cache = False
     return model.eval()
@@ -112,12 +123,16 @@ def _empty_model(config: ModelConfig, folder: Path, settings: Any) -> Any:
 
 def _enable_checkpointing(model: Any) -> None:
     # transformers renames this and warns at the old name; 5.10 has only the old one.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     try:
         enable({"use_reentrant": False})
     except ValueError:
         raise UserError(
-            f"{type(model).__name__} cannot recompute activations; set train.gradient_checkpointing: false"
+            f"{type(model).__name__} cannot recompute activations; set"
+            " train.gradient_checkpointing: false"
         ) from None
     # Inputs that require gradients would drag backward through the layers below the active one.
     model.disable_input_require_grads()
@@ -128,6 +143,7 @@ def _shard(model: Any, precision: str, device: torch.device) -> None:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     fsdp.shard_model(model, precision=precision, device_type=device.type)
     model.to_empty(device=device)
-    # No checkpoint holds the rotary frequencies, and to_empty left garbage in them. Ties survive it.
+    # No checkpoint holds the rotary frequencies, and to_empty left garbage in them. Ties survive
+    # it.
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

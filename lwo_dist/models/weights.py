@@ -24,7 +24,8 @@ from .folders import AGAIN, on_all_ranks, one_line, whole_model
 
 __all__ = ["is_direct", "locate", "read", "receive", "receive_partitioned"]
 
-# Pages of a mapped file count as this process's memory while it is open: a tensor is read in pieces of this size.
+# Pages of a mapped file count as this process's memory while it is open: a tensor is read in pieces
+# of this size.
 _PIECE_BYTES = 16 * 2**20
 
 
@@ -33,7 +34,10 @@ def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     with one_line(config, "weights", AGAIN):
         if index.is_file():
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            return {
+                name: folder / file
+                for name, file in json.loads(index.read_text())["weight_map"].items()
+            }
         if not single.is_file():
             return {}
         with safe_open(single, "pt") as file:
@@ -43,14 +47,16 @@ def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
 def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
     """Whether each tensor of the model is one of the checkpoint, under the same name.
 
-    It is not where transformers fuses weights while it loads them (the experts of a mixture) or renames them (GPT-2
-    as first published, without "transformer."), and where both names of a tied tensor were saved.
+    It is not where transformers fuses weights while it loads them (the experts of a mixture) or
+    renames them (GPT-2 as first published, without "transformer."), and where both names of a tied
+    tensor were saved.
     """
     if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
         return False
     targets = _targets(model)
     known = {name for group in targets for name in group}
-    # Old checkpoints hold buffers that models now compute, such as each layer's rotary_emb.inv_freq.
+    # Old checkpoints hold buffers that models now compute, such as each layer's
+    # rotary_emb.inv_freq.
     computed = {_ending(name) for name, _ in model.named_buffers() if name not in known}
     saved = {name for name in files if name in known or _ending(name) not in computed}
     return saved <= known and all(len(saved.intersection(group)) == 1 for group in targets)
@@ -66,29 +72,40 @@ def read(model: Any, config: ModelConfig, files: Mapping[str, Path]) -> None:
                 shape = tuple(file.get_slice(name).get_shape())
             if shape != tuple(target.shape):
                 raise UserError(
-                    f"model.name {config.name!r}: {name} has the shape {shape} in {files[name].name} and "
-                    f"{tuple(target.shape)} by config.json; its files must belong to the same model"
+                    f"model.name {config.name!r}: {name} has the shape {shape} in"
+                    f" {files[name].name} and {tuple(target.shape)} by config.json; its files must"
+                    " belong to the same model"
                 )
             local, first = _local_rows(target)
             for start, stop in _pieces(local):
                 with safe_open(files[name], "pt") as file:
-                    rows = file.get_slice(name)[first + start : first + stop] if shape else file.get_tensor(name)
+                    rows = (
+                        file.get_slice(name)[first + start : first + stop]
+                        if shape
+                        else file.get_tensor(name)
+                    )
                     local[start:stop].copy_(rows)
 
 
 @torch.no_grad()
-def receive(model: Any, config: ModelConfig, folder: Path, files: Mapping[str, Path], device: torch.device) -> None:
-    """Rank 0 loads the model whole, on its host and in the dtype it is stored in, and sends it piece by piece."""
+def receive(
+    model: Any, config: ModelConfig, folder: Path, files: Mapping[str, Path], device: torch.device
+) -> None:
+    """Rank 0 loads the model whole, on its host and in the dtype it is stored in, and sends it
+    piece by piece.
+    """
     targets = _targets(model)
     whole: dict[str, Tensor] = {}
     with on_all_ranks():
         if distributed.rank() == 0:
-            whole = whole_model(config, folder, _stored_dtype(config, files)).state_dict(keep_vars=True)
+            whole = whole_model(config, folder, _stored_dtype(config, files)).state_dict(
+                keep_vars=True
+            )
             for group in targets:
                 if any(whole[name] is not whole[group[0]] for name in group):
                     raise UserError(
-                        f"model.name {config.name!r}: config.json ties {' and '.join(group)}, but the saved weights "
-                        "differ; set tie_word_embeddings to false there"
+                        f"model.name {config.name!r}: config.json ties {' and '.join(group)}, but"
+                        " the saved weights differ; set tie_word_embeddings to false there"
                     )
     for group, target in targets.items():
         local, first = _local_rows(target)
@@ -113,7 +130,9 @@ def receive_partitioned(
     device: torch.device,
     partition: Callable[[nn.Parameter], None],
 ) -> None:
-    """Make the parameters real one after the other: whole on every rank for a moment, from rank 0's file."""
+    """Make the parameters real one after the other: whole on every rank for a moment, from rank 0's
+    file.
+    """
     whole: dict[str, Tensor] = {}
     with on_all_ranks():
         if distributed.rank() == 0 and not files:
@@ -165,7 +184,9 @@ def _stored_dtype(config: ModelConfig, files: Mapping[str, Path]) -> torch.dtype
 def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """This rank's rows, writable, and the number of the first one in the whole tensor."""
     if isinstance(tensor, DTensor):
-        _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        _, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
         return tensor.to_local(), offsets[0]
     return tensor if tensor.ndim else tensor.view(1), 0
 

@@ -36,7 +36,9 @@ __all__ = [
 
 
 def choose_strategy(model: nn.Module, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
-    """`deepspeed` for an engine, `fsdp` for a `fully_shard`ed model, `replicate` for a plain one."""
+    """`deepspeed` for an engine, `fsdp` for a `fully_shard`ed model, `replicate` for a plain
+    one.
+    """
     if _is_engine(model):
         return load_deepspeed().DeepSpeedZero(model, layers, config)
     kind = FullyShard if isinstance(model, FSDPModule) else Replicate
@@ -44,7 +46,9 @@ def choose_strategy(model: nn.Module, layers: Sequence[Layer], config: LWOConfig
 
 
 def bare_module(model: nn.Module) -> Any:
-    """The module that a DeepSpeed engine wraps, or the model itself: names and layers are the same either way."""
+    """The module that a DeepSpeed engine wraps, or the model itself: names and layers are the same
+    either way.
+    """
     return model.module if _is_engine(model) else model
 
 
@@ -57,7 +61,9 @@ def load_deepspeed() -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is not installed; run: pip install 'lwo-dist[deepspeed]'")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it searches for accelerators, and warns
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else it searches for accelerators, and warns
     from . import deepspeed
 
     return deepspeed
@@ -75,29 +81,41 @@ def refuse_wrapped(model: nn.Module) -> None:
     """
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise UserError(
-            f"the model is wrapped in {type(model).__name__}, whose reducer is built for a fixed set of trainable "
-            "parameters; pass the bare module (model.module): the replicate strategy reduces gradients itself"
+            f"the model is wrapped in {type(model).__name__}, whose reducer is built for a fixed"
+            " set of trainable parameters; pass the bare module (model.module): the replicate"
+            " strategy reduces gradients itself"
         )
     if any(isinstance(m, FullyShardedDataParallel) for m in model.modules()):
-        raise UserError("the model is wrapped in FSDP1 (FullyShardedDataParallel); wrap it with FSDP2's fully_shard")
-    if any(isinstance(m, FSDPModule) for m in model.modules()) and not isinstance(model, FSDPModule):
-        raise UserError("fully_shard was called on submodules but not on the root; call it on the root module too")
+        raise UserError(
+            "the model is wrapped in FSDP1 (FullyShardedDataParallel); wrap it with FSDP2's"
+            " fully_shard"
+        )
+    if any(isinstance(m, FSDPModule) for m in model.modules()) and not isinstance(
+        model, FSDPModule
+    ):
+        raise UserError(
+            "fully_shard was called on submodules but not on the root; call it on the root"
+            " module too"
+        )
     for name, module in model.named_modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(checkpoint, "keywords", {}).get(
-            "use_reentrant"
-        ):
+        if getattr(module, "gradient_checkpointing", False) and getattr(
+            checkpoint, "keywords", {}
+        ).get("use_reentrant"):
             raise UserError(
-                f"activation checkpointing of {name} is reentrant, which loses the active layer's gradients; call "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                f"activation checkpointing of {name} is reentrant, which loses the active layer's"
+                " gradients; call"
+                ' gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant":'
+                " False})"
             )
 
 
 def end_backward_at_active_layer(model: nn.Module) -> None:
-    """Undo `enable_input_require_grads`, with which backward would run through the whole frozen prefix.
+    """Undo `enable_input_require_grads`, with which backward would run through the whole frozen
+    prefix.
 
-    transformers enables it along with activation checkpointing, which needs it in its reentrant form only. Called
-    twice it forgets its first hooks, so they are looked for where they hang.
+    transformers enables it along with activation checkpointing, which needs it in its reentrant
+    form only. Called twice it forgets its first hooks, so they are looked for where they hang.
     """
     disable = getattr(model, "disable_input_require_grads", None)
     if disable is not None:
@@ -109,22 +127,25 @@ def end_backward_at_active_layer(model: nn.Module) -> None:
 
 
 def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> None:
-    """Say what `inactive_master: discard` costs: a visit moves a weight by up to lr a step, and bf16 rounds it after.
+    """Say what `inactive_master: discard` costs: a visit moves a weight by up to lr a step, and
+    bf16 rounds it after.
 
     Raises:
         UserError: the weights are stored in fp32, so that there is nothing to discard.
     """
     if not strategy.stores_16_bit:
         raise UserError(
-            "inactive_master: discard has no effect where weights are stored in fp32; drop it, or store them in bf16"
+            "inactive_master: discard has no effect where weights are stored in fp32; drop it, or"
+            " store them in bf16"
         )
     shards = [shard.flatten() for shard in strategy.masters() if shard.numel()]
     size = float(torch.cat(shards).abs().median()) if shards else 0.0
     if distributed.rank() == 0 and size > 0:
         reach, half_ulp = steps_per_layer * lr, 2.0 ** (math.floor(math.log2(size)) - 8)
         warnings.warn(
-            "inactive_master: discard rounds a layer to bf16 at the end of its visit, and what moved by less than its "
-            f"half ulp is lost: steps_per_layer x lr = {reach:.1e} is {reach / half_ulp:.2g} times that at a typical "
-            f"weight ({half_ulp:.1e} at {size:.1g}); stay well above 1, or park the masters (inactive_master: host)",
+            "inactive_master: discard rounds a layer to bf16 at the end of its visit, and what"
+            f" moved by less than its half ulp is lost: steps_per_layer x lr = {reach:.1e} is"
+            f" {reach / half_ulp:.2g} times that at a typical weight ({half_ulp:.1e} at"
+            f" {size:.1g}); stay well above 1, or park the masters (inactive_master: host)",
             stacklevel=4,
         )

@@ -19,7 +19,9 @@ __all__ = ["MOMENTS", "MakeOptimizer", "Moments", "Strategy", "Update", "update_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = dict[str, dict[str, Tensor]]
-"""Parameter name -> `exp_avg` and `exp_avg_sq`, shaped like the parameter, and the scalar `step`; whole, on the CPU."""
+"""Parameter name -> `exp_avg` and `exp_avg_sq`, shaped like the parameter, and the scalar `step`;
+whole, on the CPU.
+"""
 
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 """This rank's plain shards of the active layer -> an optimizer whose update is elementwise."""
@@ -27,19 +29,23 @@ MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Update:
-    """The outcome of an optimizer step. The tensors are 0-dim and on the device: reading one synchronises."""
+    """The outcome of an optimizer step. The tensors are 0-dim and on the device: reading one
+    synchronises.
+    """
 
     grad_norm: Tensor
     """Norm of the active layer's gradient before clipping, over all ranks."""
     skipped: Tensor
-    """1.0 where loss or norm was not finite and nothing was changed, else 0.0; equal on all ranks."""
+    """1.0 where loss or norm was not finite and nothing was changed, else 0.0; equal on all ranks.
+    """
 
 
 class Strategy(ABC):
     """How a layer lives on the ranks. Everything that communicates is called by all ranks alike.
 
-    A strategy knows a layer's moments as flat `shards` of its own making: this rank's part, key -> tensor, the same
-    keys on every rank. Those of the active layer are its optimizer's, those of the others are parked.
+    A strategy knows a layer's moments as flat `shards` of its own making: this rank's part, key ->
+    tensor, the same keys on every rank. Those of the active layer are its optimizer's, those of the
+    others are parked.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
@@ -63,13 +69,17 @@ class Strategy(ABC):
 
     @abstractmethod
     def deactivate(self) -> None:
-        """Drop the active layer's gradients and optimizer; park its moments first, if they are kept.
+        """Drop the active layer's gradients and optimizer; park its moments first, if they are
+        kept.
 
-        Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard` gives that up.
+        Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard`
+        gives that up.
         """
 
     def prefetch(self, layer: Layer) -> None:
-        """`layer` is about to be activated: begin to bring its parks to where they will be needed."""
+        """`layer` is about to be activated: begin to bring its parks to where they will be
+        needed.
+        """
         for parks in (self._parked_moments, self._parked_masters):
             parks.prefetch(layer.name, self._shard_device())
 
@@ -80,18 +90,23 @@ class Strategy(ABC):
 
     @property
     def stores_16_bit(self) -> bool:
-        """Weights are stored in 16 bits while they are not active, so that their fp32 masters must be parked."""
+        """Weights are stored in 16 bits while they are not active, so that their fp32 masters must
+        be parked.
+        """
         return False
 
     # ---- a step
 
     def learning_rate(self, scheduled: float) -> float:
-        """The rate of the coming step: ours, unless what the model is wrapped in has a scheduler of its own."""
+        """The rate of the coming step: ours, unless what the model is wrapped in has a scheduler of
+        its own.
+        """
         return scheduled
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
         """Add this micro-batch's gradient; `boundary` says that `step` follows."""
-        # 0 x loss is NaN exactly where the loss is not finite; it travels with the norm, at no further cost.
+        # 0 x loss is NaN exactly where the loss is not finite; it travels with the norm, at no
+        # further cost.
         self._non_finite = self._non_finite + 0.0 * loss.detach()
         (loss / self.accumulation if self.accumulation > 1 else loss).backward()
 
@@ -105,7 +120,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the active layer; over all ranks each element once, padding zero."""
+        """This rank's fp32 master shards of the active layer; over all ranks each element once,
+        padding zero.
+        """
 
     # ---- weights and moments of any layer
 
@@ -119,13 +136,19 @@ class Strategy(ABC):
 
     def export_state(self, layer: Layer) -> Moments:
         """The moments of `layer`, whether it is active or not; {} where it has none."""
-        shards = self._shards_of_optimizer() if layer == self._active else self._parked_moments.get(layer.name)
+        shards = (
+            self._shards_of_optimizer()
+            if layer == self._active
+            else self._parked_moments.get(layer.name)
+        )
         return self._whole_moments(layer, shards) if shards else {}
 
     def import_state(self, layer: Layer, state: Moments) -> None:
-        """Put moments of `export_state` (of any strategy and world size) in place of what `layer` has; {}: none.
+        """Put moments of `export_state` (of any strategy and world size) in place of what `layer`
+        has; {}: none.
 
-        Moments of a layer that is not active are parked, or dropped where `state: reset` will not ask for them.
+        Moments of a layer that is not active are parked, or dropped where `state: reset` will not
+        ask for them.
         """
         if layer == self._active:
             self._put_into_optimizer(self._cut_moments(layer, state) if state else {})
@@ -167,22 +190,30 @@ class Strategy(ABC):
 
     @abstractmethod
     def bytes_per_step(self) -> int:
-        """Bytes of the weights and gradients in the collectives of one optimizer step (payload of whole tensors)."""
+        """Bytes of the weights and gradients in the collectives of one optimizer step (payload of
+        whole tensors).
+        """
 
     @abstractmethod
     def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`, `park_bytes`, as held now."""
+        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`, `park_bytes`,
+        as held now.
+        """
 
     def _take_non_finite(self) -> Tensor | float:
         value, self._non_finite = self._non_finite, 0.0
         return value
 
 
-def update_shards(optimizer: torch.optim.Optimizer, lr: float, max_norm: float, non_finite: Tensor | float) -> Update:
-    """Clip by the norm over all ranks and update this rank's shards; skip where the norm is not finite.
+def update_shards(
+    optimizer: torch.optim.Optimizer, lr: float, max_norm: float, non_finite: Tensor | float
+) -> Update:
+    """Clip by the norm over all ranks and update this rank's shards; skip where the norm is not
+    finite.
 
-    The shards of all ranks together are the active layer, each element once. One scalar is sent. The host never
-    waits: as under a GradScaler, the fused optimizer reads `found_inf` on the device and does nothing if it is 1.
+    The shards of all ranks together are the active layer, each element once. One scalar is sent.
+    The host never waits: as under a GradScaler, the fused optimizer reads `found_inf` on the device
+    and does nothing if it is 1.
 
     Args:
         optimizer: a fused AdamW over this rank's shards, their `.grad` set, equal in dtype.

@@ -1,8 +1,10 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3: one engine for the whole run, whose ZeRO optimizer is replaced at the switch.
+"""DeepSpeed ZeRO stages 1, 2 and 3: one engine for the whole run, whose ZeRO optimizer is replaced
+at the switch.
 
-Who wins where both speak: the engine's learning-rate scheduler, if it has one, over `lr` and its schedule; a
-`gradient_clipping` written in the DeepSpeed config over `max_grad_norm`; LWOConfig over the engine's own optimizer
-(rate, betas, epsilon, weight decay). Each is warned about where the two differ.
+Who wins where both speak: the engine's learning-rate scheduler, if it has one, over `lr` and its
+schedule; a `gradient_clipping` written in the DeepSpeed config over `max_grad_norm`; LWOConfig over
+the engine's own optimizer (rate, betas, epsilon, weight decay). Each is warned about where the two
+differ.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ __all__ = ["DeepSpeedZero", "build_engine", "check_environment", "partitioner"]
 class DeepSpeedZero(Strategy):
     """ZeRO steps on a master of its own, in fp32 too: 12 bytes of state a parameter / world size.
 
-    With bf16 weights the master of a layer that is not active is parked on the host, this rank's part.
+    With bf16 weights the master of a layer that is not active is parked on the host, this rank's
+    part.
     """
 
     # [Note: Where a park was cut]
-    # ZeRO decides how a layer is cut when it becomes active, and cuts it alike each time. What it has cut is parked as
-    # it is. What is written while the layer is not active is cut by `fragments.share`, which stages 1 and 2 do not
-    # agree with: `_written` names those parks, and a collective puts them together before they are cut anew.
+    # ZeRO decides how a layer is cut when it becomes active, and cuts it alike each time. What it
+    # has cut is parked as it is. What is written while the layer is not active is cut by
+    # `fragments.share`, which stages 1 and 2 do not agree with: `_written` names those parks, and a
+    # collective puts them together before they are cut anew.
 
     def __init__(self, engine: Any, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(engine.module, layers, config)
@@ -59,7 +63,9 @@ class DeepSpeedZero(Strategy):
         self._clipping: float | None = written.get("gradient_clipping")
         self._warned = False
         self._own_bucket = "reduce_bucket_size" not in written.get("zero_optimization", {})
-        self._starts: dict[str, int] = {}  # key of a shard -> where it begins in the flattened parameter
+        self._starts: dict[
+            str, int
+        ] = {}  # key of a shard -> where it begins in the flattened parameter
         self._written: set[str] = set()  # keys of parks, see [Note: Where a park was cut]
         self._sent = private.SentBytes()
         self._before_backward = True
@@ -77,9 +83,13 @@ class DeepSpeedZero(Strategy):
         if first:
             fragments.own_storage(self._parameters.values())
         if self._own_bucket:
-            # All gradients of the layer go out together; the default of 5e8 elements is allocated at every switch.
-            self._config.zero_config.reduce_bucket_size = sum(fragments.total_numel(p) for p in trained)
-        # The optimizer may live on the host (offload) without being DeepSpeed's own, which a compiler must build.
+            # All gradients of the layer go out together; the default of 5e8 elements is allocated
+            # at every switch.
+            self._config.zero_config.reduce_bucket_size = sum(
+                fragments.total_numel(p) for p in trained
+            )
+        # The optimizer may live on the host (offload) without being DeepSpeed's own, which a
+        # compiler must build.
         self._config.zero_force_ds_cpu_optimizer = False
         private.adopt(self._engine, optimizer, trained, offload)
         self._active = layer
@@ -101,9 +111,13 @@ class DeepSpeedZero(Strategy):
     def backward(self, loss: Tensor, boundary: bool) -> None:
         engine = self._engine
         if engine.is_gradient_accumulation_boundary() != boundary:
-            raise RuntimeError("engine.step() or engine.backward() was called; call lwo.backward() and lwo.step() only")
+            raise RuntimeError(
+                "engine.step() or engine.backward() was called; call lwo.backward() and lwo.step()"
+                " only"
+            )
         self._before_backward = False
-        # Times 1.0, or times NaN if the loss is not finite: the norm is then NaN on all ranks, and ZeRO skips the step.
+        # Times 1.0, or times NaN if the loss is not finite: the norm is then NaN on all ranks, and
+        # ZeRO skips the step.
         engine.backward(loss * (1.0 + 0.0 * loss.detach()))
         if not boundary:
             engine.step()  # counts the micro-batch
@@ -121,7 +135,10 @@ class DeepSpeedZero(Strategy):
     def _max_norm(self, ours: float) -> float:
         if self._clipping is not None and ours != self._clipping and not self._warned:
             self._warned = True
-            warn(f"gradient_clipping = {self._clipping} of the deepspeed config wins over max_grad_norm = {ours}")
+            warn(
+                f"gradient_clipping = {self._clipping} of the deepspeed config wins over"
+                f" max_grad_norm = {ours}"
+            )
         return ours if self._clipping is None else self._clipping
 
     def flush(self) -> None:
@@ -129,7 +146,9 @@ class DeepSpeedZero(Strategy):
 
     def masters(self) -> list[Tensor]:
         assert self._active is not None
-        return [self._part(name)[0] for name in self._active.parameter_names]  # not flat: stage 3 pads with garbage
+        return [
+            self._part(name)[0] for name in self._active.parameter_names
+        ]  # not flat: stage 3 pads with garbage
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         own = self.model.state_dict(keep_vars=True)
@@ -166,7 +185,8 @@ class DeepSpeedZero(Strategy):
         state = private.inner_optimizer(zero).state
         if not state and not shards:
             return
-        # In place, because ZeRO refers to these tensors; zeros at step 0 are what a fresh optimizer starts from.
+        # In place, because ZeRO refers to these tensors; zeros at step 0 are what a fresh optimizer
+        # starts from.
         for flat in private.masters(zero):
             for key in MOMENTS:
                 state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False)).zero_()
@@ -185,7 +205,9 @@ class DeepSpeedZero(Strategy):
             exported[name] = {"step": step.clone()}
             for key in MOMENTS:
                 shard = f"{name}.{key}"
-                exported[name][key] = fragments.whole(self._parameters[name], (shards[shard], self._starts[shard]))
+                exported[name][key] = fragments.whole(
+                    self._parameters[name], (shards[shard], self._starts[shard])
+                )
         return exported
 
     def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
@@ -205,7 +227,9 @@ class DeepSpeedZero(Strategy):
         return private.masters(self._engine.optimizer)[0].device
 
     def bytes_per_step(self) -> int:
-        """What was sent since the first forward of the coming step, or of the last one if it has not begun."""
+        """What was sent since the first forward of the coming step, or of the last one if it has
+        not begun.
+        """
         return self._sent.total if distributed.world_size() > 1 else 0
 
     def memory(self) -> dict[str, int]:
@@ -214,8 +238,14 @@ class DeepSpeedZero(Strategy):
         masters = private.masters(zero)
         gradients = private.gradient_buffers(zero)
         if not gradients:  # between steps: what the reduction will leave here
-            gradients = masters if self._engine.zero_optimization_stage() == 2 else private.flat_weights(zero)
-        state = [t for s in private.inner_optimizer(zero).state.values() for t in s.values() if t.dim()]
+            gradients = (
+                masters
+                if self._engine.zero_optimization_stage() == 2
+                else private.flat_weights(zero)
+            )
+        state = [
+            t for s in private.inner_optimizer(zero).state.values() for t in s.values() if t.dim()
+        ]
         return {
             "parameter_bytes": local_bytes(weights),
             "gradient_bytes": local_bytes(gradients),
@@ -241,14 +271,19 @@ class DeepSpeedZero(Strategy):
             low, halfway = split(master[0])
             self._starts[f"{name}.low"] = master[1]
             (self._written.add if written else self._written.discard)(f"{name}.low")
-            self._parked_masters.put(self._layer_of[name], {f"{name}.low": low, f"{name}.halfway": halfway})
+            self._parked_masters.put(
+                self._layer_of[name], {f"{name}.low": low, f"{name}.halfway": halfway}
+            )
 
     def _parked_master(self, name: str, parked: dict[str, Tensor]) -> Fragment | None:
         if f"{name}.low" not in parked:
             return None
         low, start = parked[f"{name}.low"], self._starts[f"{name}.low"]
         weight = fragments.slice_of(self._parameters[name], start, low.numel())
-        return join(weight, low.to(weight.device), parked[f"{name}.halfway"].to(weight.device)), start
+        return (
+            join(weight, low.to(weight.device), parked[f"{name}.halfway"].to(weight.device)),
+            start,
+        )
 
     def _unpark_masters(self, layer: Layer) -> None:
         """Give the new masters the bits that 16-bit weights lack."""
@@ -286,6 +321,7 @@ class DeepSpeedZero(Strategy):
         others = sum(id(p) not in ids for p in private.trained_parameters(self._engine.optimizer))
         if others:
             warn(
-                f"the engine was made with optimizer state for {others} parameters that are not trained first; it is "
-                "freed now; call lwo_dist.prepare(model, config) before deepspeed.initialize and it is never made"
+                f"the engine was made with optimizer state for {others} parameters that are not"
+                " trained first; it is freed now; call lwo_dist.prepare(model, config) before"
+                " deepspeed.initialize and it is never made"
             )

@@ -1,4 +1,6 @@
-"""DeepSpeed engines: which ones can be driven, who sets their learning rate, and how a run makes its own."""
+"""DeepSpeed engines: which ones can be driven, who sets their learning rate, and how a run makes
+its own.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from lwo_dist.config import UserError
 from .deepspeed_config import refuse_settings
 from .deepspeed_private import ZERO_OPTIMIZERS, partition_function
 
-__all__ = ["RateOfEngine", "build_engine", "check_engine", "check_environment", "partitioner", "warn", "warn_overruled"]
+__all__ = [
+    "RateOfEngine",
+    "build_engine",
+    "check_engine",
+    "check_environment",
+    "partitioner",
+    "warn",
+    "warn_overruled",
+]
 
 
 def check_engine(engine: Any, accumulation: int) -> None:
@@ -34,34 +44,49 @@ def check_engine(engine: Any, accumulation: int) -> None:
     """
     name = type(engine).__name__
     if type(engine) is not DeepSpeedEngine:
-        raise UserError(f"a {name} cannot be trained layer by layer; pass the engine of deepspeed.initialize")
+        raise UserError(
+            f"a {name} cannot be trained layer by layer; pass the engine of deepspeed.initialize"
+        )
     if engine.optimizer is None or engine.basic_optimizer is None:
-        raise UserError("the engine has no optimizer; pass optimizer=torch.optim.AdamW(...) to deepspeed.initialize")
+        raise UserError(
+            "the engine has no optimizer; pass optimizer=torch.optim.AdamW(...) to"
+            " deepspeed.initialize"
+        )
     if type(engine.optimizer) not in ZERO_OPTIMIZERS:
         raise UserError(
-            f"the engine's optimizer is a {type(engine.optimizer).__name__}; set zero_optimization.stage to 1, 2 or 3 "
-            "in the deepspeed config, in bf16 or fp32"
+            f"the engine's optimizer is a {type(engine.optimizer).__name__}; set"
+            " zero_optimization.stage to 1, 2 or 3 in the deepspeed config, in bf16 or fp32"
         )
     refuse_settings(engine._config._param_dict)
     inner = type(engine.basic_optimizer).__name__
     if "adam" not in inner.lower():
-        raise UserError(f"the engine's optimizer is {inner}; layers are trained with AdamW: make the engine with AdamW")
+        raise UserError(
+            f"the engine's optimizer is {inner}; layers are trained with AdamW: make the engine"
+            " with AdamW"
+        )
     if engine.gradient_accumulation_steps() != accumulation:
         raise UserError(
-            f"the engine's gradient_accumulation_steps = {engine.gradient_accumulation_steps()}, but LWOConfig's = "
-            f"{accumulation}; set them alike"
+            f"the engine's gradient_accumulation_steps = {engine.gradient_accumulation_steps()},"
+            f" but LWOConfig's = {accumulation}; set them alike"
         )
     if engine.micro_steps % accumulation:
-        raise UserError("the engine is inside a gradient accumulation; attach right after a whole optimizer step")
+        raise UserError(
+            "the engine is inside a gradient accumulation; attach right after a whole optimizer"
+            " step"
+        )
     for parameter_name, parameter in engine.module.named_parameters():
         if parameter.dtype not in (torch.float32, torch.bfloat16):
-            raise UserError(f"parameter {parameter_name} is stored in {parameter.dtype}; use bf16 or fp32")
+            raise UserError(
+                f"parameter {parameter_name} is stored in {parameter.dtype}; use bf16 or fp32"
+            )
 
 
 class RateOfEngine:
-    """The engine's own learning-rate scheduler, if it has one, goes on with the optimizer that it was made for.
+    """The engine's own learning-rate scheduler, if it has one, goes on with the optimizer that it
+    was made for.
 
-    That optimizer is emptied at the first switch and trains nothing any more: it only holds the rate.
+    That optimizer is emptied at the first switch and trains nothing any more: it only holds the
+    rate.
     """
 
     def __init__(self, engine: Any):
@@ -75,19 +100,25 @@ class RateOfEngine:
             scheduler.optimizer = inner
         elif held is not inner:
             raise UserError(
-                f"the engine's scheduler {name} does not hold the engine's optimizer, so it cannot go on across "
-                "switches; make the engine without it and set lr_scheduler_type in LWOConfig"
+                f"the engine's scheduler {name} does not hold the engine's optimizer, so it cannot"
+                " go on across switches; make the engine without it and set lr_scheduler_type in"
+                " LWOConfig"
             )
         if getattr(scheduler, "cycle_momentum", False):
             raise UserError(
-                f"the engine's scheduler {name} changes the betas, which are LWOConfig's; set cycle_momentum: false"
+                f"the engine's scheduler {name} changes the betas, which are LWOConfig's; set"
+                " cycle_momentum: false"
             )
         if len({group["lr"] for group in inner.param_groups}) > 1:
             raise UserError(
-                f"the engine's scheduler {name} sets several learning rates; a layer has one: use one group"
+                f"the engine's scheduler {name} sets several learning rates; a layer has one: use"
+                " one group"
             )
         self._holder = inner
-        warn(f"the engine's scheduler {name} sets the learning rate; lr and its schedule in LWOConfig are not used")
+        warn(
+            f"the engine's scheduler {name} sets the learning rate; lr and its schedule in"
+            " LWOConfig are not used"
+        )
 
     def now(self, scheduled: float) -> float:
         return scheduled if self._holder is None else float(self._holder.param_groups[0]["lr"])
@@ -98,7 +129,9 @@ def warn_overruled(engine: Any, made: torch.optim.Optimizer, *, rate: bool) -> N
     other = []
     for key in ["betas", "eps", "weight_decay", *(["lr"] if rate else [])]:
         ours = _plain(made.defaults[key])
-        theirs = {_plain(group.get(key, ours)): None for group in engine.basic_optimizer.param_groups}  # in order
+        theirs = {
+            _plain(group.get(key, ours)): None for group in engine.basic_optimizer.param_groups
+        }  # in order
         if set(theirs) != {ours}:
             other.append(f"{key} {' and '.join(map(str, theirs))} -> {ours}")
     if other:
@@ -106,12 +139,17 @@ def warn_overruled(engine: Any, made: torch.optim.Optimizer, *, rate: bool) -> N
 
 
 def build_engine(
-    model: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
 ) -> Any:
-    """`deepspeed.initialize` in a process group that is there already, made by torchrun, Ray Train or a test.
+    """`deepspeed.initialize` in a process group that is there already, made by torchrun, Ray Train
+    or a test.
 
     Args:
-        model: plain, or of parameters that `partitioner` has cut; its trainable parameters are `parameters`.
+        model: plain, or of parameters that `partitioner` has cut; its trainable parameters are
+            `parameters`.
         optimizer: over `parameters`.
         settings: the whole DeepSpeed config, as `deepspeed_config.resolve` makes it.
     """
@@ -119,14 +157,18 @@ def build_engine(
     settings = {**settings, "zero_force_ds_cpu_optimizer": False}
     with _refusals():
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=list(parameters), optimizer=optimizer, config=settings,
+            model=model,
+            model_parameters=list(parameters),
+            optimizer=optimizer,
+            config=settings,
             dist_init_required=False,
-        )  # fmt: skip
+        )
     return engine
 
 
 def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """A function that every rank calls with a whole parameter: each keeps its part of what rank 0 has there.
+    """A function that every rank calls with a whole parameter: each keeps its part of what rank 0
+    has there.
 
     That is stage 3 from the start; a model so made goes to `build_engine` with the same `settings`.
     """
@@ -144,7 +186,9 @@ def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What DeepSpeed itself refuses in a config, such as a misspelt key of `zero_optimization`, in one line."""
+    """What DeepSpeed itself refuses in a config, such as a misspelt key of `zero_optimization`, in
+    one line.
+    """
     try:
         yield
     except (ValidationError, DeepSpeedConfigError) as error:
@@ -159,7 +203,8 @@ def _join() -> None:
 
 
 def check_environment() -> None:
-    """Call before DeepSpeed joins the process group: no compiler is needed, and no dead compile is waited for.
+    """Call before DeepSpeed joins the process group: no compiler is needed, and no dead compile is
+    waited for.
 
     Raises:
         UserError: a compile of one of DeepSpeed's operators was killed and left its lock.
@@ -167,15 +212,19 @@ def check_environment() -> None:
     lock = _dead_lock(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     if lock is not None:
         raise UserError(
-            f"{lock} was left by a compile of DeepSpeed's operators that was killed, and the next one would wait for "
-            "it for ever; delete that file, unless another machine that shares the folder compiles now"
+            f"{lock} was left by a compile of DeepSpeed's operators that was killed, and the next"
+            " one would wait for it for ever; delete that file, unless another machine that shares"
+            " the folder compiles now"
         )
-    # An all-reduce through shared memory on CPUs: DeepSpeed compiles it as it starts, and works without it.
+    # An all-reduce through shared memory on CPUs: DeepSpeed compiles it as it starts, and works
+    # without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _dead_lock(root: Path) -> Path | None:
-    """A lock in torch's folder of compiled extensions that no process of this machine holds open."""
+    """A lock in torch's folder of compiled extensions that no process of this machine holds
+    open.
+    """
     locks = {str(path) for path in [*root.glob("*/lock"), *root.glob("*/*/lock")]}
     if not locks:
         return None

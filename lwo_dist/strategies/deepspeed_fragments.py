@@ -1,4 +1,6 @@
-"""A rank's part of a parameter, wherever ZeRO cuts it: a flat tensor, and where it begins in the flat parameter."""
+"""A rank's part of a parameter, wherever ZeRO cuts it: a flat tensor, and where it begins in the
+flat parameter.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,17 @@ def whole(parameter: Any, part: Fragment) -> Tensor:
     tensor, start = part
     flat = torch.zeros(total_numel(parameter), device=parameter.device)
     flat[start : start + tensor.numel()] = tensor.to(flat.device)
-    return distributed.all_reduce(flat).view(getattr(parameter, "ds_shape", parameter.shape)).to("cpu", copy=True)
+    return (
+        distributed.all_reduce(flat)
+        .view(getattr(parameter, "ds_shape", parameter.shape))
+        .to("cpu", copy=True)
+    )
 
 
 def share(parameter: Any) -> Fragment:
-    """This rank's part of a weight as it is stored while it is not active: stage 3's own, else an equal share."""
+    """This rank's part of a weight as it is stored while it is not active: stage 3's own, else an
+    equal share.
+    """
     stored, start = private.stored(parameter)
     if hasattr(parameter, "ds_id"):
         return stored, start
@@ -53,7 +61,9 @@ def put(part: Fragment, whole: Tensor) -> None:
 
 @torch.no_grad()
 def own_storage(parameters: Iterable[Any]) -> None:
-    """Give each weight its own storage: a flat buffer of the whole model would live until the last weight left it."""
+    """Give each weight its own storage: a flat buffer of the whole model would live until the last
+    weight left it.
+    """
     for parameter in parameters:
         tensor = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
         if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():

@@ -1,7 +1,8 @@
 """All that we touch of DeepSpeed's inside, in one place; checked when this module is imported.
 
-A DeepSpeed engine has one ZeRO optimizer for its whole life. A switch replaces that optimizer and keeps the engine:
-its counters, its scheduler, and under stage 3 the object that partitions and gathers the weights.
+A DeepSpeed engine has one ZeRO optimizer for its whole life. A switch replaces that optimizer and
+keeps the engine: its counters, its scheduler, and under stage 3 the object that partitions and
+gathers the weights.
 """
 
 from __future__ import annotations
@@ -46,29 +47,64 @@ __all__ = [
 
 TESTED_VERSIONS = ("0.19.8",)
 _NAMES = {
-    DeepSpeedEngine: ["_configure_optimizer", "_backward_post_hook", "_support_torch_style_backward", "_config"],
+    DeepSpeedEngine: [
+        "_configure_optimizer",
+        "_backward_post_hook",
+        "_support_torch_style_backward",
+        "_config",
+    ],
     DeepSpeedZeroOptimizer: [
-        "averaged_gradients", "bit16_groups", "bit16_groups_flat", "check_grad_overflow", "clip_grad", "ipg_buckets",
-        "overflow", "single_partition_of_fp32_groups", "_global_grad_norm", "_lazy_init_hp_params_optimizer_state",
+        "averaged_gradients",
+        "bit16_groups",
+        "bit16_groups_flat",
+        "check_grad_overflow",
+        "clip_grad",
+        "ipg_buckets",
+        "overflow",
+        "single_partition_of_fp32_groups",
+        "_global_grad_norm",
+        "_lazy_init_hp_params_optimizer_state",
     ],
     BF16_Optimizer: [
-        "bf16_groups", "bf16_groups_flat", "clip_grad", "fp32_groups_flat_partition", "fp32_groups_gradients_flat",
-        "overflow", "_global_grad_norm", "_lazy_init_hp_params_optimizer_state",
+        "bf16_groups",
+        "bf16_groups_flat",
+        "clip_grad",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradients_flat",
+        "overflow",
+        "_global_grad_norm",
+        "_lazy_init_hp_params_optimizer_state",
     ],
     DeepSpeedZeroOptimizer_Stage3: [
-        "clip_grad", "fp16_groups", "fp32_partitioned_groups_flat", "grad_partitions_flat_buffer",
-        "initialize_ds_offload", "ipg_buckets", "overflow", "parameter_offload", "persistent_parameters",
-        "_get_fp32_opt_state_partition", "_global_grad_norm",
+        "clip_grad",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_partitions_flat_buffer",
+        "initialize_ds_offload",
+        "ipg_buckets",
+        "overflow",
+        "parameter_offload",
+        "persistent_parameters",
+        "_get_fp32_opt_state_partition",
+        "_global_grad_norm",
     ],
     DeepSpeedZeRoOffload: ["destroy", "get_param_coordinator", "persistent_parameters"],
     deepspeed.zero.Init: ["_convert_to_zero_parameters"],
     PartitionedParameterCoordinator: ["is_invalid_trace", "_invalidate_trace"],
-}  # fmt: skip
+}
 ZERO_OPTIMIZERS = (DeepSpeedZeroOptimizer, BF16_Optimizer, DeepSpeedZeroOptimizer_Stage3)
 _COLLECTIVES = (
-    "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce", "all_reduce_coalesced",
-    "all_to_all_single", "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-)  # fmt: skip
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
 
 
 def check_version(version: str, names: dict[type, list[str]]) -> None:
@@ -88,7 +124,11 @@ def check_version(version: str, names: dict[type, list[str]]) -> None:
 
 def _has(kind: type, name: str) -> bool:
     """Whether the class has the attribute, or one of its functions sets or reads it."""
-    codes = [getattr(inspect.unwrap(value), "__code__", None) for value in vars(kind).values() if callable(value)]
+    codes = [
+        getattr(inspect.unwrap(value), "__code__", None)
+        for value in vars(kind).values()
+        if callable(value)
+    ]
     return hasattr(kind, name) or any(code is not None and name in code.co_names for code in codes)
 
 
@@ -98,7 +138,9 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, r"tor
 
 
 def partition_function(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]], None]:
-    """What `deepspeed.zero.Init` does to each parameter that is made in it: rank 0's values, in parts."""
+    """What `deepspeed.zero.Init` does to each parameter that is made in it: rank 0's values, in
+    parts.
+    """
     return deepspeed.zero.Init(config_dict_or_path=settings)._convert_to_zero_parameters
 
 
@@ -106,7 +148,8 @@ def partition_function(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]
 
 
 def release(engine: Any) -> Any:
-    """Take the ZeRO optimizer out of the engine and free all that it holds, whoever else refers to it.
+    """Take the ZeRO optimizer out of the engine and free all that it holds, whoever else refers to
+    it.
 
     Returns:
         What `adopt` wants back: stage 3's manager of the partitioned weights, else None.
@@ -121,7 +164,8 @@ def release(engine: Any) -> Any:
             del offload.destroy
     for parameter in engine.module.parameters():
         parameter.grad = None
-        # Each of these leads back to the old optimizer's buffers, which would live beside the new one's.
+        # Each of these leads back to the old optimizer's buffers, which would live beside the new
+        # one's.
         for name in ("_z3_optimizer", "_hp_mapping", "_hp_grad", "grad_accum"):
             if name in vars(parameter):
                 setattr(parameter, name, None)
@@ -133,9 +177,14 @@ def release(engine: Any) -> Any:
     return offload
 
 
-def adopt(engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], offload: Any) -> None:
+def adopt(
+    engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], offload: Any
+) -> None:
     """Make a ZeRO optimizer around `optimizer`, which holds the whole trainable `parameters`."""
-    kind, original = DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload
+    kind, original = (
+        DeepSpeedZeroOptimizer_Stage3,
+        DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload,
+    )
     with _quiet():
         if offload is not None:
             kind.initialize_ds_offload = lambda self, **_: offload
@@ -151,7 +200,8 @@ def adopt(engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[nn
         # Those are gathered anew after each step; a frozen one has not changed.
         zero.persistent_parameters = [p for p in offload.persistent_parameters if p.requires_grad]
     if isinstance(zero, DeepSpeedZeroOptimizer):
-        # Else a norm that is not finite would be stepped on in bf16; elsewhere it skips the step by itself.
+        # Else a norm that is not finite would be stepped on in bf16; elsewhere it skips the step by
+        # itself.
         zero.check_grad_overflow = parameters[0].dtype == torch.bfloat16
     if engine._support_torch_style_backward:
         zero.register_grad_acc_post_hook(engine._backward_post_hook)
@@ -159,7 +209,9 @@ def adopt(engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[nn
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what DeepSpeed does as it sets up: collect the whole heap, print memory, reset the peak of memory."""
+    """Without what DeepSpeed does as it sets up: collect the whole heap, print memory, reset the
+    peak of memory.
+    """
     collect, see_memory_usage = gc.collect, bf16_optimizer.see_memory_usage
     gc.collect = lambda generation=2: 0
     bf16_optimizer.see_memory_usage = lambda message, force=False: None
@@ -186,14 +238,20 @@ def trained_parameters(zero: Any) -> list[nn.Parameter]:
 
 def masters(zero: Any) -> list[Tensor]:
     """The flat fp32 weights that this rank steps on."""
-    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+    for name in (
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+        "fp32_partitioned_groups_flat",
+    ):
         if hasattr(zero, name):
             return list(getattr(zero, name))
     return []
 
 
 def flat_weights(zero: Any) -> list[Tensor]:
-    """Stages 1 and 2: the whole flat weights of the active layer, of which its parameters are views."""
+    """Stages 1 and 2: the whole flat weights of the active layer, of which its parameters are
+    views.
+    """
     return [*getattr(zero, "bit16_groups_flat", []), *getattr(zero, "bf16_groups_flat", [])]
 
 
@@ -216,10 +274,13 @@ def fragment(zero: Any, parameter: Any, key: str | None = None) -> tuple[Tensor,
     """This rank's part of an active parameter's master, or of its moment `key`.
 
     Returns:
-        A flat view to read and write, perhaps empty, and where it begins in the flattened parameter.
+        A flat view to read and write, perhaps empty, and where it begins in the flattened
+        parameter.
     """
     if hasattr(parameter, "ds_id"):
-        part, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
+        part, _ = zero._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=True, optim_state_key=key
+        )
         return _unpadded(part, parameter)
     mapping = parameter._hp_mapping
     if mapping is None:
@@ -228,7 +289,9 @@ def fragment(zero: Any, parameter: Any, key: str | None = None) -> tuple[Tensor,
 
 
 def stored(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's part of a weight as it is stored, in the form of `fragment`: partitioned by stage 3, else whole."""
+    """This rank's part of a weight as it is stored, in the form of `fragment`: partitioned by stage
+    3, else whole.
+    """
     if hasattr(parameter, "ds_id"):
         return _unpadded(parameter.ds_tensor.data, parameter)
     return parameter.detach().view(-1), 0
@@ -240,7 +303,9 @@ def _unpadded(part: Tensor, parameter: Any) -> tuple[Tensor, int]:
 
 
 def link_moments(zero: Any) -> None:
-    """Let `fragment` find moments that were put into the inner optimizer's state before its first step."""
+    """Let `fragment` find moments that were put into the inner optimizer's state before its first
+    step.
+    """
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero._lazy_init_hp_params_optimizer_state()
 
@@ -249,7 +314,8 @@ def link_moments(zero: Any) -> None:
 
 
 class SentBytes:
-    """Counts the payload of DeepSpeed's collectives, each as its whole tensor, from the last `reset` on.
+    """Counts the payload of DeepSpeed's collectives, each as its whole tensor, from the last
+    `reset` on.
 
     Scalars (norms) and integers (checks) are left out. All engines of a process share one count.
     """
@@ -281,5 +347,9 @@ def _counted(collective: Any, count: list[int]) -> Any:
 
 def _payload(value: Any) -> int:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size() if value.is_floating_point() and value.numel() > 1 else 0
+        return (
+            value.numel() * value.element_size()
+            if value.is_floating_point() and value.numel() > 1
+            else 0
+        )
     return sum(_payload(item) for item in value) if isinstance(value, list | tuple) else 0

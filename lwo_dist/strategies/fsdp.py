@@ -1,8 +1,9 @@
 """FSDP2: every layer's weights are sharded over the ranks, and gathered for compute.
 
-FSDP2 reduces only gradients of trainable parameters and takes `requires_grad` from the sharded parameter at each
-gather, so a switch needs no rebuilding. The optimizer works on the plain local shards, which are the fp32 masters.
-Where the weights are stored in bf16, the active layer's are cast to fp32 for the time of its visit.
+FSDP2 reduces only gradients of trainable parameters and takes `requires_grad` from the sharded
+parameter at each gather, so a switch needs no rebuilding. The optimizer works on the plain local
+shards, which are the fp32 masters. Where the weights are stored in bf16, the active layer's are
+cast to fp32 for the time of its visit.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ __all__ = ["FullyShard", "shard_model"]
 def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     """Wrap each transformer layer and the root with `fully_shard`, over all ranks, in place.
 
-    Works on a model on the meta device too: materialise it afterwards. The embedding, the final norm and the
-    head stay in the root's group, where a tied matrix is held once.
+    Works on a model on the meta device too: materialise it afterwards. The embedding, the final
+    norm and the head stay in the root's group, where a tied matrix is held once.
 
     Args:
         precision: compute dtype, "fp32" or "bf16"; gradients are reduced in fp32 either way.
@@ -63,10 +64,13 @@ class FullyShard(Strategy):
         super().__init__(model, layers, config)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._reshard()
-        # Where every layer reaches down to the bottom (`full`), nothing is ever prefix, stack or no stack.
+        # Where every layer reaches down to the bottom (`full`), nothing is ever prefix, stack or no
+        # stack.
         self._depths = parameter_depths(model) if any(layer.depth for layer in layers) else {}
         refuse_unsupported(model, self._modules)
-        buffers = {name: int(torch.hash_tensor(b).item()) for name, b in model.named_buffers() if b.numel()}
+        buffers = {
+            name: int(torch.hash_tensor(b).item()) for name, b in model.named_buffers() if b.numel()
+        }
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         distributed.assert_same_on_all_ranks({**buffers, **shapes}, "buffers or parameter shapes")
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
@@ -74,11 +78,12 @@ class FullyShard(Strategy):
         self._shards: dict[str, nn.Parameter] = {}
 
     # [Note: The switch sequence]
-    # A switch comes only between optimizer steps, and starts with a reshard: after a forward without backward
-    # (evaluation) the root stays gathered, `parameters()` are then temporaries, and a flag set on them is lost
-    # without an error. The flags are flipped on the sharded parameters; the dtypes of the newly trainable groups
-    # are set, because FSDP2 fixes them once and ignores what is frozen then; and the groups of the prefix are
-    # told that backward does not need them, else the prefetch gathers one of them in vain.
+    # A switch comes only between optimizer steps, and starts with a reshard: after a forward
+    # without backward (evaluation) the root stays gathered, `parameters()` are then temporaries,
+    # and a flag set on them is lost without an error. The flags are flipped on the sharded
+    # parameters; the dtypes of the newly trainable groups are set, because FSDP2 fixes them once
+    # and ignores what is frozen then; and the groups of the prefix are told that backward does not
+    # need them, else the prefetch gathers one of them in vain.
     def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
         self._reshard()
         parameters = dict(self.model.named_parameters())
@@ -93,8 +98,11 @@ class FullyShard(Strategy):
             for group in fsdp_groups(module):
                 group._init_mp_dtypes()
         self._active = layer
-        # Empty where a parameter has fewer rows than there are ranks: every rank then goes through the same steps.
-        self._shards = {name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()}
+        # Empty where a parameter has fewer rows than there are ranks: every rank then goes through
+        # the same steps.
+        self._shards = {
+            name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()
+        }
         self._optimizer = make_optimizer(list(self._shards.values()))
         self._unpark_moments()
 
@@ -113,7 +121,8 @@ class FullyShard(Strategy):
     def backward(self, loss: Tensor, boundary: bool) -> None:
         root = self.model
         assert isinstance(root, FSDPModule)
-        # Inside an accumulation the active layer's gradient stays whole on each rank and is reduced once.
+        # Inside an accumulation the active layer's gradient stays whole on each rank and is reduced
+        # once.
         root.set_requires_gradient_sync(boundary)
         super().backward(loss, boundary)
 
@@ -127,7 +136,9 @@ class FullyShard(Strategy):
         return update
 
     def flush(self) -> None:
-        """Register the shards again: after a forward without backward the root is still gathered."""
+        """Register the shards again: after a forward without backward the root is still
+        gathered.
+        """
         self._reshard()
 
     def masters(self) -> list[Tensor]:
@@ -161,12 +172,18 @@ class FullyShard(Strategy):
         if not state:
             return {}
         keys = ("step", *MOMENTS)
-        return {f"{name}.{key}": state[shard][key] for name, shard in self._shards.items() for key in keys}
+        return {
+            f"{name}.{key}": state[shard][key]
+            for name, shard in self._shards.items()
+            for key in keys
+        }
 
     def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
         self._optimizer.state.clear()
         for name, shard in self._shards.items() if shards else ():
-            self._optimizer.state[shard] = {key: shards[f"{name}.{key}"].to(shard.device) for key in ("step", *MOMENTS)}
+            self._optimizer.state[shard] = {
+                key: shards[f"{name}.{key}"].to(shard.device) for key in ("step", *MOMENTS)
+            }
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
         self._reshard()
@@ -175,7 +192,9 @@ class FullyShard(Strategy):
             exported[name] = {"step": shards[f"{name}.step"].to("cpu", copy=True)}
             for key in MOMENTS:
                 shard = shards[f"{name}.{key}"].to(self._shard_device())
-                exported[name][key] = whole_tensor(as_shard_of(parameters[name], shard)).to("cpu", copy=True)
+                exported[name][key] = whole_tensor(as_shard_of(parameters[name], shard)).to(
+                    "cpu", copy=True
+                )
         return exported
 
     def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
@@ -185,7 +204,9 @@ class FullyShard(Strategy):
             own, moments = parameters[name], state[name]
             shards[f"{name}.step"] = moments["step"].clone()
             for key in MOMENTS:
-                shards[f"{name}.{key}"] = shard_like(moments[key], own, self._master_dtype(name, own))
+                shards[f"{name}.{key}"] = shard_like(
+                    moments[key], own, self._master_dtype(name, own)
+                )
         return shards
 
     def _shard_device(self) -> torch.device:
@@ -215,7 +236,10 @@ class FullyShard(Strategy):
             if self._stored[name] == torch.bfloat16
         }
         self._park_master(layer.name, masters)
-        replace_shards(self._modules, {self._trained[name]: m.to(torch.bfloat16) for name, m in masters.items()})
+        replace_shards(
+            self._modules,
+            {self._trained[name]: m.to(torch.bfloat16) for name, m in masters.items()},
+        )
 
     def _park_master(self, layer: str, masters: dict[str, Tensor]) -> None:
         """Park what the bf16 rounding of this rank's `masters` lacks."""
@@ -234,7 +258,12 @@ class FullyShard(Strategy):
                 gathers = 2 if group._reshard_after_forward and group.unshard_in_backward else 1
                 for item in group.fsdp_params:
                     dtype = item.param_dtype or item.orig_dtype
-                    total += gathers * self.accumulation * padded_rows(item.sharded_param) * dtype.itemsize
+                    total += (
+                        gathers
+                        * self.accumulation
+                        * padded_rows(item.sharded_param)
+                        * dtype.itemsize
+                    )
         for parameter in self._trained.values():
             total += padded_rows(parameter) * (self._reduce_dtype() or parameter.dtype).itemsize
         return total
@@ -264,4 +293,6 @@ def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
     """The fp32 master of this rank's bf16 shard `weight`: exact if its low bits are parked."""
     if f"{name}.low" not in parked:
         return weight.float()
-    return join(weight, parked[f"{name}.low"].to(weight.device), parked[f"{name}.halfway"].to(weight.device))
+    return join(
+        weight, parked[f"{name}.low"].to(weight.device), parked[f"{name}.halfway"].to(weight.device)
+    )

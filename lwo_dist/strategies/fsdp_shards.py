@@ -34,41 +34,53 @@ def refuse_unsupported(model: nn.Module, modules: Iterable[FSDPModule]) -> None:
     """Refuse what `fsdp` cannot train exactly.
 
     Raises:
-        UserError: unsharded parameters, other meshes than one data-parallel dimension, gradients reduced in 16 bits,
-            weights stored in 16 bits, unless it is bf16 and the policy computes in that.
+        UserError: unsharded parameters, other meshes than one data-parallel dimension, gradients
+            reduced in 16 bits, weights stored in 16 bits, unless it is bf16 and the policy computes
+            in that.
     """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise UserError(
-                f"parameter {name} lies outside of every fully_shard'ed module; call fully_shard on the root module"
+                f"parameter {name} lies outside of every fully_shard'ed module; call fully_shard on"
+                " the root module"
             )
         if parameter.device_mesh.ndim != 1 or parameter.placements != (Shard(0),):
             raise UserError(
-                f"parameter {name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} "
-                "dimensions; tensor, pipeline, context-parallel and hybrid meshes are not supported: "
-                "use fully_shard over one data-parallel dimension"
+                f"parameter {name} is placed as {parameter.placements} on a mesh of"
+                f" {parameter.device_mesh.ndim} dimensions; tensor, pipeline, context-parallel and"
+                " hybrid meshes are not supported: use fully_shard over one data-parallel"
+                " dimension"
             )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in [group for module in modules for group in fsdp_groups(module)]:
         policy = group.mp_policy
         masters = (torch.float32, torch.float64)
-        if group.fsdp_params and (policy.reduce_dtype or policy.param_dtype) not in (None, *masters):
+        if group.fsdp_params and (policy.reduce_dtype or policy.param_dtype) not in (
+            None,
+            *masters,
+        ):
             raise UserError(
-                f"MixedPrecisionPolicy reduces gradients in {policy.reduce_dtype or policy.param_dtype}; "
-                "set reduce_dtype=torch.float32"
+                "MixedPrecisionPolicy reduces gradients in"
+                f" {policy.reduce_dtype or policy.param_dtype}; set reduce_dtype=torch.float32"
             )
         for item in group.fsdp_params:
             dtype = item.sharded_param.dtype
-            cast = dtype == policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
+            cast = (
+                dtype == policy.param_dtype == torch.bfloat16
+                and policy.reduce_dtype == torch.float32
+            )
             if dtype not in masters and not cast:
                 raise UserError(
-                    f"parameter {names[id(item.sharded_param)]} is stored in {dtype}, which would round the updates "
-                    f"away; load the model with dtype=torch.float32, or in bf16 and pass fully_shard(..., {_POLICY})"
+                    f"parameter {names[id(item.sharded_param)]} is stored in {dtype}, which would"
+                    " round the updates away; load the model with dtype=torch.float32, or in bf16"
+                    f" and pass fully_shard(..., {_POLICY})"
                 )
 
 
 def fsdp_groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's parameter groups of a module: private. torch 2.13 has a list of them, torch 2.11 one."""
+    """FSDP2's parameter groups of a module: private. torch 2.13 has a list of them, torch 2.11
+    one.
+    """
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return groups if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
@@ -82,7 +94,8 @@ def own_parameters(model: nn.Module, module: FSDPModule) -> set[str]:
 
 @torch.no_grad()
 def replace_shards(modules: Iterable[FSDPModule], shards: Mapping[nn.Parameter, Tensor]) -> None:
-    """Give parameters other local shards, of another dtype too, as `module.to(dtype)` does for a whole module.
+    """Give parameters other local shards, of another dtype too, as `module.to(dtype)` does for a
+    whole module.
 
     The parameters stay the same objects. FSDP2 must be told their dtypes anew (`_init_mp_dtypes`).
     """
@@ -91,7 +104,9 @@ def replace_shards(modules: Iterable[FSDPModule], shards: Mapping[nn.Parameter, 
             parameter = item.sharded_param
             if parameter in shards:
                 new = as_shard_of(parameter, shards[parameter])
-                torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
+                torch.utils.swap_tensors(
+                    parameter, nn.Parameter(new, requires_grad=parameter.requires_grad)
+                )
                 item.reset_sharded_param()
 
 
@@ -109,7 +124,11 @@ def as_shard_of(parameter: Tensor, local: Tensor) -> DTensor:
     """`local` as this rank's part of a tensor that is placed like `parameter`."""
     assert isinstance(parameter, DTensor)
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )
 
 
@@ -118,10 +137,16 @@ def shard_like(tensor: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to(device=own.device, dtype=dtype)
     if not isinstance(own, DTensor):
         return tensor
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None).to_local().clone()
+    return (
+        distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+        .to_local()
+        .clone()
+    )
 
 
 def padded_rows(parameter: Tensor) -> int:
-    """Elements of a parameter whose rows are padded to a multiple of the ranks, as FSDP2 sends it."""
+    """Elements of a parameter whose rows are padded to a multiple of the ranks, as FSDP2 sends
+    it.
+    """
     rows = parameter.shape[0] if parameter.dim() else 1
     return parameter.numel() // max(rows, 1) * padded_numel(rows, distributed.world_size())

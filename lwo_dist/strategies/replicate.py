@@ -1,7 +1,8 @@
 """Whole weights on each rank; only the active layer's gradients, moments and weights travel.
 
-A step is three phases over one flat buffer: reduce-scatter the gradients, AdamW on this rank's part of the flat
-weights, all-gather the weights. That is 2 x the layer's bytes, where DDP sends 2 x the model's.
+A step is three phases over one flat buffer: reduce-scatter the gradients, AdamW on this rank's part
+of the flat weights, all-gather the weights. That is 2 x the layer's bytes, where DDP sends 2 x the
+model's.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from .base import MOMENTS, MakeOptimizer, Moments, Strategy, Update, update_shar
 
 __all__ = ["Replicate"]
 
-_ALIGN = 4  # elements: a parameter inside the flat buffer starts at 16 bytes, as the fast kernels want it
+# elements: a parameter inside the flat buffer starts at 16 bytes, as the fast kernels want it
+_ALIGN = 4
 
 
 class Replicate(Strategy):
-    """The shards are slices of the flat fp32 weights themselves: 8 bytes of state a parameter / world size."""
+    """The shards are slices of the flat fp32 weights themselves: 8 bytes of state a parameter /
+    world size.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
@@ -43,7 +47,9 @@ class Replicate(Strategy):
         self._weight_shard = nn.Parameter(flat[start : start + shard_numel])
         self._flat_gradient = torch.zeros_like(flat)
         self._gradient_shard = (
-            torch.empty_like(self._weight_shard) if distributed.world_size() > 1 else self._flat_gradient
+            torch.empty_like(self._weight_shard)
+            if distributed.world_size() > 1
+            else self._flat_gradient
         )
         self._weight_shard.grad = self._gradient_shard
         self._gradient_views = self._views(layer, self._flat_gradient)
@@ -57,7 +63,13 @@ class Replicate(Strategy):
         self._park_moments()
         for name in self._active.parameter_names:
             self._parameters[name].grad = None
-        del self._optimizer, self._weight_shard, self._gradient_shard, self._flat_gradient, self._gradient_views
+        del (
+            self._optimizer,
+            self._weight_shard,
+            self._gradient_shard,
+            self._flat_gradient,
+            self._gradient_views,
+        )
         self._active = None
 
     def step(self, lr: float, max_norm: float) -> Update:
@@ -91,7 +103,9 @@ class Replicate(Strategy):
     def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
         self._optimizer.state.clear()
         if shards:
-            self._optimizer.state[self._weight_shard] = {k: t.to(self._shard_device()) for k, t in shards.items()}
+            self._optimizer.state[self._weight_shard] = {
+                k: t.to(self._shard_device()) for k, t in shards.items()
+            }
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
         step = shards["step"].to("cpu", copy=True)
@@ -107,7 +121,9 @@ class Replicate(Strategy):
         shards = {"step": next(iter(state.values()))["step"].clone()}
         numel = self._flat_numel(layer) // distributed.world_size()
         for key in MOMENTS:
-            whole = torch.zeros(self._flat_numel(layer), dtype=self._parameters[layer.parameter_names[0]].dtype)
+            whole = torch.zeros(
+                self._flat_numel(layer), dtype=self._parameters[layer.parameter_names[0]].dtype
+            )
             for name, view in self._views(layer, whole).items():
                 view.copy_(state[name][key])
             shards[key] = whole[distributed.rank() * numel :][:numel].clone()
@@ -123,7 +139,11 @@ class Replicate(Strategy):
 
     def memory(self) -> dict[str, int]:
         active = self._active is not None
-        moments = [t for t in self._optimizer.state.get(self._weight_shard, {}).values() if t.dim()] if active else []
+        moments = (
+            [t for t in self._optimizer.state.get(self._weight_shard, {}).values() if t.dim()]
+            if active
+            else []
+        )
         gradients = [self._flat_gradient, self._gradient_shard] if active else []
         return {
             "parameter_bytes": local_bytes(self.model.parameters()),
@@ -133,14 +153,17 @@ class Replicate(Strategy):
         }
 
     def _flatten(self, layer: Layer) -> Tensor:
-        """The flat weights of `layer`, of which its parameters are views: made at the first visit, kept since.
+        """The flat weights of `layer`, of which its parameters are views: made at the first visit,
+        kept since.
 
         A parameter that was given other storage in the meantime (`model.to`) makes it anew.
         """
         flat = self._flat_weights.get(layer.name)
         if flat is not None:
             views = self._views(layer, flat)
-            if all(self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()):
+            if all(
+                self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()
+            ):
                 return flat
         parameters = [self._parameters[name] for name in layer.parameter_names]
         flat = parameters[0].new_zeros(self._flat_numel(layer), requires_grad=False)
@@ -151,7 +174,9 @@ class Replicate(Strategy):
         return flat
 
     def _flat_numel(self, layer: Layer) -> int:
-        numel = sum(padded_numel(self._parameters[name].numel(), _ALIGN) for name in layer.parameter_names)
+        numel = sum(
+            padded_numel(self._parameters[name].numel(), _ALIGN) for name in layer.parameter_names
+        )
         return padded_numel(numel, distributed.world_size())
 
     def _views(self, layer: Layer, flat: Tensor) -> dict[str, Tensor]:
@@ -181,8 +206,9 @@ class Replicate(Strategy):
                 dtype = self._parameters[name].dtype
                 if dtype not in (torch.float32, torch.float64):
                     raise UserError(
-                        f"parameter {name} is stored in {dtype}, which would round the updates away; load the model "
-                        "with dtype=torch.float32 and compute under torch.autocast"
+                        f"parameter {name} is stored in {dtype}, which would round the updates"
+                        " away; load the model with dtype=torch.float32 and compute under"
+                        " torch.autocast"
                     )
 
 

@@ -12,7 +12,9 @@ __all__ = ["TASKS", "Task"]
 
 
 class Task(ExampleMaker, Protocol):
-    """What a task module offers: `ExampleMaker` makes examples of the input, the rest reads what a model writes."""
+    """What a task module offers: `ExampleMaker` makes examples of the input, the rest reads what a
+    model writes.
+    """
 
     def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
         """The answer in the generated tokens, which may go on beyond its end."""

@@ -1,7 +1,8 @@
 """Line completion: given the lines before, write the next one.
 
-A file is tokenised line by line, in training and in evaluation alike, so that a line's end is always a token's end.
-Every line of a training window is an example, because each is predicted from the lines before it.
+A file is tokenised line by line, in training and in evaluation alike, so that a line's end is
+always a token's end. Every line of a training window is an example, because each is predicted from
+the lines before it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lwo_dist.config import Config, DataConfig, UserError
-from lwo_dist.data.examples import EvalExample, TrainExample, context_start, cut_windows, end_of_text_id, tokenize_lines
+from lwo_dist.data.examples import (
+    EvalExample,
+    TrainExample,
+    context_start,
+    cut_windows,
+    end_of_text_id,
+    tokenize_lines,
+)
 from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
 
 __all__ = ["NAME", "decode", "end_token_ids", "evaluation_examples", "read", "training_examples"]
@@ -28,18 +36,23 @@ def read(config: DataConfig, cache: Path) -> SourceTree:
 
 
 def training_examples(source: SourceTree, tokenizer: Any, config: Config) -> Iterator[TrainExample]:
-    """Windows of whole lines of one file; the file ends in the end-of-text token, which is learned too."""
+    """Windows of whole lines of one file; the file ends in the end-of-text token, which is learned
+    too.
+    """
     end_of_text = end_of_text_id(tokenizer)
     for file in source.train:
         lines = tokenize_lines(tokenizer, _text(file))
-        yield from cut_windows([*lines[:-1], [*lines[-1], end_of_text]], config.train.sequence_length)
+        yield from cut_windows(
+            [*lines[:-1], [*lines[-1], end_of_text]], config.train.sequence_length
+        )
 
 
 def evaluation_examples(source: SourceTree, tokenizer: Any, config: Config) -> list[EvalExample]:
-    """`eval.num_lines` lines with a letter or digit, spread over the held-out files, in order of file and line.
+    """`eval.num_lines` lines with a letter or digit, spread over the held-out files, in order of
+    file and line.
 
-    The choice depends on the contents only: one line of each file in turn, as long as there are any. A file's first
-    line has nothing before it and is never asked for.
+    The choice depends on the contents only: one line of each file in turn, as long as there are
+    any. A file's first line has nothing before it and is never asked for.
 
     Raises:
         UserError: fewer than two such lines, too few for an interval of confidence.
@@ -61,8 +74,9 @@ def evaluation_examples(source: SourceTree, tokenizer: Any, config: Config) -> l
                 examples.append(EvalExample(context, target, texts[i], file.name, i + 1))
     if len(examples) < 2:
         raise UserError(
-            f"data.source = {source.source}: {len(examples)} lines to complete in its {len(source.held_out)} held-out "
-            "files, at least 2 are needed; give a larger source or raise data.held_out_fraction"
+            f"data.source = {source.source}: {len(examples)} lines to complete in its"
+            f" {len(source.held_out)} held-out files, at least 2 are needed; give a larger source"
+            " or raise data.held_out_fraction"
         )
     return examples
 
@@ -74,12 +88,14 @@ def end_token_ids(tokenizer: Any) -> list[int]:
         UserError: the tokenizer has no end-of-text token, or cannot write a line end.
     """
     end_of_text = end_of_text_id(tokenizer)
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
+    )
     line_ends = [i for i, text in enumerate(texts) if "\n" in text]
     if not line_ends:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot write a line end, "
-            "so it cannot complete lines; use a model of code or of running text"
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot write a"
+            " line end, so it cannot complete lines; use a model of code or of running text"
         )
     return sorted({*line_ends, end_of_text})
 
@@ -95,7 +111,8 @@ def decode(tokenizer: Any, token_ids: list[int]) -> str:
 def _choose_lines(source: SourceTree, num_lines: int) -> dict[str, list[int]]:
     """Hash of the file -> indices of its lines to complete."""
     candidates: dict[str, list[int]] = {}
-    # By hash: which files are asked, where there are fewer lines than files, has nothing to do with their names.
+    # By hash: which files are asked, where there are fewer lines than files, has nothing to do with
+    # their names.
     for file in sorted(source.held_out, key=lambda file: file.sha256):
         lines = _text(file).split("\n")
         worth = [i for i, line in enumerate(lines) if i > 0 and any(map(str.isalnum, line))]
@@ -117,7 +134,12 @@ def _text(file: SourceFile) -> str:
     try:
         text = read_text(file.path)
     except OSError as error:
-        raise UserError(f"{file.path}: {error.strerror}; let no other program change the source meanwhile") from None
+        raise UserError(
+            f"{file.path}: {error.strerror}; let no other program change the source meanwhile"
+        ) from None
     if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
-        raise UserError(f"{file.path} changed while it was read; let no other program change the source meanwhile")
+        raise UserError(
+            f"{file.path} changed while it was read; let no other program change the source"
+            " meanwhile"
+        )
     return text

@@ -1,8 +1,9 @@
-"""Scores of predicted lines against reference lines, 0 to 100, and the interval of a paired difference.
+"""Scores of predicted lines against reference lines, 0 to 100, and the interval of a paired
+difference.
 
-Exact match and edit similarity are those of line completion in CodeXGLUE (Lu et al., 2021): lines equal but for
-surrounding white space, and the `fuzz.ratio` of the two. BLEU is sacrebleu's corpus BLEU (Papineni et al., 2002;
-Post, 2018) with its default smoothing.
+Exact match and edit similarity are those of line completion in CodeXGLUE (Lu et al., 2021): lines
+equal but for surrounding white space, and the `fuzz.ratio` of the two. BLEU is sacrebleu's corpus
+BLEU (Papineni et al., 2002; Post, 2018) with its default smoothing.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ _CHUNK = 1_000_000
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> Scores:
-    """[lines], 100 where prediction and reference are equal without surrounding white space, else 0."""
+    """[lines], 100 where prediction and reference are equal without surrounding white space, else
+    0.
+    """
     pairs = zip(predictions, references, strict=True)
-    return np.array([100.0 * (prediction.strip() == reference.strip()) for prediction, reference in pairs])
+    return np.array(
+        [100.0 * (prediction.strip() == reference.strip()) for prediction, reference in pairs]
+    )
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -43,9 +48,13 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def edit_similarities(predictions: Sequence[str], references: Sequence[str]) -> Scores:
-    """[lines], 100 x (1 - insertions and deletions / characters of both), without surrounding white space."""
+    """[lines], 100 x (1 - insertions and deletions / characters of both), without surrounding white
+    space.
+    """
     pairs = zip(predictions, references, strict=True)
-    return np.array([fuzz.ratio(prediction.strip(), reference.strip()) for prediction, reference in pairs])
+    return np.array(
+        [fuzz.ratio(prediction.strip(), reference.strip()) for prediction, reference in pairs]
+    )
 
 
 def edit_similarity(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -56,19 +65,24 @@ def edit_similarity(predictions: Sequence[str], references: Sequence[str]) -> fl
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """BLEU-4 of the whole corpus of lines.
 
-    A token is a run of letters, digits and underscores, or one other character: sacrebleu's own tokenisations are
-    made for prose and leave `a.b(c)` whole.
+    A token is a run of letters, digits and underscores, or one other character: sacrebleu's own
+    tokenisations are made for prose and leave `a.b(c)` whole.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-    tokenised = [[" ".join(_TOKEN.findall(line)) for line in lines] for lines in (predictions, references)]
+    tokenised = [
+        [" ".join(_TOKEN.findall(line)) for line in lines] for lines in (predictions, references)
+    ]
     # effective_order: lines of fewer than four tokens each, all of them right, are 100 and not 0.
     scorer = BLEU(tokenize="none", force=True, effective_order=True)
     return min(float(scorer.corpus_score(tokenised[0], [tokenised[1]]).score), 100.0)
 
 
-def paired_interval(before: Sequence[float] | Scores, after: Sequence[float] | Scores) -> tuple[float, float, float]:
-    """Mean of `after - before` over lines, and the 95 % percentile bootstrap interval of it (Efron, 1979).
+def paired_interval(
+    before: Sequence[float] | Scores, after: Sequence[float] | Scores
+) -> tuple[float, float, float]:
+    """Mean of `after - before` over lines, and the 95 % percentile bootstrap interval of it (Efron,
+    1979).
 
     The resamples are drawn with a fixed seed, so that the same scores give the same interval.
 
@@ -77,11 +91,15 @@ def paired_interval(before: Sequence[float] | Scores, after: Sequence[float] | S
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if difference.ndim != 1 or len(difference) < 2:
-        raise ValueError(f"an interval needs scores of at least 2 lines, got shape {difference.shape}")
+        raise ValueError(
+            f"an interval needs scores of at least 2 lines, got shape {difference.shape}"
+        )
     random = np.random.RandomState(0)
     # Some rows of resamples at a time: all at once would take 80 kB for each line.
     rows = max(1, _CHUNK // len(difference))
-    sizes = [(min(rows, _RESAMPLES - first), len(difference)) for first in range(0, _RESAMPLES, rows)]
+    sizes = [
+        (min(rows, _RESAMPLES - first), len(difference)) for first in range(0, _RESAMPLES, rows)
+    ]
     means = np.concatenate([random.choice(difference, size).mean(axis=1) for size in sizes])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)

@@ -1,4 +1,6 @@
-"""Pictures of a run: its history in, matplotlib figures out. No pyplot, so no global state and no display."""
+"""Pictures of a run: its history in, matplotlib figures out. No pyplot, so no global state and no
+display.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -20,7 +22,8 @@ INK, SOFT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 LOSS, EVALUATION, RESTART = "#111827", "#d6336c", "#6b7280"
 # From the first layer to the last: cold to warm, calm enough to read a curve on.
 DEPTH = LinearSegmentedColormap.from_list(
-    "depth", ["#4a4fb5", "#3d86e0", "#2fb3bf", "#54bf7d", "#b9c94a", "#f3b53f", "#ec7f43", "#cf3f5d"]
+    "depth",
+    ["#4a4fb5", "#3d86e0", "#2fb3bf", "#54bf7d", "#b9c94a", "#f3b53f", "#ec7f43", "#cf3f5d"],
 )
 # Bottom to top of the stack; what is left of the peak is activations and buffers.
 PARTS = (
@@ -44,7 +47,8 @@ def loss_figure(
     evaluations: Series = (),
     restarts: Sequence[float] = (),
 ) -> Figure:
-    """The loss over the steps on top of the visits: a row per layer below, its colour as a band behind the curve.
+    """The loss over the steps on top of the visits: a row per layer below, its colour as a band
+    behind the curve.
 
     Args:
         layers: names in model order, first at the bottom; a band of another name is not drawn.
@@ -53,7 +57,9 @@ def loss_figure(
     """
     rows = len(layers)
     lower = min(max(0.17 * rows, 0.9), 5.4)
-    figure = Figure(figsize=(11, 4.3 + lower + 1.0), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(11, 4.3 + lower + 1.0), dpi=150, layout="constrained", facecolor="white"
+    )
     top, visits = figure.subplots(2, 1, sharex=True, height_ratios=(4.3, lower))
     shades = _shades(layers)
     for layer in layers:
@@ -62,17 +68,33 @@ def loss_figure(
         # One collection per layer: thousands of short visits draw as fast as ten.
         visits.broken_barh(spans, (row - 0.41, 0.82), color=shades[layer], linewidth=0)
         top.broken_barh(
-            spans, (0, 1), transform=top.get_xaxis_transform(), color=shades[layer], alpha=0.22, linewidth=0, zorder=0
+            spans,
+            (0, 1),
+            transform=top.get_xaxis_transform(),
+            color=shades[layer],
+            alpha=0.22,
+            linewidth=0,
+            zorder=0,
         )
     for step in restarts:
         for axes in (top, visits):
             axes.axvline(step, color=RESTART, linewidth=1.1, linestyle=(0, (1, 2)), zorder=2)
         top.annotate(
-            "restart", (step, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4), textcoords="offset points",
-            rotation=90, ha="right", va="top", fontsize=8, color=RESTART,
-        )  # fmt: skip
+            "restart",
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, -4),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=RESTART,
+        )
     _loss_curve(top, loss, evaluations)
-    top.set_title("Loss, with the active layer as coloured bands", loc="left", color=INK, fontsize=13, pad=12)
+    top.set_title(
+        "Loss, with the active layer as coloured bands", loc="left", color=INK, fontsize=13, pad=12
+    )
     top.set_ylabel("loss per token", color=SOFT)
     top.tick_params(labelbottom=False)
     visits.set_ylim(-0.7, rows - 0.3)
@@ -81,7 +103,9 @@ def loss_figure(
     visits.set_ylabel("active layer", color=SOFT)
     visits.set_xlabel("optimizer step", color=SOFT)
     visits.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    ends = [x for x, _ in (*loss, *evaluations)] + [edge for start, end, _ in bands for edge in (start, end)]
+    ends = [x for x, _ in (*loss, *evaluations)] + [
+        edge for start, end, _ in bands for edge in (start, end)
+    ]
     if ends and max(ends) > min(ends):
         visits.set_xlim(min(ends), max(ends))
     for axes in (top, visits):
@@ -92,20 +116,28 @@ def loss_figure(
     return figure
 
 
-def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = False, full: float | None = None) -> Figure:
-    """The largest peak over the ranks over time, what it is made of, and what full fine-tuning would need.
+def memory_figure(
+    points: Mapping[str, Series], x_label: str, hours: bool = False, full: float | None = None
+) -> Figure:
+    """The largest peak over the ranks over time, what it is made of, and what full fine-tuning
+    would need.
 
     Args:
-        points: memory/peak_bytes, memory/parameter_bytes, ... in bytes; what is missing is left out.
+        points: memory/peak_bytes, memory/parameter_bytes, ... in bytes; what is missing is left
+            out.
         hours: x is in hours and is shown in the unit that suits.
         full: bytes that full fine-tuning would need at least.
     """
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     highest = max([full or 0.0, *(y for name in points for _, y in _finite(points[name]))])
-    unit, scale = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if highest >= s), ("KiB", 2**10))
+    unit, scale = next(
+        ((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if highest >= s), ("KiB", 2**10)
+    )
     stretch, x_unit = (
-        _time_unit(max((x for name in points for x, _ in points[name]), default=0.0)) if hours else (1, "")
+        _time_unit(max((x for name in points for x, _ in points[name]), default=0.0))
+        if hours
+        else (1, "")
     )
     x_below, top = np.zeros(1), np.zeros(1)
     for name, label, colour in (*PARTS, PEAK):
@@ -115,13 +147,17 @@ def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = Fals
         x, y = np.array(series).T * [[stretch], [1 / scale]]
         below = np.interp(x, x_below, top)
         y = y if name == PEAK[0] else below + y
-        axes.fill_between(x, below, np.maximum(below, y), step="post", color=colour, linewidth=0, label=label)
+        axes.fill_between(
+            x, below, np.maximum(below, y), step="post", color=colour, linewidth=0, label=label
+        )
         if name == PEAK[0]:
             axes.plot(x, y, drawstyle="steps-post", color=INK, linewidth=1.6, label="peak")
         x_below, top = x, y
     if full is not None:
         label = f"full fine-tuning: at least {full / scale:,.3g} {unit}"
-        axes.axhline(full / scale, color=EVALUATION, linewidth=1.8, linestyle=(0, (5, 2)), label=label)
+        axes.axhline(
+            full / scale, color=EVALUATION, linewidth=1.8, linestyle=(0, (5, 2)), label=label
+        )
     axes.set_title("Memory of the fullest worker", loc="left", color=INK, fontsize=13, pad=12)
     axes.set_ylabel(unit, color=SOFT)
     axes.set_xlabel(f"{x_label} ({x_unit})" if x_unit else x_label, color=SOFT)
@@ -132,18 +168,27 @@ def memory_figure(points: Mapping[str, Series], x_label: str, hours: bool = Fals
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
-            handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=INK
+            handles[::-1],
+            labels[::-1],
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            frameon=False,
+            labelcolor=INK,
         )
     return figure
 
 
 def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
-    """The layers by the loss that fell in their visits, the one with most on top; a dot is a visit, a bar their mean.
+    """The layers by the loss that fell in their visits, the one with most on top; a dot is a visit,
+    a bar their mean.
 
     Args:
-        layers: names in model order, which their colours follow. Those without a visit are left out.
+        layers: names in model order, which their colours follow. Those without a visit are left
+            out.
     """
-    by_layer = {layer: [visit.metrics for visit in visits if visit.layer == layer] for layer in layers}
+    by_layer = {
+        layer: [visit.metrics for visit in visits if visit.layer == layer] for layer in layers
+    }
     by_layer = {layer: found for layer, found in by_layer.items() if found}
     order = sorted(by_layer, key=lambda layer: _mean(by_layer[layer], "loss_drop"))
     shades = _shades(layers)
@@ -154,9 +199,19 @@ def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
     for axes, (name, label) in zip(panels, PANELS, strict=True):
         for row, layer in enumerate(order):
             values = [metrics[name] for metrics in by_layer[layer] if name in metrics]
-            axes.barh(row, _mean(by_layer[layer], name), height=0.72, color=shades[layer], alpha=0.8)
+            axes.barh(
+                row, _mean(by_layer[layer], name), height=0.72, color=shades[layer], alpha=0.8
+            )
             if len(values) > 1:
-                axes.plot(values, [row] * len(values), "o", color=INK, alpha=0.45, markersize=3, markeredgewidth=0)
+                axes.plot(
+                    values,
+                    [row] * len(values),
+                    "o",
+                    color=INK,
+                    alpha=0.45,
+                    markersize=3,
+                    markeredgewidth=0,
+                )
         axes.set_xlabel(label, color=SOFT)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if name == "loss_drop" else 3))
         axes.axvline(0, color=SOFT, linewidth=0.8)
@@ -165,7 +220,9 @@ def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(order)), order, fontsize=size)
     panels[0].set_ylim(-0.7, max(len(order), 1) - 0.3)
-    panels[0].set_title("Layers by loss drop in a visit", loc="left", color=INK, fontsize=13, pad=12)
+    panels[0].set_title(
+        "Layers by loss drop in a visit", loc="left", color=INK, fontsize=13, pad=12
+    )
     return figure
 
 
@@ -175,14 +232,18 @@ def figures(history: History) -> dict[str, Figure]:
     points, layers = history.points, history.layers
     loss, evaluations = points.get("train/loss", []), points.get("eval/loss", [])
     if loss or evaluations:
-        drawn["loss_by_layer"] = loss_figure(loss, history.bands(), layers, evaluations, history.restarts)
+        drawn["loss_by_layer"] = loss_figure(
+            loss, history.bands(), layers, evaluations, history.restarts
+        )
     names = [name for name in (*(name for name, *_ in PARTS), PEAK[0]) if name in points]
     if names:
         steps = {name: points[name] for name in names}
         hours = {name: series for name in names if (series := history.hours(name)) is not None}
         timed = len(hours) == len(names)
         label = "training time" if timed else "optimizer step"
-        drawn["memory"] = memory_figure(hours if timed else steps, label, timed, history.full_fine_tuning())
+        drawn["memory"] = memory_figure(
+            hours if timed else steps, label, timed, history.full_fine_tuning()
+        )
     if visits := history.visits():
         drawn["layers_by_loss_drop"] = layers_figure(visits, layers)
     return drawn
@@ -208,7 +269,13 @@ def _loss_curve(axes: Axes, loss: Series, evaluations: Series) -> None:
         if noisy:
             window = np.ones(width)
             smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-            axes.plot(x, smooth, color=LOSS, linewidth=1.8, label=f"training loss (mean of {width} points)")
+            axes.plot(
+                x,
+                smooth,
+                color=LOSS,
+                linewidth=1.8,
+                label=f"training loss (mean of {width} points)",
+            )
         else:
             axes.lines[-1].set_label("training loss")
         if len(series) == 1:
@@ -230,13 +297,15 @@ def _loss_curve(axes: Axes, loss: Series, evaluations: Series) -> None:
             zorder=5,
         )
     if series or marks:
-        axes.legend(loc="upper right", frameon=True, framealpha=0.85, edgecolor="none", labelcolor=INK)
+        axes.legend(
+            loc="upper right", frameon=True, framealpha=0.85, edgecolor="none", labelcolor=INK
+        )
 
 
-def _shades(layers: Sequence[str]) -> dict[str, tuple[float, float, float, float]]:
+def _shades(layers: Sequence[str]) -> dict[str, str]:
     """A colour by depth, so that neighbours look alike and bottom and top do not."""
     colours = DEPTH(np.linspace(0.0, 1.0, max(len(layers), 1)))
-    return {layer: tuple(map(float, colour)) for layer, colour in zip(layers, colours, strict=False)}  # type: ignore[misc]
+    return {layer: to_hex(colour) for layer, colour in zip(layers, colours, strict=False)}
 
 
 def _plain(axes: Axes) -> None:

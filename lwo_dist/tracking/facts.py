@@ -1,4 +1,6 @@
-"""What is worth knowing about a run besides its points, as flat parameters and tags without any secret."""
+"""What is worth knowing about a run besides its points, as flat parameters and tags without any
+secret.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from typing import Any
 from lwo_dist.callback import RunInfo
 from lwo_dist.config import Config
 
-__all__ = ["flatten", "git_commit", "holds_password", "public_config", "redact", "run_parameters", "run_tags"]
+__all__ = [
+    "flatten",
+    "git_commit",
+    "holds_password",
+    "public_config",
+    "redact",
+    "run_parameters",
+    "run_tags",
+]
 
 _CREDENTIALS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN")
 _PACKAGES = ("lwo-dist", "torch", "transformers", "deepspeed", "ray", "mlflow")
@@ -30,7 +40,9 @@ def holds_password(uri: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """Strip `user:password@` from every URL in `text`, and the credentials that the environment holds."""
+    """Strip `user:password@` from every URL in `text`, and the credentials that the environment
+    holds.
+    """
     text = _USERINFO.sub("", text)
     for name in _CREDENTIALS:
         value = os.environ.get(name, "")
@@ -55,18 +67,28 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, str) else json.dumps(value, default=str)
+            )
     return flat
 
 
 def run_parameters(info: RunInfo) -> dict[str, str]:
-    """The configuration, `RunInfo.parameters`, the world size and the layers, as MLflow parameters."""
-    facts = {"world_size": info.world_size, "layers": ", ".join(info.layers), **_redacted(dict(info.parameters))}
+    """The configuration, `RunInfo.parameters`, the world size and the layers, as MLflow
+    parameters.
+    """
+    facts = {
+        "world_size": info.world_size,
+        "layers": ", ".join(info.layers),
+        **_redacted(dict(info.parameters)),
+    }
     return flatten(public_config(info.config)) | flatten(facts)
 
 
 def run_tags(config: Config, hosts: Sequence[str] = ()) -> dict[str, str]:
-    """Tags to find a run by: what it is, where it ran (this host where none are given), which code it ran."""
+    """Tags to find a run by: what it is, where it ran (this host where none are given), which code
+    it ran.
+    """
     job = _job_metadata()
     tags = {
         "method": config.method,
@@ -102,7 +124,9 @@ def _version(package: str) -> str | None:
 
 
 def _job_metadata() -> dict[str, str]:
-    """What `lwo-dist submit` said of this job, and its id; Ray puts it into the entry point's environment only."""
+    """What `lwo-dist submit` said of this job, and its id; Ray puts it into the entry point's
+    environment only.
+    """
     try:
         metadata: dict[str, str] = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]
     except (KeyError, ValueError, TypeError):
@@ -111,10 +135,14 @@ def _job_metadata() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """The commit checked out in `folder` (the working directory), `-dirty` after it where tracked files differ."""
+    """The commit checked out in `folder` (the working directory), `-dirty` after it where tracked
+    files differ.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -1,4 +1,6 @@
-"""The end of a spool: the pictures, the report and the tables of the run, and the line that says how it ended."""
+"""The end of a spool: the pictures, the report and the tables of the run, and the line that says
+how it ended.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def finish(
         evaluations = read_evaluations(folder)
         completions = completions_table(evaluations, best_step)
         files = save_pictures(history, folder / "pictures")
-        files += save_tables(folder, {"scores": scores_table(evaluations), "completions": completions})
+        files += save_tables(
+            folder, {"scores": scores_table(evaluations), "completions": completions}
+        )
         files.append(save_report(history, completions, folder / "report.html"))
     except Exception as problem:  # a picture is no reason to leave a run without its end
         logger.warning("no pictures of the run: %s", reason(problem))
@@ -64,7 +68,9 @@ def finish(
 
 
 def close_spool(path: Path, status: str) -> None:
-    """End the spool of a run that died without a word, at the time of its last line. Raises: OSError."""
+    """End the spool of a run that died without a word, at the time of its last line. Raises:
+    OSError.
+    """
     spool = Spool(path)
     try:
         if not spool.ended:

@@ -81,15 +81,21 @@ class History:
         return layer_bands(switches, max(step for step, _ in losses))
 
     def hours(self, name: str) -> list[tuple[float, float]] | None:
-        """A metric over the hours of training; None where a point has no time, or a restart set the clock back."""
+        """A metric over the hours of training; None where a point has no time, or a restart set the
+        clock back.
+        """
         clock = dict(self.points.get("train/elapsed_seconds", ()))
         series = self.points.get(name, [])
-        if any(step not in clock for step, _ in series) or any(a > b for a, b in pairwise(clock.values())):
+        if any(step not in clock for step, _ in series) or any(
+            a > b for a, b in pairwise(clock.values())
+        ):
             return None
         return [(clock[step] / 3600, value) for step, value in series]
 
     def full_fine_tuning(self) -> float | None:
-        """Bytes that full fine-tuning would need at least; None where this is it, or it cannot be known."""
+        """Bytes that full fine-tuning would need at least; None where this is it, or it cannot be
+        known.
+        """
         sizes, total = self.run.get("layer_sizes") or (), self.run.get("model_size")
         if len(sizes) < 2 or not total:
             return None
@@ -98,7 +104,9 @@ class History:
         # Every step gives a lower bound; the highest of them is one too.
         return max(
             (
-                full_fine_tuning_bytes(peak, gradient[step], state[step], sizes[int(active[step])], total)
+                full_fine_tuning_bytes(
+                    peak, gradient[step], state[step], sizes[int(active[step])], total
+                )
                 for step, peak in self.points.get("memory/peak_bytes", ())
                 if step in gradient and step in state and step in active
             ),
@@ -121,7 +129,9 @@ class History:
 
 
 def layer_bands(switches: Sequence[tuple[float, str]], last_step: float) -> list[Band]:
-    """Turn `(after step, layer)` switches into bands up to `last_step`; repeats of a layer are one band."""
+    """Turn `(after step, layer)` switches into bands up to `last_step`; repeats of a layer are one
+    band.
+    """
     bands: list[Band] = []
     for (start, layer), (end, _) in pairwise([*sorted(switches), (last_step, "")]):
         if end <= start:

@@ -1,6 +1,7 @@
 """MLflow, without ever costing the run a second.
 
-The callback writes to the spool and returns; the sender thread does the rest, the import of MLflow included.
+The callback writes to the spool and returns; the sender thread does the rest, the import of MLflow
+included.
 """
 
 from __future__ import annotations
@@ -29,40 +30,59 @@ __all__ = ["MLflowCallback", "create_run", "end_run", "experiment_page", "replay
 
 CALL_TIMEOUT_S = 5
 REPLAY_TIMEOUT_S = 30  # nobody's training waits for a replay, and a slow server is better than none
-FAILED_FLUSH_S = 10.0  # a run that failed is about to be restarted, and its next attempt sends the rest
+FAILED_FLUSH_S = (
+    10.0  # a run that failed is about to be restarted, and its next attempt sends the rest
+)
 
 logger = logging.getLogger(__name__)
 
 
 def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
-    """`tracking.uri`, else MLFLOW_TRACKING_URI, else a sqlite file in `storage`. May hold a password: never log it.
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else a sqlite file in `storage`. May hold a
+    password: never log it.
 
     Raises:
         UserError: `tracking.uri` holds a password; configurations are kept and shown.
     """
     if tracking.uri and holds_password(tracking.uri):
         raise UserError(
-            f"tracking.uri = {redact(tracking.uri)} was given with a password; keep it in the environment: "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address in MLFLOW_TRACKING_URI"
+            f"tracking.uri = {redact(tracking.uri)} was given with a password; keep it in the"
+            " environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole"
+            " address in MLFLOW_TRACKING_URI"
         )
-    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute()}/mlflow.db"
+    return (
+        tracking.uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{storage.absolute()}/mlflow.db"
+    )
 
 
 def experiment_page(tracking: TrackingConfig, uri: str) -> str:
-    """The page of the experiment at a server. Raises: UserError, where the server does not answer or has none."""
+    """The page of the experiment at a server. Raises: UserError, where the server does not answer
+    or has none.
+    """
     try:
-        experiment_id = MLflowStore(uri, Path(), CALL_TIMEOUT_S).find_experiment(tracking.experiment)
+        experiment_id = MLflowStore(uri, Path(), CALL_TIMEOUT_S).find_experiment(
+            tracking.experiment
+        )
     except Exception as error:
-        raise UserError(f"MLflow at {redact(uri)}: {reason(error)}; start it, or correct tracking.uri") from None
+        raise UserError(
+            f"MLflow at {redact(uri)}: {reason(error)}; start it, or correct tracking.uri"
+        ) from None
     if experiment_id is None:
-        raise UserError(f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no runs of it yet")
+        raise UserError(
+            f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no runs of"
+            " it yet"
+        )
     return f"{redact(uri).rstrip('/')}/#/experiments/{experiment_id}"
 
 
 def create_run(config: Config, storage: Path, run_name: str) -> str | None:
-    """Find or make the one MLflow run that spans all attempts of `<storage>/<run_name>`; the driver calls this once.
+    """Find or make the one MLflow run that spans all attempts of `<storage>/<run_name>`; the driver
+    calls this once.
 
-    None where tracking is off or the server cannot be reached (said in one line): the sender makes the run later.
+    None where tracking is off or the server cannot be reached (said in one line): the sender makes
+    the run later.
     """
     if not config.tracking.enabled:
         return None
@@ -75,15 +95,23 @@ def create_run(config: Config, storage: Path, run_name: str) -> str | None:
         try:
             sent.save()  # the key first: a run whose id gets lost on the way is found again by it
             store = MLflowStore(uri, storage, CALL_TIMEOUT_S)
-            sent.run_id = store.find_or_create(fields | {"tags": run_tags(config)}, int(time.time() * 1000))
+            sent.run_id = store.find_or_create(
+                fields | {"tags": run_tags(config)}, int(time.time() * 1000)
+            )
             sent.save()
         except Exception as error:
-            logger.warning("MLflow at %s: %s; the run goes on and is sent when it is back", redact(uri), reason(error))
+            logger.warning(
+                "MLflow at %s: %s; the run goes on and is sent when it is back",
+                redact(uri),
+                reason(error),
+            )
     return sent.run_id
 
 
 def end_run(config: Config, storage: Path, run_name: str, status: str) -> None:
-    """For the driver, when the workers died without a word: end the MLflow run as FAILED or KILLED. Never raises."""
+    """For the driver, when the workers died without a word: end the MLflow run as FAILED or KILLED.
+    Never raises.
+    """
     path = storage / run_name / SPOOL_NAME
     if not config.tracking.enabled or not path.with_suffix(".sent.json").exists():
         return
@@ -98,10 +126,11 @@ def end_run(config: Config, storage: Path, run_name: str, status: str) -> None:
 
 
 def replay(spool: Path, uri: str | None = None) -> int:
-    """Send what is left of a spool (or of the run folder it lies in) and return how many metric points that was.
+    """Send what is left of a spool (or of the run folder it lies in) and return how many metric
+    points that was.
 
-    A run without an end was killed, and is marked so. Sending twice does no harm: MLflow drops what it has.
-    `uri`: where to, if not to the store the run was for.
+    A run without an end was killed, and is marked so. Sending twice does no harm: MLflow drops what
+    it has. `uri`: where to, if not to the store the run was for.
 
     Raises:
         UserError: no such spool, a run that is still going, a store that cannot be reached.
@@ -110,13 +139,17 @@ def replay(spool: Path, uri: str | None = None) -> int:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the {SPOOL_NAME} in a run's folder")
     if is_being_written(path):
-        raise UserError(f"{path} belongs to a run that is still going and sends by itself; wait for its end")
+        raise UserError(
+            f"{path} belongs to a run that is still going and sends by itself; wait for its end"
+        )
     sent = Sent.load(path)
     if uri is None:
         first = next((record.fields for record in read_spool(path) if record.kind == "run"), {})
         uri = sent.uri or first.get("uri")
         environment = os.environ.get("MLFLOW_TRACKING_URI")
-        if uri is None or (environment and redact(environment) == uri):  # the same store, perhaps with its password
+        if uri is None or (
+            environment and redact(environment) == uri
+        ):  # the same store, perhaps with its password
             uri = environment
     if uri is None:
         raise UserError(f"{path} does not say where it was to go; give the address of MLflow")
@@ -126,7 +159,8 @@ def replay(spool: Path, uri: str | None = None) -> int:
         send_spool(path, MLflowStore(uri, path.parent.parent, REPLAY_TIMEOUT_S), sent)
     except Exception as error:
         raise UserError(
-            f"MLflow at {redact(uri)}: {reason(error)}; it lacks {unsent(path, sent)}; when it is up, {remedy(path)}"
+            f"MLflow at {redact(uri)}: {reason(error)}; it lacks {unsent(path, sent)}; when it is"
+            f" up, {remedy(path)}"
         ) from None
     return sent.points
 
@@ -145,7 +179,9 @@ def _never_raises(event: Callable[..., None]) -> Callable[..., None]:
 
 
 class MLflowCallback(Callback):
-    """Spools every point of a run and has it sent. No event ever waits for the network but the last."""
+    """Spools every point of a run and has it sent. No event ever waits for the network but the
+    last.
+    """
 
     def __init__(self, tracking: TrackingConfig, storage: Path, run_id: str | None = None) -> None:
         """`run_id`: from `create_run`; None: the sender makes the run when it can."""
@@ -166,7 +202,9 @@ class MLflowCallback(Callback):
         path = info.folder.absolute() / SPOOL_NAME
         spool, sent = Spool(path), Sent.load(path)
         sent.address(redact(uri), self._given_run_id)
-        (info.folder / "config.yaml").write_text(yaml.safe_dump(public_config(info.config), sort_keys=False))
+        (info.folder / "config.yaml").write_text(
+            yaml.safe_dump(public_config(info.config), sort_keys=False)
+        )
         spool.append(
             "run",
             experiment=self._tracking.experiment,
@@ -182,14 +220,19 @@ class MLflowCallback(Callback):
             tags=run_tags(info.config, info.hosts),
         )
         spool.append("artifact", path="config.yaml")
-        self._spool, self._sender = spool, Sender(path, MLflowStore(uri, self._storage, CALL_TIMEOUT_S), sent)
+        self._spool, self._sender = (
+            spool,
+            Sender(path, MLflowStore(uri, self._storage, CALL_TIMEOUT_S), sent),
+        )
         self._restarts = Restarts(spool)
         self._sender.start()
         self._sender.wake()
 
     @_never_raises
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._points(step, {**metrics, **(self._restarts.points(step, metrics) if self._restarts else {})})
+        self._points(
+            step, {**metrics, **(self._restarts.points(step, metrics) if self._restarts else {})}
+        )
 
     @_never_raises
     def on_visit(self, step: int, layer: str, metrics: Mapping[str, float]) -> None:
@@ -212,13 +255,26 @@ class MLflowCallback(Callback):
     @_never_raises
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         model, best_step = None, summary.get("eval", {}).get("best_step")
-        if self._spool and self._tracking.log_model and (self._spool.path.parent / "model").is_dir():
-            model = {"path": "model", "name": "model", "step": best_step, "register_as": self._tracking.register_as}
+        if (
+            self._spool
+            and self._tracking.log_model
+            and (self._spool.path.parent / "model").is_dir()
+        ):
+            model = {
+                "path": "model",
+                "name": "model",
+                "step": best_step,
+                "register_as": self._tracking.register_as,
+            }
         self._end("FINISHED", self._tracking.flush_timeout_s, best_step=best_step, model=model)
 
     @_never_raises
     def on_run_stopped(self, reason: str) -> None:
-        self._end("KILLED", min(FAILED_FLUSH_S, self._tracking.flush_timeout_s), error=redact(reason)[:1000])
+        self._end(
+            "KILLED",
+            min(FAILED_FLUSH_S, self._tracking.flush_timeout_s),
+            error=redact(reason)[:1000],
+        )
 
     @_never_raises
     def on_run_failed(self, error: BaseException) -> None:
@@ -244,7 +300,12 @@ class MLflowCallback(Callback):
             patience_s = self._tracking.upload_timeout_s if status == "FINISHED" else 0.0
             if not sender.close(timeout_s, patience_s):
                 why = sender.problem or "not done in time"
-                logger.warning("MLflow lacks %s (%s); %s", unsent(spool.path, sender.sent), why, remedy(spool.path))
+                logger.warning(
+                    "MLflow lacks %s (%s); %s",
+                    unsent(spool.path, sender.sent),
+                    why,
+                    remedy(spool.path),
+                )
 
     def _complain(self, problem: str) -> None:
         if problem not in self._complaints:

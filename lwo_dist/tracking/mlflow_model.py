@@ -1,4 +1,6 @@
-"""The exported folder as an MLflow model, with no weight loaded and none copied but into the store."""
+"""The exported folder as an MLflow model, with no weight loaded and none copied but into the
+store.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ def log_model(client: Any, run_id: str, folder: Path, fields: Mapping[str, Any])
 
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
-    model = found[0] if found else client.create_logged_model(experiment, fields["name"], run_id, model_type="llm")
+    model = (
+        found[0]
+        if found
+        else client.create_logged_model(experiment, fields["name"], run_id, model_type="llm")
+    )
     if model.status != "READY":
         _upload(client, run_id, model.model_id, folder)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=fields["step"] or 0)])
@@ -46,8 +52,9 @@ def _upload(client: Any, run_id: str, model_id: str, folder: Path) -> None:
 def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
     """Write all of an MLflow model of the transformers flavour to `target` but its weights.
 
-    `mlflow.transformers.save_model` would hold a second copy of them on disk, and its way to save a folder without
-    loading it fails with transformers 5 (seen with MLflow 3.17 and transformers 5.23).
+    `mlflow.transformers.save_model` would hold a second copy of them on disk, and its way to save a
+    folder without loading it fails with transformers 5 (seen with MLflow 3.17 and transformers
+    5.23).
     """
     import transformers
     from mlflow import pyfunc
@@ -57,7 +64,9 @@ def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(target / "components" / "tokenizer")
     text = Schema([ColSpec("string")])
-    model = Model(run_id=run_id, model_id=model_id, signature=ModelSignature(inputs=text, outputs=text))
+    model = Model(
+        run_id=run_id, model_id=model_id, signature=ModelSignature(inputs=text, outputs=text)
+    )
     model.add_flavor(
         "transformers",
         transformers_version=transformers.__version__,
@@ -70,11 +79,17 @@ def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
         tokenizer_type=type(tokenizer).__name__,
     )
     pyfunc.add_to_model(model, loader_module="mlflow.transformers", python_env="python_env.yaml")
-    model.model_size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    model.model_size_bytes = sum(
+        file.stat().st_size for file in folder.rglob("*") if file.is_file()
+    )
     model.save(str(target / "MLmodel"))
     # Without what a build adds, such as +cpu: a package index knows the version alone.
-    versions = {package: importlib.metadata.version(package).partition("+")[0] for package in _REQUIRED}
-    (target / "requirements.txt").write_text("".join(f"{package}=={v}\n" for package, v in versions.items()))
+    versions = {
+        package: importlib.metadata.version(package).partition("+")[0] for package in _REQUIRED
+    }
+    (target / "requirements.txt").write_text(
+        "".join(f"{package}=={v}\n" for package, v in versions.items())
+    )
     environment = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (target / "python_env.yaml").write_text(yaml.safe_dump(environment))
 
@@ -89,7 +104,8 @@ def _register(client: Any, run_id: str, model: Any, name: str) -> None:
             raise
     versions = client.search_model_versions(f"name = '{name}'")
     if not any(version.run_id == run_id for version in versions):
-        # By its place: MLflow would look for models:/<id> at whatever store this process has set for all.
+        # By its place: MLflow would look for models:/<id> at whatever store this process has set
+        # for all.
         client.create_model_version(
             name, model.artifact_location, run_id, await_creation_for=0, model_id=model.model_id
         )

@@ -1,4 +1,6 @@
-"""One run in MLflow: a server or a database. With `mlflow_model.py` the only module that imports MLflow."""
+"""One run in MLflow: a server or a database. With `mlflow_model.py` the only module that imports
+MLflow.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _KEY_TAG = "lwo_dist_run"
 
 
 class MLflowStore:
-    """One run at one tracking server or database. Every call may raise, and may be repeated without harm."""
+    """One run at one tracking server or database. Every call may raise, and may be repeated without
+    harm.
+    """
 
     def __init__(self, uri: str, storage: Path, timeout_s: int) -> None:
         self.uri = redact(uri)
@@ -33,8 +37,9 @@ class MLflowStore:
 
     @functools.cached_property
     def _client(self) -> Any:
-        # MLflow reads these at each call. Its own defaults, 120 s and 7 retries, hold a call of a dead server for
-        # four minutes; the rest keeps it from printing between the progress lines and from reporting to its makers.
+        # MLflow reads these at each call. Its own defaults, 120 s and 7 retries, hold a call of a
+        # dead server for four minutes; the rest keeps it from printing between the progress lines
+        # and from reporting to its makers.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self._timeout_s))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -50,11 +55,15 @@ class MLflowStore:
 
     def find_or_create(self, fields: Mapping[str, Any], time_ms: int) -> str:
         experiment_id = self._experiment(fields["experiment"])
-        found = self._client.search_runs([experiment_id], f"tags.{_KEY_TAG} = '{fields['key']}'", max_results=1)
+        found = self._client.search_runs(
+            [experiment_id], f"tags.{_KEY_TAG} = '{fields['key']}'", max_results=1
+        )
         if found:
             return found[0].info.run_id
         tags = fields["tags"] | {_KEY_TAG: fields["key"]}
-        return self._client.create_run(experiment_id, time_ms, tags, run_name=fields["run_name"]).info.run_id
+        return self._client.create_run(
+            experiment_id, time_ms, tags, run_name=fields["run_name"]
+        ).info.run_id
 
     def open_run(self, fields: Mapping[str, Any], time_ms: int, run_id: str | None) -> str:
         from mlflow.entities import Param, RunTag
@@ -66,16 +75,23 @@ class MLflowStore:
         tags = fields["tags"] | {"attempts": str(attempt)}
         if attempt > 1:
             started = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(" ", "seconds")
-            tags |= {f"attempt.{attempt}.start_step": str(fields["start_step"]), f"attempt.{attempt}.started": started}
+            tags |= {
+                f"attempt.{attempt}.start_step": str(fields["start_step"]),
+                f"attempt.{attempt}.started": started,
+            }
         parameters = []
         for name, value in fields["parameters"].items():
             name, value = name[:250], value[:MAX_PARAMETER]
             if name not in known:
                 parameters.append(Param(name, value))
-            elif known[name] != value:  # a parameter of MLflow never changes; what a restart changed goes to a tag
+            elif (
+                known[name] != value
+            ):  # a parameter of MLflow never changes; what a restart changed goes to a tag
                 tags[f"attempt.{attempt}.{name}"[:250]] = value
         self._client.log_batch(
-            run.info.run_id, params=parameters, tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()]
+            run.info.run_id,
+            params=parameters,
+            tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()],
         )
         if "error" in run.data.tags:  # of the attempt before, which keeps it under its own name
             self._client.delete_tag(run.info.run_id, "error")
@@ -86,8 +102,11 @@ class MLflowStore:
     def log_points(self, run_id: str, points: list[Point]) -> None:
         from mlflow.entities import Metric
 
-        # With the spool's own times: a batch that is sent twice is then the same points, and MLflow keeps one.
-        self._client.log_batch(run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in points])
+        # With the spool's own times: a batch that is sent twice is then the same points, and MLflow
+        # keeps one.
+        self._client.log_batch(
+            run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in points]
+        )
 
     def upload(self, run_id: str, file: Path, folder: str | None) -> None:
         with self._patience(file) as client:
@@ -108,7 +127,9 @@ class MLflowStore:
 
     @contextmanager
     def _patience(self, *files: Path) -> Iterator[Any]:
-        """The client, for files: a server that was sent gigabytes answers when it has put them away, not in seconds."""
+        """The client, for files: a server that was sent gigabytes answers when it has put them
+        away, not in seconds.
+        """
         seconds = max(file.stat().st_size for file in files) // SLOWEST_UPLOAD
         client = self._client  # whose first use sets what is changed here
         name, value = "MLFLOW_HTTP_REQUEST_TIMEOUT", os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
@@ -141,8 +162,11 @@ class MLflowStore:
     def _experiment(self, name: str) -> str:
         if experiment_id := self.find_experiment(name):
             return experiment_id
-        # A database has no artifact store of its own: MLflow would put the files below the working directory.
+        # A database has no artifact store of its own: MLflow would put the files below the working
+        # directory.
         database = self._address.startswith(("sqlite", "postgresql", "mysql", "mssql"))
         place = (self._storage.absolute() / "mlartifacts").as_uri() if database else None
         # The kind opens MLflow's pages for training, not those for language-model applications.
-        return self._client.create_experiment(name, place, {"mlflow.experimentKind": "custom_model_development"})
+        return self._client.create_experiment(
+            name, place, {"mlflow.experimentKind": "custom_model_development"}
+        )

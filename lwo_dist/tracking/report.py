@@ -33,7 +33,11 @@ def save_report(history: History, completions: Table, file: Path) -> Path:
         sections.append(_section("completions", _completions(completions)))
     sections.append(_section("configuration", _configuration(history)))
     tags = history.run.get("tags", {})
-    facts = [tags.get("method"), tags.get("strategy"), f"on {tags['hosts']}" if "hosts" in tags else None]
+    facts = [
+        tags.get("method"),
+        tags.get("strategy"),
+        f"on {tags['hosts']}" if "hosts" in tags else None,
+    ]
     if history.started_ms:
         facts.append(f"{datetime.fromtimestamp(history.started_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC")
     page = Template(PAGE).substitute(
@@ -58,14 +62,22 @@ def _cards(history: History) -> Iterable[tuple[str, str, str]]:
     if (seconds := newest("train/elapsed_seconds")) is not None:
         lost = newest("time/lost_seconds") or 0.0
         restarts = len(history.restarts)
-        remark = f"{restarts} restart{'s' if restarts > 1 else ''} cost {_time(lost)}" if restarts else ""
+        remark = (
+            f"{restarts} restart{'s' if restarts > 1 else ''} cost {_time(lost)}"
+            if restarts
+            else ""
+        )
         yield "training time", _time(seconds), remark
     if (rate := newest("train/tokens_per_second")) is not None:
         sent = newest("comm/bytes_per_step")
         yield "tokens a second", f"{rate:,.0f}", f"{_size(sent)} sent a step" if sent else ""
     if peaks := [value for _, value in history.points.get("memory/peak_bytes", ())]:
         full = history.full_fine_tuning()
-        yield "peak memory", _size(max(peaks)), f"full fine-tuning: {_size(full)} or more" if full else ""
+        yield (
+            "peak memory",
+            _size(max(peaks)),
+            f"full fine-tuning: {_size(full)} or more" if full else "",
+        )
     if state := [value for _, value in history.points.get("memory/optimizer_state_bytes", ())]:
         yield "optimizer state", _size(max(state)), "of the fullest worker"
 
@@ -77,10 +89,18 @@ def _visits(history: History) -> str:
     for layer in history.layers:
         own = [visit.metrics for visit in visits if visit.layer == layer]
         if own:
-            means = [_mean([metrics[name] for metrics in own if name in metrics]) for name in _COLUMNS]
-            rows.append((means[0] or 0.0, [layer, str(len(own)), *(_number(mean) for mean in means)]))
+            means = [
+                _mean([metrics[name] for metrics in own if name in metrics]) for name in _COLUMNS
+            ]
+            rows.append(
+                (means[0] or 0.0, [layer, str(len(own)), *(_number(mean) for mean in means)])
+            )
     rows.sort(key=lambda row: -row[0])
-    return _table(["layer", "visits", *_COLUMNS.values()], [row for _, row in rows], "figures") if rows else ""
+    return (
+        _table(["layer", "visits", *_COLUMNS.values()], [row for _, row in rows], "figures")
+        if rows
+        else ""
+    )
 
 
 _COLUMNS = {
@@ -96,18 +116,23 @@ def _completions(completions: Table) -> str:
     place = {name: columns.index(name) for name in columns}
     shown = []
     for row in rows:
-        context, reference, before, after = (row[place[name]] for name in ("context", "reference", "before", "after"))
+        context, reference, before, after = (
+            row[place[name]] for name in ("context", "reference", "before", "after")
+        )
         marks = [
-            f"<mark>{html.escape(text)}</mark>" if text == reference else html.escape(text) for text in (before, after)
+            f"<mark>{html.escape(text)}</mark>" if text == reference else html.escape(text)
+            for text in (before, after)
         ]
         where = f"{row[place['file']]}:{row[place['line']]}"
         shown.append(
             f"<tr><td colspan=3 class=context><small>{html.escape(where)}</small>"
-            f"<pre>{html.escape(context)}</pre></td></tr><tr class=answers><td><pre>{html.escape(reference)}</pre></td>"
+            f"<pre>{html.escape(context)}</pre></td></tr><tr"
+            f" class=answers><td><pre>{html.escape(reference)}</pre></td>"
             f"<td><pre>{marks[0]}</pre></td><td><pre>{marks[1]}</pre></td></tr>"
         )
     return (
-        "<div class=wide><table class=code><thead><tr><th>reference</th><th>before</th><th>after</th></tr></thead>"
+        "<div class=wide><table"
+        " class=code><thead><tr><th>reference</th><th>before</th><th>after</th></tr></thead>"
         f"<tbody>{''.join(shown)}</tbody></table></div>"
     )
 
@@ -121,8 +146,13 @@ def _configuration(history: History) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table class={kind}><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return (
+        "<div class=wide><table"
+        f" class={kind}><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _section(name: str, content: str) -> str:
@@ -143,7 +173,9 @@ def _svg(figure: Figure) -> str:
 
 def _thinned(history: History) -> History:
     points = {name: _fewer(series) for name, series in history.points.items()}
-    return History(history.run, points, history.restarts, history.status, history.started_ms, history._switches)
+    return History(
+        history.run, points, history.restarts, history.status, history.started_ms, history._switches
+    )
 
 
 def _fewer(series: Series) -> list[tuple[float, float]]:
@@ -154,7 +186,9 @@ def _fewer(series: Series) -> list[tuple[float, float]]:
 def _card(label: str, value: str, remark: str) -> str:
     parts = [("label", label), ("value", value), ("remark", remark)]
     return (
-        "<div class=card>" + "".join(f"<div class={kind}>{html.escape(text)}</div>" for kind, text in parts) + "</div>"
+        "<div class=card>"
+        + "".join(f"<div class={kind}>{html.escape(text)}</div>" for kind, text in parts)
+        + "</div>"
     )
 
 
@@ -177,4 +211,10 @@ def _size(count: float) -> str:
 def _time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    return (
+        f"{hours}h{minutes:02}m"
+        if hours
+        else f"{minutes}m{seconds:02}s"
+        if minutes
+        else f"{seconds}s"
+    )

@@ -13,8 +13,9 @@ __all__ = ["Restarts"]
 class Restarts:
     """Of the attempt that has just written its start into the spool.
 
-    Lost is the time from when an earlier attempt logged its last step until the run is there again: the time without
-    any worker, the start, and the steps that were done twice. It is known, and added, when the run is there again.
+    Lost is the time from when an earlier attempt logged its last step until the run is there again:
+    the time without any worker, the start, and the steps that were done twice. It is known, and
+    added, when the run is there again.
     """
 
     def __init__(self, spool: Spool) -> None:

@@ -1,9 +1,9 @@
 """Sends a spool to a store: `send_spool` once through, `Sender` in a thread beside the training.
 
 loop:
-    wait for news, gather a second's worth
-    for each batch behind the offset: one call of the store; after success move the offset
-    on any error: one warning, then one try after 1, 2, 4, ... 60 s (the breaker), until the store is back
+    wait for news, gather a second's worth for each batch behind the offset: one call of the store;
+    after success move the offset on any error: one warning, then one try after 1, 2, 4, ... 60 s
+    (the breaker), until the store is back
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Store(Protocol):
     """For people: without credentials."""
 
     def open_run(self, fields: Mapping[str, Any], time_ms: int, run_id: str | None) -> str:
-        """Go on with run `run_id` or find or make one; log its parameters and tags; return its id."""
+        """Go on with run `run_id` or find or make one; log its parameters and tags; return its
+        id.
+        """
 
     def log_points(self, run_id: str, points: list[Point]) -> None: ...
 
@@ -44,7 +46,9 @@ class Store(Protocol):
     def end_run(self, run_id: str, fields: Mapping[str, Any], time_ms: int) -> None: ...
 
 
-def send_spool(spool: Path, store: Store, sent: Sent, stop: Callable[[], bool] = lambda: False) -> None:
+def send_spool(
+    spool: Path, store: Store, sent: Sent, stop: Callable[[], bool] = lambda: False
+) -> None:
     """Send what lies behind `sent.offset`, then the waiting files. Raises what the store raises."""
     for batch in _batches(read_spool(spool, sent.offset)):
         if stop():
@@ -53,15 +57,23 @@ def send_spool(spool: Path, store: Store, sent: Sent, stop: Callable[[], bool] =
         if first.kind == "run":
             sent.run_id = store.open_run(first.fields, first.time_ms, sent.run_id)
         elif first.kind in ("artifact", "model"):
-            # Files go last: an artifact store that is down or misconfigured must not hold up the points.
-            sent.waiting = [*(name for name in sent.waiting if name != first.fields["path"]), first.fields["path"]]
+            # Files go last: an artifact store that is down or misconfigured must not hold up the
+            # points.
+            sent.waiting = [
+                *(name for name in sent.waiting if name != first.fields["path"]),
+                first.fields["path"],
+            ]
         elif first.kind == "damaged":
             logger.warning("%s: skipped a damaged line before byte %d", spool, first.end)
         elif first.kind == "end":
-            if sent.run_id is not None:  # else a start that failed before the run had a line of its own
+            if (
+                sent.run_id is not None
+            ):  # else a start that failed before the run had a line of its own
                 store.end_run(sent.run_id, first.fields, first.time_ms)
         elif sent.run_id is None:
-            raise RuntimeError(f"{spool} names no run before its first points; its first line is lost")
+            raise RuntimeError(
+                f"{spool} names no run before its first points; its first line is lost"
+            )
         else:
             points = [point for record in batch for point in points_of(record)]
             for start in range(0, len(points), MAX_POINTS):
@@ -85,14 +97,18 @@ def _upload(spool: Path, store: Store, run_id: str, name: str) -> None:
     if not file.exists():
         logger.warning("%s is gone; not uploaded to MLflow", file)
     elif file.is_dir():
-        fields = [r.fields for r in read_spool(spool) if r.kind == "model" and r.fields["path"] == name]
+        fields = [
+            r.fields for r in read_spool(spool) if r.kind == "model" and r.fields["path"] == name
+        ]
         store.log_model(run_id, file, fields[-1])
     else:
         store.upload(run_id, file, str(Path(name).parent) if "/" in name else None)
 
 
 def unsent(spool: Path, sent: Sent) -> str:
-    """What the store lacks, in words: `410 metric points, 3 files, the state of the run`; empty: nothing."""
+    """What the store lacks, in words: `410 metric points, 3 files, the state of the run`; empty:
+    nothing.
+    """
     points, files, state = 0, set(sent.waiting), False
     for record in read_spool(spool, sent.offset):
         points += len(points_of(record))
@@ -104,7 +120,9 @@ def unsent(spool: Path, sent: Sent) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The root of a chain of exceptions in one short line: `Connection refused`, not a page of urllib3."""
+    """The root of a chain of exceptions in one short line: `Connection refused`, not a page of
+    urllib3.
+    """
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -115,7 +133,13 @@ class Sender(threading.Thread):
     """The only thread that talks to the store. A daemon: it can never keep a finished run alive."""
 
     def __init__(
-        self, spool: Path, store: Store, sent: Sent, *, interval_s: float = 5.0, max_pause_s: float = 60.0
+        self,
+        spool: Path,
+        store: Store,
+        sent: Sent,
+        *,
+        interval_s: float = 5.0,
+        max_pause_s: float = 60.0,
     ) -> None:
         super().__init__(name="lwo-mlflow-sender", daemon=True)
         self.problem: str | None = None
@@ -123,8 +147,13 @@ class Sender(threading.Thread):
         self.sent = sent
         self._spool, self._store = spool, store
         self._interval_s, self._max_pause_s = interval_s, max_pause_s
-        self._news, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
-        # Not the global generator: training's own draws must not depend on how often a server failed.
+        self._news, self._closing, self._abandoned = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
+        # Not the global generator: training's own draws must not depend on how often a server
+        # failed.
         self._random = random.Random()
 
     def wake(self) -> None:
@@ -134,7 +163,8 @@ class Sender(threading.Thread):
     def close(self, timeout_s: float, upload_timeout_s: float = 0.0) -> bool:
         """Send the rest for at most `timeout_s` seconds; whether all is sent.
 
-        Files may be large: where by then only they are left and all goes well, for `upload_timeout_s` more.
+        Files may be large: where by then only they are left and all goes well, for
+        `upload_timeout_s` more.
         """
         self._closing.set()
         self._news.set()
@@ -169,11 +199,14 @@ class Sender(threading.Thread):
                 continue
             if failures:
                 count = self.sent.points - before
-                logger.warning("MLflow at %s is back; sent the %d points that waited", self._store.uri, count)
+                logger.warning(
+                    "MLflow at %s is back; sent the %d points that waited", self._store.uri, count
+                )
             failures, self.problem = 0, None
             if last:
                 return
-            # Gather: a call costs tens of milliseconds of Python, which training in this process has to wait for.
+            # Gather: a call costs tens of milliseconds of Python, which training in this process
+            # has to wait for.
             self._closing.wait(self._interval_s)
 
     def _only_files_left(self) -> bool:

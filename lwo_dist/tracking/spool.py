@@ -1,10 +1,13 @@
-"""The metric points of a run as JSON lines, one file per run folder; what MLflow holds is a copy of this file.
+"""The metric points of a run as JSON lines, one file per run folder; what MLflow holds is a copy of
+this file.
 
-    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "model" | "end", "time_ms": ..., ...}
+    metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "model" | "end",
+                          "time_ms": ..., ...}
     metrics.sent.json    how far it has been sent, and to which MLflow run
 
-Everything that MLflow is to know goes through these lines, the run's start and end included. So sending while the
-run goes on and replaying it a week later are the same code, and a server that was never up costs nothing.
+Everything that MLflow is to know goes through these lines, the run's start and end included. So
+sending while the run goes on and replaying it a week later are the same code, and a server that was
+never up costs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Point", "Record", "Sent", "Spool", "count_points", "is_being_written", "points_of", "read_spool"]
+__all__ = [
+    "Point",
+    "Record",
+    "Sent",
+    "Spool",
+    "count_points",
+    "is_being_written",
+    "points_of",
+    "read_spool",
+]
 
 SPOOL_NAME = "metrics.jsonl"
 
@@ -34,7 +46,9 @@ class Record:
     """One line of a spool."""
 
     kind: str
-    """run, metrics, switch, artifact, model or end; damaged for a whole line that is not ours to read."""
+    """run, metrics, switch, artifact, model or end; damaged for a whole line that is not ours to
+    read.
+    """
     time_ms: int
     """When it was written, in milliseconds since 1970."""
     fields: Mapping[str, Any]
@@ -50,7 +64,9 @@ class Point(NamedTuple):
 
 
 def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
-    """Yield the records from byte `offset` on. A torn last line, left by a kill in mid-write, is not yielded."""
+    """Yield the records from byte `offset` on. A torn last line, left by a kill in mid-write, is
+    not yielded.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -69,12 +85,19 @@ def points_of(record: Record) -> list[Point]:
     if record.kind != "metrics":
         return []
     step = record.fields["step"]
-    return [Point(name, float(value), step, record.time_ms) for name, value in record.fields["values"].items()]
+    return [
+        Point(name, float(value), step, record.time_ms)
+        for name, value in record.fields["values"].items()
+    ]
 
 
 def count_points(path: Path, offset: int = 0) -> int:
     """How many metric points the spool holds from byte `offset` on."""
-    return sum(len(record.fields["values"]) for record in read_spool(path, offset) if record.kind == "metrics")
+    return sum(
+        len(record.fields["values"])
+        for record in read_spool(path, offset)
+        if record.kind == "metrics"
+    )
 
 
 def is_being_written(path: Path) -> bool:
@@ -92,8 +115,8 @@ def is_being_written(path: Path) -> bool:
 class Spool:
     """Appends to a run's spool; one writer at a time, any number of attempts after each other.
 
-    A step counts once: what an earlier attempt wrote of a metric is not written again when a resumed run passes
-    the same steps a second time, so a chart never goes back.
+    A step counts once: what an earlier attempt wrote of a metric is not written again when a
+    resumed run passes the same steps a second time, so a chart never goes back.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,15 +129,20 @@ class Spool:
         self.last_time_ms: int | None = None
         """When the newest line was written."""
         self.furthest: tuple[int, int] | None = None
-        """The furthest step with metrics of the training itself, and the time in milliseconds of that line."""
+        """The furthest step with metrics of the training itself, and the time in milliseconds of
+        that line.
+        """
         self.last_value: dict[str, float] = {}
         """Metric -> its newest value."""
         self._last_step: dict[str, int] = {}
         self._stump_end = b""
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: one write call per line, in the kernel's hands at once, so a SIGKILL loses at most that line.
+        # Unbuffered: one write call per line, in the kernel's hands at once, so a SIGKILL loses at
+        # most that line.
         self._file = path.open("ab", buffering=0)
-        with suppress(OSError):  # held by a dying attempt, or no locks here: whole lines may be appended all the same
+        with suppress(
+            OSError
+        ):  # held by a dying attempt, or no locks here: whole lines may be appended all the same
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         end = 0
         for record in read_spool(path):
@@ -123,7 +151,11 @@ class Spool:
         torn = path.stat().st_size - end
         if torn:
             os.truncate(path, end)
-            logger.warning("%s ended in a torn line (%d bytes, from a kill in mid-write); dropped it", path, torn)
+            logger.warning(
+                "%s ended in a torn line (%d bytes, from a kill in mid-write); dropped it",
+                path,
+                torn,
+            )
 
     def append(self, kind: str, **fields: Any) -> None:
         """Write one record. Raises: OSError, a full disk for example."""
@@ -131,7 +163,8 @@ class Spool:
         line = self._stump_end + json.dumps(record, allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
-            # A disk that filled up in mid-line: the stump must spoil no later line when there is room again.
+            # A disk that filled up in mid-line: the stump must spoil no later line when there is
+            # room again.
             self._stump_end = b"\n"
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes written")
         self._stump_end = b""
@@ -139,10 +172,18 @@ class Spool:
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Write the points of one step, without those that the run has written before."""
-        fresh = {name: float(value) for name, value in values.items() if step > self._last_step.get(name, -1)}
+        fresh = {
+            name: float(value)
+            for name, value in values.items()
+            if step > self._last_step.get(name, -1)
+        }
         if fresh:
             # JSON has no NaN; "nan" and "inf" read back by float() as the numbers do.
-            self.append("metrics", step=step, values={n: v if math.isfinite(v) else str(v) for n, v in fresh.items()})
+            self.append(
+                "metrics",
+                step=step,
+                values={n: v if math.isfinite(v) else str(v) for n, v in fresh.items()},
+            )
 
     def append_switch(self, step: int, layer: str) -> None:
         """Write that `layer` became active after `step` steps, unless an earlier attempt has."""
@@ -150,7 +191,9 @@ class Spool:
             self.append("switch", step=step, layer=layer)
 
     def sync(self) -> None:
-        """Put what was written on the disk itself, to outlive the machine and not only the process."""
+        """Put what was written on the disk itself, to outlive the machine and not only the
+        process.
+        """
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -200,13 +243,19 @@ class Sent:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError):
-            logger.warning("%s cannot be read; sending %s from its start (MLflow drops what it has)", sent.path, spool)
+            logger.warning(
+                "%s cannot be read; sending %s from its start (MLflow drops what it has)",
+                sent.path,
+                spool,
+            )
         if spool.exists() and sent.offset > spool.stat().st_size:
             sent.offset = 0
         return sent
 
     def address(self, uri: str, run_id: str | None) -> None:
-        """Point at a store and perhaps a run. Where either is another one than before, all is sent anew to it."""
+        """Point at a store and perhaps a run. Where either is another one than before, all is sent
+        anew to it.
+        """
         if uri != self.uri or (run_id is not None and run_id != self.run_id):
             self.uri, self.run_id, self.offset, self.waiting = uri, run_id, 0, []
 

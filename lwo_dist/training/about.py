@@ -1,4 +1,6 @@
-"""What a run says of itself: facts for people and trackers, and the files that make a checkpoint a model folder."""
+"""What a run says of itself: facts for people and trackers, and the files that make a checkpoint a
+model folder.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) ->
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "parameters": sum(sizes.values()),
-        "trained_parameters": sum(sizes[name] for layer in lwo.layers for name in layer.parameter_names),
+        "trained_parameters": sum(
+            sizes[name] for layer in lwo.layers for name in layer.parameter_names
+        ),
         "host": socket.gethostname(),
         **{name: data.counts[name] for name in ("windows", "held_out_lines")},
         "data": dict(data.counts),
@@ -55,7 +59,9 @@ def facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) ->
 
 
 def _sizes(lwo: LWO) -> dict[str, int]:
-    return {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()}
+    return {
+        name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -71,7 +77,9 @@ def _versions() -> dict[str, str]:
 
 def save_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
     # The weights in the store are fp32 masters, whatever dtype the base model was published in.
-    settings = type(model.config).from_dict({**model.config.to_dict(), "dtype": "float32", "use_cache": True})
+    settings = type(model.config).from_dict(
+        {**model.config.to_dict(), "dtype": "float32", "use_cache": True}
+    )
     settings.architectures = [type(model).__name__.removeprefix("FSDP")]
     settings.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:

@@ -1,14 +1,15 @@
 """The format of a checkpoint, and reading one. `layer_store` writes them.
 
-<run>/layers/<layer>.<step last trained>.<sha8>.safetensors            fp32 masters; never changed once written
-<run>/layers/<layer>.<step last trained>.<sha8>.moments.safetensors    `state: keep` only, a layer that waits
+<run>/layers/<layer>.<step last trained>.<sha8>.safetensors          fp32 masters; immutable
+<run>/layers/<layer>.<step last trained>.<sha8>.moments.safetensors  `state: keep`: a waiting layer
 <run>/checkpoints/step_000400/
-    model.safetensors.index.json, config, tokenizer                    parameter -> ../../layers/<file>
-    active.safetensors                                                 moments of the active layer, by parameter name
-    state.json                                                         written last: no state.json, no checkpoint
+    model.safetensors.index.json, config, tokenizer   parameter -> ../../layers/<file>
+    active.safetensors                                moments of the active layer, by parameter
+    state.json                                        written last: no state.json, no checkpoint
 
-It is the same for all strategies and world sizes, and `from_pretrained(checkpoint folder)` reads it as it stands.
-state.json holds the sha256 of every other file and its own digest, so no damage goes unseen.
+It is the same for all strategies and world sizes, and `from_pretrained(checkpoint folder)` reads it
+as it stands. state.json holds the sha256 of every other file and its own digest, so no damage goes
+unseen.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint whose files are all there and whole; its weights load by `from_pretrained(folder)`."""
+    """A committed checkpoint whose files are all there and whole; its weights load by
+    `from_pretrained(folder)`.
+    """
 
     folder: Path
     """On this machine."""
     state: Mapping[str, Any]
-    """`step`, `active_layer`, `skipped_steps`, `moments` (layer that waits -> its file), what the trainer added,
-    `sha256` of every file named."""
+    """`step`, `active_layer`, `skipped_steps`, `moments` (layer that waits -> its file), what the
+    trainer added, `sha256` of every file named."""
 
     @property
     def step(self) -> int:
@@ -74,7 +77,9 @@ class Checkpoint:
         return json.loads((self.folder / INDEX).read_text())["weight_map"]
 
     def hook_state(self) -> dict[str, Any]:
-        """What `LWO.load_state_dict` takes: the position and the active layer's moments, whole CPU tensors."""
+        """What `LWO.load_state_dict` takes: the position and the active layer's moments, whole CPU
+        tensors.
+        """
         position = {key: self.state[key] for key in ("step", "active_layer", "skipped_steps")}
         return {**position, "moments": _read_moments(self.folder / MOMENTS)}
 
@@ -101,7 +106,11 @@ def seal(state: Mapping[str, Any]) -> bytes:
 
 def flat_moments(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """{parameter: {exp_avg, exp_avg_sq, step}} as one level, for a safetensors file."""
-    return {f"{name}.{kind}": t.contiguous() for name, kinds in moments.items() for kind, t in kinds.items()}
+    return {
+        f"{name}.{kind}": t.contiguous()
+        for name, kinds in moments.items()
+        for kind, t in kinds.items()
+    }
 
 
 def committed_steps(run: RunFolder) -> list[int]:
@@ -109,7 +118,11 @@ def committed_steps(run: RunFolder) -> list[int]:
     steps = []
     for name in run.folders(CHECKPOINTS):
         number = name.removeprefix("step_")
-        if name.startswith("step_") and number.isdigit() and f"{CHECKPOINTS}/{name}/{STATE}" in _files_of(run, name):
+        if (
+            name.startswith("step_")
+            and number.isdigit()
+            and f"{CHECKPOINTS}/{name}/{STATE}" in _files_of(run, name)
+        ):
             steps.append(int(number))
     return sorted(steps)
 
@@ -135,7 +148,9 @@ def read_checkpoint(run: RunFolder, step: int) -> Checkpoint:
 
 
 def read_state(run: RunFolder, step: int) -> dict[str, Any]:
-    """What state.json of a checkpoint says; the other files are not looked at. Raises: as `read_checkpoint`."""
+    """What state.json of a checkpoint says; the other files are not looked at. Raises: as
+    `read_checkpoint`.
+    """
     name = f"{step_folder(step)}/{STATE}"
     try:
         state = _open_seal(run.pull(name).read_bytes())
@@ -147,7 +162,8 @@ def read_state(run: RunFolder, step: int) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
-    """The last checkpoint that is whole; each damaged one behind it is said in a line and passed over.
+    """The last checkpoint that is whole; each damaged one behind it is said in a line and passed
+    over.
 
     Raises:
         UserError: there are checkpoints, and every one of them is damaged.
@@ -158,33 +174,46 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
             return read_checkpoint(run, step)
         except DamagedError as error:
             damaged.append(str(error))
-            print(f"checkpoint {run}/{step_folder(step)} is damaged ({error}); using the one before", flush=True)
+            print(
+                f"checkpoint {run}/{step_folder(step)} is damaged ({error}); using the one before",
+                flush=True,
+            )
     if damaged:
         raise UserError(
-            f"no checkpoint in {run}/{CHECKPOINTS} is whole ({damaged[0]}); remove the folder to start anew"
+            f"no checkpoint in {run}/{CHECKPOINTS} is whole ({damaged[0]}); remove the folder to"
+            " start anew"
         )
     return None
 
 
 def use_copy(run: RunFolder, checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint on another machine, which fetches the files that it lacks. Raises: DamagedError."""
+    """The same checkpoint on another machine, which fetches the files that it lacks. Raises:
+    DamagedError.
+    """
     if run.url is not None:
         read_checkpoint(run, checkpoint.step)
     elif not (checkpoint.folder / STATE).is_file():
-        raise UserError(f"{checkpoint.folder} cannot be seen by this worker; set storage to a folder that all share")
+        raise UserError(
+            f"{checkpoint.folder} cannot be seen by this worker; set storage to a folder that all"
+            " share"
+        )
     return checkpoint
 
 
 def prune(run: RunFolder, keep: set[int]) -> list[str]:
-    """Remove the checkpoints of other steps and the layer files that no kept one names. Returns what was removed.
+    """Remove the checkpoints of other steps and the layer files that no kept one names. Returns
+    what was removed.
 
-    Raises: OSError; DamagedError if a checkpoint to keep cannot be read, and nothing is removed then.
+    Raises: OSError; DamagedError if a checkpoint to keep cannot be read, and nothing is removed
+    then.
     """
     named = set()
     for step in keep:
         folder = step_folder(step)
         state = read_state(run, step)
-        named |= {posixpath.normpath(posixpath.join(folder, reference)) for reference in state["sha256"]}
+        named |= {
+            posixpath.normpath(posixpath.join(folder, reference)) for reference in state["sha256"]
+        }
     removed = []
     for name in run.folders(CHECKPOINTS):
         if f"{CHECKPOINTS}/{name}" not in {step_folder(step) for step in keep}:
@@ -225,7 +254,8 @@ def _open_seal(data: bytes) -> dict[str, Any]:
         raise DamagedError(f"{STATE} is not whole") from None
     if state.get("format", 0) > FORMAT:
         raise UserError(
-            f"{STATE} has format {state['format']}; this lwo_dist reads up to {FORMAT}: install a newer one"
+            f"{STATE} has format {state['format']}; this lwo_dist reads up to {FORMAT}: install a"
+            " newer one"
         )
     if _digest(state) != digest:
         raise DamagedError(f"{STATE} does not have its own digest")

@@ -1,8 +1,8 @@
 """Scores on held-out lines: each rank completes a share of them, every rank gets the scores of all.
 
-Batches are cut from the lines once, longest context first, and dealt out to the ranks; they are the same whatever the
-number of ranks, so the scores are too. A context is computed once: its cache serves both the loss of the reference
-line and the greedy completion.
+Batches are cut from the lines once, longest context first, and dealt out to the ranks; they are the
+same whatever the number of ranks, so the scores are too. A context is computed once: its cache
+serves both the loss of the reference line and the greedy completion.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the held-out lines, those by line in the order of the lines. Equal on every rank."""
+    """Scores of the held-out lines, those by line in the order of the lines. Equal on every
+    rank.
+    """
 
     scores: dict[str, float]
-    """`eval/loss` (nats; the mean over all tokens of all lines), `eval/exact_match`, `eval/edit_similarity`,
-    `eval/bleu` (0 to 100) and `eval/lines`."""
+    """`eval/loss` (nats; the mean over all tokens of all lines), `eval/exact_match`,
+    `eval/edit_similarity`, `eval/bleu` (0 to 100) and `eval/lines`."""
     loss: npt.NDArray[np.float64]
     """[lines], nats; the mean over the tokens of the line."""
     tokens: npt.NDArray[np.int64]
@@ -64,7 +66,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Contexts, padded on the left, and behind them the targets, padded on the right: [lines, width + targets]."""
+    """Contexts, padded on the left, and behind them the targets, padded on the right: [lines, width
+    + targets].
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -87,16 +91,18 @@ def evaluate(
     task: Task = completion,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Complete `lines` greedily and score the completions; a collective where `world_size` is above 1.
+    """Complete `lines` greedily and score the completions; a collective where `world_size` is above
+    1.
 
     Args:
-        model: a Hugging Face decoder, plain or `fully_shard`ed. Its modes and its generation_config are given back as
-            they were.
+        model: a Hugging Face decoder, plain or `fully_shard`ed. Its modes and its generation_config
+            are given back as they were.
         batch_size: lines completed at once on a rank.
         max_new_tokens: where a completion is cut.
-        synced: every forward is a collective, as under FSDP2: all ranks then run equally many batches and decoding
-            steps, the surplus ones for nothing.
-        before_batch: called equally often on every rank, so it may be a collective; what it raises ends the evaluation.
+        synced: every forward is a collective, as under FSDP2: all ranks then run equally many
+            batches and decoding steps, the surplus ones for nothing.
+        before_batch: called equally often on every rank, so it may be a collective; what it raises
+            ends the evaluation.
     """
     ordered = sorted(range(len(lines)), key=lambda i: (-len(lines[i].context), i))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
@@ -130,7 +136,9 @@ def evaluate(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no generation settings but ours: a model's own may ask for sampling or penalties."""
+    """Evaluation mode, and no generation settings but ours: a model's own may ask for sampling or
+    penalties.
+    """
     modes = {module: module.training for module in model.modules()}
     generation_config = model.generation_config
     model.eval()
@@ -152,28 +160,44 @@ def _collate(lines: Sequence[EvalExample], pad: int, device: torch.device) -> _B
         here = slice(width - len(line.context), width + len(line.target))
         input_ids[i, here] = torch.tensor([*line.context, *line.target])
         attention_mask[i, here] = 1
-    return _Batch(input_ids.to(device), attention_mask.to(device), width, [len(line.target) for line in lines])
+    return _Batch(
+        input_ids.to(device), attention_mask.to(device), width, [len(line.target) for line in lines]
+    )
 
 
-def _complete(model: Any, batch: _Batch, config: GenerationConfig, synced: bool) -> tuple[list[float], list[list[int]]]:
+def _complete(
+    model: Any, batch: _Batch, config: GenerationConfig, synced: bool
+) -> tuple[list[float], list[list[int]]]:
     """The summed loss of each line's target, and the tokens written in its place."""
     accepted = inspect.signature(model.forward).parameters
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def forward(start: int, end: int, **more: Any) -> Any:
-        inputs = {"attention_mask": batch.attention_mask[:, :end], "position_ids": positions[:, start:end], **more}
+        inputs = {
+            "attention_mask": batch.attention_mask[:, :end],
+            "position_ids": positions[:, start:end],
+            **more,
+        }
         inputs = {name: value for name, value in inputs.items() if name in accepted}
         return model(input_ids=batch.input_ids[:, start:end], **inputs)
 
     # All but the last token of the context: generate() goes on from that one, and so does the loss.
     cached, cache = batch.width - 1, None
     if cached:
-        cache = getattr(forward(0, cached, use_cache=True, logits_to_keep=1), "past_key_values", None)
-    if not isinstance(cache, Cache):  # a model with a cache of its own kind computes the context twice
+        cache = getattr(
+            forward(0, cached, use_cache=True, logits_to_keep=1), "past_key_values", None
+        )
+    if not isinstance(
+        cache, Cache
+    ):  # a model with a cache of its own kind computes the context twice
         cached, cache = 0, None
     targets = batch.input_ids[:, batch.width :]
     keep = targets.shape[1]
-    more = {"past_key_values": copy.deepcopy(cache), "use_cache": cache is not None, "logits_to_keep": keep}
+    more = {
+        "past_key_values": copy.deepcopy(cache),
+        "use_cache": cache is not None,
+        "logits_to_keep": keep,
+    }
     logits = forward(cached, batch.input_ids.shape[1] - 1, **more).logits[:, -keep:]
     # Row by row: another copy of [lines, tokens, vocabulary] would be the largest thing in memory.
     losses = torch.stack(
@@ -192,7 +216,9 @@ def _complete(model: Any, batch: _Batch, config: GenerationConfig, synced: bool)
     return losses.tolist(), written[:, batch.width :].tolist()
 
 
-def _score(tokenizer: Any, lines: Sequence[EvalExample], results: list[tuple[int, float, str]]) -> Evaluation:
+def _score(
+    tokenizer: Any, lines: Sequence[EvalExample], results: list[tuple[int, float, str]]
+) -> Evaluation:
     references = [line.text for line in lines]
     predictions = [text for _, _, text in results]
     tokens = np.array([len(line.target) for line in lines], dtype=np.int64)
@@ -206,11 +232,19 @@ def _score(tokenizer: Any, lines: Sequence[EvalExample], results: list[tuple[int
         "eval/bleu": metrics.bleu(predictions, references),
         "eval/lines": float(len(lines)),
     }
-    spread = [i * len(lines) // _SAMPLES for i in range(_SAMPLES)] if len(lines) > _SAMPLES else range(len(lines))
+    spread = (
+        [i * len(lines) // _SAMPLES for i in range(_SAMPLES)]
+        if len(lines) > _SAMPLES
+        else range(len(lines))
+    )
     samples = tuple(_sample(tokenizer, lines[i], predictions[i]) for i in spread)
-    return Evaluation(scores, losses / tokens, tokens, exact_match, edit_similarity, tuple(predictions), samples)
+    return Evaluation(
+        scores, losses / tokens, tokens, exact_match, edit_similarity, tuple(predictions), samples
+    )
 
 
 def _sample(tokenizer: Any, line: EvalExample, prediction: str) -> Sample:
-    before = str(tokenizer.decode(list(line.context), clean_up_tokenization_spaces=False)).split("\n")[-4:-1]
+    before = str(tokenizer.decode(list(line.context), clean_up_tokenization_spaces=False)).split(
+        "\n"
+    )[-4:-1]
     return Sample(line.name, line.line, "\n".join(before), line.text, prediction)

@@ -1,4 +1,6 @@
-"""A checkpoint becomes a plain Hugging Face folder with a model card, a few tensors in memory at a time."""
+"""A checkpoint becomes a plain Hugging Face folder with a model card, a few tensors in memory at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,12 @@ _BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 
 
 
 def export_model(checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32") -> Path:
-    """Write the model of a checkpoint, with tokenizer and model card, to `target`: whole there, or not at all.
+    """Write the model of a checkpoint, with tokenizer and model card, to `target`: whole there, or
+    not at all.
 
-    Weights are the fp32 masters, rounded to bf16 if asked. Where transformers holds them fused (the experts of a
-    mixture) it does the writing, and they get their published names back; the model is then in memory as a whole.
+    Weights are the fp32 masters, rounded to bf16 if asked. Where transformers holds them fused (the
+    experts of a mixture) it does the writing, and they get their published names back; the model is
+    then in memory as a whole.
 
     Raises: OSError.
     """
@@ -46,12 +50,16 @@ def export_model(checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32")
             if path.name not in (STATE, INDEX, MOMENTS) and path.is_file():
                 shutil.copyfile(path, temporary / path.name)
         about = checkpoint.state.get("run", {})
-        files = {name: checkpoint.folder / reference for name, reference in checkpoint.weight_map.items()}
+        files = {
+            name: checkpoint.folder / reference for name, reference in checkpoint.weight_map.items()
+        }
         if _is_plain(checkpoint.folder, files, about.get("trust_remote_code", False)):
             _write_shards(files, temporary, _DTYPES[dtype])
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=_DTYPES[dtype], trust_remote_code=about.get("trust_remote_code", False)
+                checkpoint.folder,
+                dtype=_DTYPES[dtype],
+                trust_remote_code=about.get("trust_remote_code", False),
             )
             model.save_pretrained(temporary)
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
@@ -78,8 +86,14 @@ def _write_shards(files: Mapping[str, Path], folder: Path, dtype: torch.dtype) -
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         one = len(shards) == 1
-        file_name = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _read(files[name], name, dtype) for name in names}, folder / file_name, {"format": "pt"})
+        file_name = (
+            "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        save_file(
+            {name: _read(files[name], name, dtype) for name in names},
+            folder / file_name,
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -104,7 +118,11 @@ def _sizes(files: Mapping[str, Path], dtype: torch.dtype) -> Iterator[tuple[str,
         with safe_open(path, "pt") as file:
             view = file.get_slice(name)
             numel, kind = torch.Size(view.get_shape()).numel(), view.get_dtype()
-        yield name, numel * (dtype.itemsize if kind in ("F64", "F32", "F16", "BF16") else _BYTES_OF.get(kind, 8))
+        yield (
+            name,
+            numel
+            * (dtype.itemsize if kind in ("F64", "F32", "F16", "BF16") else _BYTES_OF.get(kind, 8)),
+        )
 
 
 def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
@@ -116,7 +134,9 @@ def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     settings = json.loads(path.read_text())
     settings.pop("torch_dtype", None)  # the key of transformers 4
-    path.write_text(json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    path.write_text(
+        json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
+    )
 
 
 def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> ModelCard:
@@ -129,10 +149,16 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
         tags=["code", "lwo_dist", about["method"]],
     )
     lwo, train = about["lwo"], about["train"]
-    how = " (layer-wise optimisation: one layer is trained at a time)" if about["method"] == "lwo" else ""
+    how = (
+        " (layer-wise optimisation: one layer is trained at a time)"
+        if about["method"] == "lwo"
+        else ""
+    )
     revision = f", revision {about['revision']}" if about.get("revision") else ""
     seconds = state["results"]["training_seconds"]
-    counts = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in about["data"].items())
+    counts = ", ".join(
+        f"{name.replace('_', ' ')} {value:,}" for name, value in about["data"].items()
+    )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     evaluations = state["results"]["evaluations"].items()
     lines = [
@@ -142,10 +168,12 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
         "",
         f"- **Base model**: `{_short(base)}`{revision}; its licence: {licence or _NO_LICENCE}",
         f"- **Data**: task {about['task']} on `{about['source']}`: {counts}",
-        f"- **Training**: {state['step']} steps of {train['global_batch_size']} sequences of up to "
-        f"{train['sequence_length']} tokens, {seconds:.0f} s; AdamW, learning rate {lwo['lr']:g} "
-        f"({lwo['lr_scheduler_type']}), {lwo['steps_per_layer']} steps a layer, order {lwo['order']}, compute in "
-        f"{train['precision']}",
+        (
+            f"- **Training**: {state['step']} steps of {train['global_batch_size']} sequences of up"
+            f" to {train['sequence_length']} tokens, {seconds:.0f} s; AdamW, learning rate"
+            f" {lwo['lr']:g} ({lwo['lr_scheduler_type']}), {lwo['steps_per_layer']} steps a layer,"
+            f" order {lwo['order']}, compute in {train['precision']}"
+        ),
         f"- **Weights**: the fp32 masters{', rounded to bf16' if dtype == 'bf16' else ''}",
         f"- **Versions**: {versions}",
         "",
@@ -160,7 +188,10 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
 
 def _scores(values: Mapping[str, float]) -> list[str]:
     names = ("loss", "exact_match", "edit_similarity", "bleu", "lines")
-    return [f"{values[f'eval/{name}']:.3f}" if name != "lines" else f"{values['eval/lines']:.0f}" for name in names]
+    return [
+        f"{values[f'eval/{name}']:.3f}" if name != "lines" else f"{values['eval/lines']:.0f}"
+        for name in names
+    ]
 
 
 def _licence(base: str, revision: str | None) -> str | None:

@@ -1,6 +1,7 @@
-"""Checkpoints that cost one layer: the step loop waits for a copy on the host, a thread of rank 0 writes it.
+"""Checkpoints that cost one layer: the step loop waits for a copy on the host, a thread of rank 0
+writes it.
 
-save(lwo)    every rank gathers the layers trained since the last save, and the active layer's moments
+save(lwo)    every rank gathers the layers trained since the last save, and the active moments
              rank 0 hands each to its writer as it comes, and at last the checkpoint that names them
 poll()       whether the writer is done
 wait()       every rank learns what became of the save: committed, or why not
@@ -37,7 +38,9 @@ class LayerStore:
     """
 
     def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int = 1):
-        self._writer = CheckpointWriter(run, model_files, keep=keep) if distributed.rank() == 0 else None
+        self._writer = (
+            CheckpointWriter(run, model_files, keep=keep) if distributed.rank() == 0 else None
+        )
         # Equal on every rank, so that all agree on what to gather without talking.
         self._captured: dict[str, int] = {}  # key of a piece -> step last trained
         self._pending = False  # a save whose outcome `wait` has not told yet
@@ -53,14 +56,17 @@ class LayerStore:
             keys[_moments_key(layer)] = parked.get(layer.name)
             for key, reference in keys.items():
                 if reference is not None:
-                    name = posixpath.normpath(posixpath.join(step_folder(checkpoint.step), reference))
+                    name = posixpath.normpath(
+                        posixpath.join(step_folder(checkpoint.step), reference)
+                    )
                     written[key] = name, checkpoint.state["sha256"][reference]
                     self._captured[key] = last_trained(lwo, layer, checkpoint.step)
         if self._writer is not None:
             self._writer.remember(written, checkpoint.step)
 
     def save(self, lwo: LWO, extra: Mapping[str, Any], *, best_step: int = 0) -> None:
-        """Start a checkpoint of the hook's present step; `wait` comes before the next one. All ranks call it.
+        """Start a checkpoint of the hook's present step; `wait` comes before the next one. All
+        ranks call it.
 
         Args:
             extra: what else state.json holds.
@@ -87,18 +93,26 @@ class LayerStore:
             self._writer.commit(Save(step, position, frozen, moments, weights, parked, best_step))
 
     def poll(self) -> bool:
-        """Whether rank 0's writer is done with the save. False elsewhere and without one; no collective."""
+        """Whether rank 0's writer is done with the save. False elsewhere and without one; no
+        collective.
+        """
         return self._pending and self._writer is not None and self._writer.is_done
 
     def wait(self) -> Outcome | None:
-        """The outcome of the save that `wait` has not told yet, on every rank; None without one. A collective."""
+        """The outcome of the save that `wait` has not told yet, on every rank; None without one. A
+        collective.
+        """
         if not self._pending:
             return None
         self._pending = False
         return distributed.on_rank_0(self._writer.outcome if self._writer is not None else _nothing)
 
-    def _capture(self, key: str, trained: int, suffix: str, read: Callable[[], dict[str, Tensor]]) -> bool:
-        """Read what is newer than the last save took (a collective) and queue its file; whether there is anything."""
+    def _capture(
+        self, key: str, trained: int, suffix: str, read: Callable[[], dict[str, Tensor]]
+    ) -> bool:
+        """Read what is newer than the last save took (a collective) and queue its file; whether
+        there is anything.
+        """
         if self._captured.get(key) == trained:
             return True
         tensors = read()
@@ -107,7 +121,9 @@ class LayerStore:
         self._captured[key] = trained
         if self._writer is not None:
             layer, _, _ = key.partition(" ")
-            self._writer.put(key, Piece(layer if layer == "rest" else f"{layer}.{trained:06d}", suffix, tensors))
+            self._writer.put(
+                key, Piece(layer if layer == "rest" else f"{layer}.{trained:06d}", suffix, tensors)
+            )
         return True
 
 

@@ -27,7 +27,9 @@ __all__ = ["export_run", "list_checkpoints", "prune_checkpoints", "verify_checkp
 
 
 def list_checkpoints(run: RunFolder) -> Iterator[str]:
-    """A line per checkpoint: step, active layer, held-out loss, when. Nothing is verified but state.json."""
+    """A line per checkpoint: step, active layer, held-out loss, when. Nothing is verified but
+    state.json.
+    """
     for step in _steps(run):
         try:
             state = read_state(run, step)
@@ -38,7 +40,10 @@ def list_checkpoints(run: RunFolder) -> Iterator[str]:
         when = datetime.datetime.fromtimestamp(written).isoformat(" ", "seconds")
         scores = state.get("results", {}).get("evaluations", {}).get(str(step))
         loss = f"  held-out loss {scores['eval/loss']:.4f}" if scores else ""
-        yield f"step {step}  layer {state['active_layer']}{loss}  {len(state['sha256'])} files  {when}"
+        yield (
+            f"step {step}  layer {state['active_layer']}{loss}  {len(state['sha256'])} files "
+            f" {when}"
+        )
 
 
 def verify_checkpoints(run: RunFolder) -> Iterator[str]:
@@ -59,13 +64,14 @@ def verify_checkpoints(run: RunFolder) -> Iterator[str]:
         yield f"step {step}  whole: {len(checkpoint.state['sha256'])} files, {human_bytes(size)}"
     if damaged:
         raise UserError(
-            f"{damaged} checkpoint(s) of {run} are damaged; a resume uses the newest whole one, and "
-            "`lwo-dist checkpoints prune` removes the others"
+            f"{damaged} checkpoint(s) of {run} are damaged; a resume uses the newest whole one, and"
+            " `lwo-dist checkpoints prune` removes the others"
         )
 
 
 def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
-    """Keep the newest `keep` whole checkpoints; remove the others and what only they name. A line per thing removed.
+    """Keep the newest `keep` whole checkpoints; remove the others and what only they name. A line
+    per thing removed.
 
     Raises:
         UserError: keep below 1, no whole checkpoint, a run that is going on.
@@ -99,7 +105,9 @@ def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dty
     try:
         checkpoint = read_checkpoint(run, step) if step is not None else newest_checkpoint(run)
     except DamagedError as error:
-        raise UserError(f"--step = {step}: the checkpoint is damaged ({error}); give another one") from None
+        raise UserError(
+            f"--step = {step}: the checkpoint is damaged ({error}); give another one"
+        ) from None
     assert checkpoint is not None
     target = target or (run.local / "model" if run.url is None else Path(run.local.name))
     if target.exists() and not (target / "config.json").is_file():
@@ -107,7 +115,9 @@ def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dty
     try:
         return export_model(checkpoint, target.absolute(), dtype=dtype)
     except OSError as error:
-        raise UserError(f"--to = {target}: {error.strerror or error}; give a folder with room") from None
+        raise UserError(
+            f"--to = {target}: {error.strerror or error}; give a folder with room"
+        ) from None
 
 
 def _steps(run: RunFolder) -> list[int]:
@@ -125,6 +135,8 @@ def _refuse_running(run: RunFolder) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{run} is being trained, and prunes by itself; wait for its end") from None
+            raise UserError(
+                f"{run} is being trained, and prunes by itself; wait for its end"
+            ) from None
         except OSError:  # no locks on this file system
             return

@@ -17,10 +17,11 @@ class Progress(Callback):
         self._info = info
         facts = info.parameters
         self._say(
-            f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on {info.world_size} "
-            f"{facts['device']} worker(s), {facts['trained_parameters']:,} of {facts['parameters']:,} parameters in "
-            f"{len(info.layers)} layers, {facts['windows']:,} training sequences, {facts['held_out_lines']:,} held-out "
-            f"lines" + (f", from step {info.start_step}" if info.start_step else "")
+            f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on"
+            f" {info.world_size} {facts['device']} worker(s), {facts['trained_parameters']:,} of"
+            f" {facts['parameters']:,} parameters in {len(info.layers)} layers,"
+            f" {facts['windows']:,} training sequences, {facts['held_out_lines']:,} held-out lines"
+            + (f", from step {info.start_step}" if info.start_step else "")
         )
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -28,18 +29,24 @@ class Progress(Callback):
         # The last stretch's pace says more of what is left than the first one's.
         left = (total - step) * metrics["time/step_seconds"]
         layer = self._info.layers[int(metrics["lwo/active_layer"])]
-        skipped = f"  skipped {metrics['train/skipped_steps']:.0f}" if metrics["train/skipped_steps"] else ""
+        skipped = (
+            f"  skipped {metrics['train/skipped_steps']:.0f}"
+            if metrics["train/skipped_steps"]
+            else ""
+        )
         self._say(
-            f"step {step}/{total}  loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}  "
-            f"{metrics['train/tokens_per_second']:,.0f} tokens/s  layer {layer}  "
-            f"peak {human_bytes(metrics['memory/peak_bytes'])}  left {human_seconds(left)}{skipped}"
+            f"step {step}/{total}  loss {metrics['train/loss']:.4f}  lr"
+            f" {metrics['train/learning_rate']:.2e}  {metrics['train/tokens_per_second']:,.0f}"
+            f" tokens/s  layer {layer}  peak {human_bytes(metrics['memory/peak_bytes'])}  left"
+            f" {human_seconds(left)}{skipped}"
         )
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         self._say(
-            f"evaluation at step {step}: loss {scores['eval/loss']:.4f}  exact match {scores['eval/exact_match']:.2f}  "
-            f"edit similarity {scores['eval/edit_similarity']:.2f}  BLEU {scores['eval/bleu']:.2f}  "
-            f"({scores['eval/lines']:.0f} held-out lines)"
+            f"evaluation at step {step}: loss {scores['eval/loss']:.4f}  exact match"
+            f" {scores['eval/exact_match']:.2f}  edit similarity"
+            f" {scores['eval/edit_similarity']:.2f}  BLEU {scores['eval/bleu']:.2f} "
+            f" ({scores['eval/lines']:.0f} held-out lines)"
         )
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
@@ -63,4 +70,10 @@ def human_bytes(size: float) -> str:
 def human_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    return (
+        f"{hours}h{minutes:02}m"
+        if hours
+        else f"{minutes}m{seconds:02}s"
+        if minutes
+        else f"{seconds}s"
+    )

@@ -26,7 +26,9 @@ _PER_LINE = ("loss", "exact_match", "edit_similarity")
 
 
 class Results:
-    """Collects metrics and evaluations; equal on every rank. Rank 0 writes the evaluations' lines to disk."""
+    """Collects metrics and evaluations; equal on every rank. Rank 0 writes the evaluations' lines
+    to disk.
+    """
 
     def __init__(self, folder: Path, metric: str, *, writes: bool):
         self.folder, self.metric, self._writes = folder, metric, writes
@@ -65,23 +67,37 @@ class Results:
 
     @property
     def best_step(self) -> int:
-        """The trained step with the best score; 0 before the first evaluation after training began."""
+        """The trained step with the best score; 0 before the first evaluation after training
+        began.
+        """
         sign = 1 if self.metric == "loss" else -1
         trained = [step for step in self.evaluations if step > 0]
-        return min(trained, key=lambda step: sign * self.evaluations[step][f"eval/{self.metric}"], default=0)
+        return min(
+            trained,
+            key=lambda step: sign * self.evaluations[step][f"eval/{self.metric}"],
+            default=0,
+        )
 
     def gains(self) -> dict[str, dict[str, float]]:
-        """Per-line differences, best checkpoint minus before: mean and 95 % interval; better is above 0."""
-        before, after = (json.loads(self._path(step).read_text())["lines"] for step in (0, self.best_step))
+        """Per-line differences, best checkpoint minus before: mean and 95 % interval; better is
+        above 0.
+        """
+        before, after = (
+            json.loads(self._path(step).read_text())["lines"] for step in (0, self.best_step)
+        )
         gains = {}
         for name in _PER_LINE:
             sign = -1 if name == "loss" else 1
-            mean, low, high = paired_interval(sign * np.array(before[name]), sign * np.array(after[name]))
+            mean, low, high = paired_interval(
+                sign * np.array(before[name]), sign * np.array(after[name])
+            )
             gains[name] = {"mean": mean, "low": low, "high": high}
         return gains
 
     def summary(self) -> dict[str, Any]:
-        """The measured part of summary.json. `after` are the scores of the best checkpoint, which is exported."""
+        """The measured part of summary.json. `after` are the scores of the best checkpoint, which
+        is exported.
+        """
         stretch = max(1, len(self.losses) // 10)
         return {
             "tokens": self.tokens,
@@ -125,7 +141,10 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The summary for people: before and after, what it cost, where the model lies."""
     before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
     count = after["eval/lines"]
-    lines = [f"{f'{count:.0f} held-out lines':<24}{'before':>10}{'after':>10}   gain a line (95 % interval)"]
+    lines = [
+        f"{f'{count:.0f} held-out lines':<24}{'before':>10}{'after':>10}   gain a line (95 %"
+        " interval)"
+    ]
     for name, label in _LABELS.items():
         row = f"{label:<24}{before[f'eval/{name}']:>10.3f}{after[f'eval/{name}']:>10.3f}"
         if name in gains:
@@ -136,11 +155,18 @@ def format_summary(summary: dict[str, Any]) -> str:
         [
             *lines,
             f"{'lines exactly right':<24}{exact[0]:>10}{exact[1]:>10}",
-            f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']} steps, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s",
-            f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer state "
-            f"{human_bytes(summary['optimizer_state_bytes'])}",
-            f"checkpoints held up the loop for {summary['checkpoint_blocked_seconds']:.1f} s in all",
+            (
+                f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']}"
+                f" steps, {summary['tokens_per_second']:,.0f} tokens/s"
+            ),
+            (
+                f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer"
+                f" state {human_bytes(summary['optimizer_state_bytes'])}"
+            ),
+            (
+                f"checkpoints held up the loop for {summary['checkpoint_blocked_seconds']:.1f} s"
+                " in all"
+            ),
             f"sent {human_bytes(summary['comm_bytes_per_step'])} per step",
             f"model: {summary['export']}",
         ]

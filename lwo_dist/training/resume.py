@@ -48,8 +48,8 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
     # A folder may have moved; its name stays.
     if Path(base).name != Path(then).name:
         raise UserError(
-            f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name is {base}; choose "
-            "another run_name, or set it back"
+            f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name"
+            f" is {base}; choose another run_name, or set it back"
         )
     now = {
         "seed": config.seed,
@@ -58,8 +58,13 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
     }
     for key, value in now.items():
         if state["data"][key] != value:
-            what = "the examples (source files, tokenizer or sequence length)" if key == "fingerprint" else key
+            what = (
+                "the examples (source files, tokenizer or sequence length)"
+                if key == "fingerprint"
+                else key
+            )
             raise UserError(
-                f"run_name = {config.run_name}: its checkpoint was made with other data: {what} changed from "
-                f"{state['data'][key]} to {value}; choose another run_name, or set it back"
+                f"run_name = {config.run_name}: its checkpoint was made with other data: {what}"
+                f" changed from {state['data'][key]} to {value}; choose another run_name, or set it"
+                " back"
             )

@@ -1,8 +1,9 @@
 """Stopping in time: schedulers give notice before they take a machine away.
 
-SIGTERM (Slurm, Kubernetes), SIGUSR1 (`sbatch --signal`), a wall-clock limit known from the start, and whatever a
-launcher polls for, such as Ray's preemption notice. The ranks agree on it after a whole step; the trainer then saves
-and raises `Stopped`, and the process exits with EXIT_CODE: try again later, the run goes on from there.
+SIGTERM (Slurm, Kubernetes), SIGUSR1 (`sbatch --signal`), a wall-clock limit known from the start,
+and whatever a launcher polls for, such as Ray's preemption notice. The ranks agree on it after a
+whole step; the trainer then saves and raises `Stopped`, and the process exits with EXIT_CODE: try
+again later, the run goes on from there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Stopped(Exception):  # noqa: N818
         self.reason, self.step, self.checkpoint = reason, step, checkpoint
 
     def __str__(self) -> str:
-        saved = f"checkpoint {self.checkpoint}" if self.checkpoint else "no step was done, so nothing was saved"
+        saved = (
+            f"checkpoint {self.checkpoint}"
+            if self.checkpoint
+            else "no step was done, so nothing was saved"
+        )
         return f"stopped by {self.reason} at step {self.step}; {saved}"
 
 
@@ -58,7 +63,8 @@ class StopRequest:
         self._reason: str | None = None
         self._polls: list[Callable[[], str | None]] = []
         self._max_seconds = max_seconds
-        # torchrun's ranks outlive a torchrun that is killed, and must not write into the run that comes after it.
+        # torchrun's ranks outlive a torchrun that is killed, and must not write into the run that
+        # comes after it.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # On the monotonic clock, which nobody sets, the time this process began.
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
@@ -77,7 +83,9 @@ class StopRequest:
         self._reason = self._reason or reason
 
     def add_poll(self, poll: Callable[[], str | None]) -> None:
-        """`poll` is called by every rank at the same checks, so it may be a collective; it gives a reason, or None."""
+        """`poll` is called by every rank at the same checks, so it may be a collective; it gives a
+        reason, or None.
+        """
         self._polls.append(poll)
 
     def poll(self) -> str | None:
@@ -89,15 +97,18 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 are requests in here, where the caller is the main thread; else they are not handled.
+        """SIGTERM and SIGUSR1 are requests in here, where the caller is the main thread; else they
+        are not handled.
 
-        After a request they are ignored for good: a launcher that sees the first rank leave sends SIGTERM to the
-        others, who report, or are on their way out.
+        After a request they are ignored for good: a launcher that sees the first rank leave sends
+        SIGTERM to the others, who report, or are on their way out.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before: dict[int, Any] = {
+            number: signal.signal(number, self._on_signal) for number in SIGNALS
+        }
         try:
             yield
         finally:
@@ -121,7 +132,9 @@ class StopVote:
         self._interval, self._next = 1, 0
 
     def pace(self, step_seconds: float) -> None:
-        """Tell how long a step takes: the same number on every rank, because it says at which steps they vote."""
+        """Tell how long a step takes: the same number on every rank, because it says at which steps
+        they vote.
+        """
         self._interval = max(1, int(1.0 / step_seconds)) if step_seconds > 0 else 1
 
     def after_step(self, step: int) -> None:
@@ -142,5 +155,7 @@ class StopVote:
         """
         reason = self._agree(self._request.poll())
         if reason is not None:
-            self._request.request(reason)  # Another rank's, perhaps; from now on it is this one's, too.
+            self._request.request(
+                reason
+            )  # Another rank's, perhaps; from now on it is this one's, too.
             raise StopNow(reason)

@@ -1,4 +1,6 @@
-"""The load of every node and GPU, sampled beside the training and carried to rank 0 with the logged metrics."""
+"""The load of every node and GPU, sampled beside the training and carried to rank 0 with the logged
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ GPU = (
 
 
 class SystemMetrics:
-    """Every rank makes one, together. A thread samples; `read` gives the means since the last `read` and never waits.
+    """Every rank makes one, together. A thread samples; `read` gives the means since the last
+    `read` and never waits.
 
     Args:
         folder: the disk that it lies on is watched.
@@ -45,10 +48,17 @@ class SystemMetrics:
     """
 
     def __init__(
-        self, device: torch.device, folder: str | os.PathLike[str], *, enabled: bool = True, interval_s: float = 2.0
+        self,
+        device: torch.device,
+        folder: str | os.PathLike[str],
+        *,
+        enabled: bool = True,
+        interval_s: float = 2.0,
     ):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self._places: list[tuple[str, int]] = distributed.gather_objects((socket.gethostname(), local_rank))
+        self._places: list[tuple[str, int]] = distributed.gather_objects(
+            (socket.gethostname(), local_rank)
+        )
         """Host and local rank of every rank."""
         sources: list[Callable[[], list[float]]] = []
         self._samples: list[list[float]] = []
@@ -62,7 +72,9 @@ class SystemMetrics:
             stop = threading.Event()
             weakref.finalize(self, stop.set)
             arguments = (sources, self._samples, stop, interval_s)
-            threading.Thread(target=_sample, args=arguments, name="lwo-system-metrics", daemon=True).start()
+            threading.Thread(
+                target=_sample, args=arguments, name="lwo-system-metrics", daemon=True
+            ).start()
 
     @property
     def hosts(self) -> list[str]:
@@ -70,7 +82,9 @@ class SystemMetrics:
         return list(dict.fromkeys(host for host, _ in self._places))
 
     def read(self) -> list[float]:
-        """This rank's `len(NODE) + len(GPU)` means since the last call; NaN where there was no sample."""
+        """This rank's `len(NODE) + len(GPU)` means since the last call; NaN where there was no
+        sample.
+        """
         samples = self._samples[:]
         del self._samples[: len(samples)]
         columns = list(zip(*samples, strict=True)) or [()] * (len(NODE) + len(GPU))
@@ -81,12 +95,19 @@ class SystemMetrics:
         found: dict[str, float] = {}
         for (host, local_rank), row in zip(self._places, rows, strict=True):
             names = [*NODE, *(f"gpu_{local_rank}_{name}" for name in GPU)]
-            found |= {f"system/{host}/{name}": v for name, v in zip(names, row, strict=True) if not math.isnan(v)}
+            found |= {
+                f"system/{host}/{name}": v
+                for name, v in zip(names, row, strict=True)
+                if not math.isnan(v)
+            }
         return found
 
 
 def _sample(
-    sources: list[Callable[[], list[float]]], samples: list[list[float]], stop: threading.Event, interval_s: float
+    sources: list[Callable[[], list[float]]],
+    samples: list[list[float]],
+    stop: threading.Event,
+    interval_s: float,
 ) -> None:
     while not stop.wait(interval_s):
         with suppress(Exception):  # a driver that stops answering costs its points and nothing else
@@ -125,7 +146,9 @@ def _gpu_source(device: torch.device) -> Callable[[], list[float]] | None:
 
         pynvml.nvmlInit()
         # By UUID: CUDA_VISIBLE_DEVICES renumbers for CUDA, not for NVML.
-        handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle: Any = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
     except Exception:
         return None
 

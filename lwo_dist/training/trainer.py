@@ -3,7 +3,7 @@
 for batch in micro_batches(step):          data: a pure function of (seed, step)
     loss = token losses of the batch       Trainer._loss
     lwo.backward(loss)                     hook -> strategy: gradients of the active layer
-    report = lwo.step()                    hook -> strategy: reduce, clip, update, publish; then the switch
+    report = lwo.step()                    hook -> strategy: reduce, clip, update; then the switch
 every logging_steps: metrics               one collective for all of them
 every eval.steps:    evaluate, save        and the best checkpoint is kept
 every visit:         save                  a copy on the host; a thread writes it
@@ -46,11 +46,13 @@ class Trainer:
     """Trains to `config.train.steps`, from wherever the hook stands. Every rank runs one.
 
     Args:
-        evaluate: a collective that scores the model on the held-out lines; calls its argument before each batch.
+        evaluate: a collective that scores the model on the held-out lines; calls its argument
+            before each batch.
         about_run: what a checkpoint says of the run it is from.
         system: the load of every node, for the metrics.
         callbacks: on rank 0 only; empty elsewhere.
-        on_commit: called on every rank, at the same place in the loop, for each checkpoint that is there.
+        on_commit: called on every rank, at the same place in the loop, for each checkpoint that is
+            there.
         checkpoint: the folder that training goes on from.
     """
 
@@ -73,7 +75,12 @@ class Trainer:
     ):
         self.config, self.lwo, self.data, self.device = config, lwo, data, device
         self.results, self.store = results, store
-        self.evaluate, self.about_run, self.callbacks, self.on_commit = evaluate, about_run, callbacks, on_commit
+        self.evaluate, self.about_run, self.callbacks, self.on_commit = (
+            evaluate,
+            about_run,
+            callbacks,
+            on_commit,
+        )
         self.system, self.visits = system, Visits(lwo, device)
         self._batch_of = {
             "seed": config.seed,
@@ -103,7 +110,10 @@ class Trainer:
 
     def _train(self) -> None:
         train, steps = self.config.train, self.config.train.steps
-        if self._evaluates(self.lwo.step_count) and self.lwo.step_count not in self.results.evaluations:
+        if (
+            self._evaluates(self.lwo.step_count)
+            and self.lwo.step_count not in self.results.evaluations
+        ):
             self._evaluate()  # before the first step, or where a stop came before it was done
         while self.lwo.step_count < steps:
             self._report = report = self._train_step(self.lwo.step_count)
@@ -137,23 +147,32 @@ class Trainer:
         outcome = self._settle()
         if outcome is not None and outcome.error:
             raise UserError(
-                f"the last checkpoint could not be written ({outcome.error}); make room, and give the command again"
+                f"the last checkpoint could not be written ({outcome.error}); make room, and give"
+                " the command again"
             )
 
     def _train_step(self, step: int) -> StepReport:
         lwo = self.lwo
-        # Dropout, if the model has any, is then a function of (seed, step, rank) too, and a resume needs no state.
+        # Dropout, if the model has any, is then a function of (seed, step, rank) too, and a resume
+        # needs no state.
         torch.manual_seed(hash((self.config.seed, step, distributed.rank())))
         accumulation = lwo.config.gradient_accumulation_steps
         batches = micro_batches(
-            self.data, step=step, world_size=distributed.world_size(), rank=distributed.rank(),
-            accumulation=accumulation, **self._batch_of,
-        )  # fmt: skip
+            self.data,
+            step=step,
+            world_size=distributed.world_size(),
+            rank=distributed.rank(),
+            accumulation=accumulation,
+            **self._batch_of,
+        )
         tokens = label_tokens(self.data, step=step, **self._batch_of)
         step_loss = torch.zeros((), device=self.device)
         for batch in batches:
             self.watchdog.beat(step, lwo.active_layer.name)
-            loss = self._loss({name: tensor.to(self.device) for name, tensor in batch.items()}) / tokens
+            loss = (
+                self._loss({name: tensor.to(self.device) for name, tensor in batch.items()})
+                / tokens
+            )
             step_loss += loss.detach()
             # The strategy averages over ranks and micro-batches; the sum over them is wanted.
             lwo.backward(loss * distributed.world_size() * accumulation)
@@ -165,10 +184,15 @@ class Trainer:
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Sum over the label tokens of the cross-entropy, in nats and fp32."""
-        logits = self.lwo.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = self.lwo.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         return cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+            logits.flatten(0, 1).float(),
+            labels.flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="sum",
         )
 
     def _log(self, report: StepReport) -> None:
@@ -183,7 +207,10 @@ class Trainer:
             "saved": float(self.store.poll()),
         }
         everyone = distributed.gather_floats([*own.values(), *self.system.read()], self.device)
-        largest = {name: max(values) for name, values in zip(own, zip(*everyone, strict=True), strict=False)}
+        largest = {
+            name: max(values)
+            for name, values in zip(own, zip(*everyone, strict=True), strict=False)
+        }
         self.stop.pace(largest["elapsed"] / steps)
         self.results.add_time(elapsed, self._stretch_tokens)
         metrics = {
@@ -193,10 +220,15 @@ class Trainer:
             "train/tokens_per_second": self._stretch_tokens / elapsed,
             "train/elapsed_seconds": self.results.training_seconds,
             "train/skipped_steps": float(self.lwo.skipped_steps),
-            "lwo/active_layer": float([layer.name for layer in self.lwo.layers].index(report.layer)),
+            "lwo/active_layer": float(
+                [layer.name for layer in self.lwo.layers].index(report.layer)
+            ),
             "lwo/cycle": float(self.lwo.schedule.cycle(step - 1)),
             **{name: value for name, value in largest.items() if "/" in name},
-            **{f"memory/ranks/peak_bytes_{rank}": row[1] for rank, row in enumerate(everyone[:_MOST_RANKS])},
+            **{
+                f"memory/ranks/peak_bytes_{rank}": row[1]
+                for rank, row in enumerate(everyone[:_MOST_RANKS])
+            },
             "comm/bytes_per_step": float(report.bytes_sent),
             "time/step_seconds": elapsed / steps,
             "time/checkpoint_blocked_seconds": self.results.blocked_seconds,
@@ -229,7 +261,9 @@ class Trainer:
         if self.lwo.schedule.position(step)[1] != 0:
             return False
         # Clocks differ: rank 0's counts.
-        return distributed.broadcast_object(time.monotonic() - self._saved_at >= 60 * settings.minutes)
+        return distributed.broadcast_object(
+            time.monotonic() - self._saved_at >= 60 * settings.minutes
+        )
 
     def _save(self) -> None:
         """Start a checkpoint of this step; the loop goes on as soon as the host has its copy."""
@@ -255,8 +289,9 @@ class Trainer:
         if outcome.error:
             if distributed.rank() == 0:
                 print(
-                    f"warning: the checkpoint of step {outcome.step} could not be written ({outcome.error}); training "
-                    "goes on, and the next one holds what this one lacks",
+                    f"warning: the checkpoint of step {outcome.step} could not be written"
+                    f" ({outcome.error}); training goes on, and the next one holds what this one"
+                    " lacks",
                     flush=True,
                 )
             return outcome
@@ -264,15 +299,19 @@ class Trainer:
         self.on_commit(outcome.step, outcome.folder)
         for callback in self.callbacks:
             callback.on_checkpoint(outcome.step, outcome.folder)
-        self._last_save = {"checkpoint/bytes": float(outcome.bytes_written), "checkpoint/seconds": outcome.seconds}
+        self._last_save = {
+            "checkpoint/bytes": float(outcome.bytes_written),
+            "checkpoint/seconds": outcome.seconds,
+        }
         return outcome
 
     def _refuse_non_finite(self) -> None:
         in_a_row = int(self.lwo.skipped_in_a_row)
         if in_a_row >= self.config.train.max_skipped_steps:
             raise UserError(
-                f"loss or gradient norm was not finite for {in_a_row} steps in a row, up to step {self.lwo.step_count} "
-                f"(train.max_skipped_steps = {self.config.train.max_skipped_steps}); lower lwo.lr, or look at the data"
+                f"loss or gradient norm was not finite for {in_a_row} steps in a row, up to step"
+                f" {self.lwo.step_count} (train.max_skipped_steps ="
+                f" {self.config.train.max_skipped_steps}); lower lwo.lr, or look at the data"
             )
 
     @contextmanager
@@ -293,7 +332,9 @@ class Trainer:
         self._stretch_switch = self.lwo.switch_seconds
 
     def _indices(self, step: int) -> Any:
-        return global_batch_indices(len(self.data.lengths), self._batch_of["global_batch_size"], self.config.seed, step)
+        return global_batch_indices(
+            len(self.data.lengths), self._batch_of["global_batch_size"], self.config.seed, step
+        )
 
 
 def _every(interval: int, step: int) -> bool:

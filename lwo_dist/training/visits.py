@@ -1,4 +1,6 @@
-"""What each visit of a layer brought and cost: the points `visit/*`, one set at the last step of a visit."""
+"""What each visit of a layer brought and cost: the points `visit/*`, one set at the last step of a
+visit.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ class Visit:
 
 @dataclass
 class _Sums:
-    """Over the visit's steps that were not skipped, on the device: nothing is read before the visit is reported."""
+    """Over the visit's steps that were not skipped, on the device: nothing is read before the visit
+    is reported.
+    """
 
     device: torch.device
     shared: Tensor = field(init=False)
-    """[4] float64, equal on all ranks: count, sum of x, sum of x^2, sum of gradient norms; x = step in the visit."""
+    """[4] float64, equal on all ranks: count, sum of x, sum of x^2, sum of gradient norms; x = step
+    in the visit.
+    """
     losses: Tensor = field(init=False)
     """[2] float64, this rank's share: sum of y, sum of x y; y = loss."""
 
@@ -52,9 +58,11 @@ class _Sums:
 
 
 class Visits:
-    """Fed with every optimizer step, on every rank; `take` is a collective if a visit is over, else nothing.
+    """Fed with every optimizer step, on every rank; `take` is a collective if a visit is over, else
+    nothing.
 
-    A run of one layer (full fine-tuning) has no visits. After a restart in mid-visit the rest of it is measured.
+    A run of one layer (full fine-tuning) has no visits. After a restart in mid-visit the rest of it
+    is measured.
     """
 
     def __init__(self, lwo: LWO, device: torch.device):
@@ -64,14 +72,18 @@ class Visits:
         self._started = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, report: StepReport) -> None:
-        """`step`: optimizer steps before this one; `loss`: this rank's share of its loss, 0-dim, on the device."""
+        """`step`: optimizer steps before this one; `loss`: this rank's share of its loss, 0-dim, on
+        the device.
+        """
         schedule = self._lwo.schedule
         place = schedule.position(step)[1]
         self._sums.add(place, loss, report)
         if place + 1 < schedule.steps_per_layer or len(self._lwo.layers) == 1:
             return
         now = time.perf_counter()
-        self._over.append((step + 1, report.layer, now - self._started, report.visit_change, self._sums))
+        self._over.append(
+            (step + 1, report.layer, now - self._started, report.visit_change, self._sums)
+        )
         self._sums, self._started = _Sums(self._device), now
 
     def pause(self, seconds: float) -> None:
@@ -79,14 +91,18 @@ class Visits:
         self._started += seconds
 
     def take(self) -> Iterator[Visit]:
-        """The visits that have ended since the last call, equal on all ranks but for the seconds, which are its own."""
+        """The visits that have ended since the last call, equal on all ranks but for the seconds,
+        which are its own.
+        """
         over, self._over = self._over, []
         if not over:
             return
         losses = distributed.all_reduce(torch.stack([sums.losses for *_, sums in over])).tolist()
         shared = torch.stack([sums.shared for *_, sums in over]).tolist()
         names = [layer.name for layer in self._lwo.layers]
-        for (step, layer, seconds, change, _), (y, xy), (n, x, xx, norm) in zip(over, losses, shared, strict=True):
+        for (step, layer, seconds, change, _), (y, xy), (n, x, xx, norm) in zip(
+            over, losses, shared, strict=True
+        ):
             metrics = {
                 "visit/layer": float(names.index(layer)),
                 "visit/loss_drop": _fall(n, x, xx, y, xy),
@@ -94,13 +110,19 @@ class Visits:
                 "visit/change_norm": float(change) if change is not None else math.nan,
                 "visit/seconds": seconds,
             }
-            yield Visit(step, layer, {name: value for name, value in metrics.items() if not math.isnan(value)})
+            yield Visit(
+                step,
+                layer,
+                {name: value for name, value in metrics.items() if not math.isnan(value)},
+            )
 
 
 def _fall(n: float, x: float, xx: float, y: float, xy: float) -> float:
-    """How far the straight line of least squares through the losses falls from the first step to the last.
+    """How far the straight line of least squares through the losses falls from the first step to
+    the last.
 
-    Every step counts, so that it says more than a difference of two noisy losses. NaN below two steps.
+    Every step counts, so that it says more than a difference of two noisy losses. NaN below two
+    steps.
     """
     spread = n * xx - x * x
     return -(n * xy - x * y) / spread * (n - 1) if spread > 0 else math.nan

@@ -1,7 +1,9 @@
-"""A run that is stuck ends in bounded time and says where: which rank, on which host, in which step and layer.
+"""A run that is stuck ends in bounded time and says where: which rank, on which host, in which step
+and layer.
 
-A collective that waits for a dead or stopped peer ends by its own timeout where the backend can do that. What hangs
-otherwise (a GPU kernel, a file system, a peer of NCCL) a thread of this process ends.
+A collective that waits for a dead or stopped peer ends by its own timeout where the backend can do
+that. What hangs otherwise (a GPU kernel, a file system, a peer of NCCL) a thread of this process
+ends.
 """
 
 from __future__ import annotations
@@ -24,25 +26,30 @@ from .stop import StopNow
 
 __all__ = ["CollectiveError", "Watchdog"]
 
-_COLLECTIVE = re.compile(r"gloo|nccl|timed? ?out|connection (was )?(closed|reset|refused)|socket", re.IGNORECASE)
+_COLLECTIVE = re.compile(
+    r"gloo|nccl|timed? ?out|connection (was )?(closed|reset|refused)|socket", re.IGNORECASE
+)
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out; says at which rank, host, step and layer, and which ranks are silent."""
+    """A collective failed or timed out; says at which rank, host, step and layer, and which ranks
+    are silent.
+    """
 
 
 class Watchdog:
     """Use as a context around the training loop, and call `beat` as it proceeds.
 
     Args:
-        timeout_s: seconds that a collective may take (`cluster.timeout_s`). Half of it without a beat is worth a
-            line; so much and a margin ends the process.
+        timeout_s: seconds that a collective may take (`cluster.timeout_s`). Half of it without a
+            beat is worth a line; so much and a margin ends the process.
         end: ends the process; for tests.
     """
 
     def __init__(self, timeout_s: float, *, end: Callable[[int], object] = os._exit):
         self._timeout_s = timeout_s
-        # The collective's own timeout, which leaves a traceback, comes first: it began after the beat.
+        # The collective's own timeout, which leaves a traceback, comes first: it began after the
+        # beat.
         self._limit_s = timeout_s + min(30.0, timeout_s / 2)
         self._end = end
         self._where = "before the first step"
@@ -59,7 +66,10 @@ class Watchdog:
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
         """No beats are expected in here: an evaluation or a save takes as long as it takes."""
-        where, self._where = self._where, f"{what} after {self._where}" if not self._pauses else self._where
+        where, self._where = (
+            self._where,
+            f"{what} after {self._where}" if not self._pauses else self._where,
+        )
         self._pauses += 1
         yield
         # Not after an error: then this is where it was.
@@ -76,7 +86,12 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self._over.set()
         if not isinstance(error, Exception) or isinstance(error, UserError | StopNow):
             return
@@ -85,7 +100,8 @@ class Watchdog:
             who = f"; no answer from rank {', '.join(map(str, silent))}" if silent else ""
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise CollectiveError(
-                f"{self.place}: a collective failed{who} (cluster.timeout_s = {self._timeout_s:g}): {first}"
+                f"{self.place}: a collective failed{who} (cluster.timeout_s = {self._timeout_s:g}):"
+                f" {first}"
             ) from error
         error.add_note(f"at {self.place}")
 
@@ -95,7 +111,10 @@ class Watchdog:
             if self._pauses:
                 continue
             if idle > self._limit_s:
-                self._say(f"no progress for {idle:.0f} s, more than cluster.timeout_s = {self._timeout_s:g}; ending")
+                self._say(
+                    f"no progress for {idle:.0f} s, more than cluster.timeout_s ="
+                    f" {self._timeout_s:g}; ending"
+                )
                 faulthandler.dump_traceback(all_threads=True)
                 sys.stderr.flush()
                 self._end(1)

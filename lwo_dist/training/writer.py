@@ -1,6 +1,8 @@
-"""The thread of rank 0 that puts host copies on the disk, or into an object store, while the loop goes on.
+"""The thread of rank 0 that puts host copies on the disk, or into an object store, while the loop
+goes on.
 
-Nothing is lost by a save that fails (a full disk): its layers stay on the host and are written with the next one.
+Nothing is lost by a save that fails (a full disk): its layers stay on the host and are written with
+the next one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from .checkpoint import (
 
 __all__ = ["CheckpointWriter", "Outcome", "Piece", "Save"]
 
-# Host copies that wait for the disk at once; a whole first save of a large model must not fill the host.
+# Host copies that wait for the disk at once; a whole first save of a large model must not fill the
+# host.
 _MAX_WAITING_BYTES = 2 * 2**30
 
 
@@ -57,7 +60,9 @@ class Outcome:
 
 @dataclass
 class Piece:
-    """A layer's weights, or the moments of one that waits: a file that never changes once it is there."""
+    """A layer's weights, or the moments of one that waits: a file that never changes once it is
+    there.
+    """
 
     stem: str
     """<layer>.<step last trained>"""
@@ -101,7 +106,9 @@ class CheckpointWriter:
         self._unwritten: dict[str, Piece] = {}
         self._written: dict[str, tuple[str, str]] = {}  # key -> name in the run's folder, sha256
         self._committed: list[int] = []
-        self._model: dict[str, tuple[str, str]] = {}  # config and tokenizer: name -> name of a copy, sha256
+        self._model: dict[
+            str, tuple[str, str]
+        ] = {}  # config and tokenizer: name -> name of a copy, sha256
         self._bytes = 0
 
     def remember(self, written: Mapping[str, tuple[str, str]], step: int) -> None:
@@ -137,7 +144,9 @@ class CheckpointWriter:
         if self._unwritten.get(key) is not piece:
             return ""
         try:
-            data = save({name: t.contiguous() for name, t in piece.tensors.items()}, {"format": "pt"})
+            data = save(
+                {name: t.contiguous() for name, t in piece.tensors.items()}, {"format": "pt"}
+            )
             digest = hashlib.sha256(data).hexdigest()
             name = f"{LAYERS}/{piece.stem}.{digest[:8]}{piece.suffix}"
             path = self._run.local / name
@@ -154,7 +163,9 @@ class CheckpointWriter:
 
     def _commit(self, job: Save) -> Outcome:
         folder = self._run.local / step_folder(job.step)
-        for key, piece in list(self._unwritten.items()):  # of a save that failed before, or has just failed
+        for key, piece in list(
+            self._unwritten.items()
+        ):  # of a save that failed before, or has just failed
             if error := self._write(key, piece):
                 return Outcome(job.step, folder, error)
         try:
@@ -167,13 +178,17 @@ class CheckpointWriter:
             prune(self._run, kept)
             self._committed = [step for step in self._committed if step in kept]
         except (OSError, ValueError) as error:
-            print(f"warning: old checkpoints in {self._run} could not be removed: {error}", flush=True)
+            print(
+                f"warning: old checkpoints in {self._run} could not be removed: {error}", flush=True
+            )
         written, self._bytes = self._bytes, 0
         return Outcome(job.step, folder, "", written, time.perf_counter() - job.started)
 
     def _write_checkpoint(self, job: Save, folder: Path) -> None:
         here = step_folder(job.step)
-        self._run.remove_folder(here, first=STATE)  # of a save that was cut short, or one that is damaged
+        self._run.remove_folder(
+            here, first=STATE
+        )  # of a save that was cut short, or one that is damaged
         folder.mkdir(parents=True)
         digests = self._place_model_files(folder)
 
@@ -187,21 +202,30 @@ class CheckpointWriter:
         total = sum((folder / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         parked = {layer: reference(key) for layer, key in job.parked.items()}
-        for name, data in ((MOMENTS, save(flat_moments(job.moments))), (INDEX, json.dumps(index, indent=1).encode())):
+        for name, data in (
+            (MOMENTS, save(flat_moments(job.moments))),
+            (INDEX, json.dumps(index, indent=1).encode()),
+        ):
             write_whole(folder / name, data)
             digests[name] = hashlib.sha256(data).hexdigest()
             self._bytes += len(data)
         self._run.push(f"{here}/{path.name}" for path in sorted(folder.iterdir()))
         self._run.push_small()
         # Last, because it is what makes the folder a checkpoint.
-        state = seal({"format": FORMAT, **job.position, **job.extra, "moments": parked, "sha256": digests})
+        state = seal(
+            {"format": FORMAT, **job.position, **job.extra, "moments": parked, "sha256": digests}
+        )
         write_whole(folder / STATE, state)
         self._run.push([f"{here}/{STATE}"])
         self._bytes += len(state)
 
     def _place_model_files(self, folder: Path) -> dict[str, str]:
-        """Config and tokenizer: written once, and linked into every later checkpoint; returns their sha256."""
-        copies = {name: (self._run.local / copy, digest) for name, (copy, digest) in self._model.items()}
+        """Config and tokenizer: written once, and linked into every later checkpoint; returns their
+        sha256.
+        """
+        copies = {
+            name: (self._run.local / copy, digest) for name, (copy, digest) in self._model.items()
+        }
         if copies and all(copy.is_file() for copy, _ in copies.values()):
             for name, (copy, _) in copies.items():
                 _link(copy, folder / name)

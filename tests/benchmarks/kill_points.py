@@ -1,7 +1,9 @@
-"""Moments at which a worker dies, kills the others or the driver. Workers of tests import it; the product never does.
+"""Moments at which a worker dies, kills the others or the driver. Workers of tests import it; the
+product never does.
 
-A folder holds what is to happen (`moments.json`) and what did: `done_K.json` with the step at which moment K struck,
-`starts.jsonl` with the step at which each group of workers began, `losses.jsonl`, and the workers' process ids.
+A folder holds what is to happen (`moments.json`) and what did: `done_K.json` with the step at which
+moment K struck, `starts.jsonl` with the step at which each group of workers began, `losses.jsonl`,
+and the workers' process ids.
 """
 
 from __future__ import annotations
@@ -100,7 +102,11 @@ def install(folder: Path) -> None:
     def log(original: Callable, trainer: Any, *args: Any) -> Any:
         original(trainer, *args)
         if os.environ.get("RANK", "0") == "0":
-            _append(folder / "losses.jsonl", step=trainer.lwo.step_count, loss=trainer.results.losses[-1].hex())
+            _append(
+                folder / "losses.jsonl",
+                step=trainer.lwo.step_count,
+                loss=trainer.results.losses[-1].hex(),
+            )
 
     _patch_writer(killer)
 
@@ -157,7 +163,11 @@ class _Killer:
     def _victims(self, moment: Moment) -> list[int]:
         if moment.who == "driver":
             return [self.driver] if self.driver else []
-        ranks = [moment.rank] if moment.who == "worker" else range(int(os.environ.get("WORLD_SIZE", "1")))
+        ranks = (
+            [moment.rank]
+            if moment.who == "worker"
+            else range(int(os.environ.get("WORLD_SIZE", "1")))
+        )
         pids = [int((self.folder / f"pid_{rank}").read_text()) for rank in ranks]
         return sorted(pids, key=lambda pid: pid == os.getpid())  # Itself last.
 
@@ -166,7 +176,11 @@ def _around(owner: Any, name: str) -> Callable[[Callable], None]:
     original = getattr(owner, name)
 
     def replace(replacement: Callable) -> None:
-        setattr(owner, name, functools.wraps(original)(lambda *args, **kw: replacement(original, *args, **kw)))
+        setattr(
+            owner,
+            name,
+            functools.wraps(original)(lambda *args, **kw: replacement(original, *args, **kw)),
+        )
 
     return replace
 

@@ -1,11 +1,12 @@
-"""A run that is killed with SIGKILL at seeded random moments ends as the run that nobody touched: bit for bit.
+"""A run that is killed with SIGKILL at seeded random moments ends as the run that nobody touched:
+bit for bit.
 
     python tests/benchmarks/kills.py --kills 5 --seed 0 --json kills.json
 
-One training run of two workers on a local Ray suffers all the kills: of a worker, of all workers, of the driver; in a
-step, in a switch, in a save. It is started again by Ray or, where the driver died, by the same command. `--json` gets
-`kills`: moment, recovered, steps_lost; `bitwise_equal`: the loss of every step, as often as it was computed, and every
-weight at the end.
+One training run of two workers on a local Ray suffers all the kills: of a worker, of all workers,
+of the driver; in a step, in a switch, in a save. It is started again by Ray or, where the driver
+died, by the same command. `--json` gets `kills`: moment, recovered, steps_lost; `bitwise_equal`:
+the loss of every step, as often as it was computed, and every weight at the end.
 """
 
 from __future__ import annotations
@@ -52,28 +53,47 @@ def draw(kills: int, seed: int) -> list[Moment]:
     rng = random.Random(seed)
     kinds: list[tuple[Any, Any]] = []
     while len(kinds) < kills:
-        kinds += rng.sample(list(product(("worker", "workers", "driver"), ("step", "switch", "save"))), 9)
+        kinds += rng.sample(
+            list(product(("worker", "workers", "driver"), ("step", "switch", "save"))), 9
+        )
     # One in each stretch of steps, so that a kill finds the run that the one before it left.
     stretch = 2 * STEPS_PER_LAYER
     return [
-        Moment(who, where, stretch * i + rng.randint(1, STEPS_PER_LAYER), rng.randrange(WORKERS), rng.randrange(6))
+        Moment(
+            who,
+            where,
+            stretch * i + rng.randint(1, STEPS_PER_LAYER),
+            rng.randrange(WORKERS),
+            rng.randrange(6),
+        )
         for i, (who, where) in enumerate(kinds[:kills])
     ]
 
 
 def settings(kills: int) -> list[str]:
     return [
-        f"train.steps={2 * STEPS_PER_LAYER * (kills + 1)}", "train.logging_steps=1", "lwo.order=random", "lwo.lr=1e-3",
-        f"lwo.steps_per_layer={STEPS_PER_LAYER}", f"checkpoint.steps={SAVE_EVERY}", "eval.num_lines=2",
-        "eval.max_new_tokens=1", f"cluster.num_workers={WORKERS}", "cluster.max_failures=-1",
-    ]  # fmt: skip
+        f"train.steps={2 * STEPS_PER_LAYER * (kills + 1)}",
+        "train.logging_steps=1",
+        "lwo.order=random",
+        "lwo.lr=1e-3",
+        f"lwo.steps_per_layer={STEPS_PER_LAYER}",
+        f"checkpoint.steps={SAVE_EVERY}",
+        "eval.num_lines=2",
+        "eval.max_new_tokens=1",
+        f"cluster.num_workers={WORKERS}",
+        "cluster.max_failures=-1",
+    ]
 
 
 def suffer(folder: Path, moments: list[Moment]) -> tuple[list[Kill], dict[int, str], float]:
-    """Train under `moments`, however often it takes; the kills, the loss of each step, the seconds it took."""
+    """Train under `moments`, however often it takes; the kills, the loss of each step, the seconds
+    it took.
+    """
     run_name = "killed"
     killing = folder / "killing"
-    train = command(folder, run_name, *settings(len(moments)), f"cluster.env.PYTHONPATH={REPOSITORY}")
+    train = command(
+        folder, run_name, *settings(len(moments)), f"cluster.env.PYTHONPATH={REPOSITORY}"
+    )
     arguments = [sys.executable, __file__, "--drive", str(killing), *train[4:]]
     log = folder / f"{run_name}.log"
     begun = time.time()
@@ -81,9 +101,13 @@ def suffer(folder: Path, moments: list[Moment]) -> tuple[list[Kill], dict[int, s
         killing.mkdir(exist_ok=True)
         with log.open("a") as output:
             driver = subprocess.Popen(
-                arguments, cwd=folder / "home", env=environment(folder, OMP_NUM_THREADS="1"),
-                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                arguments,
+                cwd=folder / "home",
+                env=environment(folder, OMP_NUM_THREADS="1"),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
             kill_points.plan(killing, moments, driver.pid)
             driver.communicate(b"go")
         if driver.returncode != -9:
@@ -93,15 +117,23 @@ def suffer(folder: Path, moments: list[Moment]) -> tuple[list[Kill], dict[int, s
     losses: dict[int, str] = {}
     for step, loss in kill_points.losses(killing):
         if losses.setdefault(step, loss) != loss:
-            raise RuntimeError(f"step {step}, done again, gave another loss: {losses[step]}, then {loss}")
-    return [_outcome(killing, number, moment) for number, moment in enumerate(moments)], losses, time.time() - begun
+            raise RuntimeError(
+                f"step {step}, done again, gave another loss: {losses[step]}, then {loss}"
+            )
+    return (
+        [_outcome(killing, number, moment) for number, moment in enumerate(moments)],
+        losses,
+        time.time() - begun,
+    )
 
 
 def _outcome(killing: Path, number: int, moment: Moment) -> Kill:
     struck = kill_points.struck(killing, number)
     if struck is None:
         return Kill(f"{moment}: never came", False, None, None)
-    again = next((start for start in kill_points.starts(killing) if start["time"] > struck["time"]), None)
+    again = next(
+        (start for start in kill_points.starts(killing) if start["time"] > struck["time"]), None
+    )
     if again is None:
         return Kill(str(moment), False, None, None)
     came_past = max(step for step, _ in kill_points.losses(killing)) > struck["step"]
@@ -176,13 +208,22 @@ def main() -> int:
         if not os.environ.get("KEEP"):
             shutil.rmtree(folder, ignore_errors=True)
     for kill in result["kills"]:
-        outcome = f"{kill['steps_lost']} steps lost, {kill['seconds']} s" if kill["recovered"] else "NOT RECOVERED"
+        outcome = (
+            f"{kill['steps_lost']} steps lost, {kill['seconds']} s"
+            if kill["recovered"]
+            else "NOT RECOVERED"
+        )
         print(f"{kill['moment']:<45} {outcome}")
     equal = "equal, bit for bit" if result["bitwise_equal"] else "NOT EQUAL"
-    print(f"losses and weights after {result['steps']} steps: {equal}; {result['seconds']} s", flush=True)
+    print(
+        f"losses and weights after {result['steps']} steps: {equal}; {result['seconds']} s",
+        flush=True,
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
-    return 0 if result["bitwise_equal"] and all(kill["recovered"] for kill in result["kills"]) else 1
+    return (
+        0 if result["bitwise_equal"] and all(kill["recovered"] for kill in result["kills"]) else 1
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What `inactive_master: discard` costs: bf16 storage, the masters parked or rounded away at the end of each visit.
+"""What `inactive_master: discard` costs: bf16 storage, the masters parked or rounded away at the
+end of each visit.
 
     python tests/benchmarks/rounding.py [--lr 1e-4 1e-5 3e-6] [--json FILE]
 
-A small model of bytes learns the standard library's text, then LWO tunes it on the source of one package, three
-cycles of ten steps a layer; the loss is that of held-out files of the package. One process, on the CPU.
+A small model of bytes learns the standard library's text, then LWO tunes it on the source of one
+package, three cycles of ten steps a layer; the loss is that of held-out files of the package. One
+process, on the CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def read(paths: list[Path]) -> Tensor:
 
 
 def batch(text: Tensor, seed: int, size: int = BATCH) -> Tensor:
-    starts = torch.randint(len(text) - LENGTH, (size,), generator=torch.Generator().manual_seed(seed))
+    starts = torch.randint(
+        len(text) - LENGTH, (size,), generator=torch.Generator().manual_seed(seed)
+    )
     return torch.stack([text[start : start + LENGTH] for start in starts.tolist()])
 
 
@@ -49,9 +53,15 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def pretrain(text: Tensor, steps: int) -> nn.Module:
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=LENGTH,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=LENGTH,
+    )
     model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
@@ -62,10 +72,14 @@ def pretrain(text: Tensor, steps: int) -> nn.Module:
     return model.to(torch.bfloat16)
 
 
-def tune(base: nn.Module, text: Tensor, held_out: Tensor, lr: float, inactive_master: str) -> dict[str, Any]:
+def tune(
+    base: nn.Module, text: Tensor, held_out: Tensor, lr: float, inactive_master: str
+) -> dict[str, Any]:
     model = copy.deepcopy(base)
     shard_model(model, precision="bf16", device_type="cpu")
-    config = lwo_dist.LWOConfig(lr=lr, steps_per_layer=STEPS_PER_LAYER, inactive_master=inactive_master)  # type: ignore[arg-type]
+    config = lwo_dist.LWOConfig(
+        lr=lr, steps_per_layer=STEPS_PER_LAYER, inactive_master=inactive_master
+    )  # type: ignore[arg-type]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         lwo = lwo_dist.attach(model, config)
@@ -77,12 +91,19 @@ def tune(base: nn.Module, text: Tensor, held_out: Tensor, lr: float, inactive_ma
         lwo.step()
     end = {name: tensor for layer in layers for name, tensor in lwo.read_layer(layer).items()}
     lwo.flush()
-    still = sum(int((start[name] == end[name]).sum()) for name in start) / sum(t.numel() for t in start.values())
+    still = sum(int((start[name] == end[name]).sum()) for name in start) / sum(
+        t.numel() for t in start.values()
+    )
     after = evaluate(model, held_out)
     return {
-        "lr": lr, "inactive_master": inactive_master, "loss_before": before, "loss_after": after,
-        "reduction": before - after, "unchanged_share": still, "warning": str(said[-1].message) if said else None,
-    }  # fmt: skip
+        "lr": lr,
+        "inactive_master": inactive_master,
+        "loss_before": before,
+        "loss_after": after,
+        "reduction": before - after,
+        "unchanged_share": still,
+        "warning": str(said[-1].message) if said else None,
+    }
 
 
 @torch.no_grad()
@@ -104,13 +125,16 @@ def main(arguments: list[str]) -> int:
     base = pretrain(read(general), options.pretrain_steps)
     rows = []
     print(f"{'':8}  {'':11}  {'reduced by':>17}  {'weights that end as they began':>30}")
-    print(f"{'lr':>8}  {'loss before':>11}  {'host':>8} {'discard':>8}  {'host':>21} {'discard':>8}")
+    print(
+        f"{'lr':>8}  {'loss before':>11}  {'host':>8} {'discard':>8}  {'host':>21} {'discard':>8}"
+    )
     for lr in options.lr:
         host, discard = (tune(base, tuned, held_out, lr, master) for master in ("host", "discard"))
         rows += [host, discard]
         print(
-            f"{lr:8.0e}  {host['loss_before']:11.4f}  {host['reduction']:8.4f} {discard['reduction']:8.4f}  "
-            f"{host['unchanged_share']:21.1%} {discard['unchanged_share']:8.1%}",
+            f"{lr:8.0e}  {host['loss_before']:11.4f}  {host['reduction']:8.4f}"
+            f" {discard['reduction']:8.4f}  {host['unchanged_share']:21.1%}"
+            f" {discard['unchanged_share']:8.1%}",
             flush=True,
         )
     if options.json:

@@ -1,9 +1,11 @@
-"""The last update of each visit under ZeRO-3: BAdam 1.4 beside ours, on the same model, data and layers.
+"""The last update of each visit under ZeRO-3: BAdam 1.4 beside ours, on the same model, data and
+layers.
 
     python -m pytest -s tests/benchmarks/test_badam.py
 
-BAdam switches inside of the optimizer's step, before ZeRO has copied the updated masters into the weights: what the
-last step of a visit has learned goes with the old masters. Ours switches when the step is wholly done.
+BAdam switches inside of the optimizer's step, before ZeRO has copied the updated masters into the
+weights: what the last step of a visit has learned goes with the old masters. Ours switches when the
+step is wholly done.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from tests.ranks import run_ranks
 
 # Not imported here: it looks at its import whether there is a DeepSpeed config of stage 3.
 pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("badam", "deepspeed")), reason="needs badam==1.4 and deepspeed"
+    not all(importlib.util.find_spec(name) for name in ("badam", "deepspeed")),
+    reason="needs badam==1.4 and deepspeed",
 )
 
 RECIPE = oracle.Recipe(steps=24, steps_per_layer=4, lr=1e-3)
@@ -36,9 +39,15 @@ Row = tuple[tuple[str, ...], int, int]
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=50, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -53,12 +62,19 @@ def with_badam() -> list[Row]:
 
     model = llama()
     optimizer = BlockOptimizer(
-        base_optimizer=torch.optim.AdamW(model.parameters(), lr=RECIPE.lr, eps=RECIPE.eps, weight_decay=0.0),
-        named_parameters_list=list(model.named_parameters()), switch_block_every=RECIPE.steps_per_layer,
-        switch_mode="ascending", include_embedding=True, include_lm_head=True,
-    )  # fmt: skip
+        base_optimizer=torch.optim.AdamW(
+            model.parameters(), lr=RECIPE.lr, eps=RECIPE.eps, weight_decay=0.0
+        ),
+        named_parameters_list=list(model.named_parameters()),
+        switch_block_every=RECIPE.steps_per_layer,
+        switch_mode="ascending",
+        include_embedding=True,
+        include_lm_head=True,
+    )
     deepspeed.init_distributed(dist_init_required=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+    )
     optimizer.ds_optimizer = engine.optimizer  # as its callback for the Trainer does
     assert alive is not None
 
@@ -106,16 +122,28 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 def test_ours_keeps_the_last_update_of_a_visit_and_badam_loses_it() -> None:
     version = importlib.metadata.version("badam")
     lines = ["step  BAdam: layer                changed  |  lwo_dist: layer             changed"]
-    rows = {name: run_ranks(run, 2, timeout=200)[0] for name, run in (("badam", with_badam), ("ours", with_ours))}
+    rows = {
+        name: run_ranks(run, 2, timeout=200)[0]
+        for name, run in (("badam", with_badam), ("ours", with_ours))
+    }
     for i, (theirs, ours) in enumerate(zip(rows["badam"], rows["ours"], strict=True)):
         lines.append(f"{i + 1:4}  {describe(theirs)}  |  {describe(ours)}")
     lost = {name: [row for row in found if row[1] == 0] for name, found in rows.items()}
     for name, found in lost.items():
         lines.append(f"{name}: {len(found)} of {RECIPE.steps} updates lost")
-    print("\n".join(["", f"ZeRO-3, 2 ranks, fp32, {RECIPE.steps_per_layer} steps a visit, badam {version}", *lines]))
+    print(
+        "\n".join(
+            [
+                "",
+                f"ZeRO-3, 2 ranks, fp32, {RECIPE.steps_per_layer} steps a visit, badam {version}",
+                *lines,
+            ]
+        )
+    )
     for active, changed, others in rows["ours"]:
         assert changed == len(active) and others == 0
-    # A step is the last of its visit where the next one has another layer. BAdam's first visit is a step short.
+    # A step is the last of its visit where the next one has another layer. BAdam's first visit is a
+    # step short.
     last = [a[0] != b[0] for a, b in zip(rows["badam"], rows["badam"][1:], strict=False)]
     assert last.count(True) == RECIPE.steps // RECIPE.steps_per_layer
     for (active, changed, _), is_last in zip(rows["badam"], last, strict=False):

@@ -1,4 +1,6 @@
-"""The benchmark of the switch runs and says what it should; what it measures is nobody's to assert."""
+"""The benchmark of the switch runs and says what it should; what it measures is nobody's to
+assert.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ SCRIPT = Path(__file__).with_name("switch.py")
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_the_benchmark_of_the_switch_runs(tmp_path: Path) -> None:
-    small = ["--stages", "2", "--hidden", "16", "--layers", "1", "--vocabulary", "32", "--visits", "3", "--steps", "2"]
+    small = [
+        "--stages",
+        "2",
+        "--hidden",
+        "16",
+        "--layers",
+        "1",
+        "--vocabulary",
+        "32",
+        "--visits",
+        "3",
+        "--steps",
+        "2",
+    ]
     command = [sys.executable, str(SCRIPT), *small, "--json", str(tmp_path / "switch.json")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr

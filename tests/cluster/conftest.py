@@ -21,7 +21,12 @@ SET_BY_US = (
 
 
 def clean(patch):
-    for name in (*SET_BY_US, "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+    for name in (
+        *SET_BY_US,
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    ):
         patch.setenv(name, "")  # so that what a test leaves there is taken back
         patch.delenv(name)
 
@@ -33,9 +38,14 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture(scope="module")
 def first_use(tmp_path_factory):
-    """A storage folder with a store that was used once, and what that printed. The first use takes many seconds."""
+    """A storage folder with a store that was used once, and what that printed. The first use takes
+    many seconds.
+    """
     folder = tmp_path_factory.mktemp("first")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()) as printed,
+    ):
         clean(patch)
         assert create_run(config_for(experiment="first"), folder, "first")
     return folder, printed.getvalue()

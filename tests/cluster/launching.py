@@ -47,17 +47,29 @@ def make_inputs(folder: Path) -> Path:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_", "OMP_"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_", "OMP_"))
+    }
     return inherited | {"HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)} | more
 
 
 def overrides(folder: Path, run_name: str, *more: str) -> list[str]:
     return [
-        "-c", f"{REPOSITORY}/launch/configs/debug_cpu.yaml",
-        f"model.name={folder}/model", f"data.source={folder}/source", f"storage={folder}/runs", f"run_name={run_name}",
-        f"train.steps={STEPS}", "train.global_batch_size=4", "train.sequence_length=32", "train.logging_steps=2",
-        "eval.num_lines=4", "eval.max_new_tokens=4", "tracking.enabled=false", *more,
-    ]  # fmt: skip
+        "-c",
+        f"{REPOSITORY}/launch/configs/debug_cpu.yaml",
+        f"model.name={folder}/model",
+        f"data.source={folder}/source",
+        f"storage={folder}/runs",
+        f"run_name={run_name}",
+        f"train.steps={STEPS}",
+        "train.global_batch_size=4",
+        "train.sequence_length=32",
+        "train.logging_steps=2",
+        "eval.num_lines=4",
+        "eval.max_new_tokens=4",
+        "tracking.enabled=false",
+        *more,
+    ]
 
 
 def command(folder: Path, run_name: str, *more: str) -> list[str]:
@@ -66,14 +78,32 @@ def command(folder: Path, run_name: str, *more: str) -> list[str]:
 
 def torchrun(folder: Path, run_name: str, *more: str, script: Path | None = None) -> list[str]:
     """Two ranks of `launch/train.py`, or of another script that takes the same arguments."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, str(script or REPOSITORY / "launch" / "train.py"), *overrides(folder, run_name, *more)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    return [
+        *launcher,
+        str(script or REPOSITORY / "launch" / "train.py"),
+        *overrides(folder, run_name, *more),
+    ]
 
 
-def run(command: list[str], environment: dict[str, str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], environment: dict[str, str], timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     # Started elsewhere than the storage lies, because the workers' own folder is elsewhere, too.
     return subprocess.run(
-        command, cwd=environment["HOME"], env=environment, capture_output=True, text=True, timeout=timeout
+        command,
+        cwd=environment["HOME"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -115,7 +145,9 @@ class Followed:
         try:
             line = self._lines.get(timeout=max(0.1, deadline - time.monotonic()))
         except queue.Empty:
-            raise AssertionError(f"it said nothing more in time, after:\n{''.join(self.said)}") from None
+            raise AssertionError(
+                f"it said nothing more in time, after:\n{''.join(self.said)}"
+            ) from None
         if line is not None:
             self.said.append(line)
         return line
@@ -125,12 +157,18 @@ class Followed:
 def followed(command: list[str], environment: dict[str, str]) -> Iterator[Followed]:
     """Run `command` with both its outputs in one."""
     process = subprocess.Popen(
-        command, cwd=environment["HOME"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=environment["HOME"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     try:
         yield Followed(process)
     finally:
-        # Its children may live on, with the pipe open: nothing is waited for but the process itself.
+        # Its children may live on, with the pipe open: nothing is waited for but the process
+        # itself.
         process.kill()
         process.wait()
 

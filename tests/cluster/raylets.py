@@ -1,4 +1,5 @@
-"""Several raylets on this machine, as a process that takes orders on stdin and answers each in one line.
+"""Several raylets on this machine, as a process that takes orders on stdin and answers each in one
+line.
 
 add             another node of one CPU            -> its id
 remove ID       the node dies, with all on it      -> removed
@@ -54,16 +55,24 @@ class Raylets:
 
 @contextmanager
 def raylets(folder: Path, **more: str) -> Iterator[tuple[Raylets, dict[str, str]]]:
-    """A head without CPUs, for a driver, and as many nodes as are added; the environment to join it with."""
+    """A head without CPUs, for a driver, and as many nodes as are added; the environment to join it
+    with.
+    """
     from tests.cluster.launching import environment  # Not in the process below: it brings torch.
 
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets do not fit below pytest's folders.
+    short = tempfile.mkdtemp(
+        prefix="ray", dir="/tmp"
+    )  # Ray's sockets do not fit below pytest's folders.
     own = environment(folder, RAY_TMPDIR=short, OMP_NUM_THREADS="1", **token, **more)
     process = subprocess.Popen(
-        [sys.executable, __file__], env=own, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, __file__],
+        env=own,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     with process:
         nodes = Raylets(process)
         yield nodes, own | {"RAY_ADDRESS": nodes.address}
@@ -77,7 +86,9 @@ def main() -> None:
     from ray.cluster_utils import Cluster
     from ray.core.generated import autoscaler_pb2
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     nodes = {}
     print(f"> {cluster.address}", flush=True)
     for line in sys.stdin:
@@ -96,14 +107,18 @@ def main() -> None:
             accepted, why = client.drain_node(rest[0], reason, "a test", deadline_ms)
             answer = "drained" if accepted else f"refused: {why}"
         else:
-            answer = " ".join(node_id for node_id, node in nodes.items() if _has_workers(node, psutil))
+            answer = " ".join(
+                node_id for node_id, node in nodes.items() if _has_workers(node, psutil)
+            )
         print(f"> {answer}", flush=True)
     cluster.shutdown()
 
 
 def _has_workers(node: object, psutil: object) -> bool:
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)  # type: ignore[attr-defined]
-    return any("RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children(recursive=True))
+    return any(
+        "RayTrainWorker" in " ".join(child.cmdline()) for child in raylet.children(recursive=True)
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What people see: MLflow's pages in headless Chromium (Debian: apt install chromium chromium-driver).
+"""What people see: MLflow's pages in headless Chromium (Debian: apt install chromium
+chromium-driver).
 
 pytest -m long tests/cluster/test_browser.py    LWO_SCREENSHOTS=FOLDER keeps what was seen
 """
@@ -33,13 +34,20 @@ class Browser:
     def __init__(self) -> None:
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
-        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1150"):
+        for flag in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--window-size=1600,1150",
+        ):
             options.add_argument(flag)
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self.shots = os.environ.get("LWO_SCREENSHOTS")
 
     def open(self, address: str) -> None:
-        self.driver.get("about:blank")  # the pages are one page to the browser: a new hash alone loads nothing
+        self.driver.get(
+            "about:blank"
+        )  # the pages are one page to the browser: a new hash alone loads nothing
         self.driver.get(address)
 
     def text(self) -> str:
@@ -49,7 +57,9 @@ class Browser:
         try:
             until(condition, seconds)
         except AssertionError:
-            raise AssertionError(f"not seen within {seconds} s; the page says: {self.text()[:1500]}") from None
+            raise AssertionError(
+                f"not seen within {seconds} s; the page says: {self.text()[:1500]}"
+            ) from None
 
     def charts(self) -> int:
         return len(self.driver.find_elements("css selector", CHARTS))
@@ -57,7 +67,9 @@ class Browser:
     def keep(self, name: str) -> None:
         if self.shots:
             for close in self.driver.find_elements("css selector", "button[aria-label='Close']"):
-                self.driver.execute_script("arguments[0].click()", close)  # what MLflow's assistant offers
+                self.driver.execute_script(
+                    "arguments[0].click()", close
+                )  # what MLflow's assistant offers
             time.sleep(2)  # for the eye only: let what moves come to rest
             Path(self.shots).mkdir(parents=True, exist_ok=True)
             self.driver.save_screenshot(str(Path(self.shots) / f"{name}.png"))
@@ -102,7 +114,13 @@ def test_people_see_their_runs(browser: Browser, server: Server, runs: dict[str,
 
     browser.open(f"{run_page}/model-metrics")
     browser.see(lambda: browser.charts() >= 3)
-    for name in ("train/loss", "memory/peak_bytes", "train/elapsed_seconds", "visit/loss_drop", "run/attempt"):
+    for name in (
+        "train/loss",
+        "memory/peak_bytes",
+        "train/elapsed_seconds",
+        "visit/loss_drop",
+        "run/attempt",
+    ):
         assert_chart(browser, name)
     browser.keep("run-charts")
 
@@ -112,7 +130,9 @@ def test_people_see_their_runs(browser: Browser, server: Server, runs: dict[str,
     browser.open(f"{experiment_page}/runs?compareRunsMode=CHART")  # both runs in every chart
     browser.see(lambda: browser.charts() >= 3)
     browser.keep("comparison-charts")
-    browser.open(f"{server.uri}/#/compare-runs?runs={quoted(list(runs.values()))}&experiments={quoted([experiment])}")
+    browser.open(
+        f"{server.uri}/#/compare-runs?runs={quoted(list(runs.values()))}&experiments={quoted([experiment])}"
+    )
     browser.see(lambda: "Comparing 2 Runs" in browser.text())
     browser.keep("comparison")
 
@@ -130,23 +150,37 @@ def quoted(run_ids: list[str]) -> str:
 
 
 def largest_image(driver: Any) -> int:
-    return int(driver.execute_script("return Math.max(0, ...[...document.images].map(i => i.naturalWidth))"))
+    return int(
+        driver.execute_script(
+            "return Math.max(0, ...[...document.images].map(i => i.naturalWidth))"
+        )
+    )
 
 
 def assert_chart(browser: Browser, metric: str) -> None:
     """The page's search box finds a chart of the metric."""
-    [search, *_] = browser.driver.find_elements("css selector", "input[placeholder*='earch metric']")
+    [search, *_] = browser.driver.find_elements(
+        "css selector", "input[placeholder*='earch metric']"
+    )
     search.send_keys("\ue009a\ue000", "\ue003", metric)
     browser.see(lambda: metric in browser.text() and browser.charts() >= 1, 60)
 
 
 def test_the_report_opens_without_a_network(browser: Browser, tmp_path: Path) -> None:
-    callback = begin(config_for(f"sqlite:///{tmp_path}/none.db", flush_timeout_s=0), tmp_path, "report")
+    callback = begin(
+        config_for(f"sqlite:///{tmp_path}/none.db", flush_timeout_s=0), tmp_path, "report"
+    )
     train(callback)
     callback.on_run_end({})
     browser.open((tmp_path / "report" / "report.html").as_uri())
-    assert browser.driver.execute_script("return document.querySelectorAll('svg').length") == len(PICTURES)
-    loaded = browser.driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert browser.driver.execute_script("return document.querySelectorAll('svg').length") == len(
+        PICTURES
+    )
+    loaded = browser.driver.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
     assert loaded == []
-    assert browser.driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.driver.execute_script(
+        "return document.documentElement.scrollWidth <= window.innerWidth"
+    )
     browser.keep("report")

@@ -60,9 +60,10 @@ def test_workers_that_cannot_connect_are_started_again(
     assert fit() == {"steps": 3}
     assert waits == [5, 10]
     first, second = capsys.readouterr().out.splitlines()
-    assert first == (
-        "the workers could not connect (RayTaskError: Gloo connectFullMesh failed with ...); trying again in 5 s "
-        "(1 of 4)"
+    assert (
+        first
+        == "the workers could not connect (RayTaskError: Gloo connectFullMesh failed with ...);"
+        " trying again in 5 s (1 of 4)"
     )
     assert second.endswith("trying again in 10 s (2 of 4)")
 
@@ -98,7 +99,9 @@ def test_a_user_error_ends_the_run_whatever_max_failures_says() -> None:
         ray_train._raise_user_error(ControllerError(error))
 
 
-def test_a_restart_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_restart_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = iter([100.0, 100.2, 101.5, 110.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     failures = Failures(1)
@@ -106,9 +109,14 @@ def test_a_restart_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         failures.after_exception(None, {1: RuntimeError("out of memory\nsome lines")})
     monkeypatch.undo()
     assert capsys.readouterr().out.splitlines() == [
-        "failure 1 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory; the workers start again "
-        "from the newest checkpoint",
-        "failure 2 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory; no more restarts",
+        (
+            "failure 1 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory;"
+            " the workers start again from the newest checkpoint"
+        ),
+        (
+            "failure 2 of at most 1 (cluster.max_failures): rank 1: RuntimeError: out of memory; no"
+            " more restarts"
+        ),
     ]
 
 
@@ -120,7 +128,9 @@ def interrupted(*preempted: str) -> Interrupted:
 def test_a_preempted_node_takes_only_its_workers_along(
     monkeypatch: pytest.MonkeyPatch, others: list[nodes.Node], goes_on: bool
 ) -> None:
-    monkeypatch.setattr(ray_train, "nodes_of_cluster", lambda without: others if without == {"n"} else [])
+    monkeypatch.setattr(
+        ray_train, "nodes_of_cluster", lambda without: others if without == {"n"} else []
+    )
     fits(monkeypatch, interrupted("n"), {"steps": 3})
     if goes_on:
         assert fit() == {"steps": 3}
@@ -141,12 +151,16 @@ def test_a_node_that_was_announced_before_gives_no_room(monkeypatch: pytest.Monk
 
 def test_a_stop_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
     fits(monkeypatch, interrupted())
-    with pytest.raises(Stopped, match="stopped by SIGTERM at step 7; checkpoint /r/checkpoints/step_000007"):
+    with pytest.raises(
+        Stopped, match="stopped by SIGTERM at step 7; checkpoint /r/checkpoints/step_000007"
+    ):
         fit()
 
 
 def test_room_for_the_fewest_workers_is_enough() -> None:
     elastic = ClusterConfig(num_workers=(1, 4))
     assert nodes.resources_per_worker(elastic, [{"CPU": 2.0, "GPU": 0}]) == {"CPU": 1}
-    with pytest.raises(UserError, match=r"^cluster.num_workers = \[3, 4\]: .* set it to at most 2, or add nodes"):
+    with pytest.raises(
+        UserError, match=r"^cluster.num_workers = \[3, 4\]: .* set it to at most 2, or add nodes"
+    ):
         nodes.resources_per_worker(ClusterConfig(num_workers=(3, 4)), [{"CPU": 2.0, "GPU": 0}])

@@ -14,7 +14,11 @@ from lwo_dist.cluster import gauges
 from lwo_dist.config import Config
 from tests.tracking import until
 
-METRICS = {"lwo/active_layer": 3.0, "memory/optimizer_state_bytes": 4096.0, "train/tokens_per_second": 512.5}
+METRICS = {
+    "lwo/active_layer": 3.0,
+    "memory/optimizer_state_bytes": 4096.0,
+    "train/tokens_per_second": 512.5,
+}
 SHOWN = {
     "lwo_active_layer": 3.0,
     "lwo_optimizer_state_bytes": 4096.0,
@@ -25,7 +29,9 @@ SHOWN = {
 
 def show() -> gauges.RayGauges:
     callback = gauges.RayGauges()
-    callback.on_run_start(RunInfo(Config(run_name="tuned"), Path("runs/tuned"), 2, ("a", "b", "c", "d"), {}, 0))
+    callback.on_run_start(
+        RunInfo(Config(run_name="tuned"), Path("runs/tuned"), 2, ("a", "b", "c", "d"), {}, 0)
+    )
     callback.on_metrics(20, METRICS)
     return callback
 
@@ -69,7 +75,11 @@ def test_prometheus_can_scrape_them(monkeypatch: pytest.MonkeyPatch) -> None:
         def shown() -> bool:
             nonlocal page
             try:
-                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+                page = (
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+                    .read()
+                    .decode()
+                )
             except OSError:
                 return False
             return "ray_lwo_step{" in page

@@ -1,4 +1,6 @@
-"""Training across three hosts, a head and two workers, started by launch/ray_cluster.sh; and what happens to them."""
+"""Training across three hosts, a head and two workers, started by launch/ray_cluster.sh; and what
+happens to them.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,21 @@ STEPS, STEPS_PER_LAYER, SAVE_EVERY = 160, 80, 10
 CUT_SECONDS = 30
 # Two CPUs for each worker, so that there is one on each host.
 SETTINGS = (
-    f"train.steps={STEPS}", "train.sequence_length=256", "train.global_batch_size=8", "train.logging_steps=5",
-    f"lwo.steps_per_layer={STEPS_PER_LAYER}", f"checkpoint.steps={SAVE_EVERY}", "eval.num_lines=2",
-    "eval.max_new_tokens=1", "cluster.num_workers=2", "cluster.resources_per_worker.CPU=2",
-)  # fmt: skip
-STRATEGIES = {"fsdp": ("strategy=fsdp",), "deepspeed": ("strategy=deepspeed", "deepspeed.zero_stage=3")}
+    f"train.steps={STEPS}",
+    "train.sequence_length=256",
+    "train.global_batch_size=8",
+    "train.logging_steps=5",
+    f"lwo.steps_per_layer={STEPS_PER_LAYER}",
+    f"checkpoint.steps={SAVE_EVERY}",
+    "eval.num_lines=2",
+    "eval.max_new_tokens=1",
+    "cluster.num_workers=2",
+    "cluster.resources_per_worker.CPU=2",
+)
+STRATEGIES = {
+    "fsdp": ("strategy=fsdp",),
+    "deepspeed": ("strategy=deepspeed", "deepspeed.zero_stage=3"),
+}
 
 
 class Cluster:
@@ -47,9 +59,13 @@ class Cluster:
         self.head, *self.workers = stack.enter_context(hosts(3))
         self._stack = stack
         self._environment = environment(
-            folder, RAY_AUTH_TOKEN="0123456789abcdef" * 4, RAY_AUTH_MODE="token", OMP_NUM_THREADS="1",
-            LWO_VENV=sys.prefix, RAY_TMPDIR=str(self.head.ray_folder),
-        )  # fmt: skip
+            folder,
+            RAY_AUTH_TOKEN="0123456789abcdef" * 4,
+            RAY_AUTH_MODE="token",
+            OMP_NUM_THREADS="1",
+            LWO_VENV=sys.prefix,
+            RAY_TMPDIR=str(self.head.ray_folder),
+        )
         self.start(self.head)
         self.scripts = [self.start(host) for host in self.workers]
 
@@ -62,9 +78,21 @@ class Cluster:
         return started
 
     def submit(self, run_name: str, *more: str) -> Any:
-        client = [sys.executable, "-m", "lwo_dist.cli", "submit", "--address", "http://127.0.0.1:8265"]
+        client = [
+            sys.executable,
+            "-m",
+            "lwo_dist.cli",
+            "submit",
+            "--address",
+            "http://127.0.0.1:8265",
+        ]
         return followed(
-            self.head.command(*client, "--working-dir", str(self.folder / "home"), *self._overrides(run_name, *more)),
+            self.head.command(
+                *client,
+                "--working-dir",
+                str(self.folder / "home"),
+                *self._overrides(run_name, *more),
+            ),
             self._environment,
         )
 
@@ -91,10 +119,14 @@ class Unbroken:
 @pytest.fixture(scope="module", params=STRATEGIES)
 def unbroken(cluster: Cluster, request: pytest.FixtureRequest) -> Unbroken:
     before = [host.bytes_received() for host in cluster.workers]
-    with cluster.submit(f"unbroken-{request.param}", *STRATEGIES[request.param], "tracking.enabled=true") as job:
+    with cluster.submit(
+        f"unbroken-{request.param}", *STRATEGIES[request.param], "tracking.enabled=true"
+    ) as job:
         said = job.end()
     assert job.process.returncode == 0, said
-    received = [host.bytes_received() - number for host, number in zip(cluster.workers, before, strict=True)]
+    received = [
+        host.bytes_received() - number for host, number in zip(cluster.workers, before, strict=True)
+    ]
     return Unbroken(request.param, weights_of(cluster, f"unbroken-{request.param}"), received)
 
 
@@ -109,11 +141,16 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def in_mid_visit(cluster: Cluster, job: Followed, run_name: str) -> None:
-    """Wait for a checkpoint in the second visit. The job's log comes seconds late, the folder does not."""
+    """Wait for a checkpoint in the second visit. The job's log comes seconds late, the folder does
+    not.
+    """
     job.until("^step ")
     checkpoints = cluster.folder / "runs" / run_name / "checkpoints"
     deadline = time.monotonic() + 120
-    while max((int(path.parent.name[-6:]) for path in checkpoints.glob("*/state.json")), default=0) <= STEPS_PER_LAYER:
+    while (
+        max((int(path.parent.name[-6:]) for path in checkpoints.glob("*/state.json")), default=0)
+        <= STEPS_PER_LAYER
+    ):
         assert job.process.poll() is None and time.monotonic() < deadline, job.said
         time.sleep(0.05)
 
@@ -123,12 +160,17 @@ def test_a_run_across_hosts(cluster: Cluster, unbroken: Unbroken) -> None:
 
     # In each forward pass a worker gets the half of the fp32 weights that the other one has.
     gathered = STEPS * sum(tensor.numel() for tensor in unbroken.weights.values()) // 2 * 4
-    print(f"\n{unbroken.strategy}: {unbroken.received} bytes came over the workers' links, {gathered} of them in "
-          f"forward passes")  # fmt: skip
+    print(
+        f"\n{unbroken.strategy}: {unbroken.received} bytes came over the workers' "
+        f"links, {gathered} of them in "
+        f"forward passes"
+    )
     assert all(gathered < number < 10 * gathered for number in unbroken.received)
     summary = summary_of(cluster.folder, f"unbroken-{unbroken.strategy}")
     assert summary["world_size"] == 2
-    run = MlflowClient(f"sqlite:///{cluster.folder}/runs/mlflow.db").get_run(summary["mlflow_run_id"])
+    run = MlflowClient(f"sqlite:///{cluster.folder}/runs/mlflow.db").get_run(
+        summary["mlflow_run_id"]
+    )
     assert run.info.status == "FINISHED"
     assert sorted(run.data.tags["hosts"].split(", ")) == [host.name for host in cluster.workers]
 
@@ -147,8 +189,11 @@ def test_a_host_that_dies(cluster: Cluster, unbroken: Unbroken) -> None:
         resumed = int(job.until(r"on 2 CPU worker\(s\).*, from step (\d+)")[1])
         took = time.monotonic() - lost
         said = job.end()
-    print(f"\n{host.name} died: noticed after {noticed:.0f} s, back after {back:.0f} s, training goes on from step "
-          f"{resumed} after {took:.0f} s")  # fmt: skip
+    print(
+        f"\n{host.name} died: noticed after {noticed:.0f} s, back after {back:.0f} "
+        f"s, training goes on from step "
+        f"{resumed} after {took:.0f} s"
+    )
     assert job.process.returncode == 0, said
     assert STEPS_PER_LAYER < resumed < 2 * STEPS_PER_LAYER
     assert_equal(weights_of(cluster, run_name), unbroken.weights)
@@ -166,7 +211,10 @@ def test_a_link_that_is_cut_for_a_while(cluster: Cluster, unbroken: Unbroken) ->
         took = time.monotonic() - mended
         said = job.end()
     failures = "".join(line for line in job.said if line.startswith("failure"))
-    print(f"\na link was cut for {CUT_SECONDS} s: the next steps came {took:.0f} s after it was mended\n{failures}")
+    print(
+        f"\na link was cut for {CUT_SECONDS} s: the next steps came {took:.0f} s after it was"
+        f" mended\n{failures}"
+    )
     assert job.process.returncode == 0, said
     assert_equal(weights_of(cluster, run_name), unbroken.weights)
 
@@ -188,7 +236,8 @@ def test_a_head_that_dies(cluster: Cluster, unbroken: Unbroken) -> None:
         took = time.monotonic() - lost
         said = job.end()
     print(
-        f"\nthe head died: all hosts back after {back:.0f} s, training goes on from step {resumed} after {took:.0f} s"
+        f"\nthe head died: all hosts back after {back:.0f} s, training goes on from step {resumed}"
+        f" after {took:.0f} s"
     )
     assert job.process.returncode == 0, said
     assert STEPS_PER_LAYER < resumed < 2 * STEPS_PER_LAYER

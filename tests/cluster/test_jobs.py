@@ -33,7 +33,8 @@ STUB = """
 import json, os, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 print("arguments", sys.argv[1:4])
-print("files", sorted(os.path.relpath(os.path.join(d, f)) for d, _, fs in os.walk(".") for f in fs if f[-4:] != ".pyc"))
+print("files", sorted(os.path.relpath(os.path.join(d, f)) for d, _, fs in os.walk(".")
+                      for f in fs if f[-4:] != ".pyc"))
 print("metadata", os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])
 if "seconds" in settings.get("data.source", ""):
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
@@ -52,21 +53,43 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray of two CPUs, which ends with the module."""
-    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets do not fit below pytest's folders.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_"))}
+    short = tempfile.mkdtemp(
+        prefix="ray", dir="/tmp"
+    )  # Ray's sockets do not fit below pytest's folders.
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_"))
+    }
     environment = inherited | {
-        "HOME": str(tmp_path_factory.mktemp("home")), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": "30", "RAY_TMPDIR": short,
-    }  # fmt: skip
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        "RAY_TMPDIR": short,
+    }
     port = _free_port()
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
-        "--node-ip-address=127.0.0.1", f"--port={_free_port()}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={port}", f"--dashboard-agent-listen-port={_free_port()}",
-        f"--ray-client-server-port={_free_port()}", "--min-worker-port=0", "--max-worker-port=0",
-        f"--temp-dir={short}", "--disable-usage-stats",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        "--num-gpus=0",
+        "--node-ip-address=127.0.0.1",
+        f"--port={_free_port()}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}",
+        f"--dashboard-agent-listen-port={_free_port()}",
+        f"--ray-client-server-port={_free_port()}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        f"--temp-dir={short}",
+        "--disable-usage-stats",
+    ]
     log = Path(short) / "start.log"
     with log.open("w") as output:
         ray = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -87,7 +110,9 @@ def _wait_until_healthy(address: str, ray: subprocess.Popen[bytes], log: Path) -
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
-            request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+            request = urllib.request.Request(
+                f"{address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}
+            )
             with urllib.request.urlopen(request, timeout=10):
                 return
         except OSError as error:
@@ -98,12 +123,22 @@ def _wait_until_healthy(address: str, ray: subprocess.Popen[bytes], log: Path) -
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A git work tree to submit, its code committed."""
-    files = {"lwo_dist/__init__.py": "", "lwo_dist/cli.py": STUB, ".gitignore": "*.log\n", "x.log": "", ".env": "A=1"}
+    files = {
+        "lwo_dist/__init__.py": "",
+        "lwo_dist/cli.py": STUB,
+        ".gitignore": "*.log\n",
+        "x.log": "",
+        ".env": "A=1",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for words in (["init", "-q"], ["add", "lwo_dist", ".gitignore"], [*identity, "commit", "-q", "-m", "Add it"]):
+    for words in (
+        ["init", "-q"],
+        ["add", "lwo_dist", ".gitignore"],
+        [*identity, "commit", "-q", "-m", "Add it"],
+    ):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     return tmp_path
 
@@ -112,28 +147,42 @@ def source(tmp_path: Path) -> Path:
 def _client(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("client")))
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"):
+    for name in (
+        "RAY_AUTH_MODE",
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+        "RAY_RUNTIME_ENV_IGNORE_GITIGNORE",
+    ):
         monkeypatch.setenv(name, "")  # noted, so that what the client sets is undone
         monkeypatch.delenv(name)
 
 
-def _submit(head: str, folder: Path, run_name: str, *more: str, seed: int = 0, source: str = "/data") -> list[str]:
+def _submit(
+    head: str, folder: Path, run_name: str, *more: str, seed: int = 0, source: str = "/data"
+) -> list[str]:
     settings = [f"seed={seed}", f"data.source={source}", "storage=/runs", f"run_name={run_name}"]
     return ["submit", "--address", head, "--working-dir", str(folder), *settings, *more]
 
 
-def test_a_job_is_followed_to_its_end(head: str, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_followed_to_its_end(
+    head: str, source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(_submit(head, source, "whole")) == 0
     said = capfd.readouterr()
     assert ".env (looks like a secret)" in said.err
     lines = dict(line.split(" ", 1) for line in said.out.splitlines() if " " in line)
     assert lines["arguments"] == "['train', '-c', 'lwo-dist-job.yaml']"
-    assert lines["files"] == "['.gitignore', 'lwo-dist-job.yaml', 'lwo_dist/__init__.py', 'lwo_dist/cli.py']"
+    assert (
+        lines["files"]
+        == "['.gitignore', 'lwo-dist-job.yaml', 'lwo_dist/__init__.py', 'lwo_dist/cli.py']"
+    )
     metadata = json.loads(lines["metadata"])["metadata"]
     assert metadata["job_submission_id"] == lines["job"]
     assert lines["job"].startswith("whole-")
     assert (metadata["run_name"], json.loads(metadata["config"])["storage"]) == ("whole", "/runs")
-    commit = subprocess.run(["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     assert metadata["git_commit"] == commit.stdout.strip()
     assert said.out.count("arguments") == 1
     assert TOKEN not in said.out
@@ -152,7 +201,9 @@ def test_a_job_s_exit_code_comes_through(head: str, source: Path) -> None:
     assert main(_submit(head, source, "failing", seed=3)) == 3
 
 
-def test_a_job_is_detached_listed_and_stopped(head: str, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_detached_listed_and_stopped(
+    head: str, source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     long = _submit(head, source, "sleeping", source="/seconds/600")
     assert main([*long, "--detach"]) == 0
     job = capfd.readouterr().out.split()[1]
@@ -187,18 +238,29 @@ def _wait_for_line(head: str, job: str, line: str, capfd: pytest.CaptureFixture[
     pytest.fail(f"{job} never wrote {line!r}")
 
 
-@pytest.mark.parametrize(("answer", "code", "status"), [("d", 130, "RUNNING"), ("s", 143, "STOPPED")])
+@pytest.mark.parametrize(
+    ("answer", "code", "status"), [("d", 130, "RUNNING"), ("s", 143, "STOPPED")]
+)
 def test_ctrl_c_asks(
     head: str, source: Path, capfd: pytest.CaptureFixture[str], answer: str, code: int, status: str
 ) -> None:
-    command = [sys.executable, "-m", "lwo_dist.cli", *_submit(head, source, f"asked-{answer}", source="/seconds/600")]
+    command = [
+        sys.executable,
+        "-m",
+        "lwo_dist.cli",
+        *_submit(head, source, f"asked-{answer}", source="/seconds/600"),
+    ]
     keyboard, terminal = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
-        command, stdin=terminal, stdout=subprocess.PIPE, text=True, env=environment,
+        command,
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
         # A shell's background jobs ignore Ctrl-C, and these tests may be one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as client:  # fmt: skip
+    ) as client:
         try:
             assert client.stdout is not None
             job = client.stdout.readline().split()[1]
@@ -223,13 +285,20 @@ def test_ctrl_c_asks(
         ("a wrong token of the test", 403, "that in RAY_AUTH_TOKEN is another's"),
     ],
 )
-def test_without_the_token_there_is_one_line(head: str, source: Path, token: str | None, status: int, why: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"} | {"PYTHONPATH": str(REPOSITORY)}
+def test_without_the_token_there_is_one_line(
+    head: str, source: Path, token: str | None, status: int, why: str
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"} | {
+        "PYTHONPATH": str(REPOSITORY)
+    }
     if token is not None:
         environment["RAY_AUTH_TOKEN"] = token
     command = [sys.executable, "-m", "lwo_dist.cli", *_submit(head, source, "refused")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    expected = f"lwo-dist: --address {head}: this Ray wants its token, and {why}; set RAY_AUTH_TOKEN to it\n"
+    expected = (
+        f"lwo-dist: --address {head}: this Ray wants its token, and {why}; set RAY_AUTH_TOKEN to"
+        " it\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with pytest.raises(urllib.error.HTTPError, match=str(status)):
@@ -268,7 +337,9 @@ def test_what_cannot_run_elsewhere_is_refused(
 
 
 @pytest.mark.long
-def test_the_main_job_ends_well(head: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_main_job_ends_well(
+    head: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data, storage = tmp_path / "source", tmp_path / "runs"
     data.mkdir()
     for i in range(8):
@@ -276,10 +347,17 @@ def test_the_main_job_ends_well(head: str, tmp_path: Path, capfd: pytest.Capture
         (data / f"module_{i}.py").write_text(f"def function_{i}(values):\n{lines}")
     save_tiny_model(tmp_path / "model", [path.read_text() for path in data.iterdir()])
     settings = [
-        f"model.name={tmp_path}/model", f"data.source={data}", f"storage={storage}", "run_name=main", "train.steps=6",
-        "train.global_batch_size=4", "train.sequence_length=32", "train.logging_steps=2", "eval.num_lines=4",
+        f"model.name={tmp_path}/model",
+        f"data.source={data}",
+        f"storage={storage}",
+        "run_name=main",
+        "train.steps=6",
+        "train.global_batch_size=4",
+        "train.sequence_length=32",
+        "train.logging_steps=2",
+        "eval.num_lines=4",
         "eval.max_new_tokens=4",
-    ]  # fmt: skip
+    ]
     config = REPOSITORY / "launch" / "configs" / "debug_cpu.yaml"
     folder = ["--working-dir", str(tmp_path)]  # without git: the cluster has lwo_dist
     capfd.readouterr()  # What DeepSpeed says when it is imported.

@@ -10,8 +10,8 @@ from tests.benchmarks import kills
 from tests.benchmarks.kill_points import Moment
 
 
-# A seed whose five kills hit a worker, all workers and the driver (once: it is the slow one to start again), in a
-# step, in a switch and in a save.
+# A seed whose five kills hit a worker, all workers and the driver (once: it is the slow one to
+# start again), in a step, in a switch and in a save.
 @pytest.mark.parametrize(("number", "seed"), [(5, 20), pytest.param(20, 1, marks=pytest.mark.long)])
 def test_a_killed_run_ends_as_the_unbroken_one(number: int, seed: int, tmp_path: Path) -> None:
     moments = kills.draw(number, seed)
@@ -21,7 +21,9 @@ def test_a_killed_run_ends_as_the_unbroken_one(number: int, seed: int, tmp_path:
     assert len(result["kills"]) == number
     assert all(kill["recovered"] for kill in result["kills"]), result["kills"]
     # At most what was done since the last checkpoint but one, which may be on its way to the disk.
-    assert all(kill["steps_lost"] <= 2 * kills.SAVE_EVERY for kill in result["kills"]), result["kills"]
+    assert all(kill["steps_lost"] <= 2 * kills.SAVE_EVERY for kill in result["kills"]), result[
+        "kills"
+    ]
     assert result["bitwise_equal"]
 
 

@@ -36,9 +36,12 @@ def _driver(ends: bool) -> subprocess.Popen[str]:
     """A process whose command line is a driver's; SIGTERM ends it with 75, or it does not care."""
     handler = "lambda *_: sys.exit(75)" if ends else "signal.SIG_IGN"
     code = (
-        f"import signal, sys, time; signal.signal(signal.SIGTERM, {handler}); print('up', flush=True); time.sleep(600)"
+        f"import signal, sys, time; signal.signal(signal.SIGTERM, {handler}); print('up',"
+        " flush=True); time.sleep(600)"
     )
-    driver = subprocess.Popen([sys.executable, "-c", code, "lwo-dist", "train"], stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, "lwo-dist", "train"], stdout=subprocess.PIPE, text=True
+    )
     assert driver.stdout is not None and driver.stdout.readline() == "up\n"
     return driver
 
@@ -55,7 +58,9 @@ def _only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.add(self.pid)
 
     monkeypatch.setattr(subprocess.Popen, "__init__", note)
-    monkeypatch.setattr(module, "_processes", lambda: [process for process in everything() if process.pid in ours])
+    monkeypatch.setattr(
+        module, "_processes", lambda: [process for process in everything() if process.pid in ours]
+    )
     monkeypatch.setattr(module, "_is_driver", lambda words: words[-2:] == ["lwo-dist", "train"])
 
 
@@ -114,7 +119,9 @@ print(list(state.get_draining_nodes()) == [node])
 
 @pytest.mark.long
 def test_ray_takes_a_drain() -> None:
-    done = subprocess.run([sys.executable, "-c", _DRAINS], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", _DRAINS], capture_output=True, text=True, timeout=300
+    )
     lines = done.stdout.splitlines()
     assert lines[0].startswith("ray::RayTrainWorker"), done.stderr
     assert int(lines[1].split()[0]) == 0 and int(lines[1].split()[1]) >= 1, lines

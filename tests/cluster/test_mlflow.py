@@ -29,7 +29,7 @@ from tests.tracking import (
     history,
     train,
     until,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -47,12 +47,16 @@ def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
     assert len(lines) == 3, lines  # the driver's, the sender's and the last
     assert all("Connection refused" in line and "\n" not in line for line in lines)
     assert lines[-1].startswith(
-        f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run (Connection refused)"
+        f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run (Connection"
+        " refused)"
     )
     assert lines[-1].endswith(f"send it with: lwo-dist replay {spool}")
     with pytest.raises(
         UserError,
-        match=rf"Connection refused; it lacks {POINTS} metric points, {len(FILES)} files, the state of the run; when",
+        match=(
+            rf"Connection refused; it lacks {POINTS} metric points, {len(FILES)} files, the state"
+            r" of the run; when"
+        ),
     ):
         replay(spool)
 
@@ -86,7 +90,8 @@ def test_a_server_that_is_frozen_for_a_while(server, tmp_path, caplog, monkeypat
         server.signal(signal.SIGCONT)
     train(callback, range(81, 101))
     callback.on_run_end({})
-    # The calls that timed out were served when the server thawed: MLflow has those points once all the same.
+    # The calls that timed out were served when the server thawed: MLflow has those points once all
+    # the same.
     client = client_of(server.uri)
     assert_equal_to_spool(client, run_id, spool)
     assert count_points(spool) == POINTS
@@ -144,7 +149,9 @@ def test_a_resumed_run_stays_one_run_and_no_step_counts_twice(storage):
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     ends = [run.data.tags[f"attempt.{attempt}.ended"] for attempt in (1, 2)]
-    assert ends == ["FAILED: ValueError: a worker died", "FINISHED"] and "error" not in run.data.tags
+    assert (
+        ends == ["FAILED: ValueError: a worker died", "FINISHED"] and "error" not in run.data.tags
+    )
     assert_equal_to_spool(client, run_id, storage / "resumed" / "metrics.jsonl")
     held = history(client, run_id)
     assert sorted(held["train/loss"]) == [(s, (2.0 if s <= 50 else 9.0) / s) for s in range(1, 101)]
@@ -159,7 +166,10 @@ def test_a_run_that_was_asked_to_stop_is_killed_not_failed(storage):
     train(callback, range(1, 3))
     callback.on_run_stopped("stopped by SIGTERM at step 2; checkpoint x")
     run = client_of(f"sqlite:///{storage}/mlflow.db").get_run(callback.run_id)
-    assert (run.info.status, run.data.tags["error"]) == ("KILLED", "stopped by SIGTERM at step 2; checkpoint x")
+    assert (run.info.status, run.data.tags["error"]) == (
+        "KILLED",
+        "stopped by SIGTERM at step 2; checkpoint x",
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
@@ -169,7 +179,9 @@ def test_an_interrupted_run_is_killed_not_failed(storage, error):
     train(callback, range(1, 3))
     callback.on_run_failed(error)
     assert callback.run_id
-    assert client_of(f"sqlite:///{storage}/mlflow.db").get_run(callback.run_id).info.status == "KILLED"
+    assert (
+        client_of(f"sqlite:///{storage}/mlflow.db").get_run(callback.run_id).info.status == "KILLED"
+    )
 
 
 def test_a_sigkilled_run_replays_whole(storage, dead_uri, caplog):
@@ -194,7 +206,9 @@ def test_a_sigkilled_run_replays_whole(storage, dead_uri, caplog):
     assert_equal_to_spool(client, run_id, spool)
     run = client.get_run(run_id)
     assert run.info.status == "KILLED"
-    assert run.info.end_time == max(record.time_ms for record in read_spool(spool) if record.kind == "metrics")
+    assert run.info.end_time == max(
+        record.time_ms for record in read_spool(spool) if record.kind == "metrics"
+    )
     assert "pictures/loss_by_layer.png" in artifacts(client, run_id)
 
 
@@ -262,7 +276,9 @@ def test_a_folder_that_cannot_be_written_stops_no_training(tmp_path, caplog):
 
 
 def test_files_that_cannot_be_uploaded_hold_up_nothing(tmp_path, storage, caplog):
-    config = config_for(f"sqlite:///{storage}/mlflow.db", experiment="no-artifacts", flush_timeout_s=2)
+    config = config_for(
+        f"sqlite:///{storage}/mlflow.db", experiment="no-artifacts", flush_timeout_s=2
+    )
     (tmp_path / "mlartifacts").write_text("a file, where the folder should be")
     callback = begin(config, tmp_path, "files")
     train(callback)
@@ -277,7 +293,9 @@ def test_files_that_cannot_be_uploaded_hold_up_nothing(tmp_path, storage, caplog
     assert artifacts(client, callback.run_id) >= {"config.yaml", "pictures/memory.png"}
 
 
-@pytest.mark.parametrize(("status", "said"), [(500, "too many 500 error responses"), (401, "error code 401")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(500, "too many 500 error responses"), (401, "error code 401")]
+)
 def test_a_server_that_refuses_gets_one_line(tmp_path, caplog, status, said):
     class Refuses(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -293,7 +311,11 @@ def test_a_server_that_refuses_gets_one_line(tmp_path, caplog, status, said):
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as refusing:
         thread = threading.Thread(target=refusing.serve_forever, daemon=True)
         thread.start()
-        callback = begin(config_for(f"http://127.0.0.1:{refusing.server_port}", flush_timeout_s=1), tmp_path, "no")
+        callback = begin(
+            config_for(f"http://127.0.0.1:{refusing.server_port}", flush_timeout_s=1),
+            tmp_path,
+            "no",
+        )
         train(callback)
         until(lambda: any(record.levelno >= logging.WARNING for record in caplog.records), 90)
         callback.on_run_end({})
@@ -301,14 +323,18 @@ def test_a_server_that_refuses_gets_one_line(tmp_path, caplog, status, said):
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(lines) == 2, lines
     assert all(said in line for line in lines), lines
-    assert lines[1].startswith(f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run (")
+    assert lines[1].startswith(
+        f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run ("
+    )
 
 
 def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "env-hunter2")
     secret = dead_uri.replace("http://", "http://ada:uri-hunter2@")
-    with pytest.raises(UserError, match="was given with a password; keep it in the environment") as kept_out:
+    with pytest.raises(
+        UserError, match="was given with a password; keep it in the environment"
+    ) as kept_out:
         create_run(config_for(secret), tmp_path, "secret")
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
@@ -335,7 +361,9 @@ def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, 
 def test_a_hundred_thousand_points_arrive(storage):
     callback = begin(config_for(flush_timeout_s=600), storage, "many")
     for step in range(10_000):
-        callback.on_metrics(step, {f"m/{i}": step + i for i in range(8)})  # and the two that tell of restarts
+        callback.on_metrics(
+            step, {f"m/{i}": step + i for i in range(8)}
+        )  # and the two that tell of restarts
     callback.on_run_end({})
     spool = storage / "many" / "metrics.jsonl"
     assert count_points(spool) == 100_000

@@ -1,4 +1,6 @@
-"""What the end of a run brings to MLflow: the model, the tables, the report; and what a restart leaves there."""
+"""What the end of a run brings to MLflow: the model, the tables, the report; and what a restart
+leaves there.
+"""
 
 import json
 import logging
@@ -35,7 +37,9 @@ def mlflow_at():
 
 @pytest.fixture
 def finished(storage: Path):
-    """A function that takes a run to its end, with an exported model and two evaluations in its folder."""
+    """A function that takes a run to its end, with an exported model and two evaluations in its
+    folder.
+    """
 
     def finish(name: str, **tracking):
         config = config_for(**tracking)
@@ -46,13 +50,17 @@ def finished(storage: Path):
         (folder / "evaluations").mkdir()
         (folder / "evaluations" / "step_000000.json").write_text(evaluation("    retur", 3.0))
         (folder / "evaluations" / "step_000100.json").write_text(evaluation("    return x", 2.0))
-        callback.on_run_end({"export": str(folder / "model"), "steps": 100, "eval": {"best_step": 100}})
+        callback.on_run_end(
+            {"export": str(folder / "model"), "steps": 100, "eval": {"best_step": 100}}
+        )
         return callback.run_id, client_of(f"sqlite:///{storage}/mlflow.db")
 
     return finish
 
 
-def test_the_model_is_logged_registered_and_loads(finished, storage, mlflow_at, monkeypatch, caplog):
+def test_the_model_is_logged_registered_and_loads(
+    finished, storage, mlflow_at, monkeypatch, caplog
+):
     copied = []
     copy = shutil.copy2
     monkeypatch.setattr(shutil, "copy2", lambda *a, **k: copied.append(a[0]) or copy(*a, **k))
@@ -78,16 +86,23 @@ def test_the_model_is_logged_registered_and_loads(finished, storage, mlflow_at, 
     assert f"torch=={torch.__version__.partition('+')[0]}" in pinned
     assert all("==" in line for line in pinned)
     pipeline = mlflow.transformers.load_model("models:/tuned/1")
-    assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("def f(x):")
+    assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith(
+        "def f(x):"
+    )
     exported = load_file(storage / "with-model" / "model" / "model.safetensors")
-    assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("def f(x):")
+    assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith(
+        "def f(x):"
+    )
     held = pipeline.model.state_dict()
     assert exported and all(torch.equal(held[name], value) for name, value in exported.items())
 
     spool.with_suffix(".sent.json").unlink()
     replay(spool)  # all of it again
     assert len(client.search_model_versions("name = 'tuned'")) == 1
-    assert len(client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")) == 1
+    assert (
+        len(client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"))
+        == 1
+    )
 
 
 def test_no_model_is_logged_where_none_is_wanted(finished):
@@ -135,7 +150,9 @@ def test_a_model_that_cannot_be_uploaded_harms_nothing(finished, storage, monkey
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert_equal_to_spool(client, run_id, spool)
-    assert "MLflow lacks 1 files (model could not be uploaded: No space left on device)" in caplog.text
+    assert (
+        "MLflow lacks 1 files (model could not be uploaded: No space left on device)" in caplog.text
+    )
     assert replay(spool) == 0
     [output] = client.get_run(run_id).outputs.model_outputs
     assert str(client.get_logged_model(output.model_id).status) == "READY"
@@ -164,7 +181,12 @@ def test_a_restart_is_marked_and_what_it_cost_is_counted(storage, monkeypatch):
     client = client_of(f"sqlite:///{storage}/mlflow.db")
     held = history(client, second.run_id)
     lost = dict(held["time/lost_seconds"])
-    assert (lost[1], lost[50], lost[51], lost[70]) == (0.0, 0.0, 50.0, 50.0)  # 30 s of nothing, 10 steps twice
+    assert (lost[1], lost[50], lost[51], lost[70]) == (
+        0.0,
+        0.0,
+        50.0,
+        50.0,
+    )  # 30 s of nothing, 10 steps twice
     attempt = dict(held["run/attempt"])
     assert (attempt[50], attempt[51], attempt[70]) == (1.0, 2.0, 2.0)
     tags = client.get_run(second.run_id).data.tags

@@ -1,4 +1,6 @@
-"""The newcomer's command, from a fresh clone in an empty HOME: long, because it installs everything."""
+"""The newcomer's command, from a fresh clone in an empty HOME: long, because it installs
+everything.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ def quickstart(clone: Path, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k.startswith(kept)} | {"HOME": str(home)}
     done = subprocess.run(
         [str(clone / "launch" / "quickstart.sh"), *arguments],
-        cwd=home, env=environment, capture_output=True, text=True, timeout=3000,
-    )  # fmt: skip
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -54,5 +60,7 @@ def test_the_quickstart_makes_the_model_better_on_1000_held_out_lines(clone: Pat
         (source / f"{i}_{path.name}").write_text(path.read_text())
     for command in (["init", "-q"], ["add", "-A"]):
         subprocess.run(["git", "-C", str(source), *command], check=True)
-    quickstart(clone, "--source", str(source), "run_name=own", "train.steps=20", "eval.num_lines=100")
+    quickstart(
+        clone, "--source", str(source), "run_name=own", "train.steps=20", "eval.num_lines=100"
+    )
     assert (clone / "runs" / "own" / "model" / "model.safetensors").is_file()

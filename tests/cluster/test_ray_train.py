@@ -63,19 +63,28 @@ def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """A Ray of two CPUs that runs on by itself, as the environment to join it with; its logs lie in RAY_TMPDIR."""
+    """A Ray of two CPUs that runs on by itself, as the environment to join it with; its logs lie in
+    RAY_TMPDIR.
+    """
     (folder / "home").mkdir(exist_ok=True)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    short = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets do not fit below pytest's folders.
+    short = tempfile.mkdtemp(
+        prefix="ray", dir="/tmp"
+    )  # Ray's sockets do not fit below pytest's folders.
     environment = _environment(folder, RAY_TMPDIR=short, **token)
     code = (
-        "import ray, sys; context = ray.init(address='local', num_cpus=2, num_gpus=0, log_to_driver=False);"
-        "print(context.address_info['gcs_address'], flush=True); sys.stdin.read(); ray.shutdown()"
+        "import ray, sys; context = ray.init(address='local', num_cpus=2, num_gpus=0,"
+        " log_to_driver=False);print(context.address_info['gcs_address'], flush=True);"
+        " sys.stdin.read(); ray.shutdown()"
     )
     head = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     with head:
         assert head.stdout is not None
         yield environment | {"RAY_ADDRESS": head.stdout.readline().strip()}
@@ -86,33 +95,48 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 def test_too_many_workers_for_a_cluster(folder: Path, cluster: dict[str, str]) -> None:
     result = _run(_command(folder, "many", "cluster.num_workers=4"), cluster)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "lwo-dist: cluster.num_workers = 4: this Ray cluster has 2 CPUs, and a worker takes 1 CPU; "
+    assert (
+        result.stderr
+        == "lwo-dist: cluster.num_workers = 4: this Ray cluster has 2 CPUs, and a worker takes 1"
+        " CPU; "
         "set it to at most 2, or add nodes\n"
     )
     assert not (folder / "runs" / "many").exists()
 
 
-@pytest.mark.parametrize(("address", "why"), [("127.0.0.1:9", "refused"), ("nonsense", "Invalid address")])
+@pytest.mark.parametrize(
+    ("address", "why"), [("127.0.0.1:9", "refused"), ("nonsense", "Invalid address")]
+)
 def test_no_ray_at_the_address(folder: Path, address: str, why: str) -> None:
     (folder / "home").mkdir(exist_ok=True)
     result = _run(_command(folder, "nowhere"), _environment(folder, RAY_ADDRESS=address))
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
-    assert result.stderr.startswith(f"lwo-dist: RAY_ADDRESS = {address}: no Ray can be joined there (")
+    assert result.stderr.startswith(
+        f"lwo-dist: RAY_ADDRESS = {address}: no Ray can be joined there ("
+    )
     assert why in result.stderr
     assert not (folder / "runs" / "nowhere").exists()
 
 
 def test_a_worker_s_user_error_is_one_line(folder: Path, cluster: dict[str, str]) -> None:
-    result = _run(_command(folder, "bad", f"model.name={folder}/nowhere"), cluster | {"HF_TOKEN": SECRET})
+    result = _run(
+        _command(folder, "bad", f"model.name={folder}/nowhere"), cluster | {"HF_TOKEN": SECRET}
+    )
     assert result.returncode == 2
     *noise, line = result.stderr.splitlines()
     assert re.fullmatch(r"lwo-dist: .*nowhere.*", line), result.stderr
     # Ray's own: a watcher at every start on a cluster, and a thread that may fail as the run ends.
-    noise = noise[: next((i for i, other in enumerate(noise) if "PlacementGroupCleaner" in other), len(noise))]
+    noise = noise[
+        : next((i for i, other in enumerate(noise) if "PlacementGroupCleaner" in other), len(noise))
+    ]
     assert not [other for other in noise if "PreemptionWatcher" not in other]
     # The hub's token went to the workers, and into no file on the way.
-    files = [path for root in (folder, Path(cluster["RAY_TMPDIR"])) for path in root.rglob("*") if path.is_file()]
+    files = [
+        path
+        for root in (folder, Path(cluster["RAY_TMPDIR"]))
+        for path in root.rglob("*")
+        if path.is_file()
+    ]
     assert any("worker" in path.name for path in files)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
@@ -129,12 +153,16 @@ def test_workers_get_the_driver_s_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("UNRELATED")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(
-        run, "run", lambda config, *_, **__: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED"))
+        run,
+        "run",
+        lambda config, *_, **__: (config, os.environ.get("HF_TOKEN"), os.environ.get("UNRELATED")),
     )
     assert cloudpickle.loads(sent)() == (Config(), SECRET, None)
 
 
-def test_a_worker_s_failure_shows_its_whole_traceback(folder: Path, cluster: dict[str, str]) -> None:
+def test_a_worker_s_failure_shows_its_whole_traceback(
+    folder: Path, cluster: dict[str, str]
+) -> None:
     in_the_way = folder / "runs" / "failing" / "evaluations"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
@@ -148,7 +176,12 @@ def test_a_worker_s_failure_shows_its_whole_traceback(folder: Path, cluster: dic
 def test_ctrl_c_ends_the_run_and_leaves_the_cluster(folder: Path, cluster: dict[str, str]) -> None:
     command = _command(folder, "interrupted", "train.steps=100000", "tracking.enabled=true")
     with subprocess.Popen(
-        command, cwd=cluster["HOME"], env=cluster, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=cluster["HOME"],
+        env=cluster,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as driver:
         limit = threading.Timer(400, driver.kill)
         limit.start()
@@ -158,8 +191,11 @@ def test_ctrl_c_ends_the_run_and_leaves_the_cluster(folder: Path, cluster: dict[
         _, stderr = driver.communicate()
         limit.cancel()
     assert driver.returncode == 130, stderr
-    # Ray 2.60's own actor may find its cluster gone while it asks it something; the traceback is of a thread of its.
-    assert "Traceback" not in stderr.partition("Exception in thread PlacementGroupCleanerMonitor:")[0]
+    # Ray 2.60's own actor may find its cluster gone while it asks it something; the traceback is of
+    # a thread of its.
+    assert (
+        "Traceback" not in stderr.partition("Exception in thread PlacementGroupCleanerMonitor:")[0]
+    )
     assert "lwo_dist/cli.py" not in stderr
     records = (folder / "runs" / "interrupted" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(records[-1])["status"] == "KILLED"
@@ -168,7 +204,14 @@ def test_ctrl_c_ends_the_run_and_leaves_the_cluster(folder: Path, cluster: dict[
 
 
 def _torchrun(folder: Path, run_name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     train = _command(folder, run_name, *overrides)[4:]
     (folder / "home").mkdir(exist_ok=True)
     return _run([*launcher, str(REPOSITORY / "launch" / "train.py"), *train], _environment(folder))
@@ -178,14 +221,19 @@ def test_torchrun_trains_without_ray(folder: Path) -> None:
     # The number of workers is torchrun's to say.
     result = _torchrun(folder, "torchrun", "cluster.num_workers=1")
     assert result.returncode == 0, result.stderr
-    assert json.loads((folder / "runs" / "torchrun" / "summary.json").read_text())["world_size"] == 2
+    assert (
+        json.loads((folder / "runs" / "torchrun" / "summary.json").read_text())["world_size"] == 2
+    )
     progress = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step ")]
     assert progress == [f"{step}/{STEPS}" for step in (2, 4, 6)]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.stepz=1", "unknown key train.stepz"), ("train.global_batch_size=3", "must be divisible by 2")],
+    [
+        ("train.stepz=1", "unknown key train.stepz"),
+        ("train.global_batch_size=3", "must be divisible by 2"),
+    ],
 )
 def test_bad_input_under_torchrun_is_said_once(folder: Path, override: str, message: str) -> None:
     result = _torchrun(folder, "refused", override)
@@ -197,7 +245,9 @@ def test_bad_input_under_torchrun_is_said_once(folder: Path, override: str, mess
 
 
 long = pytest.mark.long
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 
 
 @needs_deepspeed
@@ -207,19 +257,31 @@ def test_deepspeed_on_ray_and_torchrun_ends_in_a_model_that_loads(
 ) -> None:
     overrides = ("strategy=deepspeed", f"zero_stage={stage}", "lwo.steps_per_layer=1")
     results = {
-        "ray": _run(_command(folder, f"zero-ray-{stage}", *overrides, "cluster.num_workers=2"), cluster),
+        "ray": _run(
+            _command(folder, f"zero-ray-{stage}", *overrides, "cluster.num_workers=2"), cluster
+        ),
         "torchrun": _torchrun(folder, f"zero-torchrun-{stage}", *overrides),
     }
     losses = {}
     for launcher, result in results.items():
         assert result.returncode == 0, result.stdout + result.stderr
         assert "built successfully" not in result.stdout  # DeepSpeed compiled nothing
-        summary = json.loads((folder / "runs" / f"zero-{launcher}-{stage}" / "summary.json").read_text())
-        assert (summary["strategy"], summary["world_size"], summary["steps"]) == ("deepspeed", 2, STEPS)
+        summary = json.loads(
+            (folder / "runs" / f"zero-{launcher}-{stage}" / "summary.json").read_text()
+        )
+        assert (summary["strategy"], summary["world_size"], summary["steps"]) == (
+            "deepspeed",
+            2,
+            STEPS,
+        )
         model = AutoModelForCausalLM.from_pretrained(summary["export"])
         base = AutoModelForCausalLM.from_pretrained(folder / "model")
-        changed = [n for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))]
-        assert len(changed) == len(list(model.parameters()))  # a visit of one step each, and all have arrived
+        changed = [
+            n for n, p in model.named_parameters() if not torch.equal(p, base.get_parameter(n))
+        ]
+        assert len(changed) == len(
+            list(model.parameters())
+        )  # a visit of one step each, and all have arrived
         losses[launcher] = summary["loss_first"], summary["loss_last"]
     assert losses["ray"] == losses["torchrun"]
 
@@ -238,22 +300,48 @@ NODE = {"CPU": 4.0, "GPU": 2.0, "memory": 1e9}
         ({"num_workers": 8, "resources_per_worker": {"CPU": 0.5}}, [NODE], {"CPU": 0.5}),
     ],
 )
-def test_what_a_worker_takes(cluster_config: dict, nodes: list[dict[str, float]], expected: dict[str, float]) -> None:
+def test_what_a_worker_takes(
+    cluster_config: dict, nodes: list[dict[str, float]], expected: dict[str, float]
+) -> None:
     assert places.resources_per_worker(ClusterConfig(**cluster_config), nodes) == expected
 
 
 @pytest.mark.parametrize(
     ("cluster_config", "nodes", "message"),
     [
-        ({"num_workers": 9}, [NODE, NODE], "has 8 CPUs, and a worker takes 1 CPU; set it to at most 8, or add nodes"),
-        ({"num_workers": 3, "use_gpu": True}, [NODE], "4 CPUs, 2 GPUs, .* takes 1 CPU, 1 GPU; set it to at most 2"),
-        ({"num_workers": 1, "use_gpu": True}, [{"CPU": 2.0}], "2 CPUs, 0 GPUs, .* 1 GPU; set cluster.use_gpu=false"),
+        (
+            {"num_workers": 9},
+            [NODE, NODE],
+            "has 8 CPUs, and a worker takes 1 CPU; set it to at most 8, or add nodes",
+        ),
+        (
+            {"num_workers": 3, "use_gpu": True},
+            [NODE],
+            "4 CPUs, 2 GPUs, .* takes 1 CPU, 1 GPU; set it to at most 2",
+        ),
+        (
+            {"num_workers": 1, "use_gpu": True},
+            [{"CPU": 2.0}],
+            "2 CPUs, 0 GPUs, .* 1 GPU; set cluster.use_gpu=false",
+        ),
         # 8 CPUs in all, and no place for a worker of 3 beside another.
-        ({"num_workers": 3, "resources_per_worker": {"CPU": 3}}, [NODE, NODE], "takes 3 CPU; set it to at most 2"),
-        ({"num_workers": 1, "resources_per_worker": {"CPU": 5}}, [NODE], "lower cluster.resources_per_worker"),
+        (
+            {"num_workers": 3, "resources_per_worker": {"CPU": 3}},
+            [NODE, NODE],
+            "takes 3 CPU; set it to at most 2",
+        ),
+        (
+            {"num_workers": 1, "resources_per_worker": {"CPU": 5}},
+            [NODE],
+            "lower cluster.resources_per_worker",
+        ),
         ({"num_workers": 1, "resources_per_worker": {"TPU": 1}}, [NODE], "0 TPUs"),
     ],
-)  # fmt: skip
-def test_workers_that_do_not_fit(cluster_config: dict, nodes: list[dict[str, float]], message: str) -> None:
-    with pytest.raises(UserError, match=f"^cluster.num_workers = {cluster_config['num_workers']}: .*{message}"):
+)
+def test_workers_that_do_not_fit(
+    cluster_config: dict, nodes: list[dict[str, float]], message: str
+) -> None:
+    with pytest.raises(
+        UserError, match=f"^cluster.num_workers = {cluster_config['num_workers']}: .*{message}"
+    ):
         places.resources_per_worker(ClusterConfig(**cluster_config), nodes)

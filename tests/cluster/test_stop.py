@@ -18,7 +18,12 @@ from tests.benchmarks.kill_points import Moment, plan
 from tests.cluster.launching import REPOSITORY, command, environment, make_inputs, torchrun
 
 # Runs that last until they are stopped.
-ENDLESS = ("train.steps=1000000", "train.logging_steps=20", "eval.num_lines=2", "eval.max_new_tokens=1")
+ENDLESS = (
+    "train.steps=1000000",
+    "train.logging_steps=20",
+    "eval.num_lines=2",
+    "eval.max_new_tokens=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +32,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(command: list[str], environment: dict[str, str], until: str = "step ") -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: list[str], environment: dict[str, str], until: str = "step "
+) -> Iterator[subprocess.Popen[str]]:
     """A process that trains: it has said a line that starts so."""
     with subprocess.Popen(
-        command, cwd=environment["HOME"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=environment["HOME"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         limit = threading.Timer(400, process.kill)
         limit.start()
@@ -44,7 +56,10 @@ def started(command: list[str], environment: dict[str, str], until: str = "step 
 def stopped_line(stderr: str, reason: str, run_folder: Path) -> int:
     """The one line that says it; returns the step, whose checkpoint is there."""
     lines = [line for line in stderr.splitlines() if line.startswith("lwo-dist: ")]
-    said = rf"lwo-dist: stopped by {reason} at step (\d+); checkpoint (\S+); the same command goes on from there"
+    said = (
+        rf"lwo-dist: stopped by {reason} at step (\d+); checkpoint (\S+); the same command goes on"
+        r" from there"
+    )
     found = re.fullmatch(said, lines[0]) if len(lines) == 1 else None
     assert found, stderr
     checkpoint = Path(found[2])
@@ -55,7 +70,9 @@ def stopped_line(stderr: str, reason: str, run_folder: Path) -> int:
 
 def test_a_signal_to_one_rank_of_torchrun_stops_all(folder: Path) -> None:
     with started(torchrun(folder, "signalled", *ENDLESS), environment(folder)) as launcher:
-        ranks = {child.environ()["RANK"]: child for child in psutil.Process(launcher.pid).children()}
+        ranks = {
+            child.environ()["RANK"]: child for child in psutil.Process(launcher.pid).children()
+        }
         ranks["1"].send_signal(signal.SIGUSR1)
         _, stderr = launcher.communicate()
     assert stopped_line(stderr, "SIGUSR1", folder / "runs" / "signalled") >= 20
@@ -83,7 +100,9 @@ def test_a_stopped_rank_ends_the_run_and_is_named(folder: Path) -> None:
         # torchrun would give the stopped one 30 s, then kill it.
         psutil.Process(int((killing / "pid_1").read_text())).resume()
         _, rest = launcher.communicate()
-    assert re.search(r"rank 0 on \S+, step 5, layer \w+: a collective failed; no answer from rank 1 ", said)
+    assert re.search(
+        r"rank 0 on \S+, step 5, layer \w+: a collective failed; no answer from rank 1 ", said
+    )
     # Rank 1 wakes to a closed connection, or to torchrun's SIGTERM, whichever comes first.
     assert launcher.returncode == 1 and set(re.findall(r"exitcode +: (\S+)", rest)) <= {"1", "-15"}
     assert not [path for path in killing.glob("pid_*") if psutil.pid_exists(int(path.read_text()))]

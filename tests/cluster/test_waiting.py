@@ -35,31 +35,48 @@ def cluster(folder: Path) -> Iterator[tuple[Raylets, dict[str, str]]]:
 def _others_work(own: dict[str, str]) -> Iterator[None]:
     """Another driver, which has one CPU of the cluster."""
     code = (
-        "import ray, sys; ray.init(log_to_driver=False); work = ray.remote(num_cpus=1)(type('Work', (), {})).remote();"
-        "ray.get(work.__ray_ready__.remote()); print('works', flush=True); sys.stdin.read()"
+        "import ray, sys; ray.init(log_to_driver=False); work = ray.remote(num_cpus=1)(type('Work',"
+        " (), {})).remote();ray.get(work.__ray_ready__.remote()); print('works', flush=True);"
+        " sys.stdin.read()"
     )
     driver = subprocess.Popen(
-        [sys.executable, "-c", code], env=own, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=own,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     with driver:
         assert driver.stdout is not None and driver.stdout.readline() == "works\n"
         yield
         driver.communicate("")
 
 
-def test_ctrl_c_is_heard_while_a_run_waits(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
+def test_ctrl_c_is_heard_while_a_run_waits(
+    folder: Path, cluster: tuple[Raylets, dict[str, str]]
+) -> None:
     _, own = cluster
-    with _others_work(own), followed(command(folder, "impatient", "cluster.num_workers=2"), own) as train:
-        train.until(r"^waiting for room for 2 worker\(s\) of 1 CPU for 1\d s; .* have room for 2, which others use")
+    with (
+        _others_work(own),
+        followed(command(folder, "impatient", "cluster.num_workers=2"), own) as train,
+    ):
+        train.until(
+            r"^waiting for room for 2 worker\(s\) of 1 CPU for 1\d s; .* have room for 2, which"
+            r" others use"
+        )
         train.process.send_signal(signal.SIGINT)
         said = train.end()
     assert train.process.returncode == 130, said
-    assert "lwo_dist/cli.py" not in said  # No traceback of ours; Ray's own actors may have one as their driver leaves.
+    assert (
+        "lwo_dist/cli.py" not in said
+    )  # No traceback of ours; Ray's own actors may have one as their driver leaves.
 
 
 @pytest.mark.long  # a minute
-def test_a_run_waits_until_others_are_done(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
+def test_a_run_waits_until_others_are_done(
+    folder: Path, cluster: tuple[Raylets, dict[str, str]]
+) -> None:
     _, own = cluster
     with ExitStack() as others:
         others.enter_context(_others_work(own))
@@ -72,21 +89,35 @@ def test_a_run_waits_until_others_are_done(folder: Path, cluster: tuple[Raylets,
 
 
 @pytest.mark.long  # two minutes
-def test_a_run_that_waits_for_a_lost_node_can_be_stopped(folder: Path, cluster: tuple[Raylets, dict[str, str]]) -> None:
+def test_a_run_that_waits_for_a_lost_node_can_be_stopped(
+    folder: Path, cluster: tuple[Raylets, dict[str, str]]
+) -> None:
     nodes, own = cluster
     settings = (
-        "cluster.num_workers=2", "train.steps=300", "train.sequence_length=256", "train.global_batch_size=8",
-        "checkpoint.steps=10", "lwo.steps_per_layer=5", "train.logging_steps=5", "eval.num_lines=2",
+        "cluster.num_workers=2",
+        "train.steps=300",
+        "train.sequence_length=256",
+        "train.global_batch_size=8",
+        "checkpoint.steps=10",
+        "lwo.steps_per_layer=5",
+        "train.logging_steps=5",
+        "eval.num_lines=2",
         "tracking.enabled=true",
-    )  # fmt: skip
+    )
     with followed(command(folder, "stopped", *settings), own) as train:
         train.until(r"^step 3\d/")
         nodes.remove(nodes.hosts()[-1])
-        train.until(r"^waiting for room for 2 worker\(s\) .* have room for 1, add nodes, or stop it")
+        train.until(
+            r"^waiting for room for 2 worker\(s\) .* have room for 1, add nodes, or stop it"
+        )
         train.process.send_signal(signal.SIGTERM)
         said = train.end()
     assert train.process.returncode == 75, said
-    stopped = re.search(r"^lwo-dist: stopped by SIGTERM at step (\d+); checkpoint (\S+); the same command", said, re.M)
+    stopped = re.search(
+        r"^lwo-dist: stopped by SIGTERM at step (\d+); checkpoint (\S+); the same command",
+        said,
+        re.M,
+    )
     assert stopped, said
     assert Path(stopped[2], "state.json").is_file()
     # MLflow has its end: FAILED, by a rank that saw the other go, or KILLED.

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["CountCollectives"]
 
-# Operator -> what it is, and which argument is the whole tensor (the larger side of the collective).
+# Operator -> what it is, and which argument is the whole tensor (the larger side of the
+# collective).
 KINDS = {
     "_allgather_base_": ("all_gather", 0),
     "allgather_into_tensor_coalesced_": ("all_gather", 0),

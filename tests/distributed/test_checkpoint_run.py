@@ -1,4 +1,6 @@
-"""Checkpoints of whole runs: when they come, who hears of them, what is refused, what an export holds."""
+"""Checkpoints of whole runs: when they come, who hears of them, what is refused, what an export
+holds.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_a_checkpoint_comes_with_each_visit_and_every_rank_hears_of_it(
 ) -> None:
     config = prepare(make_config(inputs, tmp_path, *settings))
     assert run_ranks(run_and_listen, 2, config) == [steps, steps]
-    kept = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "r" / "checkpoints").iterdir())
+    kept = sorted(
+        int(path.name.removeprefix("step_")) for path in (tmp_path / "r" / "checkpoints").iterdir()
+    )
     assert kept == steps[-config.checkpoint.keep :]
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["checkpoint_blocked_seconds"] > 0
@@ -66,7 +70,9 @@ def record_batches(config: Config, stop: int) -> list[tuple[int, list[int]]]:
 
     def micro_batches(*args: Any, **kwargs: Any) -> Any:
         rows: list[int] = []
-        batches._batch = lambda data, indices, width: rows.extend(indices.tolist()) or original(data, indices, width)
+        batches._batch = lambda data, indices, width: (
+            rows.extend(indices.tolist()) or original(data, indices, width)
+        )
         found = trainer_batches(*args, **kwargs)
         batches._batch = original
         seen.append((kwargs["step"], rows))
@@ -82,7 +88,9 @@ def record_batches(config: Config, stop: int) -> list[tuple[int, list[int]]]:
     return seen
 
 
-def test_the_data_goes_on_with_no_example_twice_and_none_left_out(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_data_goes_on_with_no_example_twice_and_none_left_out(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     settings = ("checkpoint.steps=5", "eval.num_lines=4")
     config = prepare(make_config(inputs, tmp_path, *settings))
     # On one rank, so that the interruption of rank 0 leaves nobody waiting.
@@ -99,15 +107,26 @@ def test_the_data_goes_on_with_no_example_twice_and_none_left_out(inputs: tuple[
     assert len(set(epoch.tolist())) == len(epoch)
 
 
-def test_a_checkpoint_of_another_model_or_schedule_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    run_ranks(run_and_listen, 1, prepare(make_config(inputs, tmp_path, "cluster.num_workers=1", "train.steps=4")))
+def test_a_checkpoint_of_another_model_or_schedule_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run_ranks(
+        run_and_listen,
+        1,
+        prepare(make_config(inputs, tmp_path, "cluster.num_workers=1", "train.steps=4")),
+    )
     other = tmp_path / "other"
     save_tiny_model(other, [path.read_text() for path in inputs[1].iterdir()], tied=False)
     for override, message in (
-        (f"model.name={other}", r"its checkpoint is of the model .*model, and model.name is .*other; choose another"),
+        (
+            f"model.name={other}",
+            r"its checkpoint is of the model .*model, and model.name is .*other; choose another",
+        ),
         ("lwo.steps_per_layer=2", "resume with the same order, seed, steps_per_layer"),
     ):
-        config = prepare(make_config(inputs, tmp_path, "cluster.num_workers=1", "lwo.order=ascending", override))
+        config = prepare(
+            make_config(inputs, tmp_path, "cluster.num_workers=1", "lwo.order=ascending", override)
+        )
         with pytest.raises(RanksError, match=message):
             run_ranks(run_and_listen, 1, config)
 
@@ -115,7 +134,11 @@ def test_a_checkpoint_of_another_model_or_schedule_is_refused(inputs: tuple[Path
 def test_export_and_checkpoints_on_the_command_line(
     inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = prepare(make_config(inputs, tmp_path, "checkpoint.steps=5", "checkpoint.keep=9", "data.use_git=false"))
+    config = prepare(
+        make_config(
+            inputs, tmp_path, "checkpoint.steps=5", "checkpoint.keep=9", "data.use_git=false"
+        )
+    )
     run_ranks(run_and_listen, 2, config)
     folder = str(tmp_path / "r")
     assert main(["checkpoints", "list", folder]) == 0
@@ -128,14 +151,26 @@ def test_export_and_checkpoints_on_the_command_line(
     target = tmp_path / "mine"
     assert main(["export", folder, "--to", str(target), "--step", "10", "--dtype", "bf16"]) == 0
     model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
-    assert model.dtype == torch.bfloat16 and AutoTokenizer.from_pretrained(target).pad_token == "<pad>"
-    masters = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "checkpoints" / "step_000010").state_dict()
-    assert all(torch.equal(masters[name].bfloat16(), tensor) for name, tensor in model.state_dict().items())
+    assert (
+        model.dtype == torch.bfloat16 and AutoTokenizer.from_pretrained(target).pad_token == "<pad>"
+    )
+    masters = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "r" / "checkpoints" / "step_000010"
+    ).state_dict()
+    assert all(
+        torch.equal(masters[name].bfloat16(), tensor) for name, tensor in model.state_dict().items()
+    )
     card = (target / "README.md").read_text()
     for text in (
-        "license: apache-2.0", "`model` fine-tuned", "method: lwo", "10 steps of 8 sequences", "rounded to bf16",
-        "on `source`", "windows ", "| 0 | ",
-    ):  # fmt: skip
+        "license: apache-2.0",
+        "`model` fine-tuned",
+        "method: lwo",
+        "10 steps of 8 sequences",
+        "rounded to bf16",
+        "on `source`",
+        "windows ",
+        "| 0 | ",
+    ):
         assert text in card, text
     assert str(tmp_path) not in card
 
@@ -159,7 +194,9 @@ def test_export_and_checkpoints_on_the_command_line(
         (["export", "{}/r", "--to", "{}/full"], "is there and no model; give a new folder"),
     ],
 )
-def test_bad_commands(command: list[str], message: str, small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_commands(
+    command: list[str], message: str, small_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (small_run / "full").mkdir(exist_ok=True)
     assert main([part.format(small_run) for part in command]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -174,7 +211,9 @@ def small_run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_a_large_export_is_cut_into_files(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_export_is_cut_into_files(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(export, "_SHARD_BYTES", 40_000)
     assert main(["export", str(small_run / "r"), "--to", str(tmp_path / "cut")]) == 0
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))

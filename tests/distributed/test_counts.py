@@ -19,7 +19,10 @@ ONE_STEP_VISITS = oracle.Recipe(steps_per_layer=1)
 
 def numel(lwo: LWO, index: int, multiple: int) -> int:
     parameters = dict(lwo.model.named_parameters())
-    return sum(padded_numel(parameters[name].numel(), multiple) for name in lwo.layers[index].parameter_names)
+    return sum(
+        padded_numel(parameters[name].numel(), multiple)
+        for name in lwo.layers[index].parameter_names
+    )
 
 
 # ---- replicate
@@ -39,7 +42,9 @@ def count_replicate() -> list[dict]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_replicate_sends_twice_the_layer_and_one_scalar_and_another_at_the_end_of_a_visit(world_size: int) -> None:
+def test_replicate_sends_twice_the_layer_and_one_scalar_and_another_at_the_end_of_a_visit(
+    world_size: int,
+) -> None:
     for row in run_ranks(count_replicate, world_size)[0]:
         kinds = [kind for kind, _ in row["calls"]]
         assert kinds == ["reduce_scatter", "all_reduce", "all_gather", "all_reduce"]
@@ -52,7 +57,9 @@ def test_replicate_sends_twice_the_layer_and_one_scalar_and_another_at_the_end_o
 
 
 def count_fsdp(precision: str, checkpointing: bool, method: str = "lwo") -> list[dict]:
-    lwo = attach("fsdp", ONE_STEP_VISITS, tied=False, dtype=torch.float32, precision=precision, method=method)
+    lwo = attach(
+        "fsdp", ONE_STEP_VISITS, tied=False, dtype=torch.float32, precision=precision, method=method
+    )
     lwo.model.train()
     if checkpointing:
         lwo.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -69,27 +76,45 @@ def count_fsdp(precision: str, checkpointing: bool, method: str = "lwo") -> list
         with CountCollectives() as update:
             expected = lwo.strategy.bytes_per_step()
             report = lwo.step()
-        rows.append({
-            "layer": report.layer, "forward": forward.calls, "backward": backward.calls, "update": update.calls,
-            "reported": report.bytes_sent, "predicted": expected,
-            "layer_bytes": 4 * sum(sizes[name] for name in trained),
-        })  # fmt: skip
+        rows.append(
+            {
+                "layer": report.layer,
+                "forward": forward.calls,
+                "backward": backward.calls,
+                "update": update.calls,
+                "reported": report.bytes_sent,
+                "predicted": expected,
+                "layer_bytes": 4 * sum(sizes[name] for name in trained),
+            }
+        )
     return rows
 
 
 def rows_padded(parameter: Tensor) -> int:
-    return parameter.numel() // parameter.shape[0] * padded_numel(parameter.shape[0], dist.get_world_size())
+    return (
+        parameter.numel()
+        // parameter.shape[0]
+        * padded_numel(parameter.shape[0], dist.get_world_size())
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fsdp_gathers_no_prefix_and_reduces_one_layer(precision: str, checkpointing: bool) -> None:
     rows = run_ranks(count_fsdp, 2, precision, checkpointing)[0]
-    assert [row["layer"] for row in rows] == ["embed", "layer_0", "layer_1", "layer_2", "layer_3", "head"]
+    assert [row["layer"] for row in rows] == [
+        "embed",
+        "layer_0",
+        "layer_1",
+        "layer_2",
+        "layer_3",
+        "head",
+    ]
     num_layers = 4
     for depth, row in enumerate(rows):
         assert [kind for kind, _ in row["forward"]] == ["all_gather"] * (num_layers + 1)
-        # The layers at and above the active one, and not one more; the root (embedding, head) stays gathered.
+        # The layers at and above the active one, and not one more; the root (embedding, head) stays
+        # gathered.
         suffix = num_layers + 1 - max(depth, 1)
         kinds = [kind for kind, _ in row["backward"]]
         assert kinds.count("all_gather") == suffix, row["layer"]
@@ -97,7 +122,9 @@ def test_fsdp_gathers_no_prefix_and_reduces_one_layer(precision: str, checkpoint
         assert len(kinds) == suffix + 1
         [reduced] = [size for kind, size in row["backward"] if kind == "reduce_scatter"]
         assert reduced == row["layer_bytes"]  # fp32, whatever the compute dtype
-        assert row["update"] == [("all_reduce", 4)] * 2  # the norm, and the size of the visit's change
+        assert (
+            row["update"] == [("all_reduce", 4)] * 2
+        )  # the norm, and the size of the visit's change
         counted = sum(size for _, size in row["forward"] + row["backward"])
         assert counted == row["reported"] == row["predicted"], row["layer"]
 
@@ -134,17 +161,26 @@ def state_bytes(strategy: str) -> list[tuple[str, int, int, int, bool]]:
         else:
             parameters = dict(lwo.model.named_parameters())
             padded = sum(rows_padded(parameters[n]) for n in lwo.layers[index].parameter_names)
-        frozen_grads = [n for n, p in lwo.model.named_parameters() if p.grad is not None and not p.requires_grad]
-        rows.append((
-            name, seen["optimizer_state_bytes"], optimizer_state_bytes(padded, world_size),
-            optimizer_state_bytes(numel(lwo, index, 1), world_size), not frozen_grads,
-        ))  # fmt: skip
+        frozen_grads = [
+            n for n, p in lwo.model.named_parameters() if p.grad is not None and not p.requires_grad
+        ]
+        rows.append(
+            (
+                name,
+                seen["optimizer_state_bytes"],
+                optimizer_state_bytes(padded, world_size),
+                optimizer_state_bytes(numel(lwo, index, 1), world_size),
+                not frozen_grads,
+            )
+        )
     return rows
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
-def test_optimizer_state_is_8_bytes_a_parameter_over_the_ranks(strategy: str, world_size: int) -> None:
+def test_optimizer_state_is_8_bytes_a_parameter_over_the_ranks(
+    strategy: str, world_size: int
+) -> None:
     ranks = run_ranks(state_bytes, world_size, strategy)
     for rows in zip(*ranks, strict=True):
         name, _, with_padding, formula, _ = rows[0]
@@ -153,9 +189,16 @@ def test_optimizer_state_is_8_bytes_a_parameter_over_the_ranks(strategy: str, wo
             assert held == [with_padding] * world_size, name
         else:  # FSDP2 pads what it sends, not what it keeps: together exactly the parameters
             assert max(held) <= with_padding, name
-            assert sum(held) == formula * world_size or abs(sum(held) - formula * world_size) < 8 * world_size, name
-        assert formula <= with_padding <= formula + 8 * 4 * 12 * 25, name  # at most a row of each tensor
-        assert all(row[4] for row in rows), f"a frozen parameter has a gradient while {name} is trained"
+            assert (
+                sum(held) == formula * world_size
+                or abs(sum(held) - formula * world_size) < 8 * world_size
+            ), name
+        assert formula <= with_padding <= formula + 8 * 4 * 12 * 25, (
+            name
+        )  # at most a row of each tensor
+        assert all(row[4] for row in rows), (
+            f"a frozen parameter has a gradient while {name} is trained"
+        )
 
 
 # ---- every step changes the active layer and no other
@@ -176,21 +219,29 @@ def changed_names(strategy: str, method: str) -> list[tuple[str, list[str], list
             handle.remove()
         after = {name: t for layer in everything for name, t in lwo.read_layer(layer).items()}
         changed = [name for name in after if not torch.equal(before[name], after[name])]
-        rows.append((trained.name, sorted(changed), sorted(trained.parameter_names), frozen_with_grad))
+        rows.append(
+            (trained.name, sorted(changed), sorted(trained.parameter_names), frozen_with_grad)
+        )
         before = after
     return rows
 
 
 def watch_frozen_gradients(model: nn.Module, found: list[str]) -> list:
-    """Look at every `.grad` when backward has passed a layer: none may hang on a frozen parameter."""
+    """Look at every `.grad` when backward has passed a layer: none may hang on a frozen
+    parameter.
+    """
 
     def look(module: nn.Module, *_: object) -> None:
-        found.extend(n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad)
+        found.extend(
+            n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad
+        )
 
     return [layer.register_full_backward_hook(look) for layer in model.model.layers]
 
 
-@pytest.mark.parametrize(("strategy", "method"), [("replicate", "lwo"), ("fsdp", "lwo"), ("fsdp", "full")])
+@pytest.mark.parametrize(
+    ("strategy", "method"), [("replicate", "lwo"), ("fsdp", "lwo"), ("fsdp", "full")]
+)
 def test_every_step_changes_exactly_the_active_layer(strategy: str, method: str) -> None:
     rows = run_ranks(changed_names, 2, strategy, method)[0]
     for step, (layer, changed, trained, frozen_with_grad) in enumerate(rows):

@@ -1,4 +1,6 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 equal the plain single-process loop, and keep its promises at every switch."""
+"""DeepSpeed ZeRO stages 1, 2 and 3 equal the plain single-process loop, and keep its promises at
+every switch.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ from tests.distributed.collectives import CountCollectives
 from tests.ranks import run_ranks
 
 # Not imported here: the ranks import it through us, as a user's process does.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 
 Weights = dict[str, torch.Tensor]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OVERLAP = {"overlap_comm": True}
 # Stage 3 gathers a module's weights when it needs them and lets them go at once.
 NOTHING_KEPT = {
-    "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
     "stage3_prefetch_bucket_size": 0,
-}  # fmt: skip
+}
 
 
 # ---- equal to the plain loop
@@ -52,7 +58,9 @@ def run_cases(cases: list[tuple]) -> list[tuple[list[float], Weights]]:
         recipe = oracle.Recipe(**settings)
         lwo = zero.attach_engine(stage, recipe, tied=tied, **more)
         if more.get("from_start"):  # made in another order, so from other random numbers
-            lwo.write_layer({name: p.detach() for name, p in oracle.tiny_model(tied=tied).named_parameters()})
+            lwo.write_layer(
+                {name: p.detach() for name, p in oracle.tiny_model(tied=tied).named_parameters()}
+            )
         results.append(training.train(lwo, recipe.steps))
     return results
 
@@ -64,7 +72,9 @@ def test_equals_the_plain_loop(world_size: int, cases: list[tuple]) -> None:
         name = f"stage {stage} tied={tied} {settings} {more}"
         model = oracle.tiny_model(tied=tied)
         layers = [layer.parameter_names for layer in find_layers(model)]
-        expected = oracle.train(model, layers, oracle.Recipe(max_grad_norm=settings["max_grad_norm"]))
+        expected = oracle.train(
+            model, layers, oracle.Recipe(max_grad_norm=settings["max_grad_norm"])
+        )
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-5, name
         for parameter_name, parameter in model.named_parameters():
             difference = (parameter.detach() - weights[parameter_name]).abs().max().item()
@@ -74,9 +84,12 @@ def test_equals_the_plain_loop(world_size: int, cases: list[tuple]) -> None:
 # ---- what a step changes, sends and holds
 
 COUNTED: list[tuple[int, dict, dict]] = [
-    (1, {}, {}), (2, {}, {"late": True}), (3, {}, {}), (3, NOTHING_KEPT, {}),
+    (1, {}, {}),
+    (2, {}, {"late": True}),
+    (3, {}, {}),
+    (3, NOTHING_KEPT, {}),
     (3, NOTHING_KEPT | OVERLAP, {"checkpointing": True}),
-]  # fmt: skip
+]
 
 
 def count_steps(cases: list[tuple[int, dict, dict]]) -> list[list[dict]]:
@@ -85,8 +98,12 @@ def count_steps(cases: list[tuple[int, dict, dict]]) -> list[list[dict]]:
         recipe = oracle.Recipe(steps_per_layer=2)
         lwo = zero.attach_engine(stage, recipe, tied=False, zero=settings, **more)
         layers = {layer.name: layer for layer in lwo.layers}
-        numel = {n: getattr(p, "ds_numel", p.numel()) for n, p in lwo.strategy.model.named_parameters()}
-        sizes = {name: sum(numel[n] for n in layer.parameter_names) for name, layer in layers.items()}
+        numel = {
+            n: getattr(p, "ds_numel", p.numel()) for n, p in lwo.strategy.model.named_parameters()
+        }
+        sizes = {
+            name: sum(numel[n] for n in layer.parameter_names) for name, layer in layers.items()
+        }
         rows = []
         for step in range(2 * len(lwo.layers) + 2):
             layer, before = lwo.active_layer, training.weights(lwo)
@@ -95,10 +112,16 @@ def count_steps(cases: list[tuple[int, dict, dict]]) -> list[list[dict]]:
                 loss = oracle.loss_sum(lwo.model, tokens, labels)
             with CountPayload() as backward:
                 lwo.backward(loss)
-            frozen = [n for n, p in lwo.strategy.model.named_parameters() if p.grad is not None and not p.requires_grad]
+            frozen = [
+                n
+                for n, p in lwo.strategy.model.named_parameters()
+                if p.grad is not None and not p.requires_grad
+            ]
             inner, seen = lwo.strategy.step, {}
 
-            def spy(lr: float, norm: float, inner: Any = inner, seen: dict = seen, lwo: Any = lwo) -> Any:
+            def spy(
+                lr: float, norm: float, inner: Any = inner, seen: dict = seen, lwo: Any = lwo
+            ) -> Any:
                 with CountPayload() as update:  # without the switch, which comes after it
                     result = inner(lr, norm)
                 seen.update(update=update.calls, **lwo.strategy.memory())
@@ -108,12 +131,21 @@ def count_steps(cases: list[tuple[int, dict, dict]]) -> list[list[dict]]:
             report = lwo.step()
             lwo.strategy.step = inner
             after = training.weights(lwo)
-            rows.append({
-                "layer": layer.name, "trained": sorted(layer.parameter_names), "frozen_gradients": frozen,
-                "changed": sorted(n for n in after if not torch.equal(before[n], after[n])), "sizes": sizes,
-                "depth": layer.depth, "depths": {n: other.depth for n, other in layers.items()},
-                "forward": forward.calls, "backward": backward.calls, "sent": report.bytes_sent, **seen,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "layer": layer.name,
+                    "trained": sorted(layer.parameter_names),
+                    "frozen_gradients": frozen,
+                    "changed": sorted(n for n in after if not torch.equal(before[n], after[n])),
+                    "sizes": sizes,
+                    "depth": layer.depth,
+                    "depths": {n: other.depth for n, other in layers.items()},
+                    "forward": forward.calls,
+                    "backward": backward.calls,
+                    "sent": report.bytes_sent,
+                    **seen,
+                }
+            )
         results.append(rows)
     return results
 
@@ -145,17 +177,30 @@ def test_a_step_changes_sends_and_holds_the_active_layer_only() -> None:
             assert row["changed"] == row["trained"], where
             assert not row["frozen_gradients"], where
             reduced = payload(row["backward"], "all_reduce", "reduce_scatter")
-            assert layer_bytes <= reduced <= layer_bytes + 4 * world_size * len(row["trained"]), where
+            assert layer_bytes <= reduced <= layer_bytes + 4 * world_size * len(row["trained"]), (
+                where
+            )
             everything = payload(row["forward"]) + payload(row["backward"]) + payload(row["update"])
             assert row["sent"] == everything, where
             if stage < 3:
                 assert payload(row["forward"]) == 0 and everything <= 2 * layer_bytes + 64, where
-            held, formula = row["optimizer_state_bytes"], 12 * row["sizes"][row["layer"]] // world_size
+            held, formula = (
+                row["optimizer_state_bytes"],
+                12 * row["sizes"][row["layer"]] // world_size,
+            )
             assert formula <= held <= formula + 12 * 4 * len(row["trained"]), where
-            if stage == 3 and settings:  # nothing stays gathered, so backward has to gather what it needs
-                needed = sum(size for n, size in row["sizes"].items() if row["depths"][n] >= row["depth"])
+            if (
+                stage == 3 and settings
+            ):  # nothing stays gathered, so backward has to gather what it needs
+                needed = sum(
+                    size for n, size in row["sizes"].items() if row["depths"][n] >= row["depth"]
+                )
                 if more:  # recomputed, but for the last matrix, whose output nobody needs
-                    above = [n for n in row["sizes"] if n.startswith("layer") and row["depths"][n] >= row["depth"]]
+                    above = [
+                        n
+                        for n in row["sizes"]
+                        if n.startswith("layer") and row["depths"][n] >= row["depth"]
+                    ]
                     needed += sum(row["sizes"][n] - 24 * 50 for n in above)
                 assert payload(row["backward"], "all_gather") == 4 * needed, where
 
@@ -164,7 +209,12 @@ def test_a_step_changes_sends_and_holds_the_active_layer_only() -> None:
 
 BF16 = oracle.Recipe(steps=40, steps_per_layer=3, max_grad_norm=1.0, lr=1e-3)
 FP32_SUMS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
-BF16_CASES = [(1, {}), (1, FP32_SUMS), (2, FP32_SUMS), (3, FP32_SUMS)]  # the second is DeepSpeed's BF16_Optimizer
+BF16_CASES = [
+    (1, {}),
+    (1, FP32_SUMS),
+    (2, FP32_SUMS),
+    (3, FP32_SUMS),
+]  # the second is DeepSpeed's BF16_Optimizer
 
 
 def train_bf16(cases: list[tuple[int, dict]]) -> list[tuple[list[float], Weights, bool]]:
@@ -174,7 +224,10 @@ def train_bf16(cases: list[tuple[int, dict]]) -> list[tuple[list[float], Weights
         losses, masters = training.train(lwo, BF16.steps)
         # Weights that are written come back exactly, active or not, parked or not.
         noise = torch.Generator().manual_seed(1)
-        written = {name: master + torch.rand(master.shape, generator=noise) for name, master in masters.items()}
+        written = {
+            name: master + torch.rand(master.shape, generator=noise)
+            for name, master in masters.items()
+        }
         lwo.write_layer(written)
         back = training.weights(lwo)
         kept = all(torch.equal(written[name], back[name]) for name in written)
@@ -249,8 +302,18 @@ def poison(cases: list[tuple[int, str, dict]]) -> list[list[tuple]]:
             after, after_moments = training.weights(lwo), lwo.state_dict()["moments"]
             same = all(torch.equal(before[name], after[name]) for name in before)
             kept = bool(moments) and moments.keys() == after_moments.keys()
-            kept = kept and all(torch.equal(moments[n][k], after_moments[n][k]) for n in moments for k in moments[n])
-            rows.append((float(report.skipped), same, kept, float(lwo.skipped_in_a_row), lwo.model.skipped_steps))
+            kept = kept and all(
+                torch.equal(moments[n][k], after_moments[n][k]) for n in moments for k in moments[n]
+            )
+            rows.append(
+                (
+                    float(report.skipped),
+                    same,
+                    kept,
+                    float(lwo.skipped_in_a_row),
+                    lwo.model.skipped_steps,
+                )
+            )
         results.append(rows)
     return results
 
@@ -275,7 +338,9 @@ def first_half(strategy: str, steps: int) -> tuple[dict, Weights, list[float], W
     return state, half, losses, training.weights(lwo)
 
 
-def second_half(strategies: list[str], state: dict, half: Weights, steps: int) -> list[tuple[list[float], Weights]]:
+def second_half(
+    strategies: list[str], state: dict, half: Weights, steps: int
+) -> list[tuple[list[float], Weights]]:
     results = []
     for strategy in strategies:
         lwo = make(strategy)
@@ -290,13 +355,18 @@ def second_half(strategies: list[str], state: dict, half: Weights, steps: int) -
 def make(strategy: str) -> Any:
     recipe = oracle.Recipe(max_grad_norm=0.5)
     if strategy.startswith("zero"):
-        return zero.attach_engine(int(strategy[-1]), recipe, tied=True, zero=OFFLOAD if "offload" in strategy else {})
+        return zero.attach_engine(
+            int(strategy[-1]), recipe, tied=True, zero=OFFLOAD if "offload" in strategy else {}
+        )
     return training.attach(strategy, recipe, tied=True, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
     ("first", "then", "ranks"),
-    [("fsdp", ["zero_1", "zero_2", "zero_3", "zero_offload_2"], 2), ("zero_3", ["fsdp", "zero_3"], 1)],
+    [
+        ("fsdp", ["zero_1", "zero_2", "zero_3", "zero_offload_2"], 2),
+        ("zero_3", ["fsdp", "zero_3"], 1),
+    ],
 )
 def test_any_strategy_resumes_from_any_other(first: str, then: list[str], ranks: int) -> None:
     steps = 18  # the middle is inside of the third visit

@@ -1,4 +1,6 @@
-"""DeepSpeed around the strategy: whole runs, late engines, schedulers, what is refused, what a switch costs."""
+"""DeepSpeed around the strategy: whole runs, late engines, schedulers, what is refused, what a
+switch costs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from tests.ranks import run_ranks
 __all__ = ["inputs"]  # the fixture
 
 # Not imported here: the ranks import it through us, as a user's process does.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 
 EPS = "lwo.eps=1e-6"
 
@@ -46,10 +50,16 @@ def test_runs_end_in_the_same_model_as_fsdp(inputs: tuple[Path, Path], tmp_path:
         return prepare(make_config(inputs, tmp_path / name, "eval.steps=6", EPS, *overrides))
 
     json_file = tmp_path / "zero.json"
-    json_file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
-    zero = [config(f"zero_{stage}", "strategy=deepspeed", f"zero_stage={stage}") for stage in (1, 2, 3)]
+    json_file.write_text(
+        json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    )
+    zero = [
+        config(f"zero_{stage}", "strategy=deepspeed", f"zero_stage={stage}") for stage in (1, 2, 3)
+    ]
     zero.append(config("json", "strategy=deepspeed", f"deepspeed={json_file}"))
-    [(expected, losses), *others] = run_ranks(run_all, 2, [config("fsdp", "strategy=fsdp"), *zero], timeout=500)[0]
+    [(expected, losses), *others] = run_ranks(
+        run_all, 2, [config("fsdp", "strategy=fsdp"), *zero], timeout=500
+    )[0]
     for settings, (summary, found) in zip(zero, others, strict=True):
         where = settings.storage
         assert summary["strategy"] == "deepspeed" and summary["skipped_steps"] == 0
@@ -97,12 +107,19 @@ def test_a_resumed_run_follows_the_unbroken_one(inputs: tuple[Path, Path], tmp_p
             "checkpoint.steps=5",
             EPS,
         )
-        pairs.append(tuple(prepare(make_config(inputs, tmp_path / name / part, *settings)) for part in ("a", "b")))
+        pairs.append(
+            tuple(
+                prepare(make_config(inputs, tmp_path / name / part, *settings))
+                for part in ("a", "b")
+            )
+        )
     results = run_ranks(resume_all, 2, pairs, timeout=150)[0]
     for (name, _, _), (expected, losses, found, resumed) in zip(cases, results, strict=True):
         assert resumed[0][0] == 6 and resumed[1:] == losses[3:], name
         weights = exported(found)
-        assert all(torch.equal(tensor, weights[key]) for key, tensor in exported(expected).items()), name
+        assert all(
+            torch.equal(tensor, weights[key]) for key, tensor in exported(expected).items()
+        ), name
 
 
 # ---- engines that others made
@@ -112,7 +129,8 @@ def foreign_engines() -> dict[str, Any]:
     found: dict[str, Any] = {}
     recipe = oracle.Recipe(steps_per_layer=2, lr=1e-3)
     for stage in (2, 3):
-        # A scheduler of the engine's own sets the rate, across switches; the hook's schedule does not.
+        # A scheduler of the engine's own sets the rate, across switches; the hook's schedule does
+        # not.
         decay = partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -152,11 +170,20 @@ def test_engines_that_others_made_are_driven_or_refused() -> None:
         assert found[f"rates {stage}"] == pytest.approx([1e-3 / (1 + step) for step in range(5)])
         assert found[f"steps {stage}"] == 5
         said = " ".join(found[f"warnings {stage}"])
-        assert "scheduler LambdaLR sets the learning rate" in said and "lwo_dist.prepare(model, config)" in said
+        assert (
+            "scheduler LambdaLR sets the learning rate" in said
+            and "lwo_dist.prepare(model, config)" in said
+        )
         assert found[f"no clipping {stage}"] == 0.0  # not DeepSpeed's silent 1.0
     assert found["clipping"] == 0.5
-    assert "gradient_clipping = 0.5 of the deepspeed config wins over max_grad_norm = 0.0" in found["clipping warnings"]
-    assert "gradient_accumulation_steps = 1, but LWOConfig's = 2; set them alike" in found["accumulation"]
+    assert (
+        "gradient_clipping = 0.5 of the deepspeed config wins over max_grad_norm = 0.0"
+        in found["clipping warnings"]
+    )
+    assert (
+        "gradient_accumulation_steps = 1, but LWOConfig's = 2; set them alike"
+        in found["accumulation"]
+    )
     assert "optimizer is SGD; layers are trained with AdamW" in found["SGD"]
     assert "set zero_optimization.stage to 1, 2 or 3" in found["stage 0"]
     assert "call lwo.backward() and lwo.step() only" in found["foreign step"]
@@ -165,18 +192,26 @@ def test_engines_that_others_made_are_driven_or_refused() -> None:
 # ---- what stays after many switches
 
 
-def after_switches(cases: list[tuple[int, str, dict]], switches: int) -> list[tuple[list, list, list]]:
+def after_switches(
+    cases: list[tuple[int, str, dict]], switches: int
+) -> list[tuple[list, list, list]]:
     results = []
     for stage, precision, settings in cases:
-        lwo = zero.attach_engine(stage, oracle.Recipe(steps_per_layer=1), tied=False, precision=precision, **settings)
+        lwo = zero.attach_engine(
+            stage, oracle.Recipe(steps_per_layer=1), tied=False, precision=precision, **settings
+        )
         tensors, hooks, resident = [], [], []
         for step in range(switches):
             training.train_step(lwo, step % 24)
             if step % 24 == 23:  # the same place of the cycle of six
                 gc.collect()
-                tensors.append(sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects()))
+                tensors.append(
+                    sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+                )
                 modules = list(lwo.strategy.model.modules())
-                hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
+                hooks.append(
+                    sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+                )
                 resident.append(psutil.Process().memory_info().rss)
         results.append((tensors, hooks, resident))
     return results

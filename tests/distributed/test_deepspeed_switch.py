@@ -1,4 +1,6 @@
-"""What a DeepSpeed switch frees and when, the user's settings that go on after it, and machines without a compiler."""
+"""What a DeepSpeed switch frees and when, the user's settings that go on after it, and machines
+without a compiler.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from tests.distributed.test_deepspeed import FP32_SUMS, NOTHING_KEPT, CountPaylo
 from tests.ranks import run_ranks
 
 # Not imported here: the ranks import it through us, as a user's process does.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 
 TWO_STEPS = oracle.Recipe(steps_per_layer=2)
 RANKS = 2
@@ -72,7 +76,8 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
     engine = zero.make_engine(stage, TWO_STEPS, tied=False, late=late, **more)
     mine = engine.client_optimizer  # a user may keep it for as long as the run lasts
     old: list[weakref.ref] = []
-    # As each ZeRO optimizer is made: how much of the last one's still lives, and what lives besides the weights.
+    # As each ZeRO optimizer is made: how much of the last one's still lives, and what lives besides
+    # the weights.
     alive, besides, configure = [], [], engine._configure_optimizer
 
     def spy(*args: Any) -> None:
@@ -87,8 +92,14 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
     for step in range(2 * len(lwo.layers) + 2):
         if step % 2:  # the switch comes
             state = private.inner_optimizer(engine.optimizer).state
-            tensors = [*private.masters(engine.optimizer), *(t for s in state.values() for t in s.values())]
-            old[:] = [weakref.ref(tensor) for tensor in [*tensors, *private.gradient_buffers(engine.optimizer)]]
+            tensors = [
+                *private.masters(engine.optimizer),
+                *(t for s in state.values() for t in s.values()),
+            ]
+            old[:] = [
+                weakref.ref(tensor)
+                for tensor in [*tensors, *private.gradient_buffers(engine.optimizer)]
+            ]
             del state, tensors
         with whole_collections() as seen:
             training.train_step(lwo, step)
@@ -96,15 +107,24 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
         if step % 2 == 0:  # in the middle of a visit
             memory = lwo.memory()
             states.append((12 * size_of(lwo) // RANKS, memory["optimizer_state_bytes"]))
-            kept = [t for tensors in lwo.strategy._parked_masters._parked.values() for t in tensors.values()]
+            kept = [
+                t
+                for tensors in lwo.strategy._parked_masters._parked.values()
+                for t in tensors.values()
+            ]
             on_host = local_bytes([*kept, *lwo._before_visit])
             reported = on_host + memory["optimizer_state_bytes"] + memory["gradient_bytes"]
             other.append(besides_the_weights(engine) - before - reported)
     gc.enable()
     held = [len(mine.state), sum(len(group["params"]) for group in mine.param_groups)]
     return {
-        "alive": alive, "besides": besides, "states": states, "other": other, "collections": collections, "mine": held
-    }  # fmt: skip
+        "alive": alive,
+        "besides": besides,
+        "states": states,
+        "other": other,
+        "collections": collections,
+        "mine": held,
+    }
 
 
 def besides_the_weights(engine: Any) -> int:
@@ -116,18 +136,25 @@ def besides_the_weights(engine: Any) -> int:
 
 def size_of(lwo: LWO) -> int:
     parameters = dict(lwo.strategy.model.named_parameters())
-    return sum(getattr(parameters[n], "ds_numel", parameters[n].numel()) for n in lwo.active_layer.parameter_names)
+    return sum(
+        getattr(parameters[n], "ds_numel", parameters[n].numel())
+        for n in lwo.active_layer.parameter_names
+    )
 
 
 @pytest.mark.parametrize(("stage", "late", "more"), WATCHED)
-def test_a_switch_frees_the_old_state_first_and_collects_no_heap(stage: int, late: bool, more: dict) -> None:
+def test_a_switch_frees_the_old_state_first_and_collects_no_heap(
+    stage: int, late: bool, more: dict
+) -> None:
     found = run_ranks(watch_switches, RANKS, stage, late, more)[0]
     assert not any(found["alive"]) and not any(found["collections"])
     assert found["mine"] == [0, 0]
     for formula, held in found["states"]:
         assert formula <= held <= formula + 12 * 4 * 20  # padding of the layer's parameters
     # The median: gloo's threads may hold a buffer of the last collective a little longer.
-    assert statistics.median(found["other"]) < 64  # what lives is what `memory` says, parks and weights
+    assert (
+        statistics.median(found["other"]) < 64
+    )  # what lives is what `memory` says, parks and weights
     if "precision" not in more:  # with bf16 the parks live on
         assert statistics.median(found["besides"]) < min(held for _, held in found["states"]) / 4
 
@@ -140,12 +167,16 @@ Row = tuple[int, int, int | None, int, float]
 
 
 def settings_in_use() -> dict[tuple[int, str], list[Row]]:
-    """Of each step: the layer's parameters, the two bucket sizes, how many reductions, bytes reduced a parameter."""
+    """Of each step: the layer's parameters, the two bucket sizes, how many reductions, bytes
+    reduced a parameter.
+    """
     found = {}
     for stage in (1, 2, 3):
         for dtype, buckets in (("fp32", {}), ("bf16", THEIRS)):
             sums = {"communication_data_type": dtype, "data_types": {"grad_accum_dtype": "bf16"}}
-            lwo = zero.attach_engine(stage, TWO_STEPS, tied=False, precision="bf16", zero=buckets, **sums)
+            lwo = zero.attach_engine(
+                stage, TWO_STEPS, tied=False, precision="bf16", zero=buckets, **sums
+            )
             found[stage, dtype] = rows = []
             for step in range(4):
                 made, size = lwo.model.optimizer, size_of(lwo)
@@ -155,7 +186,11 @@ def settings_in_use() -> dict[tuple[int, str], list[Row]]:
                 with CountPayload() as sent:
                     lwo.backward(loss)
                 lwo.step()
-                reductions = [n for kind, n in sent.calls if kind in ("all_reduce", "reduce_scatter") and n > 8]
+                reductions = [
+                    n
+                    for kind, n in sent.calls
+                    if kind in ("all_reduce", "reduce_scatter") and n > 8
+                ]
                 rows.append((*sizes, len(reductions), sum(reductions) / size))
     return found
 
@@ -188,7 +223,11 @@ def misspelt() -> dict[int, str]:
 
 def test_a_misspelt_key_is_one_line() -> None:
     for message in run_ranks(misspelt, 1)[0].values():
-        assert message.startswith("deepspeed config: ") and "reduce_bucket_sise" in message and "\n" not in message
+        assert (
+            message.startswith("deepspeed config: ")
+            and "reduce_bucket_sise" in message
+            and "\n" not in message
+        )
 
 
 # ---- no compiler
@@ -200,7 +239,9 @@ def without_a_compiler() -> tuple[list[str | None], list[float]]:
     return tools, [training.train_step(lwo, step)[0] for step in range(4)]
 
 
-def test_neither_compiler_nor_ninja_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_compiler_nor_ninja_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     for name in ("CC", "CXX"):

@@ -1,4 +1,6 @@
-"""Evaluation against a plain greedy loop, one line at a time; and the same scores however the work is shared."""
+"""Evaluation against a plain greedy loop, one line at a time; and the same scores however the work
+is shared.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lwo_dist.data import prepare_dataset
@@ -28,7 +37,12 @@ from tests.code_samples import make_config, make_tokenizer, write_tree
 from tests.ranks import run_ranks
 
 NEW_TOKENS = 16
-SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": 400}
 CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
@@ -49,22 +63,30 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 @lru_cache
 def held_out(root: Path) -> tuple[EvalExample, ...]:
-    return prepare_dataset(make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS["completion"]).held_out
+    return prepare_dataset(
+        make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS["completion"]
+    ).held_out
 
 
 def new_model(architecture: str, root: Path) -> torch.nn.Module:
-    """A model that has learned how lines look and end: float64, so that a near tie is no matter of padding."""
+    """A model that has learned how lines look and end: float64, so that a near tie is no matter of
+    padding.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.float64)
     weights = root / f"{architecture}.pt"
     if weights.exists():
         model.load_state_dict(torch.load(weights))
         return model
-    data = prepare_dataset(make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS["completion"])
+    data = prepare_dataset(
+        make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS["completion"]
+    )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
     model.train()
     for step in range(60):
-        (batch,) = micro_batches(data, seed=0, step=step, global_batch_size=8, world_size=1, rank=0, accumulation=1)
+        (batch,) = micro_batches(
+            data, seed=0, step=step, global_batch_size=8, world_size=1, rank=0, accumulation=1
+        )
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -81,8 +103,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(model: torch.nn.Module, lines: Sequence[EvalExample], batch_size: int = 3, **more: Any) -> Evaluation:
-    return evaluate(model, make_tokenizer(), lines, batch_size=batch_size, max_new_tokens=NEW_TOKENS, **more)
+def run(
+    model: torch.nn.Module, lines: Sequence[EvalExample], batch_size: int = 3, **more: Any
+) -> Evaluation:
+    return evaluate(
+        model, make_tokenizer(), lines, batch_size=batch_size, max_new_tokens=NEW_TOKENS, **more
+    )
 
 
 @torch.no_grad()
@@ -106,10 +132,15 @@ def plainly(model: torch.nn.Module, line: EvalExample) -> tuple[float, str]:
 
 @pytest.mark.parametrize("own_cache", [False, True])
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_equals_a_plain_loop(root: Path, architecture: str, own_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_plain_loop(
+    root: Path, architecture: str, own_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, pad = new_model(architecture, root), pad_id(make_tokenizer())
     # The token to pad with may occur in a text, too.
-    lines = [replace(line, context=[pad, *line.context][i % 2 :]) for i, line in enumerate(held_out(root))]
+    lines = [
+        replace(line, context=[pad, *line.context][i % 2 :])
+        for i, line in enumerate(held_out(root))
+    ]
     expected = [plainly(model, line) for line in lines]
     assert len({text for _, text in expected}) > 3
     # Some lines are to be right: exact match would otherwise be 0 whatever it compares.
@@ -123,9 +154,15 @@ def test_equals_a_plain_loop(root: Path, architecture: str, own_cache: bool, mon
     assert result.predictions == tuple(text for _, text in expected)
     assert result.loss == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     references = [line.text for line in lines]
-    assert result.exact_match.tolist() == metrics.exact_matches(result.predictions, references).tolist()
+    assert (
+        result.exact_match.tolist()
+        == metrics.exact_matches(result.predictions, references).tolist()
+    )
     assert 60 <= result.scores["eval/exact_match"] < 100
-    assert result.edit_similarity.tolist() == metrics.edit_similarities(result.predictions, references).tolist()
+    assert (
+        result.edit_similarity.tolist()
+        == metrics.edit_similarities(result.predictions, references).tolist()
+    )
     tokens = np.array([len(line.target) for line in lines])
     assert result.tokens.tolist() == tokens.tolist()
     assert result.scores == pytest.approx(
@@ -167,7 +204,9 @@ def test_the_model_is_given_back_as_it_was(root: Path) -> None:
     model.train()
     model.model.layers[1].eval()
     modes = [child.training for child in model.modules()]
-    hostile = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0, max_length=3, num_beams=2)
+    hostile = GenerationConfig(
+        do_sample=True, temperature=9.0, repetition_penalty=5.0, max_length=3, num_beams=2
+    )
     model.generation_config = hostile
     random_state = torch.get_rng_state()
     assert run(model, lines).predictions == expected.predictions
@@ -196,7 +235,8 @@ def test_nothing_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.records == []
 
 
-# Of 3 lines a batch: a last round for one of two ranks only, a last round for both, one batch in all.
+# Of 3 lines a batch: a last round for one of two ranks only, a last round for both, one batch in
+# all.
 COUNTS = (14, 18, 2)
 
 
@@ -210,7 +250,9 @@ def _on_ranks(root: Path, architecture: str, sharded: bool) -> list[Evaluation]:
     return [run(model, held_out(root)[:count], **shared) for count in COUNTS]
 
 
-@pytest.mark.parametrize(("architecture", "sharded"), [("qwen2", False), ("qwen2", True), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("architecture", "sharded"), [("qwen2", False), ("qwen2", True), ("gpt2", True)]
+)
 def test_the_same_scores_however_shared(root: Path, architecture: str, sharded: bool) -> None:
     model = new_model(architecture, root)
     expected = [run(model, held_out(root)[:count]) for count in COUNTS]

@@ -45,12 +45,16 @@ def make(kind: str) -> nn.Module:
     if kind == "untied":
         return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=67, n_positions=64, n_embd=16, n_layer=2, n_head=4))
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=67, n_positions=64, n_embd=16, n_layer=2, n_head=4)
+        )
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
 
 
 def load(folder: Path) -> nn.Module:
-    return load_model(ModelConfig(name=str(folder)), TrainConfig(), strategy="fsdp", device=torch.device("cpu"))
+    return load_model(
+        ModelConfig(name=str(folder)), TrainConfig(), strategy="fsdp", device=torch.device("cpu")
+    )
 
 
 def logits(folder: Path) -> tuple[torch.Tensor, bool]:
@@ -76,7 +80,9 @@ def test_logits(tmp_path: Path, world_size: int) -> None:
     of_ranks = run_ranks(all_logits, world_size, folders)
     for i, (kind, folder) in enumerate(zip(kinds, folders, strict=True)):
         with torch.no_grad():
-            expected = AutoModelForCausalLM.from_pretrained(folder)(input_ids=torch.arange(40).view(2, 20)).logits
+            expected = AutoModelForCausalLM.from_pretrained(folder)(
+                input_ids=torch.arange(40).view(2, 20)
+            ).logits
         for values, whole in (found[i] for found in of_ranks):
             # Each layer is gathered to the very numbers of the checkpoint: nothing may differ.
             assert torch.equal(values, expected), kind
@@ -95,14 +101,20 @@ def test_refused_together(tmp_path: Path) -> None:
     for folder in (whole, partial):
         make("untied").save_pretrained(folder, max_shard_size="10KB")
     next(iter(partial.glob("*.safetensors"))).unlink()
-    assert "download or save the folder again" in one_message(run_ranks(refused, 2, [whole, partial]))
-    assert "nowhere' is not a folder" in one_message(run_ranks(refused, 2, [whole, tmp_path / "nowhere"]))
+    assert "download or save the folder again" in one_message(
+        run_ranks(refused, 2, [whole, partial])
+    )
+    assert "nowhere' is not a folder" in one_message(
+        run_ranks(refused, 2, [whole, tmp_path / "nowhere"])
+    )
 
     make("mixtral").save_pretrained(fused)
     weights = load_file(fused / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, fused / "model.safetensors", metadata={"format": "pt"})
-    assert "1 missing weights, first model.norm.weight" in one_message(run_ranks(refused, 2, [fused, fused]))
+    assert "1 missing weights, first model.norm.weight" in one_message(
+        run_ranks(refused, 2, [fused, fused])
+    )
 
 
 def one_message(messages: list[str]) -> str:
@@ -123,8 +135,12 @@ def write_llama(folder: Path, *, vocab_size: int, hidden_size: int, num_layers: 
     )
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    save_file({name: torch.rand(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+        shapes = {
+            name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        }
+    save_file(
+        {name: torch.rand(shape) for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
     return sum(4 * shape.numel() for shape in shapes.values())
 
 
@@ -144,10 +160,16 @@ def memory_growth(folder: Path) -> int:
         pytest.param(62000, 1024, 8, 300e6, marks=pytest.mark.long),
     ],
 )
-def test_memory(tmp_path: Path, vocab_size: int, hidden_size: int, num_layers: int, allowed: float) -> None:
-    """A rank's peak is its share of the fp32 weights and little more, whatever the largest tensor."""
+def test_memory(
+    tmp_path: Path, vocab_size: int, hidden_size: int, num_layers: int, allowed: float
+) -> None:
+    """A rank's peak is its share of the fp32 weights and little more, whatever the largest
+    tensor.
+    """
     make("untied").save_pretrained(tmp_path / "first")
-    size = write_llama(tmp_path / "large", vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers)
+    size = write_llama(
+        tmp_path / "large", vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers
+    )
     grown = run_ranks(memory_growth, 2, tmp_path / "large")
     print(f"{size / 1e6:.0f} MB; grown by {[round(g / 1e6) for g in grown]} MB")
     assert max(grown) <= size / 2 + allowed

@@ -25,7 +25,9 @@ moto = pytest.importorskip("moto.server", reason="needs moto[s3]")
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real server that speaks S3; the ranks find it as they would find any: by the environment."""
+    """A real server that speaks S3; the ranks find it as they would find any: by the
+    environment.
+    """
     import boto3
 
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -33,9 +35,12 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     host, port = server.get_host_and_port()
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path / "node"))
     for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="bucket")
     yield "s3://bucket/runs"
@@ -57,7 +62,11 @@ def test_a_run_goes_on_on_other_machines(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = ("checkpoint.steps=5", "tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    settings = (
+        "checkpoint.steps=5",
+        "tracking.enabled=true",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+    )
     unbroken = prepare(make_config(inputs, tmp_path / "plain", "checkpoint.steps=5"))
     summary, losses = run_ranks(run_and_record, 2, unbroken)[0]
 
@@ -78,7 +87,13 @@ def test_a_run_goes_on_on_other_machines(
     assert len(fetched) == 1  # what the other machine went on from
     shutil.rmtree(tmp_path / "other_node")  # all that counts is in the store
     files = RunFolder(bucket, "r").files("")
-    assert {"summary.json", "run.json", "metrics.jsonl", "model/model.safetensors", "config.yaml"} <= set(files)
+    assert {
+        "summary.json",
+        "run.json",
+        "metrics.jsonl",
+        "model/model.safetensors",
+        "config.yaml",
+    } <= set(files)
     assert run.pull("metrics.jsonl").stat().st_size > spool
     expected, found = exported(summary), load_file(run.pull("model/model.safetensors"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -95,12 +110,15 @@ def test_a_run_goes_on_on_other_machines(
     ("storage", "message"),
     [
         ("s3://nobody/runs", "storage = s3://nobody/runs/r: .*bucket.* give a bucket that exists"),
-        ("ftp://host/runs", "storage = ftp://host/runs: .*; give a folder, or a URL such as s3://bucket/folder"),
+        (
+            "ftp://host/runs",
+            "storage = ftp://host/runs: .*; give a folder, or a URL such as s3://bucket/folder",
+        ),
     ],
 )
 def test_a_store_that_cannot_be_used_is_refused_and_leaves_nothing(
     bucket: str, inputs: tuple[Path, Path], tmp_path: Path, storage: str, message: str
-) -> None:  # fmt: skip
+) -> None:
     with pytest.raises(UserError, match=message):
         prepare(make_config(inputs, Path("x"), f"storage={storage}"))
     assert not (tmp_path / "node").exists()

@@ -38,7 +38,9 @@ def test_equals_the_plain_loop(strategy: str, world_size: int) -> None:
         expected = oracle.train(model, layers, oracle.Recipe(max_grad_norm=max_norm))
         parameters = dict(model.named_parameters())
         assert all(not torch.equal(parameters[name], before[name]) for name in parameters), case
-        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < TOLERANCE[dtype], case
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < TOLERANCE[dtype], (
+            case
+        )
         for name, parameter in parameters.items():
             difference = (parameter.detach() - weights[name]).abs().max().item()
             assert difference < TOLERANCE[dtype], f"{case}: {name} differs by {difference}"
@@ -53,4 +55,7 @@ def test_a_rerun_is_bitwise_equal(strategy: str) -> None:
 
 def run_twice(strategy: str) -> list:
     recipe = oracle.Recipe(max_grad_norm=0.5)
-    return [train(attach(strategy, recipe, tied=True, dtype=torch.float32), recipe.steps) for _ in range(2)]
+    return [
+        train(attach(strategy, recipe, tied=True, dtype=torch.float32), recipe.steps)
+        for _ in range(2)
+    ]

@@ -1,4 +1,6 @@
-"""What a layer keeps between its visits comes back bit for bit: moments (`state: keep`), masters of 16-bit weights."""
+"""What a layer keeps between its visits comes back bit for bit: moments (`state: keep`), masters of
+16-bit weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.ranks import run_ranks
 Weights = dict[str, torch.Tensor]
 
 NUM_LAYERS = 5  # of the tied model
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 FP32_SUMS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -62,7 +66,9 @@ def rate(schedule: str, step: int) -> float:
     return KEEP.lr * factor
 
 
-def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[float], Weights, list[bool], int]]:
+def train_kept(
+    cases: list[tuple[str, str, torch.dtype]],
+) -> list[tuple[list[float], Weights, list[bool], int]]:
     results = []
     for strategy, schedule, dtype in cases:
         settings = {"state": "keep", **SCHEDULES[schedule]}
@@ -88,7 +94,9 @@ def train_kept(cases: list[tuple[str, str, torch.dtype]]) -> list[tuple[list[flo
 
 
 def watch_parks(lwo: LWO) -> list[bool]:
-    """Of each visit but a layer's first: are its moments those that its last visit left, before and after unparking?"""
+    """Of each visit but a layer's first: are its moments those that its last visit left, before and
+    after unparking?
+    """
     left: dict[str, Any] = {}
     back: list[bool] = []
     deactivate, activate = lwo.strategy.deactivate, lwo.strategy.activate
@@ -104,7 +112,9 @@ def watch_parks(lwo: LWO) -> list[bool]:
             moments = lwo.strategy.export_state(layer)
             steps = {float(kinds["step"]) for kinds in moments.values()}
             visits = len(back) // NUM_LAYERS + 1
-            back.append(same(parked, left[layer.name]) and same(moments, parked) and steps == {2.0 * visits})
+            back.append(
+                same(parked, left[layer.name]) and same(moments, parked) and steps == {2.0 * visits}
+            )
 
     lwo.strategy.deactivate, lwo.strategy.activate = leave, enter  # type: ignore[method-assign]
     return back
@@ -119,7 +129,9 @@ def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
         models = {keep: oracle.tiny_model(tied=True, dtype=dtype) for keep in (True, False)}
         for keep, model in models.items():
             layers = [layer.parameter_names for layer in find_layers(model)]
-            expected = oracle.train(model, layers, KEEP, keep=keep, rate=lambda step, s=schedule: rate(s, step))
+            expected = oracle.train(
+                model, layers, KEEP, keep=keep, rate=lambda step, s=schedule: rate(s, step)
+            )
             if keep:
                 assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < bound, case
         kept, reset = dict(models[True].named_parameters()), dict(models[False].named_parameters())
@@ -128,20 +140,36 @@ def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
         # The comparison can fail: without the kept moments the weights are elsewhere.
         assert max((reset[n].detach() - weights[n]).abs().max() for n in weights) > 20 * bound, case
         assert len(back) == 2 * NUM_LAYERS + 1 and all(back), case
-        # The first layer is active again, the others are parked: two moments an element, over the ranks.
+        # The first layer is active again, the others are parked: two moments an element, over the
+        # ranks.
         numel = [kept[name].numel() for names in layers[1:] for name in names]
-        if strategy == "replicate":  # every layer is padded to a multiple of the ranks, every parameter to one of 4
-            numel = [padded_numel(sum(padded_numel(kept[n].numel(), 4) for n in names), 2) for names in layers[1:]]
+        if (
+            strategy == "replicate"
+        ):  # every layer is padded to a multiple of the ranks, every parameter to one of 4
+            numel = [
+                padded_numel(sum(padded_numel(kept[n].numel(), 4) for n in names), 2)
+                for names in layers[1:]
+            ]
         assert sum(parked for *_, parked in of_ranks) == 2 * dtype.itemsize * sum(numel), case
 
 
 def test_kept_moments_equal_the_plain_loop_with_kept_optimizers() -> None:
-    check_kept([(s, schedule, torch.float64) for s, schedule in (("replicate", "cycle"), ("fsdp", "visit"))])
+    check_kept(
+        [
+            (s, schedule, torch.float64)
+            for s, schedule in (("replicate", "cycle"), ("fsdp", "visit"))
+        ]
+    )
 
 
 @needs_deepspeed
 def test_kept_moments_equal_the_plain_loop_under_deepspeed() -> None:
-    check_kept([(f"zero_{stage}", name, torch.float32) for stage, name in zip((1, 2, 3), SCHEDULES, strict=True)])
+    check_kept(
+        [
+            (f"zero_{stage}", name, torch.float32)
+            for stage, name in zip((1, 2, 3), SCHEDULES, strict=True)
+        ]
+    )
 
 
 # ---- masters of bf16 weights
@@ -150,16 +178,22 @@ BF16 = oracle.Recipe(steps=3 * NUM_LAYERS * 2, steps_per_layer=2, max_grad_norm=
 
 
 def attach_sharded(storage: torch.dtype, recipe: oracle.Recipe = BF16, **settings: Any) -> LWO:
-    """Compute in bf16, sums in fp32, from weights that bf16 can hold; wrapped as its owner would wrap it."""
+    """Compute in bf16, sums in fp32, from weights that bf16 can hold; wrapped as its owner would
+    wrap it.
+    """
     model = oracle.tiny_model(tied=True, dtype=torch.bfloat16).to(storage)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     config = lwo_dist.LWOConfig(
-        lr=recipe.lr, eps=recipe.eps, weight_decay=0.01, max_grad_norm=recipe.max_grad_norm,
-        steps_per_layer=recipe.steps_per_layer, **settings,
-    )  # fmt: skip
+        lr=recipe.lr,
+        eps=recipe.eps,
+        weight_decay=0.01,
+        max_grad_norm=recipe.max_grad_norm,
+        steps_per_layer=recipe.steps_per_layer,
+        **settings,
+    )
     return lwo_dist.attach(model, config)
 
 
@@ -169,20 +203,29 @@ def train_stored() -> dict[str, Any]:
         lwo = attach_sharded(storage, state="keep")
         reports = [training.train_step(lwo, step) for step in range(BF16.steps)]
         found[str(storage)] = [loss for loss, _ in reports]
-        found[f"changes {storage}"] = [float(r.visit_change) for _, r in reports if r.visit_change is not None]
+        found[f"changes {storage}"] = [
+            float(r.visit_change) for _, r in reports if r.visit_change is not None
+        ]
         found[f"weights {storage}"] = training.weights(lwo)
         found[f"moments {storage}"] = lwo.state_dict()["moments"]
-        found[f"dtypes {storage}"] = {n: p.dtype for n, p in lwo.model.named_parameters() if p.requires_grad}
+        found[f"dtypes {storage}"] = {
+            n: p.dtype for n, p in lwo.model.named_parameters() if p.requires_grad
+        }
         if storage == torch.bfloat16:
             stored = {n: p for n, p in lwo.model.named_parameters() if not p.requires_grad}
             assert {p.dtype for p in stored.values()} == {torch.bfloat16}
             found["numel"] = sum(p.to_local().numel() for p in stored.values())
             shards = [fsdp_shard(found[f"weights {storage}"][n]) for n in stored]
-            found["halfway"] = sum(int((s.view(torch.int32) & 0x1FFFF == 0x8000).sum()) for s in shards)
+            found["halfway"] = sum(
+                int((s.view(torch.int32) & 0x1FFFF == 0x8000).sum()) for s in shards
+            )
             found["memory"] = lwo.memory()
             # What is written comes back, active or not, through the next visit of each layer.
             noise = torch.Generator().manual_seed(1)
-            written = {n: w + torch.rand(w.shape, generator=noise) for n, w in found[f"weights {storage}"].items()}
+            written = {
+                n: w + torch.rand(w.shape, generator=noise)
+                for n, w in found[f"weights {storage}"].items()
+            }
             lwo.write_layer(written)
             found["written"] = same(written, training.weights(lwo))
             visit_all(lwo)
@@ -209,11 +252,17 @@ def test_bf16_storage_with_parks_equals_fp32_storage_bitwise() -> None:
         assert found[bf16] == found[fp32]  # the losses
         assert same(found[f"weights {bf16}"], found[f"weights {fp32}"])
         assert same(found[f"moments {bf16}"], found[f"moments {fp32}"]) and found[f"moments {bf16}"]
-        assert found[f"changes {bf16}"] == found[f"changes {fp32}"] and len(found[f"changes {bf16}"]) == 15
-        assert all(not torch.equal(w, w.bfloat16().float()) for w in found[f"weights {bf16}"].values())
+        assert (
+            found[f"changes {bf16}"] == found[f"changes {fp32}"]
+            and len(found[f"changes {bf16}"]) == 15
+        )
+        assert all(
+            not torch.equal(w, w.bfloat16().float()) for w in found[f"weights {bf16}"].values()
+        )
         assert set(found[f"dtypes {bf16}"].values()) == {torch.float32} and found["written"]
         assert found["through a switch"]
-        # After a cycle all layers but the active one are parked: exactly DESIGN's 8P/W, and half of its 4P/W.
+        # After a cycle all layers but the active one are parked: exactly DESIGN's 8P/W, and half of
+        # its 4P/W.
         parked = park_bytes(found["numel"], moments=True, masters=True) + 8 * found["halfway"]
         assert found["memory"]["park_bytes"] == parked
     assert sum(found["memory"]["parameter_bytes"] for found in ranks) < 4 * total_numel()
@@ -244,11 +293,16 @@ def train_discarding() -> list[dict[str, Any]]:
         first, second, third = lwo.layers[:3]
         lwo.write_layer({name: tensor + 2**-20 for name, tensor in lwo.read_layer(third).items()})
         said = [str(w.message) for w in caught if "discard" in str(w.message)]
-        results.append({
-            "said": said, "parks": lwo.memory()["park_bytes"],
-            "trained": lwo.read_layer(first), "active": lwo.read_layer(second), "written": lwo.read_layer(third),
-            "switched": [report.switched for report in reports],
-        })  # fmt: skip
+        results.append(
+            {
+                "said": said,
+                "parks": lwo.memory()["park_bytes"],
+                "trained": lwo.read_layer(first),
+                "active": lwo.read_layer(second),
+                "written": lwo.read_layer(third),
+                "switched": [report.switched for report in reports],
+            }
+        )
     return results
 
 
@@ -269,7 +323,10 @@ def test_discard_rounds_the_masters_away_and_says_so_once() -> None:
 
 # ---- resuming with parks, in mid-visit
 
-STOP, END = 13, 24  # the second step of the second visit of the second layer; every layer is visited once more
+STOP, END = (
+    13,
+    24,
+)  # the second step of the second visit of the second layer; every layer is visited once more
 
 
 Saved = tuple[dict, Weights, list[float], Weights]
@@ -313,27 +370,45 @@ def resume_as(kind: str, state: dict, weights: Weights) -> Resumed:
     [
         (2, {"fsdp": ["replicate", "zero 1"], "fsdp bf16": ["fsdp bf16", "zero 1 bf16"]}),
         pytest.param(
-            1, {"zero 2": ["fsdp", "zero 2"], "replicate": ["fsdp", "zero 3"], "zero 1 bf16": ["fsdp bf16"]},
+            1,
+            {
+                "zero 2": ["fsdp", "zero 2"],
+                "replicate": ["fsdp", "zero 3"],
+                "zero 1 bf16": ["fsdp bf16"],
+            },
             marks=pytest.mark.long,
         ),
-        pytest.param(4, {"zero 3 bf16": ["fsdp bf16", "zero 2 bf16"], "fsdp": ["zero 3"]}, marks=pytest.mark.long),
+        pytest.param(
+            4,
+            {"zero 3 bf16": ["fsdp bf16", "zero 2 bf16"], "fsdp": ["zero 3"]},
+            marks=pytest.mark.long,
+        ),
     ],
-)  # fmt: skip
-def test_another_strategy_and_world_size_resume_in_mid_visit(ranks: int, cases: dict[str, list[str]]) -> None:
+)
+def test_another_strategy_and_world_size_resume_in_mid_visit(
+    ranks: int, cases: dict[str, list[str]]
+) -> None:
     saved = run_ranks(stop_and_go_on, 2, list(cases), timeout=300)[0]
     to_resume = [(then, *parts[:2]) for then, parts in zip(cases.values(), saved, strict=True)]
     resumed = run_ranks(resume, ranks, pickle.dumps(to_resume), timeout=500)[0]
-    for (first, then), (state, half, losses, weights), of_kinds in zip(cases.items(), saved, resumed, strict=True):
+    for (first, then), (state, half, losses, weights), of_kinds in zip(
+        cases.items(), saved, resumed, strict=True
+    ):
         assert set(state["moments"]) == set(half)  # of every layer
         steps = {float(moments["step"]) for moments in state["moments"].values()}
         assert steps == {2.0, 3.0, 4.0}  # visited once, once and a half, twice
         for kind, (loaded, visited, found, found_weights) in zip(then, of_kinds, strict=True):
-            assert loaded and visited, f"{first} -> {kind}: masters or moments are not those that were saved"
+            assert loaded and visited, (
+                f"{first} -> {kind}: masters or moments are not those that were saved"
+            )
             if kind == first and ranks == 2:
                 assert found == losses and same(found_weights, weights), kind
-            # bf16 rounds differently with every way to cut a batch, the loss of its logits included.
+            # bf16 rounds differently with every way to cut a batch, the loss of its logits
+            # included.
             bound = 0.02 * max(losses) if "bf16" in kind else 1e-5
-            assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) < bound, f"{first} -> {kind}"
+            assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) < bound, (
+                f"{first} -> {kind}"
+            )
             if "bf16" not in kind:
                 difference = max((weights[n] - found_weights[n]).abs().max() for n in weights)
                 assert difference < 1e-5, f"{first} -> {kind}"

@@ -1,4 +1,6 @@
-"""What breaks layer-wise training without an error: each is provoked here (the shared notes call them pitfalls)."""
+"""What breaks layer-wise training without an error: each is provoked here (the shared notes call
+them pitfalls).
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ def switch_after_evaluation(evaluates: bool) -> dict[str, torch.Tensor]:
 
 
 def test_a_switch_after_an_evaluation_trains_the_same() -> None:
-    plain, evaluated = run_ranks(switch_after_evaluation, 2, False)[0], run_ranks(switch_after_evaluation, 2, True)[0]
+    plain, evaluated = (
+        run_ranks(switch_after_evaluation, 2, False)[0],
+        run_ranks(switch_after_evaluation, 2, True)[0],
+    )
     assert same(plain, evaluated)
 
 
@@ -86,7 +91,9 @@ def gathers_of_the_head() -> int:
     model.enable_input_require_grads()  # and a second call forgets the hooks of the first
     for layer in model.model.layers:
         fully_shard(layer)
-    lwo = lwo_dist.attach(fully_shard(model), LWOConfig(lr=1e-3, steps_per_layer=RECIPE.steps_per_layer))
+    lwo = lwo_dist.attach(
+        fully_shard(model), LWOConfig(lr=1e-3, steps_per_layer=RECIPE.steps_per_layer)
+    )
     train(lwo, 10)
     assert lwo.active_layer.name == "head"
     tokens, labels = micro_batches(10, 1)[0]
@@ -142,7 +149,9 @@ def switches_with_accumulation(strategy: str) -> list[tuple[int, str, list[str]]
     rows = []
     for step in range(8):
         _, report = train_step(lwo, step)
-        stale = [n for n, p in lwo.model.named_parameters() if p.grad is not None and not p.requires_grad]
+        stale = [
+            n for n, p in lwo.model.named_parameters() if p.grad is not None and not p.requires_grad
+        ]
         rows.append((step, report.layer, stale))
     return rows
 
@@ -180,7 +189,9 @@ def refusals() -> list[str]:
     messages.append(message(partly))
     messages.append(message(oracle.tiny_model(tied=True, dtype=torch.bfloat16)))
     messages.append(message(oracle.tiny_model(tied=True, seed=dist.get_rank())))
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    mesh = torch.distributed.device_mesh.init_device_mesh(
+        "cpu", (2, 1), mesh_dim_names=("replicate", "shard")
+    )
     messages.append(message(fully_shard(oracle.tiny_model(tied=True), mesh=mesh)))
     return messages
 
@@ -188,7 +199,10 @@ def refusals() -> list[str]:
 def test_what_cannot_be_done_is_refused_with_reason_and_remedy() -> None:
     messages = ddp, bf16, fp16, policy, partly, storage, seeds, mesh = run_ranks(refusals, 2)[0]
     assert "DistributedDataParallel" in ddp and "pass the bare module" in ddp
-    assert "stored in torch.bfloat16" in bf16 and "MixedPrecisionPolicy(param_dtype=torch.bfloat16" in bf16
+    assert (
+        "stored in torch.bfloat16" in bf16
+        and "MixedPrecisionPolicy(param_dtype=torch.bfloat16" in bf16
+    )
     assert "stored in torch.float16" in fp16 and "dtype=torch.float32" in fp16
     assert "reduces gradients in torch.bfloat16; set reduce_dtype=torch.float32" in policy
     assert "not on the root" in partly
@@ -220,7 +234,15 @@ def poisoned(strategy: str, what: str) -> list[tuple]:
             or report.switched
             or all(torch.equal(moments[n][k], after[n][k]) for n in moments for k in moments[n])
         )
-        rows.append((float(report.skipped), unchanged, kept, float(lwo.skipped_steps), float(lwo.skipped_in_a_row)))
+        rows.append(
+            (
+                float(report.skipped),
+                unchanged,
+                kept,
+                float(lwo.skipped_steps),
+                float(lwo.skipped_in_a_row),
+            )
+        )
     return rows
 
 
@@ -231,7 +253,14 @@ def test_a_non_finite_step_on_one_rank_is_skipped_on_all(strategy: str, what: st
         assert [row[0] for row in rows] == [0, 0, 1, 1, 0, 0]
         assert [row[1] for row in rows] == [False, False, True, True, False, False]
         assert rows[2][2] and rows[3][2]  # moments and their step count
-        assert [row[3] for row in rows] == [0, 0, 1, 2, 2, 2] and [row[4] for row in rows] == [0, 0, 1, 2, 0, 0]
+        assert [row[3] for row in rows] == [0, 0, 1, 2, 2, 2] and [row[4] for row in rows] == [
+            0,
+            0,
+            1,
+            2,
+            0,
+            0,
+        ]
 
 
 # ---- zero_grad, as foreign loops call it
@@ -292,7 +321,8 @@ def memory_over_switches(strategy: str, steps: int) -> tuple[list[int], list[int
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
 def test_2000_steps_with_a_switch_every_3_do_not_grow_memory(strategy: str) -> None:
     tensors, resident = run_ranks(memory_over_switches, 2, strategy, 2000, timeout=600)[0]
-    # Samples fall on the same place of the 18-step cycle every 9 hundreds; the warm-up is over by the second.
+    # Samples fall on the same place of the 18-step cycle every 9 hundreds; the warm-up is over by
+    # the second.
     assert max(tensors[2:]) - min(tensors[2:]) <= 60, tensors
     assert tensors[-1] <= tensors[1] + 60, tensors
     assert resident[-1] - resident[4] < 8 * 2**20, resident

@@ -1,4 +1,6 @@
-"""`precision: bf16` computes in bf16, whatever the strategy; weights, gradients and reductions stay fp32."""
+"""`precision: bf16` computes in bf16, whatever the strategy; weights, gradients and reductions stay
+fp32.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.ranks import run_ranks
 
 def train_in(precision: str, strategy: str, folder: Path) -> tuple[list[float], set, set, int]:
     train_config = TrainConfig(precision=precision)  # type: ignore[arg-type]
-    model = load_model(ModelConfig(name=str(folder)), train_config, strategy=strategy, device=torch.device("cpu"))
+    model = load_model(
+        ModelConfig(name=str(folder)), train_config, strategy=strategy, device=torch.device("cpu")
+    )
     lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-3, steps_per_layer=5))
     computed: set[torch.dtype] = set()
     projection = model.get_submodule("model.layers.1.mlp.down_proj")
@@ -28,9 +32,16 @@ def train_in(precision: str, strategy: str, folder: Path) -> tuple[list[float], 
     tokens, labels = micro_batches(40, 1)[0]
     with CountCollectives() as counter:
         lwo.backward(oracle.loss_sum(lwo.model, tokens, labels))
-        stored = {p.grad.dtype for p in model.parameters() if p.grad is not None} | {t.dtype for t in weights.values()}
+        stored = {p.grad.dtype for p in model.parameters() if p.grad is not None} | {
+            t.dtype for t in weights.values()
+        }
         lwo.step()
-    return losses, computed, stored, max(size for kind, size in counter.calls if kind == "reduce_scatter")
+    return (
+        losses,
+        computed,
+        stored,
+        max(size for kind, size in counter.calls if kind == "reduce_scatter"),
+    )
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])

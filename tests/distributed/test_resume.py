@@ -1,4 +1,6 @@
-"""A checkpoint is the same for all: every strategy goes on from every other one's, on other numbers of ranks."""
+"""A checkpoint is the same for all: every strategy goes on from every other one's, on other numbers
+of ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,14 @@ from tests import oracle, stores
 from tests.distributed import training, zero
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 
 STRATEGIES = ("replicate", "fsdp", "zero_1", "zero_2", "zero_3")
 WORLDS = (1, 2, 4)
-# 6 layers, 12 steps a cycle: at step 9 four layers wait with their moments, and the fifth is in mid-visit.
+# 6 layers, 12 steps a cycle: at step 9 four layers wait with their moments, and the fifth is in
+# mid-visit.
 RECIPE = oracle.Recipe(steps_per_layer=2, max_grad_norm=0.5)
 SAVED_AT, STEPS = 9, 18
 
@@ -41,7 +46,9 @@ def attach(strategy: str) -> LWO:
     return training.attach(strategy, RECIPE, tied=False, dtype=torch.float32, state="keep")
 
 
-def save_and_go_on(folder: Path, strategies: list[str]) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+def save_and_go_on(
+    folder: Path, strategies: list[str]
+) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
     results = {}
     for strategy in strategies:
         lwo = attach(strategy)
@@ -70,11 +77,15 @@ def resume(folder: Path, pairs: list[tuple]) -> list[tuple[list[float], dict[str
 
 
 def test_every_strategy_goes_on_from_every_other_one(tmp_path: Path) -> None:
-    assert len({(a[0], b[0]) for a, b in PAIRS}) == 25 and len({(a[1], b[1]) for a, b in PAIRS}) == 9
+    assert (
+        len({(a[0], b[0]) for a, b in PAIRS}) == 25 and len({(a[1], b[1]) for a, b in PAIRS}) == 9
+    )
     unbroken = {}
     for ranks in WORLDS:
         names = sorted({first for (first, first_ranks), _ in PAIRS if first_ranks == ranks})
-        for name, result in run_ranks(save_and_go_on, ranks, tmp_path / str(ranks), names, timeout=400)[0].items():
+        for name, result in run_ranks(
+            save_and_go_on, ranks, tmp_path / str(ranks), names, timeout=400
+        )[0].items():
             unbroken[name, ranks] = result
     for ranks in WORLDS:
         pairs = [pair for pair in PAIRS if pair[1][1] == ranks]
@@ -86,4 +97,6 @@ def test_every_strategy_goes_on_from_every_other_one(tmp_path: Path) -> None:
             for name, weight in weights.items():
                 assert (weight - expected_weights[name]).abs().max() < 1e-5, f"{pair} {name}"
             if pair[0] == pair[1]:
-                assert losses == expected and all(torch.equal(weights[n], expected_weights[n]) for n in weights), pair
+                assert losses == expected and all(
+                    torch.equal(weights[n], expected_weights[n]) for n in weights
+                ), pair

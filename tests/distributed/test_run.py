@@ -31,19 +31,38 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     source.mkdir()
     for i in range(12):
         body = "\n".join(f"    total_{i} = total_{i} + values[{j}]  # line {j}" for j in range(20))
-        (source / f"module_{i}.py").write_text(f"def function_{i}(values):\n    total_{i} = 0\n{body}\n")
+        (source / f"module_{i}.py").write_text(
+            f"def function_{i}(values):\n    total_{i} = 0\n{body}\n"
+        )
     save_tiny_model(folder / "model", [path.read_text() for path in source.iterdir()])
     return folder / "model", source
 
 
 def make_config(inputs: tuple[Path, Path], storage: Path, *overrides: str) -> Config:
     model, source = inputs
-    return load_config(None, [
-        f"model.name={model}", f"data.source={source}", f"storage={storage}", "run_name=r", f"train.steps={STEPS}",
-        "train.global_batch_size=8", "train.sequence_length=48", "train.logging_steps=2", "lwo.steps_per_layer=3",
-        "lwo.lr=1e-3", "lwo.lr_scheduler_type=cosine", "lwo.seed=3", "lwo.order=random", "eval.num_lines=12",
-        "eval.max_new_tokens=8", "tracking.enabled=false", "cluster.num_workers=2", *overrides,
-    ])  # fmt: skip
+    return load_config(
+        None,
+        [
+            f"model.name={model}",
+            f"data.source={source}",
+            f"storage={storage}",
+            "run_name=r",
+            f"train.steps={STEPS}",
+            "train.global_batch_size=8",
+            "train.sequence_length=48",
+            "train.logging_steps=2",
+            "lwo.steps_per_layer=3",
+            "lwo.lr=1e-3",
+            "lwo.lr_scheduler_type=cosine",
+            "lwo.seed=3",
+            "lwo.order=random",
+            "eval.num_lines=12",
+            "eval.max_new_tokens=8",
+            "tracking.enabled=false",
+            "cluster.num_workers=2",
+            *overrides,
+        ],
+    )
 
 
 class Losses(Callback):
@@ -79,64 +98,109 @@ def test_a_run_leaves_a_model_that_loads_and_a_summary(
     assert model.generate(**prompt, max_new_tokens=4).shape[1] == prompt.input_ids.shape[1] + 4
     # The last and the best checkpoint are kept, with the layer files that they name and no others.
     kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
-    assert {folder.name for folder in kept} == {"step_000014", f"step_{summary['eval']['best_step']:06d}"}
+    assert {folder.name for folder in kept} == {
+        "step_000014",
+        f"step_{summary['eval']['best_step']:06d}",
+    }
     named = {
         (folder / reference).resolve()
         for folder in kept
-        for reference in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+        for reference in json.loads((folder / "model.safetensors.index.json").read_text())[
+            "weight_map"
+        ].values()
     }
     assert {path.resolve() for path in (tmp_path / "r" / "layers").iterdir()} == named
     # A checkpoint loads as it stands, without an export.
     direct = AutoModelForCausalLM.from_pretrained(kept[-1])
-    assert all(torch.equal(direct.state_dict()[n], p) for n, p in model.state_dict().items()) or len(kept) == 2
+    assert (
+        all(torch.equal(direct.state_dict()[n], p) for n, p in model.state_dict().items())
+        or len(kept) == 2
+    )
 
 
-def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     from mlflow import MlflowClient
 
-    config = prepare(make_config(inputs, tmp_path, "tracking.enabled=true", "tracking.experiment=e"))
+    config = prepare(
+        make_config(inputs, tmp_path, "tracking.enabled=true", "tracking.experiment=e")
+    )
     summary, _ = run_ranks(run_and_record, 2, config)[0]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     [experiment] = client.search_experiments(filter_string="name = 'e'")
     [found] = client.search_runs([experiment.experiment_id])
     assert found.info.run_id == summary["mlflow_run_id"] and found.info.status == "FINISHED"
-    names = """train/loss train/learning_rate train/grad_norm train/tokens_per_second train/elapsed_seconds
-        train/skipped_steps lwo/active_layer lwo/cycle memory/peak_bytes memory/parameter_bytes memory/gradient_bytes
-        memory/optimizer_state_bytes comm/bytes_per_step time/step_seconds time/switch_seconds eval/loss
-        eval/exact_match eval/edit_similarity eval/bleu visit/layer visit/loss_drop visit/grad_norm visit/change_norm
-        visit/seconds memory/ranks/peak_bytes_0 memory/ranks/peak_bytes_1 run/attempt time/lost_seconds"""
+    names = """train/loss train/learning_rate train/grad_norm train/tokens_per_second
+        train/elapsed_seconds train/skipped_steps lwo/active_layer lwo/cycle
+        memory/peak_bytes memory/parameter_bytes memory/gradient_bytes
+        memory/optimizer_state_bytes comm/bytes_per_step time/step_seconds
+        time/switch_seconds eval/loss eval/exact_match eval/edit_similarity eval/bleu
+        visit/layer visit/loss_drop visit/grad_norm visit/change_norm visit/seconds
+        memory/ranks/peak_bytes_0 memory/ranks/peak_bytes_1 run/attempt
+        time/lost_seconds"""
     assert set(names.split()) <= set(found.data.metrics)
-    assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [*range(2, 15, 2)]
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [
+        *range(2, 15, 2)
+    ]
     assert found.data.metrics["eval/loss"] == pytest.approx(summary["eval"]["after"]["eval/loss"])
     assert found.data.params["lwo.steps_per_layer"] == "3" and found.data.tags["strategy"] == "fsdp"
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for name in found.data.metrics:
-        shown = "system/HOST/" if name.startswith("system/") else f"`{re.sub('_[0-9]+$', '_N', name)}`"
+        shown = (
+            "system/HOST/" if name.startswith("system/") else f"`{re.sub('_[0-9]+$', '_N', name)}`"
+        )
         assert shown in readme or name == "eval/lines", name
-    assert [p.step for p in client.get_metric_history(found.info.run_id, "visit/loss_drop")] == [3, 6, 9, 12]
+    assert [p.step for p in client.get_metric_history(found.info.run_id, "visit/loss_drop")] == [
+        3,
+        6,
+        9,
+        12,
+    ]
     folders = ("", "pictures", "tables")
-    files = {item.path for folder in folders for item in client.list_artifacts(found.info.run_id, folder)}
-    pictures = {f"pictures/{name}.png" for name in ("loss_by_layer", "memory", "layers_by_loss_drop")}
-    assert {"config.yaml", "report.html", "tables/scores.json", "tables/completions.json", *pictures} <= files
+    files = {
+        item.path for folder in folders for item in client.list_artifacts(found.info.run_id, folder)
+    }
+    pictures = {
+        f"pictures/{name}.png" for name in ("loss_by_layer", "memory", "layers_by_loss_drop")
+    }
+    assert {
+        "config.yaml",
+        "report.html",
+        "tables/scores.json",
+        "tables/completions.json",
+        *pictures,
+    } <= files
     [output] = found.outputs.model_outputs
     assert client.get_logged_model(output.model_id).status == "READY"
 
 
 def test_no_file_of_a_run_holds_a_password(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
     for name in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN"):
         monkeypatch.setenv(name, f"hunter2-of-{name}")
-    with socket.socket() as taken:  # nobody listens: all that is said of the server's address is said
+    with (
+        socket.socket() as taken
+    ):  # nobody listens: all that is said of the server's address is said
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ada:hunter2-of-uri@{address}")
-        settings = ("tracking.enabled=true", "tracking.flush_timeout_s=1", "cluster.env={API_KEY: hunter2-of-env}")
+        settings = (
+            "tracking.enabled=true",
+            "tracking.flush_timeout_s=1",
+            "cluster.env={API_KEY: hunter2-of-env}",
+        )
         config = prepare(make_config(inputs, tmp_path, "train.steps=4", *settings))
         run_ranks(run_and_record, 2, config)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {"metrics.jsonl", "report.html", "run.json", "config.yaml", "memory.png"} <= {path.name for path in files}
+    assert {"metrics.jsonl", "report.html", "run.json", "config.yaml", "memory.png"} <= {
+        path.name for path in files
+    }
     assert address in caplog.text and address.encode() in files[tmp_path / "r" / "metrics.jsonl"]
     assert [path for path, content in files.items() if b"hunter2" in content] == []
     assert "hunter2" not in caplog.text
@@ -163,7 +227,12 @@ def stop_after(config: Config, steps: int) -> None:
     ],
 )
 def test_a_resumed_run_follows_the_unbroken_one(
-    first: str, first_ranks: int, then: str, then_ranks: int, inputs: tuple[Path, Path], tmp_path: Path
+    first: str,
+    first_ranks: int,
+    then: str,
+    then_ranks: int,
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     same = (first, first_ranks) == (then, then_ranks)
     settings = ("checkpoint.steps=5", "lwo.eps=1e-6")
@@ -192,13 +261,20 @@ def test_a_finished_run_is_not_trained_again(inputs: tuple[Path, Path], tmp_path
     first, _ = run_ranks(run_and_record, 2, config)[0]
     second, losses = run_ranks(run_and_record, 2, prepare(make_config(inputs, tmp_path)))[0]
     assert losses == []
-    other = {"peak_memory_bytes": 0, "checkpoint_blocked_seconds": 0}  # of the process; the last save's own share
+    other = {
+        "peak_memory_bytes": 0,
+        "checkpoint_blocked_seconds": 0,
+    }  # of the process; the last save's own share
     assert {**second, **other} == {**first, **other}
-    with pytest.raises(UserError, match="holds a run and checkpoint.resume is never; choose another run_name"):
+    with pytest.raises(
+        UserError, match="holds a run and checkpoint.resume is never; choose another run_name"
+    ):
         prepare(make_config(inputs, tmp_path, "checkpoint.resume=never"))
 
 
-def test_a_damaged_file_is_found_and_the_checkpoint_before_is_used(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_damaged_file_is_found_and_the_checkpoint_before_is_used(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     settings = ("checkpoint.steps=5", "eval.steps=4", "eval.metric=loss")
     config = prepare(make_config(inputs, tmp_path, *settings))
     with pytest.raises(RanksError, match="stopped by the test"):
@@ -221,10 +297,14 @@ def say_start(config: Config) -> None:
     run(config, [Start()])
 
 
-def test_another_data_set_under_the_same_run_name_is_refused(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_data_set_under_the_same_run_name_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     run_ranks(run_and_record, 2, prepare(make_config(inputs, tmp_path)))
     other = prepare(make_config(inputs, tmp_path, "train.global_batch_size=4"))
-    with pytest.raises(RanksError, match="global_batch_size changed from 8 to 4; choose another run_name"):
+    with pytest.raises(
+        RanksError, match="global_batch_size changed from 8 to 4; choose another run_name"
+    ):
         run_ranks(run_and_record, 2, other)
 
 
@@ -234,15 +314,22 @@ def printed(config: Config) -> str:
     return out.getvalue()
 
 
-def test_rank_0_alone_prints_and_names_the_layers_left_out(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_rank_0_alone_prints_and_names_the_layers_left_out(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     config = prepare(make_config(inputs, tmp_path, "train.steps=4", "lwo.order=ascending"))
     main, other = run_ranks(printed, 2, config)
     assert "warning: 4 steps never train layer_1, layer_2; one cycle takes 12 steps" in main
-    assert [line.split("  ")[0] for line in main.splitlines() if line.startswith("step ")] == ["step 2/4", "step 4/4"]
+    assert [line.split("  ")[0] for line in main.splitlines() if line.startswith("step ")] == [
+        "step 2/4",
+        "step 4/4",
+    ]
     assert other == ""
 
 
-def test_prepare_refuses_what_cannot_work_and_leaves_nothing(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_prepare_refuses_what_cannot_work_and_leaves_nothing(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     storage = tmp_path / "new" / "storage"
     for overrides, message in [
         (("train.global_batch_size=7",), r"train.global_batch_size = 7 must be divisible by 2"),
@@ -253,5 +340,7 @@ def test_prepare_refuses_what_cannot_work_and_leaves_nothing(inputs: tuple[Path,
             prepare(make_config(inputs, storage, *overrides))
         assert not storage.parent.exists()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"storage = .*: Not a directory; give a folder that can be written"):
+    with pytest.raises(
+        UserError, match=r"storage = .*: Not a directory; give a folder that can be written"
+    ):
         prepare(make_config(inputs, tmp_path / "file" / "runs"))

@@ -31,7 +31,9 @@ class Losses(Callback):
 
 
 def run_until_stopped(config: Config, make_stop: Callable[[], StopRequest]) -> tuple:
-    """(what it was stopped by, at which step, where the checkpoint is), or the summary; and rank 0's losses."""
+    """(what it was stopped by, at which step, where the checkpoint is), or the summary; and rank
+    0's losses.
+    """
     recorder = Losses()
     StopVote.pace = lambda self, step_seconds: None  # type: ignore[method-assign]  # a vote after every step
     try:
@@ -41,14 +43,18 @@ def run_until_stopped(config: Config, make_stop: Callable[[], StopRequest]) -> t
 
 
 def asked_on_rank_1() -> StopRequest:
-    """Rank 1 wants to stop when it is asked the sixth time: after step 5, as the first vote is in an evaluation."""
+    """Rank 1 wants to stop when it is asked the sixth time: after step 5, as the first vote is in
+    an evaluation.
+    """
     stop, asked = StopRequest(), []
     if rank() == 1:
         stop.add_poll(lambda: asked.append(1) or ("the test" if len(asked) == 6 else None))
     return stop
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     # With a checkpoint at the end only, so that what is gone on from can but be the stop's.
     unbroken = prepare(make_config(inputs, tmp_path / "a", "train.logging_steps=1"))
     (summary, losses), _ = run_ranks(run_until_stopped, 2, unbroken, StopRequest)
@@ -70,7 +76,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(inputs: tuple[Path, Path],
 
 
 def in_an_evaluation() -> StopRequest:
-    # 12 lines in batches of 6 on 2 ranks: one vote before the first step, one after each of 4, the next in evaluation.
+    # 12 lines in batches of 6 on 2 ranks: one vote before the first step, one after each of 4, the
+    # next in evaluation.
     stop, asked = StopRequest(), []
     stop.add_poll(lambda: asked.append(1) or ("the test" if len(asked) == 6 else None))
     return stop
@@ -86,8 +93,10 @@ def test_a_stop_does_not_wait_for_an_evaluation(inputs: tuple[Path, Path], tmp_p
     # It is made up for.
     (summary, _), _ = run_ranks(run_until_stopped, 2, prepare(config), StopRequest)
     assert {path.name for path in (tmp_path / "r" / "evaluations").iterdir()} == {
-        "step_000000.json", "step_000004.json", "step_000008.json",
-    }  # fmt: skip
+        "step_000000.json",
+        "step_000004.json",
+        "step_000008.json",
+    }
     assert summary["steps"] == 8
 
 
@@ -95,12 +104,15 @@ def out_of_time() -> StopRequest:
     return StopRequest(max_seconds=0.001)
 
 
-def test_a_run_without_time_saves_nothing_and_says_so(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_without_time_saves_nothing_and_says_so(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     config = prepare(make_config(inputs, tmp_path))
     (stopped, _), other = run_ranks(run_until_stopped, 2, config, out_of_time)
     assert stopped == other[0] == ("train.max_seconds = 0.001", 0, None)
-    assert str(Stopped(*stopped)) == (
-        "stopped by train.max_seconds = 0.001 at step 0; no step was done, so nothing was saved"
+    assert (
+        str(Stopped(*stopped))
+        == "stopped by train.max_seconds = 0.001 at step 0; no step was done, so nothing was saved"
     )
     assert not (tmp_path / "r" / "checkpoints").exists()
 
@@ -161,7 +173,9 @@ def test_signals_are_requests_while_a_run_listens() -> None:
         assert asked.reason == "SIGUSR1"
         # A launcher that sees another rank leave sends SIGTERM to one that is reporting.
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # also while the interpreter shuts down
+        assert (
+            signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        )  # also while the interpreter shuts down
     finally:
         signal.signal(signal.SIGUSR1, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

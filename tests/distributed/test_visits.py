@@ -23,7 +23,9 @@ STEPS = 10  # visits of 4 steps: two whole ones and one that has only begun
 RECIPE = oracle.Recipe()
 
 
-def follow_visits(strategy: str) -> tuple[list[Visit], list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
+def follow_visits(
+    strategy: str,
+) -> tuple[list[Visit], list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """The visits as told, each step as it was, and the weights at every start of a visit."""
     lwo = attach(strategy, RECIPE, tied=False, dtype=torch.float64)
     visits = Visits(lwo, torch.device("cpu"))
@@ -58,7 +60,9 @@ def test_a_visit_is_told_as_it_was(strategy: str) -> None:
         assert visit.layer == own[0]["layer"]
         metrics = visit.metrics
         assert metrics["visit/loss_drop"] == pytest.approx(-slope * (len(counted) - 1), abs=1e-9)
-        assert metrics["visit/grad_norm"] == pytest.approx(np.mean([own[x]["norm"] for x in counted]))
+        assert metrics["visit/grad_norm"] == pytest.approx(
+            np.mean([own[x]["norm"] for x in counted])
+        )
         before, after = masters[number], masters[number + 1]
         change = sum(float((after[name] - before[name]).square().sum()) for name in before) ** 0.5
         assert metrics["visit/change_norm"] == pytest.approx(change, rel=1e-6) and change > 0
@@ -81,14 +85,18 @@ def test_full_fine_tuning_has_no_visits() -> None:
     assert run_ranks(full_has_no_visits, 1) == [0]
 
 
-def sample(folder: str, hosts: list[str], local_ranks: list[int], enabled: bool) -> tuple[dict[str, float], list[str]]:
+def sample(
+    folder: str, hosts: list[str], local_ranks: list[int], enabled: bool
+) -> tuple[dict[str, float], list[str]]:
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: hosts[rank])
         patch.setenv("LOCAL_RANK", str(local_ranks[rank]))
         system = SystemMetrics(torch.device("cpu"), folder, enabled=enabled, interval_s=0.01)
     deadline = time.monotonic() + 30
-    while enabled and local_ranks[rank] == 0 and not system._samples and time.monotonic() < deadline:
+    while (
+        enabled and local_ranks[rank] == 0 and not system._samples and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     rows = gather_floats(system.read(), torch.device("cpu"))
     return system.metrics(rows), system.hosts

@@ -28,9 +28,14 @@ def attach(
     if strategy == "fsdp":
         shard_model(model, precision=precision, device_type="cpu")
     lwo_config = lwo_dist.LWOConfig(
-        lr=recipe.lr, eps=recipe.eps, weight_decay=0.01, max_grad_norm=recipe.max_grad_norm,
-        steps_per_layer=recipe.steps_per_layer, gradient_accumulation_steps=recipe.accumulation, **config,
-    )  # fmt: skip
+        lr=recipe.lr,
+        eps=recipe.eps,
+        weight_decay=0.01,
+        max_grad_norm=recipe.max_grad_norm,
+        steps_per_layer=recipe.steps_per_layer,
+        gradient_accumulation_steps=recipe.accumulation,
+        **config,
+    )
     return lwo_dist.attach(model, lwo_config, method)
 
 
@@ -38,7 +43,11 @@ def micro_batches(step: int, accumulation: int) -> list[tuple[torch.Tensor, torc
     """This rank's share of the oracle's global batch."""
     tokens, labels = oracle.global_batch(step)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    parts = zip(tokens.chunk(world_size * accumulation), labels.chunk(world_size * accumulation), strict=True)
+    parts = zip(
+        tokens.chunk(world_size * accumulation),
+        labels.chunk(world_size * accumulation),
+        strict=True,
+    )
     return list(parts)[rank * accumulation : (rank + 1) * accumulation]
 
 
@@ -57,7 +66,11 @@ def train_step(lwo: LWO, step: int) -> tuple[float, lwo_dist.StepReport]:
 
 
 def weights(lwo: LWO) -> dict[str, torch.Tensor]:
-    return {name: tensor for layer in [*lwo.layers, lwo.rest] for name, tensor in lwo.read_layer(layer).items()}
+    return {
+        name: tensor
+        for layer in [*lwo.layers, lwo.rest]
+        for name, tensor in lwo.read_layer(layer).items()
+    }
 
 
 def train(

@@ -13,7 +13,9 @@ from lwo_dist.strategies import load_deepspeed
 from tests import oracle
 
 
-def settings(stage: int, *, precision: str = "fp32", accumulation: int = 1, **more: Any) -> dict[str, Any]:
+def settings(
+    stage: int, *, precision: str = "fp32", accumulation: int = 1, **more: Any
+) -> dict[str, Any]:
     zero = {"stage": stage, **more.pop("zero", {})}
     return {
         "train_micro_batch_size_per_gpu": 8 // dist.get_world_size() // accumulation,
@@ -26,9 +28,16 @@ def settings(stage: int, *, precision: str = "fp32", accumulation: int = 1, **mo
 
 
 def make_engine(
-    stage: int, recipe: oracle.Recipe, *, tied: bool, late: bool = False, from_start: bool = False,
-    checkpointing: bool = False, lr_scheduler: Any = None, **more: Any,
-) -> Any:  # fmt: skip
+    stage: int,
+    recipe: oracle.Recipe,
+    *,
+    tied: bool,
+    late: bool = False,
+    from_start: bool = False,
+    checkpointing: bool = False,
+    lr_scheduler: Any = None,
+    **more: Any,
+) -> Any:
     """`prepare` and `deepspeed.initialize`, as a user writes it; `late` forgets the first."""
     load_deepspeed()
     import deepspeed
@@ -44,7 +53,10 @@ def make_engine(
         model = oracle.tiny_model(tied=tied)
     if checkpointing:
         model.train()
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
     if late:
         load_deepspeed().check_environment()
@@ -55,22 +67,38 @@ def make_engine(
     config["zero_force_ds_cpu_optimizer"] = False
     deepspeed.init_distributed(dist_init_required=False)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=parameters, config=config, dist_init_required=False,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=parameters,
+        config=config,
+        dist_init_required=False,
         lr_scheduler=lr_scheduler,
-    )  # fmt: skip
+    )
     return engine
 
 
 def lwo_config(recipe: oracle.Recipe, **config: Any) -> lwo_dist.LWOConfig:
     return lwo_dist.LWOConfig(
-        lr=recipe.lr, eps=recipe.eps, weight_decay=0.01, max_grad_norm=recipe.max_grad_norm,
-        steps_per_layer=recipe.steps_per_layer, gradient_accumulation_steps=recipe.accumulation, **config,
-    )  # fmt: skip
+        lr=recipe.lr,
+        eps=recipe.eps,
+        weight_decay=0.01,
+        max_grad_norm=recipe.max_grad_norm,
+        steps_per_layer=recipe.steps_per_layer,
+        gradient_accumulation_steps=recipe.accumulation,
+        **config,
+    )
 
 
 def attach_engine(
-    stage: int, recipe: oracle.Recipe, *, tied: bool, method: str = "lwo", config: dict[str, Any] | None = None,
+    stage: int,
+    recipe: oracle.Recipe,
+    *,
+    tied: bool,
+    method: str = "lwo",
+    config: dict[str, Any] | None = None,
     **more: Any,
-) -> LWO:  # fmt: skip
+) -> LWO:
     """`config`: further fields of LWOConfig; `more`: for `make_engine`."""
-    return lwo_dist.attach(make_engine(stage, recipe, tied=tied, **more), lwo_config(recipe, **(config or {})), method)
+    return lwo_dist.attach(
+        make_engine(stage, recipe, tied=tied, **more), lwo_config(recipe, **(config or {})), method
+    )

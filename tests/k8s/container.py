@@ -1,4 +1,6 @@
-"""One container as a runtime would start it: a root file system, mounts, processes, a user, and the pod's network."""
+"""One container as a runtime would start it: a root file system, mounts, processes, a user, and the
+pod's network.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from typing import Any
 
 __all__ = ["Container", "Image", "Mount"]
 
-# $1: a folder to work in; $2: the image's root. What comes after this in the script is seen from the new root.
+# $1: a folder to work in; $2: the image's root. What comes after this in the script is seen from
+# the new root.
 _ROOT = """
 set -euo pipefail
 ulimit -n "$(ulimit -Hn)"
@@ -28,7 +31,8 @@ mount -t proc proc proc
 mount -t sysfs -o ro sysfs sys
 mount -t tmpfs -o mode=755 tmpfs sys/fs/cgroup
 mount -t tmpfs -o mode=755 tmpfs dev
-for device in null zero full random urandom tty; do touch dev/$device; mount --bind /dev/$device dev/$device; done
+for device in null zero full random urandom tty; do
+  touch dev/$device; mount --bind /dev/$device dev/$device; done
 ln -s /proc/self/fd dev/fd
 for number in 0:stdin 1:stdout 2:stderr; do ln -s /proc/self/fd/${number%:*} dev/${number#*:}; done
 mkdir dev/pts dev/shm
@@ -64,8 +68,14 @@ class Mount:
     def script(self) -> str:
         target = shlex.quote(self.path.lstrip("/"))
         if self.source is None:
-            return f"mkdir -p {target}; mount -t tmpfs -o mode=1777,size={self.size} tmpfs {target}\n"
-        make = f"mkdir -p {target}" if self.source.is_dir() else f'mkdir -p "$(dirname {target})"; touch {target}'
+            return (
+                f"mkdir -p {target}; mount -t tmpfs -o mode=1777,size={self.size} tmpfs {target}\n"
+            )
+        make = (
+            f"mkdir -p {target}"
+            if self.source.is_dir()
+            else f'mkdir -p "$(dirname {target})"; touch {target}'
+        )
         bind = f"{make}; mount --bind {shlex.quote(str(self.source))} {target}\n"
         return bind + (f"mount -o remount,bind,ro {target}\n" if self.read_only else "")
 
@@ -94,27 +104,53 @@ class Container:
             group.mkdir()
             (group / "memory.limit_in_bytes").write_text(str(self.memory))
         isolated = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
-        command = ["nsenter", f"--net=/run/netns/{self.namespace}", *isolated, "bash", "-c", self._script(), self.name]
+        command = [
+            "nsenter",
+            f"--net=/run/netns/{self.namespace}",
+            *isolated,
+            "bash",
+            "-c",
+            self._script(),
+            self.name,
+        ]
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, str(self.folder / "root"), str(self.image.root)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def _script(self) -> str:
         script = _ROOT + f"hostname {shlex.quote(self.hostname)}\n"
         if (group := self._control_group) is not None:
-            script += f"echo 0 >{group}/cgroup.procs\n" + Mount("/sys/fs/cgroup/memory", group, read_only=True).script()
+            script += (
+                f"echo 0 >{group}/cgroup.procs\n"
+                + Mount("/sys/fs/cgroup/memory", group, read_only=True).script()
+            )
         borrowed = [Mount(folder, Path(folder), read_only=True) for folder in self.image.borrowed]
         # A mount below another comes after it.
-        script += "".join(mount.script() for mount in [*sorted(self.mounts, key=lambda mount: mount.path), *borrowed])
+        script += "".join(
+            mount.script()
+            for mount in [*sorted(self.mounts, key=lambda mount: mount.path), *borrowed]
+        )
         if self.security.get("readOnlyRootFilesystem"):
             script += "mount -o remount,ro .\n"
-        return script + _ENTER + f"cd {self.image.working_dir}\nexec {shlex.join(self._as_user(self.command))}\n"
+        return (
+            script
+            + _ENTER
+            + f"cd {self.image.working_dir}\nexec {shlex.join(self._as_user(self.command))}\n"
+        )
 
     def _as_user(self, command: Sequence[str]) -> list[str]:
         user, group = self.security["runAsUser"], self.security["runAsGroup"]
-        words = ["setpriv", f"--reuid={user}", f"--regid={group}", f"--groups={self.security.get('fsGroup', group)}"]
+        words = [
+            "setpriv",
+            f"--reuid={user}",
+            f"--regid={group}",
+            f"--groups={self.security.get('fsGroup', group)}",
+        ]
         if self.security.get("allowPrivilegeEscalation") is False:
             words.append("--no-new-privs")
         if "ALL" in self.security.get("capabilities", {}).get("drop", ()):
@@ -142,23 +178,38 @@ class Container:
                     if Path(f"/proc/{child}").stat().st_uid == self.security["runAsUser"]:
                         return child
             if not self.runs or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.hostname}: container {self.name} does not run; its log:\n{self.log}")
+                raise RuntimeError(
+                    f"{self.hostname}: container {self.name} does not run; its log:\n{self.log}"
+                )
             time.sleep(0.05)
 
     def _children(self) -> list[int]:
         assert self._process is not None
         me = self._process.pid
         with contextlib.suppress(OSError):
-            return [int(word) for word in Path(f"/proc/{me}/task/{me}/children").read_text().split()]
+            return [
+                int(word) for word in Path(f"/proc/{me}/task/{me}/children").read_text().split()
+            ]
         return []
 
     def exec(self, *command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
         """As `kubectl exec` and hooks: in the container, as its user, with its environment."""
-        enter = ["nsenter", f"--target={self._init()}", "--mount", "--uts", "--ipc", "--net", "--pid", "--wd"]
+        enter = [
+            "nsenter",
+            f"--target={self._init()}",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--net",
+            "--pid",
+            "--wd",
+        ]
         words = shlex.join([*enter, *self._as_user(command)])
         if (group := self._control_group) is not None:
             words = f"echo 0 >{group}/cgroup.procs; exec {words}"
-        return subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            ["bash", "-c", words], capture_output=True, text=True, timeout=timeout
+        )
 
     def terminate(self) -> None:
         os.kill(self._init(), signal.SIGTERM)
@@ -184,7 +235,8 @@ class Container:
         """Nothing of it is left, whatever state it is in."""
         if self._process is not None:
             while self.runs:
-                # Process 1 takes all others of the container along. (The name of an exited one is nobody else's yet.)
+                # Process 1 takes all others of the container along. (The name of an exited one is
+                # nobody else's yet.)
                 for child in self._children():
                     os.kill(child, signal.SIGKILL)
                 with contextlib.suppress(subprocess.TimeoutExpired):

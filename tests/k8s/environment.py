@@ -1,4 +1,6 @@
-"""A container's environment as a kubelet makes it: the image's, envFrom, env, and $(NAME) in values and commands."""
+"""A container's environment as a kubelet makes it: the image's, envFrom, env, and $(NAME) in values
+and commands.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def _secret(pod: Pod, reference: Object) -> Mapping[str, str]:
 def _field(pod: Pod, path: str) -> str:
     if match := re.fullmatch(r"metadata\.labels\['(.+)'\]", path):
         return pod.labels.get(match[1], "")
-    return {"metadata.name": pod.name, "metadata.namespace": pod.thing["metadata"]["namespace"]}[path]
+    return {"metadata.name": pod.name, "metadata.namespace": pod.thing["metadata"]["namespace"]}[
+        path
+    ]
 
 
 def expand(text: str, known: Mapping[str, str]) -> str:

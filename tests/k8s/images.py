@@ -1,4 +1,6 @@
-"""What the pods' containers run in: the built image's root file system, or this machine's folders in its place."""
+"""What the pods' containers run in: the built image's root file system, or this machine's folders
+in its place.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,14 @@ def lwo_dist_image(folder: Path) -> Image:
     if root := os.environ.get("LWO_IMAGE_ROOT"):
         return Image(Path(root), environment, entrypoint, command, working_dir)
     _stand_in(folder, Path(environment["PATH"].split(":")[0]))
-    packages = [*site.getsitepackages(), *(path for path in sys.path if path.endswith("site-packages"))]
+    packages = [
+        *site.getsitepackages(),
+        *(path for path in sys.path if path.endswith("site-packages")),
+    ]
     # Not the whole checkout: the image has no git work tree around its packages.
-    borrowed = dict.fromkeys(["/usr", sys.base_prefix, sys.prefix, *packages, str(REPOSITORY / "lwo_dist")])
+    borrowed = dict.fromkeys(
+        ["/usr", sys.base_prefix, sys.prefix, *packages, str(REPOSITORY / "lwo_dist")]
+    )
     if shutil.which(entrypoint[0]) is None:
         entrypoint = []
     environment |= {"PYTHONPATH": str(REPOSITORY), "LWO_TINY_CODE": "small"}
@@ -63,7 +70,9 @@ def _stand_in(root: Path, commands: Path) -> None:
     commands = root / commands.relative_to("/")
     commands.mkdir(parents=True)
     # Not links: Python finds its environment by the path that it was started by.
-    scripts = {"python": sys.executable} | {name: f"{sys.executable} -m {what}" for name, what in _COMMANDS.items()}
+    scripts = {"python": sys.executable} | {
+        name: f"{sys.executable} -m {what}" for name, what in _COMMANDS.items()
+    }
     for name, script in scripts.items():
         (commands / name).write_text(f'#!/bin/sh\nexec {script} "$@"\n')
         (commands / name).chmod(0o755)
@@ -71,7 +80,9 @@ def _stand_in(root: Path, commands: Path) -> None:
 
 
 def postgres_image(folder: Path) -> Image:
-    """Debian's server behind what the official image's entry point does with POSTGRES_*; raises FileNotFoundError."""
+    """Debian's server behind what the official image's entry point does with POSTGRES_*; raises
+    FileNotFoundError.
+    """
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     if not programs:
         raise FileNotFoundError("no PostgreSQL server (Debian: postgresql)")
@@ -88,10 +99,12 @@ _POSTGRES = """#!/bin/sh
 set -e
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
   printf %s "$POSTGRES_PASSWORD" >/tmp/password
-  initdb --username="$POSTGRES_USER" --pwfile=/tmp/password --auth-local=trust --auth-host=scram-sha-256
+  initdb --username="$POSTGRES_USER" --pwfile=/tmp/password \\
+    --auth-local=trust --auth-host=scram-sha-256
   rm /tmp/password
   echo "host all all all scram-sha-256" >>"$PGDATA/pg_hba.conf"
-  pg_ctl --wait --options="-c listen_addresses= -c unix_socket_directories=/var/run/postgresql" start
+  pg_ctl --wait \\
+    --options="-c listen_addresses= -c unix_socket_directories=/var/run/postgresql" start
   createdb --host=/var/run/postgresql --username="$POSTGRES_USER" "$POSTGRES_DB"
   pg_ctl --wait stop
 fi
@@ -106,4 +119,6 @@ def _this_system(root: Path) -> None:
         if Path("/", name).is_symlink():
             (root / name).symlink_to(Path("/", name).readlink())
     secret = shutil.ignore_patterns("shadow*", "gshadow*", "sudoers*", "ssh", "private")
-    shutil.copytree("/etc", root / "etc", symlinks=True, ignore=secret, ignore_dangling_symlinks=True)
+    shutil.copytree(
+        "/etc", root / "etc", symlinks=True, ignore=secret, ignore_dangling_symlinks=True
+    )

@@ -1,7 +1,8 @@
-"""A kubelet for tests: runs pods as they are written, each with a network, mounts, processes and a user of its own.
+"""A kubelet for tests: runs pods as they are written, each with a network, mounts, processes and a
+user of its own.
 
-Needs root and Debian's iproute2, util-linux and nftables. Not done: CPU limits, seccomp, restarts of a container that
-ended, eviction (see `Pod.over_limit`); there is no DNS.
+Needs root and Debian's iproute2, util-linux and nftables. Not done: CPU limits, seccomp, restarts
+of a container that ended, eviction (see `Pod.over_limit`); there is no DNS.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ Secrets = Mapping[str, Mapping[str, str]]
 class Kubelet:
     """One node: what pods refer to, and their network."""
 
-    def __init__(self, objects: list[Object], images: Callable[[str], Image], secrets: Secrets, net: int, folder: Path):
+    def __init__(
+        self,
+        objects: list[Object],
+        images: Callable[[str], Image],
+        secrets: Secrets,
+        net: int,
+        folder: Path,
+    ):
         self.objects, self.image, self.secrets = objects, images, secrets
         self.pods: list[Pod] = []
         self._net, self._folder, self._numbers = net, folder, iter(range(1, 254))
@@ -62,11 +70,18 @@ class Kubelet:
     def pod_of(self, thing: Object) -> Object:
         """The first pod of a Deployment or StatefulSet."""
         template, name = thing["spec"]["template"], f"{thing['metadata']['name']}-0"
-        claims = [claim["metadata"]["name"] for claim in thing["spec"].get("volumeClaimTemplates", [])]
-        volumes = [{"name": claim, "persistentVolumeClaim": {"claimName": f"{claim}-{name}"}} for claim in claims]
+        claims = [
+            claim["metadata"]["name"] for claim in thing["spec"].get("volumeClaimTemplates", [])
+        ]
+        volumes = [
+            {"name": claim, "persistentVolumeClaim": {"claimName": f"{claim}-{name}"}}
+            for claim in claims
+        ]
         spec = template["spec"] | {"volumes": [*template["spec"].get("volumes", []), *volumes]}
         return {
-            "metadata": template["metadata"] | {"name": name, "namespace": thing["metadata"]["namespace"]},
+            "metadata": (
+                template["metadata"] | {"name": name, "namespace": thing["metadata"]["namespace"]}
+            ),
             "spec": spec,
         }
 
@@ -79,7 +94,9 @@ class Kubelet:
         return self._folder / "claims" / name
 
     def config_map(self, name: str) -> Path:
-        (thing,) = (t for t in self.objects if t["kind"] == "ConfigMap" and t["metadata"]["name"] == name)
+        (thing,) = (
+            t for t in self.objects if t["kind"] == "ConfigMap" and t["metadata"]["name"] == name
+        )
         folder = self._folder / "config-maps" / name
         folder.mkdir(parents=True, exist_ok=True)
         for key, text in thing["data"].items():
@@ -113,7 +130,9 @@ class Kubelet:
 
 
 @contextlib.contextmanager
-def kubelet(objects: list[Object], images: Callable[[str], Image], secrets: Secrets) -> Iterator[Kubelet]:
+def kubelet(
+    objects: list[Object], images: Callable[[str], Image], secrets: Secrets
+) -> Iterator[Kubelet]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kubelet-")))
         folder.chmod(0o755)

@@ -1,10 +1,13 @@
-"""KubeRay's operator for tests: what v1.7 makes of a RayJob in K8sJobMode, with the flags of its chart.
+"""KubeRay's operator for tests: what v1.7 makes of a RayJob in K8sJobMode, with the flags of its
+chart.
 
-It mirrors, in ray-operator/controllers/ray: common/pod.go (DefaultHeadPodTemplate, DefaultWorkerPodTemplate, BuildPod,
-setMissingRayStartParams, generateRayStartCommand, convertParamMap, setContainerEnvVars, setInitContainerEnvVars,
-SetContainerTokenAuthEnvVars, labelPod, initLivenessAndReadinessProbe), common/service.go (BuildServiceForHeadPod),
-common/job.go (BuildJobSubmitCommand) and rayjob_controller.go (configureSubmitterContainer, Reconcile). Left out is
-what no manifest here asks for: autoscaling, TLS, fault tolerance of the GCS, history, the default /dev/shm.
+It mirrors, in ray-operator/controllers/ray: common/pod.go (DefaultHeadPodTemplate,
+DefaultWorkerPodTemplate, BuildPod, setMissingRayStartParams, generateRayStartCommand,
+convertParamMap, setContainerEnvVars, setInitContainerEnvVars, SetContainerTokenAuthEnvVars,
+labelPod, initLivenessAndReadinessProbe), common/service.go (BuildServiceForHeadPod), common/job.go
+(BuildJobSubmitCommand) and rayjob_controller.go (configureSubmitterContainer, Reconcile). Left out
+is what no manifest here asks for: autoscaling, TLS, fault tolerance of the GCS, history, the
+default /dev/shm.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ class RayCluster:
         if token is None:
             token = self.kubelet.secrets[self.spec["authOptions"]["secretName"]]["auth_token"]
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        request = urllib.request.Request(f"http://{self.head.address}:{DASHBOARD_PORT}{path}", headers=headers)
+        request = urllib.request.Request(
+            f"http://{self.head.address}:{DASHBOARD_PORT}{path}", headers=headers
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -105,13 +110,18 @@ class RayCluster:
             for _ in range(group["replicas"]):
                 given = {"address": f"{self.domain}:{GCS_PORT}"}
                 pod = self._pod(group, "worker", group["groupName"], given)
-                pod["metadata"]["name"] = f"{self.name}-{group['groupName']}-worker-{secrets.token_hex(3)[:5]}"
+                pod["metadata"]["name"] = (
+                    f"{self.name}-{group['groupName']}-worker-{secrets.token_hex(3)[:5]}"
+                )
                 yield pod
 
     def _pod(self, group: Object, kind: str, group_name: str, given: dict[str, str]) -> Object:
         pod = copy.deepcopy(group["template"])
         container = pod["spec"]["containers"][0]
-        params = given | {"metrics-export-port": METRICS_PORT, "dashboard-agent-listen-port": AGENT_PORT}
+        params = given | {
+            "metrics-export-port": METRICS_PORT,
+            "dashboard-agent-listen-port": AGENT_PORT,
+        }
         params |= group.get("rayStartParams", {}) | {"block": "true"}
         for name, value in _resources(container["resources"]).items():
             params.setdefault(name, value)
@@ -119,7 +129,10 @@ class RayCluster:
         if kind == "worker":
             pod["spec"].setdefault("initContainers", []).append(self._wait_for_gcs(container))
         for waiting in pod["spec"].get("initContainers", []):
-            waiting["env"] += [_env("FQ_RAY_IP", self.domain), _env("RAY_IP", self.domain.split(".")[0])]
+            waiting["env"] += [
+                _env("FQ_RAY_IP", self.domain),
+                _env("RAY_IP", self.domain.split(".")[0]),
+            ]
             waiting["env"] += self._token()
         before = " ".join([*container.get("command", []), *container.get("args", [])])
         limit = "ulimit -n ${RAY_START_ULIMIT_OPEN_FILES:-65536}"
@@ -130,24 +143,41 @@ class RayCluster:
         names = {entry["name"] for entry in container["env"]}
         assert len(names) == len(container["env"]), "a variable that KubeRay sets too"
         for probe in ("livenessProbe", "readinessProbe"):
-            container.setdefault(probe, {"httpGet": {"path": "/api/healthz", "port": int(AGENT_PORT)}})
-        pod["metadata"] = {"namespace": self.namespace, "labels": self._labels(kind, group_name, pod)}
+            container.setdefault(
+                probe, {"httpGet": {"path": "/api/healthz", "port": int(AGENT_PORT)}}
+            )
+        pod["metadata"] = {
+            "namespace": self.namespace,
+            "labels": self._labels(kind, group_name, pod),
+        }
         return pod
 
     def _labels(self, kind: str, group: str, pod: Object) -> dict[str, str]:
         fixed = {"ray.io/cluster": self.name, "ray.io/node-type": kind, "ray.io/group": group}
-        usual = _selector() | {"ray.io/is-ray-node": "yes", "ray.io/identifier": f"{self.name}-{kind}"}
+        usual = _selector() | {
+            "ray.io/is-ray-node": "yes",
+            "ray.io/identifier": f"{self.name}-{kind}",
+        }
         return usual | pod["metadata"].get("labels", {}) | fixed
 
     def _wait_for_gcs(self, ray: Object) -> Object:
         check = f"ray health-check --address {self.domain}:{GCS_PORT}"
         waits = (
-            f'until {check} >/dev/null 2>&1; do echo "$SECONDS seconds: waiting for GCS to be ready."; sleep 5; done'
+            f'until {check} >/dev/null 2>&1; do echo "$SECONDS seconds: waiting for GCS to be'
+            ' ready."; sleep 5; done'
         )
         size = {"cpu": "200m", "memory": "256Mi"}
-        waiting = {key: copy.deepcopy(ray[key]) for key in ("image", "securityContext", "volumeMounts", "env")}
+        waiting = {
+            key: copy.deepcopy(ray[key])
+            for key in ("image", "securityContext", "volumeMounts", "env")
+        }
         resources = {"limits": size, "requests": size}
-        return waiting | {"name": "wait-gcs-ready", "command": SHELL, "args": [waits], "resources": resources}
+        return waiting | {
+            "name": "wait-gcs-ready",
+            "command": SHELL,
+            "args": [waits],
+            "resources": resources,
+        }
 
     def _environment(self, kind: str, start: str) -> list[Object]:
         address = "127.0.0.1" if kind == "head" else self.domain
@@ -163,7 +193,10 @@ class RayCluster:
             _env("RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE", "1"),
         ]
         if kind == "head":
-            return [*made, _env("RAY_USAGE_STATS_EXTRA_TAGS", "kuberay_version=v1.7.0;kuberay_crd=RayJob")]
+            return [
+                *made,
+                _env("RAY_USAGE_STATS_EXTRA_TAGS", "kuberay_version=v1.7.0;kuberay_crd=RayJob"),
+            ]
         return [_env("FQ_RAY_IP", address), _env("RAY_IP", address.split(".")[0]), *made]
 
     def _token(self) -> list[Object]:
@@ -179,7 +212,10 @@ class RayCluster:
         container = pod["spec"]["containers"][0]
         address = f"{self.domain}:{DASHBOARD_PORT}"
         if "command" not in container:
-            container["command"], container["args"] = ["/bin/bash", "-ce", "--"], [self._submit(f"http://{address}")]
+            container["command"], container["args"] = (
+                ["/bin/bash", "-ce", "--"],
+                [self._submit(f"http://{address}")],
+            )
         container["env"] += [_env("PYTHONUNBUFFERED", "1"), _env("RAY_DASHBOARD_ADDRESS", address)]
         container["env"] += [_env("RAY_JOB_SUBMISSION_ID", self.submission), *self._token()]
         name = f"{self.job['metadata']['name']}-{secrets.token_hex(3)[:5]}"
@@ -187,16 +223,24 @@ class RayCluster:
         return pod
 
     def _submit(self, url: str) -> str:
-        # Submits once, however often the pod starts, and follows the log, whose end is no word on how the job ended:
-        # `ray job logs --follow` exits with 0 after a failure too. The operator asks for the job's status.
-        asks = f"import urllib.request; r=urllib.request.urlopen('{url}/api/gcs_healthz', timeout=10); "
+        # Submits once, however often the pod starts, and follows the log, whose end is no word on
+        # how the job ended: `ray job logs --follow` exits with 0 after a failure too. The operator
+        # asks for the job's status.
+        asks = (
+            f"import urllib.request; r=urllib.request.urlopen('{url}/api/gcs_healthz',"
+            " timeout=10); "
+        )
         healthy = f"python -c \"{asks}exit(0 if b'success' in r.read() else 1)\" >/dev/null 2>&1"
         waits = (
-            f'until {healthy} ; do echo "Waiting for Ray Dashboard GCS to become healthy at {url} ..." ; sleep 2 ; done'
+            f'until {healthy} ; do echo "Waiting for Ray Dashboard GCS to become healthy at {url}'
+            ' ..." ; sleep 2 ; done'
         )
         known = f"ray job status --address {url} {self.submission} >/dev/null 2>&1"
         entrypoint = self.job["spec"]["entrypoint"].strip()
-        submit = f"ray job submit --address {url} --no-wait --submission-id {self.submission} -- {entrypoint}"
+        submit = (
+            f"ray job submit --address {url} --no-wait --submission-id {self.submission} --"
+            f" {entrypoint}"
+        )
         follow = f"ray job logs --address {url} --follow {self.submission}"
         return f"{waits} ; if ! {known} ; then {submit} ; fi ; {follow}"
 

@@ -15,7 +15,17 @@ import jsonschema
 import pytest
 import yaml
 
-__all__ = ["K8S", "OVERLAYS", "REPOSITORY", "Object", "build", "containers", "pods", "render", "schema_problems"]
+__all__ = [
+    "K8S",
+    "OVERLAYS",
+    "REPOSITORY",
+    "Object",
+    "build",
+    "containers",
+    "pods",
+    "render",
+    "schema_problems",
+]
 
 REPOSITORY = Path(__file__).parents[2]
 K8S = REPOSITORY / "k8s"
@@ -42,7 +52,10 @@ def build(folder: Path) -> list[Object]:
     elif kustomize := shutil.which("kustomize"):
         command = [kustomize, "build"]
     else:
-        pytest.skip("no kubectl and no kustomize here; https://kubernetes.io/docs/tasks/tools (any kubectl from 1.25)")
+        pytest.skip(
+            "no kubectl and no kustomize here; https://kubernetes.io/docs/tasks/tools (any kubectl"
+            " from 1.25)"
+        )
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
@@ -73,7 +86,9 @@ def schema_problems(thing: Object) -> list[str]:
     """What a strict API server would say: unknown fields and wrong types."""
     if thing["apiVersion"] == "ray.io/v1":
         validator = jsonschema.Draft202012Validator(_ray_schema(thing["kind"]))
-        return [f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(thing)]
+        return [
+            f"{error.json_path}: {error.message[:200]}" for error in validator.iter_errors(thing)
+        ]
     import kubernetes_validate
 
     try:
@@ -87,10 +102,14 @@ def schema_problems(thing: Object) -> list[str]:
 def _ray_schema(kind: str) -> Object:
     folder = os.environ.get("LWO_CRD_DIR")
     if not folder:
-        pytest.skip("LWO_CRD_DIR is unset: the folder of KubeRay's ray.io_*.yaml (its helm chart's crds/)")
+        pytest.skip(
+            "LWO_CRD_DIR is unset: the folder of KubeRay's ray.io_*.yaml (its helm chart's crds/)"
+        )
     for path in Path(folder).glob(f"ray.io_{kind.lower()}s.yaml"):
         definition = yaml.load(path.read_text(), yaml.CSafeLoader)
-        version = next(version for version in definition["spec"]["versions"] if version["name"] == "v1")
+        version = next(
+            version for version in definition["spec"]["versions"] if version["name"] == "v1"
+        )
         schema = _strict(version["schema"]["openAPIV3Schema"])
         schema["properties"]["metadata"] = {"type": "object"}
         return schema
@@ -98,12 +117,16 @@ def _ray_schema(kind: str) -> Object:
 
 
 def _strict(schema: Object) -> Object:
-    """A structural schema of a CRD as a JSON schema that refuses unknown fields. Its CEL rules are not looked at."""
+    """A structural schema of a CRD as a JSON schema that refuses unknown fields. Its CEL rules are
+    not looked at.
+    """
     schema = dict(schema)
     if schema.pop("x-kubernetes-int-or-string", None):
         return {"type": ["integer", "string"]}
     if "properties" in schema:
-        schema["properties"] = {name: _strict(value) for name, value in schema["properties"].items()}
+        schema["properties"] = {
+            name: _strict(value) for name, value in schema["properties"].items()
+        }
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
             schema.setdefault("additionalProperties", False)
     for key in ("items", "additionalProperties"):

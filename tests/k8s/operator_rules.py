@@ -1,4 +1,6 @@
-"""What KubeRay's operator (v1.7) refuses though its CRD allows it: its validation.go and features.go."""
+"""What KubeRay's operator (v1.7) refuses though its CRD allows it: its validation.go and
+features.go.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def no_alpha_gates(objects: list[Object]) -> Iterator[str]:
             if field in cluster:
                 yield f"{field} needs an alpha gate that is off by default"
         if cluster.get("gcsFaultToleranceOptions", {}).get("backend") == "rocksdb":
-            yield "gcsFaultToleranceOptions.backend rocksdb needs an alpha gate that is off by default"
+            yield (
+                "gcsFaultToleranceOptions.backend rocksdb needs an alpha gate that is off by"
+                " default"
+            )
 
 
 def shut_down_before_ttl_or_suspend(objects: list[Object]) -> Iterator[str]:
@@ -76,15 +81,22 @@ def worker_bounds(objects: list[Object]) -> Iterator[str]:
         for group in cluster["workerGroupSpecs"]:
             bounds = group.get("minReplicas"), group.get("maxReplicas")
             if not cluster.get("enableInTreeAutoscaling") and None in bounds:
-                yield f"{group['groupName']}: minReplicas and maxReplicas are required without autoscaling"
+                yield (
+                    f"{group['groupName']}: minReplicas and maxReplicas are required without"
+                    " autoscaling"
+                )
 
 
 def resources_said_once(objects: list[Object]) -> Iterator[str]:
     for job in _jobs(objects):
         for group in _groups(job):
-            twice = {"num-cpus", "num-gpus", "memory", "resources"} & group.get("rayStartParams", {}).keys()
+            twice = {"num-cpus", "num-gpus", "memory", "resources"} & group.get(
+                "rayStartParams", {}
+            ).keys()
             if group.get("resources") and twice:
-                yield f"resources are in the group and in rayStartParams ({', '.join(sorted(twice))})"
+                yield (
+                    f"resources are in the group and in rayStartParams ({', '.join(sorted(twice))})"
+                )
 
 
 def labels_in_the_group(objects: list[Object]) -> Iterator[str]:

@@ -57,7 +57,10 @@ class Pod:
             for spec in self.spec.get("initContainers", []):
                 container = self._container(spec)
                 if code := container.wait():
-                    raise RuntimeError(f"{self.name}: init container {spec['name']}: {code}; its log:\n{container.log}")
+                    raise RuntimeError(
+                        f"{self.name}: init container {spec['name']}: {code}; its"
+                        f" log:\n{container.log}"
+                    )
             self._container(self._main)
         except BaseException as problem:
             self._problem = problem
@@ -94,11 +97,20 @@ class Pod:
     def _mounts(self, spec: Object) -> Iterator[Mount]:
         volumes = {volume["name"]: volume for volume in self.spec.get("volumes", [])}
         for mount in spec.get("volumeMounts", []):
-            volume, path, read_only = volumes[mount["name"]], mount["mountPath"], mount.get("readOnly", False)
+            volume, path, read_only = (
+                volumes[mount["name"]],
+                mount["mountPath"],
+                mount.get("readOnly", False),
+            )
             if "persistentVolumeClaim" in volume:
-                yield Mount(path, self._owned(self.kubelet.claim(volume["persistentVolumeClaim"]["claimName"])))
+                yield Mount(
+                    path,
+                    self._owned(self.kubelet.claim(volume["persistentVolumeClaim"]["claimName"])),
+                )
             elif "configMap" in volume:
-                yield Mount(path, self.kubelet.config_map(volume["configMap"]["name"]), read_only=True)
+                yield Mount(
+                    path, self.kubelet.config_map(volume["configMap"]["name"]), read_only=True
+                )
             elif volume["emptyDir"].get("medium") == "Memory":
                 # One for each container; they share it in a real pod.
                 yield Mount(path, None, read_only, int(quantity(volume["emptyDir"]["sizeLimit"])))
@@ -135,7 +147,9 @@ class Pod:
         return int(named.get(name, name))
 
     def probe(self, kind: str) -> bool:
-        """Whether the startup, readiness or liveness probe is answered; one that is not there is."""
+        """Whether the startup, readiness or liveness probe is answered; one that is not there
+        is.
+        """
         if (probe := self._main.get(f"{kind}Probe")) is None:
             return True
         timeout = probe.get("timeoutSeconds", 1)
@@ -155,14 +169,20 @@ class Pod:
             connection.close()
 
     def wait_ready(self) -> None:
-        """Until the startup probe and then the readiness probe succeed; asked more often than a kubelet would."""
+        """Until the startup probe and then the readiness probe succeed; asked more often than a
+        kubelet would.
+        """
         startup = self._main.get("startupProbe", {})
         container = self.container
-        deadline = time.monotonic() + startup.get("failureThreshold", 3) * startup.get("periodSeconds", 10)
+        deadline = time.monotonic() + startup.get("failureThreshold", 3) * startup.get(
+            "periodSeconds", 10
+        )
         for kind in ("startup", "readiness"):
             while not self.probe(kind):
                 if not container.runs or time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.name}: no answer to the {kind} probe; its log:\n{self.log}")
+                    raise RuntimeError(
+                        f"{self.name}: no answer to the {kind} probe; its log:\n{self.log}"
+                    )
                 time.sleep(0.5)
         self.ready = True
         self.kubelet.refresh()
@@ -193,10 +213,15 @@ class Pod:
         limits = {
             volume["name"]: quantity(volume["emptyDir"]["sizeLimit"])
             for volume in self.spec.get("volumes", [])
-            if "sizeLimit" in volume.get("emptyDir", {}) and (self.folder / "volumes" / volume["name"]).is_dir()
+            if "sizeLimit" in volume.get("emptyDir", {})
+            and (self.folder / "volumes" / volume["name"]).is_dir()
         }
         used = {name: _size(self.folder / "volumes" / name) for name in limits}
-        return [f"{name}: {used[name]} bytes of {limits[name]}" for name in limits if used[name] > limits[name]]
+        return [
+            f"{name}: {used[name]} bytes of {limits[name]}"
+            for name in limits
+            if used[name] > limits[name]
+        ]
 
     def remove(self) -> None:
         self._removed = True
@@ -211,4 +236,6 @@ class Pod:
 
 
 def _size(folder: Path) -> int:
-    return int(subprocess.run(["du", "-sb", folder], capture_output=True, text=True).stdout.split()[0])
+    return int(
+        subprocess.run(["du", "-sb", folder], capture_output=True, text=True).stdout.split()[0]
+    )

@@ -1,4 +1,6 @@
-"""What our manifests promise: pods that may do no more than they need, and a job that fits its config and image."""
+"""What our manifests promise: pods that may do no more than they need, and a job that fits its
+config and image.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Rule = Callable[[list[Object]], Iterator[str]]
 REPOSITORY = Path(__file__).parents[2]
 PART = "lwo-dist/part"
 _SECRET_NAME = re.compile(r"token|secret|passw|credential|(?<!flask)[-_]key", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"://[^/\s:]+:(?!\$\()[^/\s@]+@|hf_\w{10}|AKIA\w{16}|-----BEGIN [A-Z ]*PRIVATE KEY")
+_SECRET_TEXT = re.compile(
+    r"://[^/\s:]+:(?!\$\()[^/\s@]+@|hf_\w{10}|AKIA\w{16}|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
 
 
 def _of_kind(objects: list[Object], kind: str) -> list[Object]:
@@ -54,7 +58,9 @@ def capabilities_dropped(objects: list[Object]) -> Iterator[str]:
 
 def seccomp(objects: list[Object]) -> Iterator[str]:
     for name, pod in pods(objects):
-        if pod["spec"].get("securityContext", {}).get("seccompProfile") != {"type": "RuntimeDefault"}:
+        if pod["spec"].get("securityContext", {}).get("seccompProfile") != {
+            "type": "RuntimeDefault"
+        }:
             yield f"{name}: seccompProfile must be RuntimeDefault"
 
 
@@ -67,7 +73,11 @@ def read_only_root(objects: list[Object]) -> Iterator[str]:
 def room_to_write(objects: list[Object]) -> Iterator[str]:
     """Where programs write by themselves, a volume is mounted that can be written."""
     for name, container in containers(objects):
-        mounts = [PurePosixPath(m["mountPath"]) for m in container.get("volumeMounts", []) if not m.get("readOnly")]
+        mounts = [
+            PurePosixPath(m["mountPath"])
+            for m in container.get("volumeMounts", [])
+            if not m.get("readOnly")
+        ]
         written = {"TMPDIR": "/tmp"} | {
             variable["name"]: variable["value"]
             for variable in container.get("env", [])
@@ -83,7 +93,10 @@ def shared_memory(objects: list[Object]) -> Iterator[str]:
     for name, pod in pods(objects):
         if pod["metadata"]["labels"].get(PART) in ("head", "worker"):
             mounted = {
-                m["name"] for c in pod["spec"]["containers"] for m in c["volumeMounts"] if m["mountPath"] == "/dev/shm"
+                m["name"]
+                for c in pod["spec"]["containers"]
+                for m in c["volumeMounts"]
+                if m["mountPath"] == "/dev/shm"
             }
             volumes = [v for v in pod["spec"]["volumes"] if v["name"] in mounted]
             if not any(v.get("emptyDir", {}).get("medium") == "Memory" for v in volumes):
@@ -95,26 +108,38 @@ def nothing_of_the_host(objects: list[Object]) -> Iterator[str]:
         for field in ("hostNetwork", "hostPID", "hostIPC"):
             if pod["spec"].get(field):
                 yield f"{name}: {field}"
-        yield from (f"{name}: hostPath" for volume in pod["spec"].get("volumes", []) if "hostPath" in volume)
+        yield from (
+            f"{name}: hostPath" for volume in pod["spec"].get("volumes", []) if "hostPath" in volume
+        )
     for name, container in containers(objects):
-        yield from (f"{name}: hostPort" for port in container.get("ports", []) if "hostPort" in port)
+        yield from (
+            f"{name}: hostPort" for port in container.get("ports", []) if "hostPort" in port
+        )
 
 
 def no_api_token(objects: list[Object]) -> Iterator[str]:
     accounts = {
-        a["metadata"]["name"]: a.get("automountServiceAccountToken") for a in _of_kind(objects, "ServiceAccount")
+        a["metadata"]["name"]: a.get("automountServiceAccountToken")
+        for a in _of_kind(objects, "ServiceAccount")
     }
     for name, pod in pods(objects):
         account = pod["spec"].get("serviceAccountName")
-        if accounts.get(account) is not False or pod["spec"].get("automountServiceAccountToken") is not False:
+        if (
+            accounts.get(account) is not False
+            or pod["spec"].get("automountServiceAccountToken") is not False
+        ):
             yield f"{name}: a service account of ours, whose token is not mounted"
 
 
 def restricted_namespace(objects: list[Object]) -> Iterator[str]:
     spaces = _of_kind(objects, "Namespace")
-    if [s["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce") for s in spaces] != ["restricted"]:
+    if [
+        s["metadata"].get("labels", {}).get("pod-security.kubernetes.io/enforce") for s in spaces
+    ] != ["restricted"]:
         yield "one namespace, with pod security restricted"
-    names = {thing["metadata"].get("namespace") for thing in objects if thing["kind"] != "Namespace"}
+    names = {
+        thing["metadata"].get("namespace") for thing in objects if thing["kind"] != "Namespace"
+    }
     if names != {space["metadata"]["name"] for space in spaces}:
         yield f"objects outside the namespace: {names}"
 
@@ -122,7 +147,9 @@ def restricted_namespace(objects: list[Object]) -> Iterator[str]:
 def resources_set(objects: list[Object]) -> Iterator[str]:
     for name, container in containers(objects):
         for side in ("requests", "limits"):
-            missing = {"cpu", "memory", "ephemeral-storage"} - container.get("resources", {}).get(side, {}).keys()
+            missing = {"cpu", "memory", "ephemeral-storage"} - container.get("resources", {}).get(
+                side, {}
+            ).keys()
             if missing:
                 yield f"{name}: no {side} of {', '.join(sorted(missing))}"
 
@@ -145,7 +172,9 @@ def images_pinned(objects: list[Object]) -> Iterator[str]:
 
 def one_version_of_ray(objects: list[Object]) -> Iterator[str]:
     """The image's tag, rayVersion and the pin agree; and the tag names this version of lwo_dist."""
-    pins = dict(line.split("==") for line in (REPOSITORY / "launch" / "constraints.txt").read_text().split())
+    pins = dict(
+        line.split("==") for line in (REPOSITORY / "launch" / "constraints.txt").read_text().split()
+    )
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     for job in _of_kind(objects, "RayJob"):
         ray = job["spec"]["rayClusterSpec"]["rayVersion"]
@@ -153,23 +182,31 @@ def one_version_of_ray(objects: list[Object]) -> Iterator[str]:
             yield f"rayVersion {ray}, and launch/constraints.txt has {pins['ray']}"
     for name, container in containers(objects):
         repository, _, tag = container["image"].partition(":")
-        if repository == "lwo-dist" and not re.fullmatch(re.escape(f"{version}-ray{pins['ray']}-") + "(cpu|cuda)", tag):
+        if repository == "lwo-dist" and not re.fullmatch(
+            re.escape(f"{version}-ray{pins['ray']}-") + "(cpu|cuda)", tag
+        ):
             yield f"{name}: image tag {tag}, expected {version}-ray{pins['ray']}-cpu or -cuda"
 
 
 def database_driver(objects: list[Object]) -> Iterator[str]:
-    """A database's URI names its driver, which the image has; SQLAlchemy's default one changes with its version."""
+    """A database's URI names its driver, which the image has; SQLAlchemy's default one changes with
+    its version.
+    """
     pins = (REPOSITORY / "launch" / "constraints.txt").read_text()
     for name, container in containers(objects):
         for variable in container.get("env", []):
             match = re.match(r"(postgresql|mysql|mssql)\+?(\w*)://", variable.get("value", ""))
             if match and (not match[2] or not re.search(rf"(?m)^{match[2]}(-binary)?==", pins)):
-                yield f"{name}: {variable['name']} must name a driver that is pinned: {match[1]}+psycopg2://"
+                yield (
+                    f"{name}: {variable['name']} must name a driver that is pinned:"
+                    f" {match[1]}+psycopg2://"
+                )
 
 
 def no_secret_literal(objects: list[Object]) -> Iterator[str]:
     yield from (
-        f"Secret {thing['metadata']['name']}: made by hand, not kept here" for thing in _of_kind(objects, "Secret")
+        f"Secret {thing['metadata']['name']}: made by hand, not kept here"
+        for thing in _of_kind(objects, "Secret")
     )
     for name, container in containers(objects):
         for variable in container.get("env", []):
@@ -177,7 +214,9 @@ def no_secret_literal(objects: list[Object]) -> Iterator[str]:
                 yield f"{name}: {variable['name']} as a literal; use a secretKeyRef"
     for thing in objects:
         if _SECRET_TEXT.search(yaml.dump(thing, width=10_000)):
-            yield f"{thing['kind']} {thing['metadata']['name']}: a password, token or key in its text"
+            yield (
+                f"{thing['kind']} {thing['metadata']['name']}: a password, token or key in its text"
+            )
 
 
 def token_on(objects: list[Object]) -> Iterator[str]:
@@ -200,7 +239,9 @@ def references_resolve(objects: list[Object]) -> Iterator[str]:
                 if field in volume and (kind, volume[field][key]) not in there:
                     yield f"{name}: no {kind} {volume[field][key]}"
     refs = {
-        (ref["name"], ref.get("key", "")) for _, container in containers(objects) for ref in _secret_refs(container)
+        (ref["name"], ref.get("key", ""))
+        for _, container in containers(objects)
+        for ref in _secret_refs(container)
     }
     for job in _of_kind(objects, "RayJob"):
         refs.add((job["spec"]["rayClusterSpec"]["authOptions"].get("secretName"), "auth_token"))
@@ -214,11 +255,15 @@ def _secret_refs(container: Object) -> Iterator[Object]:
     for variable in container.get("env", []):
         if ref := variable.get("valueFrom", {}).get("secretKeyRef"):
             yield ref
-    yield from (source["secretRef"] for source in container.get("envFrom", []) if "secretRef" in source)
+    yield from (
+        source["secretRef"] for source in container.get("envFrom", []) if "secretRef" in source
+    )
 
 
 def network_closed(objects: list[Object]) -> Iterator[str]:
-    policies = {policy["metadata"]["name"]: policy["spec"] for policy in _of_kind(objects, "NetworkPolicy")}
+    policies = {
+        policy["metadata"]["name"]: policy["spec"] for policy in _of_kind(objects, "NetworkPolicy")
+    }
     if policies.get("default-deny") != {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}:
         yield "no NetworkPolicy default-deny for all pods, both ways"
     for name, spec in policies.items():
@@ -238,28 +283,43 @@ def selectors_match(objects: list[Object]) -> Iterator[str]:
                 re.findall(r"^ +- (head|worker)$", text, re.MULTILINE)
             )
             if wanted - parts:
-                yield f"{thing['kind']} {thing['metadata']['name']}: no pod is {', '.join(sorted(wanted - parts))}"
+                yield (
+                    f"{thing['kind']} {thing['metadata']['name']}: no pod is"
+                    f" {', '.join(sorted(wanted - parts))}"
+                )
 
 
 def head_kept(objects: list[Object]) -> Iterator[str]:
-    """A budget for the head; in minAvailable, since a RayCluster has no scale subresource to count by."""
+    """A budget for the head; in minAvailable, since a RayCluster has no scale subresource to count
+    by.
+    """
     budgets = [b["spec"] for b in _of_kind(objects, "PodDisruptionBudget")]
     if {"minAvailable": 1, "selector": {"matchLabels": {PART: "head"}}} not in budgets:
         yield "no PodDisruptionBudget that keeps the head"
 
 
 def resumes(objects: list[Object]) -> Iterator[str]:
-    """Tried again after a failure, under the same run_name; and pods have the time to save before they go."""
+    """Tried again after a failure, under the same run_name; and pods have the time to save before
+    they go.
+    """
     for job in _of_kind(objects, "RayJob"):
         if not (job["spec"].get("backoffLimit") and job["spec"].get("shutdownAfterJobFinishes")):
             yield "a failed run needs backoffLimit and shutdownAfterJobFinishes"
     for name, pod in pods(objects):
         if pod["metadata"]["labels"].get(PART) in ("head", "worker"):
             hook = (
-                pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+                pod["spec"]["containers"][0]
+                .get("lifecycle", {})
+                .get("preStop", {})
+                .get("exec", {})
+                .get("command", [])
             )
-            seconds = [int(word.partition("=")[2]) for word in hook if word.startswith("--seconds=")]
-            if not seconds or seconds[0] + 20 > pod["spec"].get("terminationGracePeriodSeconds", 30):
+            seconds = [
+                int(word.partition("=")[2]) for word in hook if word.startswith("--seconds=")
+            ]
+            if not seconds or seconds[0] + 20 > pod["spec"].get(
+                "terminationGracePeriodSeconds", 30
+            ):
                 yield f"{name}: no preStop that ends 20 s before terminationGracePeriodSeconds"
 
 
@@ -277,15 +337,22 @@ def config_fits(objects: list[Object]) -> Iterator[str]:
             yield "config.yaml: run_name must be set, so that a retry goes on"
         if not config.checkpoint.steps:
             yield "config.yaml: checkpoint.steps must be set, so that a retry does not start anew"
-        if not config.storage.startswith(("/runs", "s3://")) or not str(config.data.cache or "/runs").startswith(
-            "/runs"
-        ):
+        if not config.storage.startswith(("/runs", "s3://")) or not str(
+            config.data.cache or "/runs"
+        ).startswith("/runs"):
             yield "config.yaml: storage and data.cache must be seen by all workers"
         if head["rayStartParams"].get("num-cpus") != "0":
             yield "the head must have num-cpus 0"
-        if {workers["replicas"], workers["minReplicas"], workers["maxReplicas"]} != {config.cluster.num_workers}:
-            yield f"cluster.num_workers = {config.cluster.num_workers}, and other numbers of worker pods"
-        has_gpu = "nvidia.com/gpu" in workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+        if {workers["replicas"], workers["minReplicas"], workers["maxReplicas"]} != {
+            config.cluster.num_workers
+        }:
+            yield (
+                f"cluster.num_workers = {config.cluster.num_workers}, and other numbers of worker"
+                " pods"
+            )
+        has_gpu = (
+            "nvidia.com/gpu" in workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+        )
         if has_gpu != bool(config.cluster.use_gpu):
             yield "cluster.use_gpu and the workers' nvidia.com/gpu disagree"
 

@@ -1,7 +1,9 @@
-"""Services in force, as by kube-proxy and DNS: names in each pod's /etc/hosts, and addresses that lead to pods.
+"""Services in force, as by kube-proxy and DNS: names in each pod's /etc/hosts, and addresses that
+lead to pods.
 
-A Service has an address of its own, on which its ports are open, each leading to its targetPort; a headless one is a
-name for its pods' addresses. Of several pods that are ready, the first gets all connections.
+A Service has an address of its own, on which its ports are open, each leading to its targetPort; a
+headless one is a name for its pods' addresses. Of several pods that are ready, the first gets all
+connections.
 """
 
 from __future__ import annotations
@@ -33,8 +35,14 @@ def enforce(objects: list[Object], pods: list[Pod], net: int) -> None:
     for service, own in _services(objects, net):
         for pod in _behind(service, pods)[:1] if own else []:
             for port in service["spec"]["ports"]:
-                protocol, target = port.get("protocol", "TCP").lower(), pod.port(port.get("targetPort", port["port"]))
-                lines += f"ip daddr {own} {protocol} dport {port['port']} dnat to {pod.address}:{target}\n"
+                protocol, target = (
+                    port.get("protocol", "TCP").lower(),
+                    pod.port(port.get("targetPort", port["port"])),
+                )
+                lines += (
+                    f"ip daddr {own} {protocol} dport {port['port']} dnat to"
+                    f" {pod.address}:{target}\n"
+                )
     rules = (
         "table ip services {}\nflush table ip services\ntable ip services {\n"
         f"chain lead {{\ntype nat hook output priority -100; policy accept;\n{lines}}}\n"
@@ -50,7 +58,10 @@ def _services(objects: list[Object], net: int) -> Iterator[tuple[Object, str | N
     """Each Service and its own address, None if it is headless."""
     services = [thing for thing in objects if thing["kind"] == "Service"]
     for i, service in enumerate(services, start=1):
-        yield service, None if service["spec"].get("clusterIP") == "None" else f"{_addresses(net)}{i}"
+        yield (
+            service,
+            None if service["spec"].get("clusterIP") == "None" else f"{_addresses(net)}{i}",
+        )
 
 
 def _addresses(net: int) -> str:
@@ -58,5 +69,8 @@ def _addresses(net: int) -> str:
 
 
 def _behind(service: Object, pods: list[Pod]) -> list[Pod]:
-    selector, early = service["spec"]["selector"].items(), service["spec"].get("publishNotReadyAddresses", False)
+    selector, early = (
+        service["spec"]["selector"].items(),
+        service["spec"].get("publishNotReadyAddresses", False),
+    )
     return [pod for pod in pods if selector <= pod.labels.items() and (early or pod.ready)]

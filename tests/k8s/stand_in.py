@@ -1,4 +1,6 @@
-"""What the tests of the pods share: Secrets, a changed config, a cluster for a while, questions to MLflow."""
+"""What the tests of the pods share: Secrets, a changed config, a cluster for a while, questions to
+MLflow.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,23 @@ from .manifests import K8S, Object
 from .pods import Pod
 
 __all__ = [
-    "PATIENCE_S", "cluster", "edit_config", "http_status", "rayjob", "runs_in_mlflow", "secrets", "until"
-]  # fmt: skip
+    "PATIENCE_S",
+    "cluster",
+    "edit_config",
+    "http_status",
+    "rayjob",
+    "runs_in_mlflow",
+    "secrets",
+    "until",
+]
 
 PATIENCE_S = 600
 
 
 def secrets() -> dict[str, dict[str, str]]:
-    """Those that README.md has one make, with values of this test's; without the optional hub's token."""
+    """Those that README.md has one make, with values of this test's; without the optional hub's
+    token.
+    """
     text = (K8S / "README.md").read_text().replace("\\\n", " ")
     found = {}
     for name, rest in re.findall(r"create secret generic (\S+) (.*)", text):
@@ -42,7 +53,11 @@ def rayjob(objects: list[Object]) -> Object:
 
 
 def edit_config(objects: list[Object], edit: Callable[[dict[str, Any]], None]) -> None:
-    (of_run,) = (thing["data"] for thing in objects if thing["kind"] == "ConfigMap" and "config.yaml" in thing["data"])
+    (of_run,) = (
+        thing["data"]
+        for thing in objects
+        if thing["kind"] == "ConfigMap" and "config.yaml" in thing["data"]
+    )
     config = yaml.safe_load(of_run["config.yaml"])
     edit(config)
     of_run["config.yaml"] = yaml.safe_dump(config)
@@ -50,7 +65,9 @@ def edit_config(objects: list[Object], edit: Callable[[dict[str, Any]], None]) -
 
 @contextlib.contextmanager
 def cluster(node: Kubelet) -> Iterator[RayCluster]:
-    """The RayJob's cluster, ready; gone afterwards, with its pods' logs in the report if the test failed."""
+    """The RayJob's cluster, ready; gone afterwards, with its pods' logs in the report if the test
+    failed.
+    """
     made = RayCluster(node, rayjob(node.objects))
     try:
         made.start()
@@ -85,7 +102,8 @@ experiments = [experiment.experiment_id for experiment in client.search_experime
 models = client.search_logged_models(experiments)
 print(json.dumps([
     {
-        "name": run.info.run_name, "status": run.info.status, "metrics": run.data.metrics, "files": list(files(run)),
+        "name": run.info.run_name, "status": run.info.status, "metrics": run.data.metrics,
+        "files": list(files(run)),
         "models": [str(model.status) for model in models if model.source_run_id == run.info.run_id],
     }
     for run in client.search_runs(experiments)
@@ -102,6 +120,9 @@ def runs_in_mlflow(pod: Pod, name: str) -> list[dict[str, Any]]:
 
 def http_status(pod: Pod, url: str) -> str:
     """What the pod gets from `url`, an expression of the shell, without a login or token."""
-    ask = "import sys, urllib.request, urllib.error\ntry: print(urllib.request.urlopen(sys.argv[1]).status)"
+    ask = (
+        "import sys, urllib.request, urllib.error\ntry:"
+        " print(urllib.request.urlopen(sys.argv[1]).status)"
+    )
     ask += "\nexcept urllib.error.HTTPError as error: print(error.code)"
     return pod.exec("sh", "-c", f'exec python -c "$0" "{url}"', ask).stdout.strip()

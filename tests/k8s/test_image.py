@@ -1,4 +1,6 @@
-"""The rules that launch/Dockerfile keeps, each shown to bite on a broken copy. test_image_build.py builds it."""
+"""The rules that launch/Dockerfile keeps, each shown to bite on a broken copy. test_image_build.py
+builds it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def instructions(text: str) -> list[Instruction]:
     """(keyword, arguments) in order, continued lines joined, comments gone."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     joined = re.sub(r"\\\n\s*", " ", lines)
-    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in joined.splitlines() if line.strip()]
+    return [
+        (line.split(" ", 1)[0], line.split(" ", 1)[1])
+        for line in joined.splitlines()
+        if line.strip()
+    ]
 
 
 def stages(text: str) -> list[list[Instruction]]:
@@ -35,7 +41,9 @@ def stages(text: str) -> list[list[Instruction]]:
 
 
 def image(text: str) -> list[Instruction]:
-    """The instructions whose outcome stays: those of the last stage and of the stages that it starts from."""
+    """The instructions whose outcome stays: those of the last stage and of the stages that it
+    starts from.
+    """
     found: list[Instruction] = []
     parent: str | None = None
     for stage in reversed(stages(text)):
@@ -52,7 +60,9 @@ def more_than_one_stage(text: str) -> Iterator[str]:
 
 
 def base_is_pinned(text: str) -> Iterator[str]:
-    defaults = dict(words.split("=", 1) for word, words in instructions(text) if word == "ARG" and "=" in words)
+    defaults = dict(
+        words.split("=", 1) for word, words in instructions(text) if word == "ARG" and "=" in words
+    )
     earlier: set[str] = set()
     for stage in stages(text):
         start, _, name = stage[0][1].partition(" AS ")
@@ -64,7 +74,9 @@ def base_is_pinned(text: str) -> Iterator[str]:
 
 def no_compiler_in_the_image(text: str) -> Iterator[str]:
     for word, words in image(text):
-        for tool in re.findall(r"\b(gcc|g\+\+|clang|make|cmake|build-essential|[\w-]+-dev|nvcc)(?!\w)", words):
+        for tool in re.findall(
+            r"\b(gcc|g\+\+|clang|make|cmake|build-essential|[\w-]+-dev|nvcc)(?!\w)", words
+        ):
             if word == "RUN":
                 yield f"{tool} in the image"
 
@@ -78,7 +90,9 @@ def no_installer_in_the_image(text: str) -> Iterator[str]:
 
 
 def nothing_may_become_root(text: str) -> Iterator[str]:
-    last = max((at for at, (_, words) in enumerate(image(text)) if "apt-get install" in words), default=0)
+    last = max(
+        (at for at, (_, words) in enumerate(image(text)) if "apt-get install" in words), default=0
+    )
     if not any("-perm /6000 -exec chmod a-s" in words for _, words in image(text)[last:]):
         yield "setuid programs stay"
 
@@ -86,9 +100,14 @@ def nothing_may_become_root(text: str) -> Iterator[str]:
 def runs_as_nobody_special(text: str) -> Iterator[str]:
     users = [words for word, words in image(text) if word == "USER"]
     if not users or not re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1]):
-        yield "the last USER must be a number other than 0, with its group: Kubernetes checks no names"
+        yield (
+            "the last USER must be a number other than 0, with its group: Kubernetes checks no"
+            " names"
+        )
     manifest = yaml.safe_load((REPOSITORY / "k8s" / "base" / "ray-job.yaml").read_text())
-    context = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["securityContext"]
+    context = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"][
+        "securityContext"
+    ]
     if users and users[-1] != f"{context['runAsUser']}:{context['runAsGroup']}":
         yield "another user than the manifests'"
 
@@ -98,9 +117,14 @@ def python_packages_have_hashes(text: str) -> Iterator[str]:
         for part in re.split(r"&&|;;|\|\|", words):
             if word != "RUN" or not re.search(r"\bpip\b.* (install|wheel|download) ", part):
                 continue
-            locked = "--require-hashes --no-deps" in part and re.search(r"-r requirements[-\w]*\.txt", part)
+            locked = "--require-hashes --no-deps" in part and re.search(
+                r"-r requirements[-\w]*\.txt", part
+            )
             if not locked and "--no-index --no-deps" not in part:
-                yield f"{part.strip()}: neither from a lock file with hashes nor from what was fetched so"
+                yield (
+                    f"{part.strip()}: neither from a lock file with hashes nor from what was"
+                    " fetched so"
+                )
 
 
 def nothing_from_elsewhere(text: str) -> Iterator[str]:
@@ -128,7 +152,9 @@ def copies_code_only(text: str) -> Iterator[str]:
     )
     for word, words in instructions(text):
         if word == "COPY" and not words.startswith("--from="):
-            yield from (f"COPY {words}" for source in words.split(" ")[:-1] if not allowed.fullmatch(source))
+            yield from (
+                f"COPY {words}" for source in words.split(" ")[:-1] if not allowed.fullmatch(source)
+            )
 
 
 def package_lists_are_removed(text: str) -> Iterator[str]:
@@ -174,7 +200,11 @@ BROKEN = [
     ("runs_as_nobody_special", "USER 1000:1000", "USER 1001:1001"),
     ("runs_as_nobody_special", "USER 1000:1000", ""),
     ("python_packages_have_hashes", "pip install --require-hashes", "pip install"),
-    ("python_packages_have_hashes", "pip wheel --require-hashes --no-deps", "pip wheel --require-hashes"),
+    (
+        "python_packages_have_hashes",
+        "pip wheel --require-hashes --no-deps",
+        "pip wheel --require-hashes",
+    ),
     ("python_packages_have_hashes", "install --no-index --no-deps", "install"),
     ("python_packages_have_hashes", "RUN ln -s", "RUN pip install requests && ln -s"),
     ("nothing_from_elsewhere", "WORKDIR /build", "RUN curl -s https://example.org/x | sh"),
@@ -204,7 +234,9 @@ def test_every_rule_is_shown_to_bite() -> None:
 
 
 def test_the_manifests_find_what_they_name() -> None:
-    smoke = yaml.safe_load((REPOSITORY / "k8s" / "overlays" / "cpu-smoke" / "config.yaml").read_text())
+    smoke = yaml.safe_load(
+        (REPOSITORY / "k8s" / "overlays" / "cpu-smoke" / "config.yaml").read_text()
+    )
     assert f" {smoke['data']['source']}\n" in DOCKERFILE
     (tag,) = set(re.findall(r"lwo-dist:(\S+-cpu)\b", DOCKERFILE))
     assert f"newTag: {tag}" in (REPOSITORY / "k8s" / "base" / "kustomization.yaml").read_text()
@@ -222,5 +254,9 @@ def test_the_builder_gets_what_is_copied_and_no_more() -> None:
         for variant in ("cpu", "cuda")
     ]
     assert all((REPOSITORY / source).exists() for source in copied)
-    assert [source for source in copied if not any(fnmatch.fnmatch(source, pattern) for pattern in let_in)] == []
+    assert [
+        source
+        for source in copied
+        if not any(fnmatch.fnmatch(source, pattern) for pattern in let_in)
+    ] == []
     assert [pattern for pattern in let_in if not fnmatch.filter(copied, pattern)] == []

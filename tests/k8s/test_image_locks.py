@@ -22,7 +22,11 @@ Texts = dict[str, str]
 
 def lines(text: str) -> list[str]:
     """The requirements and options, continued lines joined, comments gone."""
-    return [line for line in re.sub(r"\\\n\s*", "", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines() if line]
+    return [
+        line
+        for line in re.sub(r"\\\n\s*", "", re.sub(r"(?m)^\s*#.*\n", "", text)).splitlines()
+        if line
+    ]
 
 
 def pins(text: str) -> dict[str, str]:
@@ -34,7 +38,10 @@ def pins(text: str) -> dict[str, str]:
 def all_have_hashes(texts: Texts) -> Iterator[str]:
     for file in ("build", "cpu", "cuda"):
         for line in lines(texts[file]):
-            if not re.fullmatch(r"[\w.-]+==[\w.+]+( --hash=sha256:[0-9a-f]{64})+", line) and line != TORCH_LINKS:
+            if (
+                not re.fullmatch(r"[\w.-]+==[\w.+]+( --hash=sha256:[0-9a-f]{64})+", line)
+                and line != TORCH_LINKS
+            ):
                 yield f"{file}: {line[:60]}: not a pin with hashes"
 
 
@@ -61,7 +68,10 @@ def both_variants_are_one(texts: Texts) -> Iterator[str]:
 
 def what_is_asked_for_is_there(texts: Texts) -> Iterator[str]:
     project = tomllib.loads(texts["project"])["project"]
-    asked = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    asked = [
+        *project["dependencies"],
+        *(line for extra in EXTRAS for line in project["optional-dependencies"][extra]),
+    ]
     locked = pins(texts["cpu"])
     for requirement in map(Requirement, asked):
         version = locked.get(canonicalize_name(requirement.name))
@@ -95,7 +105,12 @@ RULES: dict[str, Callable[[Texts], Iterator[str]]] = {
 BROKEN = [
     ("all_have_hashes", "cpu", r"(?m)^ray==.*\n(    --hash.*\n)+", "ray==2.60.0\n"),
     ("all_have_hashes", "cuda", r"(?m)^ray==", "ray>="),
-    ("all_have_hashes", "build", r"(?m)^setuptools==", "--index-url https://example.org/simple\nsetuptools=="),
+    (
+        "all_have_hashes",
+        "build",
+        r"(?m)^setuptools==",
+        "--index-url https://example.org/simple\nsetuptools==",
+    ),
     ("locks_follow_the_constraints", "cpu", r"(?m)^mlflow==[\d.]+", "mlflow==3.0.0"),
     ("locks_follow_the_constraints", "constraints", r"(?m)^deepspeed==.*$", "deepspeed==0.1"),
     ("locks_follow_the_constraints", "constraints", r"(?m)^ray==.*\n", ""),
@@ -114,7 +129,9 @@ BROKEN = [
 @pytest.fixture
 def texts() -> Texts:
     launch = REPOSITORY / "launch"
-    files = {name: launch / "image" / f"requirements-{name}.txt" for name in ("build", "cpu", "cuda")}
+    files = {
+        name: launch / "image" / f"requirements-{name}.txt" for name in ("build", "cpu", "cuda")
+    }
     files |= {"constraints": launch / "constraints.txt", "project": REPOSITORY / "pyproject.toml"}
     return {name: file.read_text() for name, file in files.items()}
 

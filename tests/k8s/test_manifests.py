@@ -1,4 +1,6 @@
-"""The Kubernetes manifests: each overlay renders, fits the schemas, the operator and our policy; each rule bites."""
+"""The Kubernetes manifests: each overlay renders, fits the schemas, the operator and our policy;
+each rule bites.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,13 @@ BACKEND = f"{MLFLOW}.containers.0.env.MLFLOW_BACKEND_STORE_URI"
 
 
 def _at(objects: list[Object], path: str) -> tuple[Any, Any]:
-    """The container of what `path` names, and its key there. `Kind` or `Kind/name` comes first; the entries of a list
-    go by number or by their name."""
+    """The container of what `path` names, and its key there. `Kind` or `Kind/name` comes first; the
+    entries of a list go by number or by their name."""
     kind, *keys = path.split(".")
     kind, _, name = kind.partition("/")
-    place: Any = next(o for o in objects if o["kind"] == kind and o["metadata"]["name"].startswith(name))
+    place: Any = next(
+        o for o in objects if o["kind"] == kind and o["metadata"]["name"].startswith(name)
+    )
     for i, key in enumerate(keys):
         found: Any = key
         if isinstance(place, list):
@@ -77,12 +81,21 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("short_name", put("RayJob.metadata.name", "a" * 48)),
     ("short_name", put("RayJob.metadata.name", "1st-run")),
     ("token_needs_ray_2_52", put("RayJob.spec.rayClusterSpec.rayVersion", "2.51.1")),
-    ("no_kubernetes_token_auth", put("RayJob.spec.rayClusterSpec.authOptions.enableK8sTokenAuth", True)),
+    (
+        "no_kubernetes_token_auth",
+        put("RayJob.spec.rayClusterSpec.authOptions.enableK8sTokenAuth", True),
+    ),
     ("no_alpha_gates", put("RayJob.spec.rayClusterSpec.networkPolicy", {})),
     ("no_alpha_gates", put("RayJob.spec.rayClusterSpec.tlsOptions", {})),
-    ("no_alpha_gates", put("RayJob.spec.rayClusterSpec.gcsFaultToleranceOptions", {"backend": "rocksdb"})),
+    (
+        "no_alpha_gates",
+        put("RayJob.spec.rayClusterSpec.gcsFaultToleranceOptions", {"backend": "rocksdb"}),
+    ),
     ("shut_down_before_ttl_or_suspend", drop("RayJob.spec.shutdownAfterJobFinishes")),
-    ("retries_need_a_cluster_of_their_own", put("RayJob.spec.clusterSelector", {"ray.io/cluster": "x"})),
+    (
+        "retries_need_a_cluster_of_their_own",
+        put("RayJob.spec.clusterSelector", {"ray.io/cluster": "x"}),
+    ),
     ("retries_need_a_cluster_of_their_own", put("RayJob.spec.submissionMode", "InteractiveMode")),
     ("worker_bounds", drop(f"{WORKER}.minReplicas")),
     ("resources_said_once", put(f"{HEAD}.resources", {"cpu": "1"})),
@@ -91,40 +104,81 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("non_root", put(f"{POD}.securityContext.runAsNonRoot", False)),
     ("non_root", put(f"{MLFLOW}.securityContext.runAsUser", 0)),
     ("non_root", put(f"{MLFLOW}.containers.0.securityContext.runAsUser", 0)),
-    ("no_privilege_escalation", drop(f"{POD}.containers.0.securityContext.allowPrivilegeEscalation")),
+    (
+        "no_privilege_escalation",
+        drop(f"{POD}.containers.0.securityContext.allowPrivilegeEscalation"),
+    ),
     ("no_privilege_escalation", put(f"{MLFLOW}.containers.0.securityContext.privileged", True)),
-    ("capabilities_dropped", put(f"{MLFLOW}.containers.0.securityContext.capabilities", {"drop": ["NET_RAW"]})),
-    ("capabilities_dropped", put(f"{POD}.containers.0.securityContext.capabilities.add", ["SYS_PTRACE"])),
+    (
+        "capabilities_dropped",
+        put(f"{MLFLOW}.containers.0.securityContext.capabilities", {"drop": ["NET_RAW"]}),
+    ),
+    (
+        "capabilities_dropped",
+        put(f"{POD}.containers.0.securityContext.capabilities.add", ["SYS_PTRACE"]),
+    ),
     ("seccomp", put(f"{POD}.securityContext.seccompProfile.type", "Unconfined")),
     ("read_only_root", put(f"{POD}.containers.0.securityContext.readOnlyRootFilesystem", False)),
     ("room_to_write", put(f"{POD}.containers.0.volumeMounts.tmp.mountPath", "/temporary")),
     ("room_to_write", put(f"{POD}.containers.0.env.HOME.value", "/var/somebody")),
     ("shared_memory", put(f"{WORKER}.template.spec.volumes.shm.emptyDir", {})),
     ("nothing_of_the_host", put(f"{POD}.hostNetwork", True)),
-    ("nothing_of_the_host", put(f"{POD}.volumes.runs", {"name": "runs", "hostPath": {"path": "/"}})),
+    (
+        "nothing_of_the_host",
+        put(f"{POD}.volumes.runs", {"name": "runs", "hostPath": {"path": "/"}}),
+    ),
     ("nothing_of_the_host", put(f"{POD}.containers.0.ports.0.hostPort", 6379)),
     ("no_api_token", drop("ServiceAccount.automountServiceAccountToken")),
     ("no_api_token", put(f"{POD}.serviceAccountName", "default")),
-    ("restricted_namespace", put("Namespace.metadata.labels", {"pod-security.kubernetes.io/enforce": "baseline"})),
+    (
+        "restricted_namespace",
+        put("Namespace.metadata.labels", {"pod-security.kubernetes.io/enforce": "baseline"}),
+    ),
     ("restricted_namespace", put("RayJob.metadata.namespace", "default")),
     ("resources_set", drop(f"{MLFLOW}.containers.0.resources.limits")),
-    ("resources_set", drop("RayJob.spec.submitterPodTemplate.spec.containers.0.resources.requests.memory")),
+    (
+        "resources_set",
+        drop("RayJob.spec.submitterPodTemplate.spec.containers.0.resources.requests.memory"),
+    ),
     ("probed", drop(f"{MLFLOW}.containers.0.readinessProbe")),
     ("probed", drop("StatefulSet.spec.template.spec.containers.0.livenessProbe")),
-    ("images_pinned", put("StatefulSet.spec.template.spec.containers.0.image", "registry:5000/postgres")),
+    (
+        "images_pinned",
+        put("StatefulSet.spec.template.spec.containers.0.image", "registry:5000/postgres"),
+    ),
     ("images_pinned", put("StatefulSet.spec.template.spec.containers.0.image", "postgres:latest")),
     ("one_version_of_ray", put("RayJob.spec.rayClusterSpec.rayVersion", "2.59.0")),
-    ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.1.0-ray2.59.0-cpu")),
-    ("one_version_of_ray", put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.0.9-ray2.60.0-cpu")),
-    ("database_driver", put(f"{BACKEND}.value", "postgresql://mlflow:$(POSTGRES_PASSWORD)@lwo-dist-postgres/mlflow")),
-    ("database_driver", put(f"{BACKEND}.value", "postgresql+psycopg://mlflow:$(PASSWORD)@lwo-dist-postgres/mlflow")),
     (
-        "no_secret_literal",
-        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_PASSWORD", {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"}),
+        "one_version_of_ray",
+        put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.1.0-ray2.59.0-cpu"),
+    ),
+    (
+        "one_version_of_ray",
+        put(f"{WORKER}.template.spec.containers.0.image", "lwo-dist:0.0.9-ray2.60.0-cpu"),
+    ),
+    (
+        "database_driver",
+        put(
+            f"{BACKEND}.value", "postgresql://mlflow:$(POSTGRES_PASSWORD)@lwo-dist-postgres/mlflow"
+        ),
+    ),
+    (
+        "database_driver",
+        put(f"{BACKEND}.value", "postgresql+psycopg://mlflow:$(PASSWORD)@lwo-dist-postgres/mlflow"),
     ),
     (
         "no_secret_literal",
-        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_URI.value", "http://user:secret@lwo-dist-mlflow:5000"),
+        put(
+            f"{POD}.containers.0.env.MLFLOW_TRACKING_PASSWORD",
+            {"name": "MLFLOW_TRACKING_PASSWORD", "value": "x"},
+        ),
+    ),
+    (
+        "no_secret_literal",
+        put(
+            f"{POD}.containers.0.env.MLFLOW_TRACKING_URI.value",
+            "http://user:secret@lwo-dist-mlflow:5000",
+        ),
     ),
     ("no_secret_literal", config("method: lwo", "method: lwo  # hf_abcdefghijklmnop")),
     ("no_secret_literal", put("Namespace.kind", "Secret")),
@@ -132,16 +186,25 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("references_resolve", put(f"{POD}.volumes.runs.persistentVolumeClaim.claimName", "nowhere")),
     (
         "references_resolve",
-        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_USERNAME.valueFrom.secretKeyRef.name", "nowhere"),
+        put(
+            f"{POD}.containers.0.env.MLFLOW_TRACKING_USERNAME.valueFrom.secretKeyRef.name",
+            "nowhere",
+        ),
     ),
     (
         "references_resolve",
-        put(f"{POD}.containers.0.env.MLFLOW_TRACKING_USERNAME.valueFrom.secretKeyRef.key", "user-name"),
+        put(
+            f"{POD}.containers.0.env.MLFLOW_TRACKING_USERNAME.valueFrom.secretKeyRef.key",
+            "user-name",
+        ),
     ),
     ("network_closed", forget("NetworkPolicy", "default-deny")),
     ("network_closed", drop("NetworkPolicy/mlflow.spec.ingress.0.from")),
     ("selectors_match", put("Service.spec.selector", {"lwo-dist/part": "mlfow"})),
-    ("selectors_match", put("PodDisruptionBudget.spec.selector.matchLabels", {"lwo-dist/part": "heads"})),
+    (
+        "selectors_match",
+        put("PodDisruptionBudget.spec.selector.matchLabels", {"lwo-dist/part": "heads"}),
+    ),
     ("head_kept", put("PodDisruptionBudget.spec", {"maxUnavailable": 0})),
     ("resumes", drop("RayJob.spec.backoffLimit")),
     ("resumes", drop(f"{WORKER}.template.spec.containers.0.lifecycle")),
@@ -171,16 +234,23 @@ def test_components_go_together(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text(json.dumps(own))
     objects = build(tmp_path)
     assert {rule.__name__: found for rule in RULES if (found := list(rule(objects)))} == {}
-    apart = [{(t["kind"], t["metadata"]["name"]) for t in render(f"overlays/{name}")} for name in ("s3", "postgres")]
+    apart = [
+        {(t["kind"], t["metadata"]["name"]) for t in render(f"overlays/{name}")}
+        for name in ("s3", "postgres")
+    ]
     together = {(thing["kind"], thing["metadata"]["name"]) for thing in objects}
-    configs = {name for name in apart[0] if name[1].startswith("lwo-dist-config")}  # An overlay's own.
+    configs = {
+        name for name in apart[0] if name[1].startswith("lwo-dist-config")
+    }  # An overlay's own.
     assert (apart[0] | apart[1]) - configs <= together
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_the_core_schemas(overlay: str) -> None:
     core = [thing for thing in render(overlay) if thing["apiVersion"] != "ray.io/v1"]
-    assert {thing["metadata"]["name"]: found for thing in core if (found := schema_problems(thing))} == {}
+    assert {
+        thing["metadata"]["name"]: found for thing in core if (found := schema_problems(thing))
+    } == {}
     assert len(core) >= 15
 
 
@@ -190,7 +260,9 @@ def test_an_overlay_fits_kuberay_s_schema(overlay: str) -> None:
     assert schema_problems(job) == []
 
 
-@pytest.mark.parametrize(("rule", "change"), BROKEN, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("rule", "change"), BROKEN, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BROKEN)]
+)
 def test_a_rule_is_broken(rule: str, change: Callable[[list[Object]], None]) -> None:
     objects = render("overlays/postgres")
     change(objects)
@@ -224,7 +296,11 @@ def test_the_schemas_refuse(change: Callable[[list[Object]], None], message: str
 
 
 def test_overlays_differ_where_they_say_so() -> None:
-    gpu, s3, smoke = render("overlays/gpu-kueue"), render("overlays/s3"), render("overlays/cpu-smoke")
+    gpu, s3, smoke = (
+        render("overlays/gpu-kueue"),
+        render("overlays/s3"),
+        render("overlays/cpu-smoke"),
+    )
     job = next(thing for thing in gpu if thing["kind"] == "RayJob")
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lwo-dist"
     assert job["spec"]["suspend"] is True
@@ -238,7 +314,9 @@ def test_overlays_differ_where_they_say_so() -> None:
 
 def test_mlflow_knows_its_own_names() -> None:
     objects = render("base")
-    (mlflow,) = [container for name, container in containers(objects) if name.startswith("Deployment")]
+    (mlflow,) = [
+        container for name, container in containers(objects) if name.startswith("Deployment")
+    ]
     (argument,) = [word for word in mlflow["args"] if word.startswith("--allowed-hosts=")]
     # As mlflow/server/fastapi_security.py compares them.
     allowed = argument.partition("=")[2].split(",")
@@ -249,7 +327,11 @@ def test_mlflow_knows_its_own_names() -> None:
         for variable in container.get("env", [])
         if variable["name"] == "MLFLOW_TRACKING_URI"
     }
-    hosts |= {f"{service['name']}.{service['namespace']}.svc.cluster.local:5000", "localhost:5000", "127.0.0.1:8080"}
+    hosts |= {
+        f"{service['name']}.{service['namespace']}.svc.cluster.local:5000",
+        "localhost:5000",
+        "127.0.0.1:8080",
+    }
     assert len(hosts) == 4
     for host in hosts:
         assert any(fnmatch.fnmatch(host, pattern) for pattern in allowed), host

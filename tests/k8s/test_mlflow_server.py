@@ -1,4 +1,6 @@
-"""MLflow's server as its manifest starts it: same arguments, same environment, other folders and port."""
+"""MLflow's server as its manifest starts it: same arguments, same environment, other folders and
+port.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     log = data / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *arguments], env=environment | {"HOME": str(data)},
-            stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "mlflow", *arguments],
+            env=environment | {"HOME": str(data)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
         _wait(port, process, log)
         yield port
@@ -89,7 +94,13 @@ def test_runs_need_the_login(server: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", [f"{SERVICE}:5000", f"{SERVICE}.lwo-dist.svc.cluster.local:5000", "127.0.0.1:8080", "localhost:5000"]
+    "host",
+    [
+        f"{SERVICE}:5000",
+        f"{SERVICE}.lwo-dist.svc.cluster.local:5000",
+        "127.0.0.1:8080",
+        "localhost:5000",
+    ],
 )
 def test_its_names_are_let_in(server: int, host: str) -> None:
     assert _status(server, RUNS, host=host, login=True) == 200

@@ -1,4 +1,6 @@
-"""The manifests' pods as written, without Kubernetes: kubelet.py is the kubelet, kuberay.py the operator."""
+"""The manifests' pods as written, without Kubernetes: kubelet.py is the kubelet, kuberay.py the
+operator.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,16 @@ from .kubelet import Kubelet, kubelet
 from .kuberay import RayCluster
 from .manifests import Object, render
 from .pods import Pod
-from .stand_in import PATIENCE_S, cluster, edit_config, http_status, rayjob, runs_in_mlflow, secrets, until
+from .stand_in import (
+    PATIENCE_S,
+    cluster,
+    edit_config,
+    http_status,
+    rayjob,
+    runs_in_mlflow,
+    secrets,
+    until,
+)
 
 UID = 1000
 
@@ -42,19 +53,34 @@ def test_the_main_job_ends_well(node: Kubelet) -> None:
         assert {file.stat().st_uid for file in run.rglob("*")} == {UID}
         assert (run / "model" / "model.safetensors").is_file()
 
-        trained = [actor["address"]["ipAddress"] for actor in ray.actors() if actor["actorClass"] == "RayTrainWorker"]
+        trained = [
+            actor["address"]["ipAddress"]
+            for actor in ray.actors()
+            if actor["actorClass"] == "RayTrainWorker"
+        ]
         assert sorted(trained) == sorted(worker.address for worker in ray.workers)
 
         (found,) = runs_in_mlflow(ray.head, "smoke")
         assert (found["status"], found["models"]) == ("FINISHED", ["READY"])
         assert {"train/loss", "eval/loss"} <= found["metrics"].keys()
         assert {"config.yaml", "report.html", "pictures/loss_by_layer.png"} <= set(found["files"])
-        assert http_status(ray.head, "$MLFLOW_TRACKING_URI/api/2.0/mlflow/experiments/search?max_results=1") == "401"
-        assert http_status(ray.head, "http://127.0.0.1:8265/api/jobs/") == ray.status(token="") == "401"
+        assert (
+            http_status(
+                ray.head, "$MLFLOW_TRACKING_URI/api/2.0/mlflow/experiments/search?max_results=1"
+            )
+            == "401"
+        )
+        assert (
+            http_status(ray.head, "http://127.0.0.1:8265/api/jobs/")
+            == ray.status(token="")
+            == "401"
+        )
         assert ray.status(token="wrong") == "403"
 
         for pod in (node.pod("mlflow"), ray.head, *ray.workers):
-            assert pod.probe("startup") and pod.probe("readiness") and pod.probe("liveness"), pod.name
+            assert pod.probe("startup") and pod.probe("readiness") and pod.probe("liveness"), (
+                pod.name
+            )
             assert pod.over_limit() == []
 
 
@@ -69,18 +95,26 @@ def _long_run(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 def _submit_and_take_away(ray: RayCluster, pod: Pod) -> Pod:
-    """The submitter of a run that was in its middle when `pod` was deleted; its hook had the run leave in time."""
+    """The submitter of a run that was in its middle when `pod` was deleted; its hook had the run
+    leave in time.
+    """
     submitter = ray.submit()
     until(lambda: "step 20/300" in submitter.log, submitter)
     deletion = pod.delete()
-    assert deletion.hook is not None and deletion.hook.returncode == 0 and not deletion.killed, deletion
+    assert deletion.hook is not None and deletion.hook.returncode == 0 and not deletion.killed, (
+        deletion
+    )
     return submitter
 
 
 def _stopped_at(log: str) -> int:
     assert "failed with exit code 75" in log, log
     stopped = re.search(r"stopped by .* at step (\d+); checkpoint (\S+);", log)
-    assert stopped and 20 <= int(stopped[1]) < 300 and stopped[2].endswith(f"step_{int(stopped[1]):06d}"), log
+    assert (
+        stopped
+        and 20 <= int(stopped[1]) < 300
+        and stopped[2].endswith(f"step_{int(stopped[1]):06d}")
+    ), log
     return int(stopped[1])
 
 
@@ -89,7 +123,8 @@ def test_a_worker_pod_goes_and_the_next_try_goes_on_from_that_step(node: Kubelet
     edit_config(node.objects, _long_run("worker-goes"))
     with cluster(node) as ray:
         submitter = _submit_and_take_away(ray, ray.workers[0])
-        # Not 1: `ray job logs --follow` takes no notice of how the job ended. The operator asks for that.
+        # Not 1: `ray job logs --follow` takes no notice of how the job ended. The operator asks for
+        # that.
         assert submitter.wait(PATIENCE_S) == 0
         assert ray.status().startswith("FAILED")
         step = _stopped_at(submitter.log)
@@ -111,7 +146,13 @@ def test_the_head_pod_goes_and_the_run_is_saved_before(node: Kubelet) -> None:
         submitter.wait(PATIENCE_S)
         step = _stopped_at(submitter.log)
         assert "stopped by SIGTERM" in submitter.log
-        assert (node.claim("lwo-dist-runs") / "head-goes" / "checkpoints" / f"step_{step:06d}" / "state.json").is_file()
+        assert (
+            node.claim("lwo-dist-runs")
+            / "head-goes"
+            / "checkpoints"
+            / f"step_{step:06d}"
+            / "state.json"
+        ).is_file()
 
 
 def _as_probe(pod: Object, script: str) -> Object:
@@ -126,15 +167,27 @@ def _pods_of(node: Kubelet, script: str) -> dict[str, Pod]:
     """One pod of each kind, running `script`."""
     ray = RayCluster(node, rayjob(node.objects))
     pods = [ray.head_pod(), next(ray.worker_pods()), ray.submitter_pod()]
-    pods += [node.pod_of(thing) for thing in node.objects if thing["kind"] in ("Deployment", "StatefulSet")]
-    return {pod["metadata"]["labels"]["lwo-dist/part"]: node.run(_as_probe(pod, script)) for pod in pods}
+    pods += [
+        node.pod_of(thing)
+        for thing in node.objects
+        if thing["kind"] in ("Deployment", "StatefulSet")
+    ]
+    return {
+        pod["metadata"]["labels"]["lwo-dist/part"]: node.run(_as_probe(pod, script)) for pod in pods
+    }
 
 
 def test_only_the_volumes_can_be_written(image: Image) -> None:
-    places = "/ /usr /etc /etc/lwo-dist /opt/lwo /proc /sys /dev /tmp /runs /scratch /dev/shm /mlflow /etc/mlflow"
+    places = (
+        "/ /usr /etc /etc/lwo-dist /opt/lwo /proc /sys /dev /tmp /runs /scratch /dev/shm /mlflow"
+        " /etc/mlflow"
+    )
     probe = "id -u; awk '$2 == \"/\" {print substr($4, 1, 2)}' /proc/mounts; "
     probe += "awk '/^(CapBnd|NoNewPrivs)/ {print $2}' /proc/self/status; "
-    probe += f'for place in {places}; do if (: >"$place/probe") 2>/dev/null; then echo "$place"; fi; done; true'
+    probe += (
+        f'for place in {places}; do if (: >"$place/probe") 2>/dev/null; then echo "$place"; fi;'
+        " done; true"
+    )
     with kubelet(render("overlays/cpu-smoke"), lambda _: image, secrets()) as node:
         found = {}
         for part, pod in _pods_of(node, probe).items():
@@ -144,15 +197,20 @@ def test_only_the_volumes_can_be_written(image: Image) -> None:
     of_ray = ["/tmp", "/runs", "/scratch", "/dev/shm"]
     # The runtime gives every container a /dev/shm of 64 MB.
     assert found == {
-        "head": of_ray, "worker": of_ray, "submitter": ["/tmp", "/dev/shm"], "mlflow": ["/tmp", "/dev/shm", "/mlflow"]
-    }  # fmt: skip
+        "head": of_ray,
+        "worker": of_ray,
+        "submitter": ["/tmp", "/dev/shm"],
+        "mlflow": ["/tmp", "/dev/shm", "/mlflow"],
+    }
 
 
-# Answers on some ports; what `exec` runs in the pod tells which of the doors named by its arguments open.
+# Answers on some ports; what `exec` runs in the pod tells which of the doors named by its arguments
+# open.
 LISTEN = """
 import socket, time
 for port in (5000, 6379, 8265, 12345):
-    server = socket.socket(); server.bind(("", port)); server.listen(64); globals()[f"server_{port}"] = server
+    server = socket.socket(); server.bind(("", port)); server.listen(64)
+    globals()[f"server_{port}"] = server
 print("listening", flush=True); time.sleep(600)
 """
 KNOCK = """
@@ -162,7 +220,8 @@ def opens(door):
     try: socket.create_connection((host, int(port)), timeout=1).close()
     except OSError: return ""
     return door
-with concurrent.futures.ThreadPoolExecutor(20) as threads: print("\\n".join(threads.map(opens, sys.argv[1:])))
+with concurrent.futures.ThreadPoolExecutor(20) as threads:
+    print("\\n".join(threads.map(opens, sys.argv[1:])))
 """
 
 
@@ -174,7 +233,12 @@ def _open_doors(pods: dict[str, Pod]) -> set[str]:
     names = {pod.address: part for part, pod in pods.items()}
     found = set()
     for part, pod in pods.items():
-        doors = [f"{other.address}:{port}" for other in pods.values() if other is not pod for port in PORTS]
+        doors = [
+            f"{other.address}:{port}"
+            for other in pods.values()
+            if other is not pod
+            for port in PORTS
+        ]
         for door in _opened(pod, *doors):
             address, _, port = door.partition(":")
             found.add(f"{part} -> {names[address]}:{port}")
@@ -182,7 +246,9 @@ def _open_doors(pods: dict[str, Pod]) -> set[str]:
 
 
 PORTS = (5000, 6379, 8265, 12345)
-AMONG_RAY = {f"{a} -> {b}:{port}" for a, b in (("head", "worker"), ("worker", "head")) for port in PORTS}
+AMONG_RAY = {
+    f"{a} -> {b}:{port}" for a, b in (("head", "worker"), ("worker", "head")) for port in PORTS
+}
 TO_MLFLOW = {"head -> mlflow:5000", "worker -> mlflow:5000"}
 SUBMISSION = {"submitter -> head:8265"}
 
@@ -202,7 +268,11 @@ def test_the_network_policies_let_in_whom_they_name(image: Image) -> None:
             "mlflow": TO_MLFLOW,
         }
         for name, lost in lost_without.items():
-            node.objects[:] = [t for t in everything if (t["kind"], t["metadata"]["name"]) != ("NetworkPolicy", name)]
+            node.objects[:] = [
+                t
+                for t in everything
+                if (t["kind"], t["metadata"]["name"]) != ("NetworkPolicy", name)
+            ]
             node.refresh()
             assert _open_doors(pods) == (AMONG_RAY | TO_MLFLOW | SUBMISSION) - lost, name
 

@@ -1,4 +1,6 @@
-"""The overlays with a store outside their pods, as written: runs in S3, MLflow's records in PostgreSQL."""
+"""The overlays with a store outside their pods, as written: runs in S3, MLflow's records in
+PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,21 @@ pytestmark = pytest.mark.long
 
 
 def small(config: dict[str, Any]) -> None:
-    """No hub can be reached: cpu-smoke's model and data, its sizes too; where things are kept stays."""
+    """No hub can be reached: cpu-smoke's model and data, its sizes too; where things are kept
+    stays.
+    """
     smoke = yaml.safe_load((K8S / "overlays" / "cpu-smoke" / "config.yaml").read_text())
     data = config["data"] | smoke["data"]
-    config |= {key: smoke[key] for key in ("model", "lwo", "train", "eval", "checkpoint")} | {"data": data}
+    config |= {key: smoke[key] for key in ("model", "lwo", "train", "eval", "checkpoint")} | {
+        "data": data
+    }
 
 
 @pytest.fixture
 def s3(image: Image) -> Iterator[tuple[Kubelet, Any]]:
-    """The overlay s3, applied, and a client of the store, which is outside, behind the port of https."""
+    """The overlay s3, applied, and a client of the store, which is outside, behind the port of
+    https.
+    """
     moto = pytest.importorskip("moto.server", reason="needs moto[s3]")
     boto3 = pytest.importorskip("boto3", reason="needs moto[s3]")
     objects, made = render("overlays/s3"), secrets()
@@ -61,9 +69,17 @@ def test_runs_in_an_object_store(s3: tuple[Kubelet, Any]) -> None:
         assert ray.status().startswith("SUCCEEDED"), submitter.log
         (run,) = runs_in_mlflow(ray.head, "first")
         assert run["status"] == "FINISHED"
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket="lwo-dist", Prefix="runs/first/")
-    files = {thing["Key"].removeprefix("runs/first/") for page in pages for thing in page["Contents"]}
-    assert {"summary.json", "model/model.safetensors", "checkpoints/step_000020/state.json"} <= files
+    pages = client.get_paginator("list_objects_v2").paginate(
+        Bucket="lwo-dist", Prefix="runs/first/"
+    )
+    files = {
+        thing["Key"].removeprefix("runs/first/") for page in pages for thing in page["Contents"]
+    }
+    assert {
+        "summary.json",
+        "model/model.safetensors",
+        "checkpoints/step_000020/state.json",
+    } <= files
     volume = node.claim("lwo-dist-runs")
     assert {path.name for path in volume.iterdir()} == {"cache"}
 
@@ -84,7 +100,9 @@ def test_records_in_postgres(image: Image, tmp_path: Path) -> None:
     except FileNotFoundError as why:
         pytest.skip(str(why))
     objects = render("overlays/postgres")
-    with kubelet(objects, lambda name: postgres if name.startswith("postgres:") else image, secrets()) as node:
+    with kubelet(
+        objects, lambda name: postgres if name.startswith("postgres:") else image, secrets()
+    ) as node:
         node.deploy()
         (job,) = (thing for thing in objects if thing["kind"] == "RayJob")
         head: Object = RayCluster(node, job).head_pod()
@@ -98,6 +116,15 @@ def test_records_in_postgres(image: Image, tmp_path: Path) -> None:
         node.deploy()
         (run,) = runs_in_mlflow(asking, "in-postgres")
         assert (run["status"], run["metrics"]) == ("FINISHED", {"train/loss": 1 / 3})
-        sql = ["psql", "--username=mlflow", "--host=/var/run/postgresql", "--tuples-only", "--no-align"]
-        assert node.pod("postgres").exec(*sql, "--command=select count(*) from metrics").stdout.strip() == "3"
+        sql = [
+            "psql",
+            "--username=mlflow",
+            "--host=/var/run/postgresql",
+            "--tuples-only",
+            "--no-align",
+        ]
+        assert (
+            node.pod("postgres").exec(*sql, "--command=select count(*) from metrics").stdout.strip()
+            == "3"
+        )
         assert not (node.claim("lwo-dist-mlflow") / "mlflow.db").exists()

@@ -62,8 +62,13 @@ def test_is_an_ordinary_folder(folder: Path) -> None:
 
 
 def test_has_learned(folder: Path) -> None:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer(Path(sysconfig.get_paths()["stdlib"], "argparse.py").read_text(), return_tensors="pt").input_ids
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    ids = tokenizer(
+        Path(sysconfig.get_paths()["stdlib"], "argparse.py").read_text(), return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         loss = model(input_ids=ids[:, :1000], labels=ids[:, :1000]).loss.item()
     assert loss < math.log(400) - 0.5
@@ -74,7 +79,10 @@ def test_tokenizer(folder: Path) -> None:
     newline = tokenizer("\n").input_ids
     assert len(newline) == 1
     texts = [
-        "def f(self, x):\n\n\n        return self.x[12] + 1  \n    \n\tx = '  '\r\n  # caf\u00e9 \U0001f40d\n",
+        (
+            "def f(self, x):\n\n\n        return self.x[12] + 1  \n    \n\tx = '  '\r\n  #"
+            " caf\u00e9 \U0001f40d\n"
+        ),
         ":\n:\n)\n",
         Path(base_model.__file__).read_text(),
     ]
@@ -94,7 +102,9 @@ def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ensure_base_model(folder.parent, recipe=TINY, log=unexpected)
 
 
-def test_deterministic_on_any_number_of_cores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_on_any_number_of_cores(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     others = {0} if len(os.sched_getaffinity(0)) > 1 else {0, 1}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: others)
     torch.manual_seed(1234)
@@ -122,13 +132,16 @@ def test_killed(tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
 
-def test_waits_for_another_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_for_another_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: Queue[Any] = Queue()
     monkeypatch.setattr(base_model, "_build", lambda *args: said.put("builds too"))
     with (tmp_path / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiter = threading.Thread(
-            target=lambda: said.put(ensure_base_model(tmp_path, recipe=TINY, log=said.put)), daemon=True
+            target=lambda: said.put(ensure_base_model(tmp_path, recipe=TINY, log=said.put)),
+            daemon=True,
         )
         waiter.start()
         assert "waiting" in said.get(timeout=60)

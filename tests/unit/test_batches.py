@@ -1,4 +1,6 @@
-"""The batch of a step: the same for everyone, whoever computes it, and nothing lost or counted twice."""
+"""The batch of a step: the same for everyone, whoever computes it, and nothing lost or counted
+twice.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ PAD = 999
 
 
 def prepared(lengths: list[int], sequence_length: int = 30) -> PreparedData:
-    """Examples of these lengths; the tokens of example i are 1000 (i + 1) and up, a third of them context."""
-    examples = [TrainExample([1000 * (i + 1) + t for t in range(n)], n // 3) for i, n in enumerate(lengths)]
+    """Examples of these lengths; the tokens of example i are 1000 (i + 1) and up, a third of them
+    context.
+    """
+    examples = [
+        TrainExample([1000 * (i + 1) + t for t in range(n)], n // 3) for i, n in enumerate(lengths)
+    ]
     return PreparedData(
         train=Dataset.from_list([vars(e) for e in examples]),
         lengths=np.array(lengths, dtype=np.int32),
@@ -42,18 +48,26 @@ def prepared(lengths: list[int], sequence_length: int = 30) -> PreparedData:
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**40))
-def test_epochs_follow_each_other_and_drop_nothing(num_examples: int, batch_size: int, seed: int) -> None:
+def test_epochs_follow_each_other_and_drop_nothing(
+    num_examples: int, batch_size: int, seed: int
+) -> None:
     steps = 3 * num_examples // batch_size + 2
-    stream = np.concatenate([global_batch_indices(num_examples, batch_size, seed, step) for step in range(steps)])
+    stream = np.concatenate(
+        [global_batch_indices(num_examples, batch_size, seed, step) for step in range(steps)]
+    )
     assert len(stream) == steps * batch_size
     for start in range(0, len(stream) - num_examples + 1, num_examples):
         assert sorted(stream[start : start + num_examples]) == list(range(num_examples))
-    again = global_batch_indices(num_examples, batch_size, seed, steps - 1)  # out of order, by itself
+    again = global_batch_indices(
+        num_examples, batch_size, seed, steps - 1
+    )  # out of order, by itself
     assert again.tolist() == stream[-batch_size:].tolist()
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = [global_batch_indices(50, 50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
+    orders = [
+        global_batch_indices(50, 50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)
+    ]
     assert len({tuple(order) for order in orders}) == 6
 
 
@@ -77,17 +91,29 @@ def test_the_ranks_parts_make_up_the_global_batch(
     world_size, accumulation, size = shape
     batch_size = world_size * accumulation * size
     expected = global_batch_indices(len(lengths), batch_size, seed, step).tolist()
-    # One process takes each micro-batch whole; the ranks' rows of it, in rank order, must be the same rows.
+    # One process takes each micro-batch whole; the ranks' rows of it, in rank order, must be the
+    # same rows.
     whole = micro_batches(
-        data, seed=seed, step=step, global_batch_size=batch_size, world_size=1, rank=0, accumulation=accumulation
+        data,
+        seed=seed,
+        step=step,
+        global_batch_size=batch_size,
+        world_size=1,
+        rank=0,
+        accumulation=accumulation,
     )
     parts = [
         micro_batches(
-            data, seed=seed, step=step, global_batch_size=batch_size, world_size=world_size, rank=rank,
+            data,
+            seed=seed,
+            step=step,
+            global_batch_size=batch_size,
+            world_size=world_size,
+            rank=rank,
             accumulation=accumulation,
         )
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     assert len(whole) == accumulation
     for m in range(accumulation):
         for name in ("input_ids", "attention_mask", "labels"):
@@ -114,33 +140,46 @@ def test_what_is_in_a_row() -> None:
 @pytest.mark.parametrize(
     ("longest", "sequence_length", "width"), [(9, 30, 16), (16, 30, 16), (25, 30, 30), (30, 30, 30)]
 )
-def test_rows_are_padded_within_the_sequence_length(longest: int, sequence_length: int, width: int) -> None:
+def test_rows_are_padded_within_the_sequence_length(
+    longest: int, sequence_length: int, width: int
+) -> None:
     data = prepared([longest, 3], sequence_length)
     for rank in (0, 1):
-        (batch,) = micro_batches(data, seed=0, step=0, global_batch_size=2, world_size=2, rank=rank, accumulation=1)
+        (batch,) = micro_batches(
+            data, seed=0, step=0, global_batch_size=2, world_size=2, rank=rank, accumulation=1
+        )
         assert batch["input_ids"].shape == (1, width)
 
 
 def test_a_batch_that_cannot_be_divided() -> None:
     assert micro_batch_size(24, 3, 2) == 4
-    with pytest.raises(UserError, match=r"global_batch_size = 16 must be divisible by 6 = 3 workers x 2 .* example 18"):
+    with pytest.raises(
+        UserError,
+        match=r"global_batch_size = 16 must be divisible by 6 = 3 workers x 2 .* example 18",
+    ):
         micro_batch_size(16, 3, 2)
     with pytest.raises(UserError):
-        micro_batches(prepared([3]), seed=0, step=0, global_batch_size=3, world_size=2, rank=0, accumulation=1)
+        micro_batches(
+            prepared([3]), seed=0, step=0, global_batch_size=3, world_size=2, rank=0, accumulation=1
+        )
 
 
 def test_the_global_batch_divides_at_every_number_of_workers_that_can_come() -> None:
     def check(workers: str, batch: int, accumulation: int = 1) -> None:
         settings = [f"cluster.num_workers={workers}", f"train.global_batch_size={batch}"]
-        check_world_sizes(load_config(None, [*settings, f"lwo.gradient_accumulation_steps={accumulation}"]))
+        check_world_sizes(
+            load_config(None, [*settings, f"lwo.gradient_accumulation_steps={accumulation}"])
+        )
 
     check("[1,4]", 12)
     check("[1,2]", 4, accumulation=2)
     with pytest.raises(UserError) as error:
         check("[2,5]", 8)
-    assert str(error.value) == (
-        "cluster.num_workers = [2, 5]: train.global_batch_size = 8 cannot be divided evenly among 3 or 5 workers (with "
-        "lwo.gradient_accumulation_steps = 1); set it to a multiple of 60, or other numbers of workers"
+    assert (
+        str(error.value)
+        == "cluster.num_workers = [2, 5]: train.global_batch_size = 8 cannot be divided evenly"
+        " among 3 or 5 workers (with lwo.gradient_accumulation_steps = 1); set it to a multiple"
+        " of 60, or other numbers of workers"
     )
     with pytest.raises(UserError, match="among 2 workers .* a multiple of 4"):
         check("[1,2]", 2, accumulation=2)

@@ -6,7 +6,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from lwo_dist.tracking.charts import _shades, layers_figure, loss_figure, memory_figure, save_pictures
+from lwo_dist.tracking.charts import (
+    _shades,
+    layers_figure,
+    loss_figure,
+    memory_figure,
+    save_pictures,
+)
 from lwo_dist.tracking.history import History, Visit, layer_bands
 from lwo_dist.tracking.spool import Spool, read_spool
 
@@ -18,12 +24,17 @@ def layer_names(count):
 
 
 def visits(layers, steps_per_layer, steps):
-    return [(s, layers[s // steps_per_layer % len(layers)]) for s in range(0, steps, steps_per_layer)]
+    return [
+        (s, layers[s // steps_per_layer % len(layers)]) for s in range(0, steps, steps_per_layer)
+    ]
 
 
 def falling_loss(steps, every):
     draw = random.Random(0)
-    return [(s, 1 + 2 * math.exp(-3 * s / steps) + draw.gauss(0, 0.05)) for s in range(every, steps + 1, every)]
+    return [
+        (s, 1 + 2 * math.exp(-3 * s / steps) + draw.gauss(0, 0.05))
+        for s in range(every, steps + 1, every)
+    ]
 
 
 def rendered(figure):
@@ -55,13 +66,18 @@ def test_each_visit_is_drawn_in_its_layers_colour_behind_the_curve():
     height = pixels.shape[0]
     for start, end, layer in bands:
         x, y = gantt.transData.transform(((start + end) / 2, layers.index(layer)))
-        assert np.allclose(pixels[height - 1 - int(y), int(x)], to_rgb(shades[layer]), atol=0.02), (start, layer)
+        assert np.allclose(pixels[height - 1 - int(y), int(x)], to_rgb(shades[layer]), atol=0.02), (
+            start,
+            layer,
+        )
         x = top.transData.transform(((start + end) / 2, 0))[0]
         y = top.transAxes.transform((0, 0.03))[1]  # below the curve
         tint = 1 - 0.22 * (1 - np.array(to_rgb(shades[layer])))
         assert np.allclose(pixels[height - 1 - int(y), int(x)], tint, atol=0.02), (start, layer)
     x, y = top.transData.transform((500, 2.0))
-    assert np.allclose(pixels[height - 1 - int(y), int(x)], to_rgb("#d6336c"), atol=0.05)  # the held-out mark
+    assert np.allclose(
+        pixels[height - 1 - int(y), int(x)], to_rgb("#d6336c"), atol=0.05
+    )  # the held-out mark
 
 
 def test_layer_names_never_overlap():
@@ -69,7 +85,10 @@ def test_layer_names_never_overlap():
         layers = layer_names(count)
         figure = loss_figure(falling_loss(100, 1), layer_bands(visits(layers, 3, 100), 100), layers)
         canvas = rendered(figure)
-        boxes = [label.get_window_extent(canvas.get_renderer()) for label in figure.axes[1].get_yticklabels()]
+        boxes = [
+            label.get_window_extent(canvas.get_renderer())
+            for label in figure.axes[1].get_yticklabels()
+        ]
         assert not overlaps(boxes), count
         assert min(label.get_fontsize() for label in figure.axes[1].get_yticklabels()) > 5
         assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
@@ -77,7 +96,7 @@ def test_layer_names_never_overlap():
 
 def test_a_non_finite_loss_spoils_no_other_point():
     loss = [(s, math.inf if s == 50 else 2.0) for s in range(400)]
-    (raw, mean) = loss_figure(loss, [], ["all"]).axes[0].lines
+    raw, mean = loss_figure(loss, [], ["all"]).axes[0].lines
     assert len(raw.get_ydata()) == 399
     assert np.allclose(mean.get_ydata(), 2.0)
 
@@ -100,7 +119,9 @@ def test_memory_stacks_its_parts_below_the_peak():
     (axes,) = figure.axes
     tops = [area.get_datalim(axes.transData).ymax for area in axes.collections]
     assert tops == [2, 3, 6, 8]
-    full = next(line for line in axes.lines if line.get_label() == "full fine-tuning: at least 24 GiB")
+    full = next(
+        line for line in axes.lines if line.get_label() == "full fine-tuning: at least 24 GiB"
+    )
     assert set(full.get_ydata()) == {24} and axes.get_ylim()[1] > 24
     assert axes.get_ylabel() == "GiB"
     assert axes.get_xlabel() == "training time (minutes)"
@@ -112,7 +133,11 @@ def test_pictures_are_made_from_a_spool_alone(tmp_path):
     spool = Spool(tmp_path / "metrics.jsonl")
     spool.append("run", layers=layers)
     for step in range(1, 101):
-        metrics = {"train/loss": 3 / step, "lwo/active_layer": (step - 1) // 20, "train/elapsed_seconds": step * 2.0}
+        metrics = {
+            "train/loss": 3 / step,
+            "lwo/active_layer": (step - 1) // 20,
+            "train/elapsed_seconds": step * 2.0,
+        }
         spool.append_metrics(step, metrics | {"memory/peak_bytes": 1e9})
         if step % 20 == 0 and step < 100:
             spool.append_switch(step, layers[step // 20])
@@ -139,7 +164,9 @@ def test_layers_are_sorted_by_what_their_visits_brought():
     assert [bar.get_width() for bar in first.patches] == [-0.1, 0.2, 0.5]
     assert (0.1, 0.3) in [tuple(line.get_xdata()) for line in first.lines]
     shades = _shades(layers)
-    assert [bar.get_facecolor()[:3] for bar in first.patches] == [shades[n][:3] for n in ("head", "embed", "layers.0")]
+    assert [bar.get_facecolor()[:3] for bar in first.patches] == [
+        shades[n][:3] for n in ("head", "embed", "layers.0")
+    ]
     rendered(layers_figure([], layers))
 
 

@@ -1,4 +1,6 @@
-"""The command line as users meet it: a process of its own, exit codes, one line on stderr, nothing left behind."""
+"""The command line as users meet it: a process of its own, exit codes, one line on stderr, nothing
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,35 @@ from lwo_dist.config import Config, UserError
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "lwo_dist.cli", "train")
 # What torchrun gives its only rank.
-LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+LONE_RANK = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 
 
 def _run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run in `folder`, with a home folder of the tests' own and nothing of the caller's Ray, MLflow or hub."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_"))}
-    environment = inherited | {"HOME": str(folder.parent / "home"), "PYTHONPATH": str(REPOSITORY)} | environment
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    """Run in `folder`, with a home folder of the tests' own and nothing of the caller's Ray, MLflow
+    or hub.
+    """
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HF_"))
+    }
+    environment = (
+        inherited
+        | {"HOME": str(folder.parent / "home"), "PYTHONPATH": str(REPOSITORY)}
+        | environment
+    )
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
-def _check_refused(result: subprocess.CompletedProcess[str], folder: Path, left: set[str], message: str) -> None:
+def _check_refused(
+    result: subprocess.CompletedProcess[str], folder: Path, left: set[str], message: str
+) -> None:
     assert result.stdout == ""
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -39,9 +59,8 @@ def _check_refused(result: subprocess.CompletedProcess[str], folder: Path, left:
 
 def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
-        "import sys; from lwo_dist.cli import main\n"
-        "try: main(['train', '--help'])\n"
-        "finally: print(sorted({'torch', 'ray', 'mlflow', 'transformers', 'datasets'} & set(sys.modules)))"
+        "import sys; from lwo_dist.cli import main\ntry: main(['train', '--help'])\nfinally:"
+        " print(sorted({'torch', 'ray', 'mlflow', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     result = _run(tmp_path, sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
@@ -52,9 +71,15 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "lwo.steps_per_layr=3"), "unknown key lwo.steps_per_layr; did you mean lwo.steps_per_layer?"),
+        (
+            ("train", "lwo.steps_per_layr=3"),
+            "unknown key lwo.steps_per_layr; did you mean lwo.steps_per_layer?",
+        ),
         (("train", "train.steps=many"), "train.steps = 'many': must be a valid integer"),
-        (("train", "lwo.steps_per_layer=0"), "lwo.steps_per_layer = 0: must be greater than or equal to 1"),
+        (
+            ("train", "lwo.steps_per_layer=0"),
+            "lwo.steps_per_layer = 0: must be greater than or equal to 1",
+        ),
         (("train", "-c", "none.yaml"), "config file none.yaml: No such file or directory"),
         (("train", "-c"), "argument -c/--config: expected one argument; see lwo-dist train --help"),
         (("trian",), "invalid choice: 'trian'"),
@@ -68,7 +93,11 @@ def test_bad_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str)
 
 SOURCE = {"source", "source/a.py", "source/b.py", "no_code", "no_code/x.bin"}
 SLOW = {
-    "a source that is not there": (("data.source=nowhere",), {}, "nowhere: does not exist; give a folder"),
+    "a source that is not there": (
+        ("data.source=nowhere",),
+        {},
+        "nowhere: does not exist; give a folder",
+    ),
     "a source without code": (("data.source=no_code",), {}, "no usable files"),
     "no source": ((), {}, "data.source is not set"),
     "no git": (("data.source=https://localhost:1/x.git",), {"PATH": "/nonexistent"}, "git"),
@@ -82,20 +111,28 @@ SLOW = {
         {},
         "deepspeed = source/a.py is not JSON: Expecting value: line 1 column 1",
     ),
-    "an unwritable storage": (("data.source=source", "storage=source/a.py/runs"), {}, "a.py/runs: Not a directory"),
+    "an unwritable storage": (
+        ("data.source=source", "storage=source/a.py/runs"),
+        {},
+        "a.py/runs: Not a directory",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def slow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Future]]]:  # type: ignore[type-arg]
-    """Each case in a folder of its own; two at a time, because most of their time is Python's imports."""
+    """Each case in a folder of its own; two at a time, because most of their time is Python's
+    imports.
+    """
     with ThreadPoolExecutor(2) as pool:
         runs = {}
         for case, (arguments, environment, _) in SLOW.items():
             folder = tmp_path_factory.mktemp("cli")
             for name in ("source/a.py", "source/b.py", "no_code/x.bin"):
                 (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(b"\0" if name.endswith("bin") else f"x = {name!r}\n".encode())
+                (folder / name).write_bytes(
+                    b"\0" if name.endswith("bin") else f"x = {name!r}\n".encode()
+                )
             runs[case] = (folder, pool.submit(_run, folder, *TRAIN, *arguments, **environment))
         yield runs
 
@@ -118,7 +155,11 @@ def _raise(error: BaseException) -> None:
     ],
 )
 def test_exit_codes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     monkeypatch.setattr(cli, "load_config", lambda *_: _raise(error))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -135,7 +176,9 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
 def test_of_a_host_s_ranks_the_first_speaks_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The others wait to be ended by torchrun, and speak if they are not: nobody fails in silence."""
+    """The others wait to be ended by torchrun, and speak if they are not: nobody fails in
+    silence.
+    """
     monkeypatch.setattr(cli, "load_config", lambda *_: _raise(UserError("a")))
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: print("waits", file=sys.stderr))
     for local_rank, said in [("0", "lwo-dist: a\n"), ("1", "waits\nlwo-dist: a\n")]:
@@ -157,7 +200,7 @@ def test_ui_runs_mlflow_on_this_machine_only(
     commands = []
     monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
     assert cli.main(["ui", f"storage={storage}", "--port", "5005"]) == 0
-    (path, command, environment) = commands[0]
+    path, command, environment = commands[0]
     assert path == command[0] == sys.executable
     assert command[1:4] == ["-m", "mlflow", "server"]
     options = dict(zip(command[4::2], command[5::2], strict=True))
@@ -181,12 +224,23 @@ def test_ui_keeps_a_password_off_the_command_line(
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("https://name:secret@mlflow.example", "tracking.uri = https://mlflow.example was given with a password; keep"),
-        ("http://127.0.0.1:9", "MLflow at http://127.0.0.1:9: Connection refused; start it, or correct tracking.uri"),
-        ("file:///tmp/mlruns", "tracking.uri = file:///tmp/mlruns has no pages; give a server (http://HOST:PORT) or a"),
+        (
+            "https://name:secret@mlflow.example",
+            "tracking.uri = https://mlflow.example was given with a password; keep",
+        ),
+        (
+            "http://127.0.0.1:9",
+            "MLflow at http://127.0.0.1:9: Connection refused; start it, or correct tracking.uri",
+        ),
+        (
+            "file:///tmp/mlruns",
+            "tracking.uri = file:///tmp/mlruns has no pages; give a server (http://HOST:PORT) or a",
+        ),
     ],
 )
-def test_ui_says_what_it_cannot_open(uri: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ui_says_what_it_cannot_open(
+    uri: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["ui", f"tracking.uri={uri}"]) == 2
     said = capsys.readouterr().err
     assert message in said and "secret" not in said

@@ -20,9 +20,19 @@ def _write(tmp_path: Path, text: str) -> Path:
 
 
 def test_overrides_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
-    path = _write(tmp_path, "method: full\nlwo: {lr: 3.0e-4, steps_per_layer: 7}\ntrain: {steps: 11}\n")
-    config = load_config(path, ["lwo.lr=1e-3", "cluster.resources_per_worker.CPU=2", "run_name=a-b.c", "eval.steps=5"])
-    assert (config.method, config.lwo.lr, config.lwo.steps_per_layer, config.train.steps) == ("full", 1e-3, 7, 11)
+    path = _write(
+        tmp_path, "method: full\nlwo: {lr: 3.0e-4, steps_per_layer: 7}\ntrain: {steps: 11}\n"
+    )
+    config = load_config(
+        path,
+        ["lwo.lr=1e-3", "cluster.resources_per_worker.CPU=2", "run_name=a-b.c", "eval.steps=5"],
+    )
+    assert (config.method, config.lwo.lr, config.lwo.steps_per_layer, config.train.steps) == (
+        "full",
+        1e-3,
+        7,
+        11,
+    )
     assert config.cluster.resources_per_worker == {"CPU": 2}
     assert (config.run_name, config.eval.steps, config.seed) == ("a-b.c", 5, Config().seed)
     assert config.lwo.max_steps == 11
@@ -48,7 +58,10 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lwo.steps_per_layr=3", "unknown key lwo.steps_per_layr; did you mean lwo.steps_per_layer?"),
+        (
+            "lwo.steps_per_layr=3",
+            "unknown key lwo.steps_per_layr; did you mean lwo.steps_per_layer?",
+        ),
         ("lr=1e-4", "unknown key lr; did you mean lwo.lr?"),
         ("methud=lwo", "unknown key methud; did you mean method?"),
         ("cluster.workers=3", "unknown key cluster.workers; did you mean cluster.num_workers?"),
@@ -56,7 +69,10 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
         ("train.lr=1e-4", "unknown key train.lr; did you mean lwo.lr?"),
         ("num_worker=3", "unknown key num_worker; did you mean cluster.num_workers?"),
         ("xyzzy=1", "unknown key xyzzy; known here: method, strategy, "),
-        ("lwo.steps_per_layer=0", "lwo.steps_per_layer = 0: must be greater than or equal to 1 (optimizer steps that"),
+        (
+            "lwo.steps_per_layer=0",
+            "lwo.steps_per_layer = 0: must be greater than or equal to 1 (optimizer steps that",
+        ),
         ("lwo.steps_per_layer=many", "lwo.steps_per_layer = 'many': must be a valid integer"),
         ("train.steps=[1]", "train.steps = [1]: must be a valid integer"),
         ("lwo.lr=-1", "lwo.lr = -1: must be greater than 0"),
@@ -64,13 +80,25 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
         ("lwo.lr=.inf", "lwo.lr = inf: must be"),
         ("lwo.betas=[0.9, 1.0]", "lwo: betas (0.9, 1.0) must lie in [0, 1)"),
         ("lwo.order=weighted", "lwo: order: weighted needs layer_weights"),
-        ("lwo.inactive_master=discard", "lwo.inactive_master: discard has no effect where weights are stored in fp32"),
+        (
+            "lwo.inactive_master=discard",
+            "lwo.inactive_master: discard has no effect where weights are stored in fp32",
+        ),
         (
             "fsdp.storage=bf16",
-            "fsdp.storage: bf16 cannot be used with train.precision: fp32; set train.precision: bf16",
+            (
+                "fsdp.storage: bf16 cannot be used with train.precision: fp32; set train.precision:"
+                " bf16"
+            ),
         ),
-        ("fsdp.storage=fp16", "fsdp.storage = 'fp16': must be 'fp32' or 'bf16' (strategy: fsdp only"),
-        ("lwo.state=drop", "lwo.state = 'drop': must be 'reset' or 'keep' (a layer's moments at a switch"),
+        (
+            "fsdp.storage=fp16",
+            "fsdp.storage = 'fp16': must be 'fp32' or 'bf16' (strategy: fsdp only",
+        ),
+        (
+            "lwo.state=drop",
+            "lwo.state = 'drop': must be 'reset' or 'keep' (a layer's moments at a switch",
+        ),
         ("strategy=ddp", "strategy = 'ddp': must be 'replicate'"),
         ("run_name=../up", "run_name = '../up': "),
         ("lwo=3", "lwo = 3 must be a group of keys: lr, betas"),
@@ -93,8 +121,17 @@ def test_16_bit_storage_is_refused_where_it_cannot_be() -> None:
     assert load_config(None, [*bf16, "lwo.inactive_master=discard"]).fsdp.storage == "bf16"
     load_config(None, ["strategy=deepspeed", "train.precision=bf16", "lwo.inactive_master=discard"])
     for override, message in [
-        ("strategy=replicate", "fsdp.storage: bf16 cannot be used with strategy: replicate; set strategy: fsdp"),
-        ("method=full", "fsdp.storage: bf16 cannot be used with method: full; set method: lwo, or fsdp.storage: fp32"),
+        (
+            "strategy=replicate",
+            "fsdp.storage: bf16 cannot be used with strategy: replicate; set strategy: fsdp",
+        ),
+        (
+            "method=full",
+            (
+                "fsdp.storage: bf16 cannot be used with method: full; set method: lwo, or"
+                " fsdp.storage: fp32"
+            ),
+        ),
     ]:
         with pytest.raises(UserError, match=f"^{message}"):
             load_config(None, [*bf16, override])
@@ -119,7 +156,11 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, text: str, message: s
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name, message in [("none.yaml", "No such file"), (".", "Is a directory"), ("binary.yaml", "is not YAML")]:
+    for name, message in [
+        ("none.yaml", "No such file"),
+        (".", "Is a directory"),
+        ("binary.yaml", "is not YAML"),
+    ]:
         with pytest.raises(UserError, match=message) as error:
             load_config(tmp_path / name)
         assert str(tmp_path) in str(error.value)
@@ -130,7 +171,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_config_can_be_written_and_read_again(tmp_path: Path) -> None:
-    config = load_config(None, ["lwo.order=weighted", "lwo.layer_weights={head: 2.0}", "data.extensions=[.py]"])
+    config = load_config(
+        None, ["lwo.order=weighted", "lwo.layer_weights={head: 2.0}", "data.extensions=[.py]"]
+    )
     assert load_config(_write(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
@@ -160,5 +203,7 @@ def test_the_shipped_configs_are_valid(path: Path) -> None:
 
 
 def test_keeping_moments_needs_a_switch() -> None:
-    with pytest.raises(UserError, match="lwo.state: keep has no effect with method: full, which never switches"):
+    with pytest.raises(
+        UserError, match="lwo.state: keep has no effect with method: full, which never switches"
+    ):
         load_config(None, ["method=full", "lwo.state=keep"])

@@ -1,4 +1,6 @@
-"""A damaged checkpoint is never loaded silently: each of 200 random damages is found, or did no harm."""
+"""A damaged checkpoint is never loaded silently: each of 200 random damages is found, or did no
+harm.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def swap(path: Path, draw: Callable) -> None:
 
 def rename(path: Path, draw: Callable) -> None:
     """A checkpoint's folder under another step's name."""
-    checkpoints = path.parents[1] / "checkpoints" if path.parent.name == "layers" else path.parents[1]
+    checkpoints = (
+        path.parents[1] / "checkpoints" if path.parent.name == "layers" else path.parents[1]
+    )
     folder = draw(st.sampled_from(sorted(checkpoints.iterdir())))
     free = [step for step in range(1, 12) if not (checkpoints / f"step_{step:06d}").exists()]
     folder.rename(checkpoints / f"step_{draw(st.sampled_from(free)):06d}")
@@ -77,17 +81,23 @@ def rename(path: Path, draw: Callable) -> None:
 DAMAGES = (cut, flip, blank, grow, remove, swap, rename)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(st.data())
 def test_200_random_damages_never_give_a_silently_wrong_load(
-    good: tuple[Path, dict[int, stores.State]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    good: tuple[Path, dict[int, stores.State]],
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
 ) -> None:
     folder, states = good
     copy = tmp_path_factory.mktemp("damaged")
     shutil.copytree(folder / "r", copy / "r")  # without the links: a damage hits one file
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(
-            st.sampled_from(sorted(p for p in (copy / "r").rglob("*") if p.is_file() and p.stat().st_size))
+            st.sampled_from(
+                sorted(p for p in (copy / "r").rglob("*") if p.is_file() and p.stat().st_size)
+            )
         )
         data.draw(st.sampled_from(DAMAGES))(path, data.draw)
     try:
@@ -112,24 +122,38 @@ def break_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "break_it", "message"),
     [
-        ("active.safetensors", break_file, "active.safetensors does not have the sha256 of state.json"),
-        ("active.safetensors", lambda path: path.write_bytes(b""), "active.safetensors does not have the sha256"),
+        (
+            "active.safetensors",
+            break_file,
+            "active.safetensors does not have the sha256 of state.json",
+        ),
+        (
+            "active.safetensors",
+            lambda path: path.write_bytes(b""),
+            "active.safetensors does not have the sha256",
+        ),
         ("model.safetensors.index.json", Path.unlink, "model.safetensors.index.json is missing"),
         (STATE, break_file, "state.json (does not have its own digest|is not whole)"),
         (STATE, lambda path: path.write_text("{"), "state.json is not whole"),
     ],
 )
 def test_each_damage_is_named_and_the_checkpoint_before_is_used(
-    good: tuple[Path, dict[int, stores.State]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    name: str, break_it: Callable[[Path], object], message: str,
-) -> None:  # fmt: skip
+    good: tuple[Path, dict[int, stores.State]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    break_it: Callable[[Path], object],
+    message: str,
+) -> None:
     folder, states = good
     shutil.copytree(folder / "r", tmp_path / "r")
     break_it(tmp_path / "r" / step_folder(7) / name)
     checkpoint = newest_checkpoint(stores.run_folder(tmp_path))
     assert checkpoint is not None and stores.same(stores.contents(checkpoint), states[5])
     said = capsys.readouterr().out
-    assert re.search(rf"checkpoint \S+step_000007 is damaged \(.*{message}.*\); using the one before", said)
+    assert re.search(
+        rf"checkpoint \S+step_000007 is damaged \(.*{message}.*\); using the one before", said
+    )
 
 
 def test_a_cut_layer_file_spares_the_checkpoints_that_do_not_name_it(
@@ -144,13 +168,19 @@ def test_a_cut_layer_file_spares_the_checkpoints_that_do_not_name_it(
     assert checkpoint is not None and stores.same(stores.contents(checkpoint), states[5])
     for path in (tmp_path / "r" / "layers").iterdir():
         break_file(path)
-    with pytest.raises(UserError, match="no checkpoint in .* is whole .*remove the folder to start anew"):
+    with pytest.raises(
+        UserError, match="no checkpoint in .* is whole .*remove the folder to start anew"
+    ):
         newest_checkpoint(stores.run_folder(tmp_path))
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused(good: tuple[Path, dict[int, stores.State]], tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_format_is_refused(
+    good: tuple[Path, dict[int, stores.State]], tmp_path: Path
+) -> None:
     shutil.copytree(good[0] / "r", tmp_path / "r")
     path = tmp_path / "r" / step_folder(7) / STATE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match="format 99; this lwo_dist reads up to 1: install a newer one"):
+    with pytest.raises(
+        UserError, match="format 99; this lwo_dist reads up to 1: install a newer one"
+    ):
         newest_checkpoint(stores.run_folder(tmp_path))

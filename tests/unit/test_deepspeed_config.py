@@ -1,4 +1,6 @@
-"""DeepSpeed settings without DeepSpeed: what is filled in, what is honoured, what is refused in one line."""
+"""DeepSpeed settings without DeepSpeed: what is filled in, what is honoured, what is refused in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,16 @@ from lwo_dist.strategies.deepspeed_config import read_config, refuse_settings, r
 
 
 def make(settings: Any = None, *overrides: str) -> Config:
-    config = load_config(None, ["strategy=deepspeed", "train.global_batch_size=16", "train.steps=5", *overrides])
+    config = load_config(
+        None, ["strategy=deepspeed", "train.global_batch_size=16", "train.steps=5", *overrides]
+    )
     return config.model_copy(update={"deepspeed": settings})
 
 
 def test_what_is_left_open_is_filled_in() -> None:
-    settings = resolve(make(None, "lwo.gradient_accumulation_steps=2", "lwo.max_grad_norm=0.5"), world_size=4)
+    settings = resolve(
+        make(None, "lwo.gradient_accumulation_steps=2", "lwo.max_grad_norm=0.5"), world_size=4
+    )
     assert settings["zero_optimization"] == {"stage": 3}
     assert settings["train_batch_size"] == 16 and settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_accumulation_steps"] == 2
@@ -43,22 +49,32 @@ def test_bf16_reduces_in_fp32_unless_the_config_says_otherwise() -> None:
 def test_the_users_settings_are_honoured() -> None:
     theirs = {
         "zero_optimization": {
-            "stage": 2, "reduce_bucket_size": 12345, "allgather_bucket_size": 999, "overlap_comm": False,
+            "stage": 2,
+            "reduce_bucket_size": 12345,
+            "allgather_bucket_size": 999,
+            "overlap_comm": False,
             "offload_optimizer": {"device": "cpu", "pin_memory": False},
         },
-        "gradient_clipping": 0.25, "communication_data_type": "fp32", "gradient_accumulation_steps": "auto",
-        "train_batch_size": 16, "steps_per_print": 7,
-    }  # fmt: skip
+        "gradient_clipping": 0.25,
+        "communication_data_type": "fp32",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": 16,
+        "steps_per_print": 7,
+    }
     settings = resolve(make(theirs, "zero_stage=2"), 2)
     assert settings["zero_optimization"] == theirs["zero_optimization"]
     for key in ("gradient_clipping", "communication_data_type", "steps_per_print"):
         assert settings[key] == theirs[key]
     assert settings["gradient_accumulation_steps"] == 1
-    assert theirs["gradient_accumulation_steps"] == "auto"  # the user's own mapping is left as it was
+    assert (
+        theirs["gradient_accumulation_steps"] == "auto"
+    )  # the user's own mapping is left as it was
 
 
 def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
-    theirs = {"optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8}}}
+    theirs = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8}}
+    }
     with pytest.warns(UserWarning, match=r"lwo wins over optimizer.params: lr 0.0003 -> 1e-05$"):
         assert "optimizer" not in resolve(make(theirs), 1)
 
@@ -68,24 +84,54 @@ def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
     [
         ({"zero_optimization": {"stage": 0}}, (), r"zero_optimization.stage = 0 must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 4}}, (), r"zero_optimization.stage = 4 must be 1, 2 or 3"),
-        ({"zero_optimization": {"stage": 2}}, ("zero_stage=3",), r"stage = 2, but zero_stage = 3; set them alike"),
-        ({"fp16": {"enabled": True}}, (), r"fp16.enabled = True cannot be used .*use bf16, or fp32"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            ("zero_stage=3",),
+            r"stage = 2, but zero_stage = 3; set them alike",
+        ),
+        (
+            {"fp16": {"enabled": True}},
+            (),
+            r"fp16.enabled = True cannot be used .*use bf16, or fp32",
+        ),
         ({"amp": {"enabled": True}}, (), r"amp.enabled"),
-        ({"optimizer": {"type": "Lion"}}, (), r"optimizer.type = Lion cannot be used; layers are trained with AdamW"),
+        (
+            {"optimizer": {"type": "Lion"}},
+            (),
+            r"optimizer.type = Lion cannot be used; layers are trained with AdamW",
+        ),
         ({"optimizer": {"type": "OneBitAdam"}}, (), r"optimizer.type = OneBitAdam cannot be used"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, (), r"'nvme' .* NVMe is not supported"),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, (), r"offload_param.device = 'nvme' cannot"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            (),
+            r"'nvme' .* NVMe is not supported",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            (),
+            r"offload_param.device = 'nvme' cannot",
+        ),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, (), r"offload the optimizer"),
         ({"zero_optimization": {"zero_hpz_partition_size": 2}}, (), r"zero_hpz_partition_size = 2"),
-        ({"scheduler": {"type": "WarmupLR"}}, (), r"scheduler cannot be used in a run.*set lwo.lr_scheduler_type"),
-        ({"gradient_accumulation_steps": 4}, (), r"= 4, but lwo.gradient_accumulation_steps = 1; set them alike"),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            (),
+            r"scheduler cannot be used in a run.*set lwo.lr_scheduler_type",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            (),
+            r"= 4, but lwo.gradient_accumulation_steps = 1; set them alike",
+        ),
         ({"train_batch_size": 8}, (), r"train_batch_size = 8, but train.global_batch_size = 16"),
         ({"train_micro_batch_size_per_gpu": 3}, (), r"= 3, but the size of a micro-batch = 8"),
         ({"bf16": {"enabled": True}}, (), r"enabled = True, but train.precision = fp32"),
         ({"zero_optimization": [1]}, (), r"zero_optimization = \[1\] must be a mapping"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_honoured_is_refused_in_one_line(settings: dict, overrides: tuple, message: str) -> None:
+)
+def test_what_cannot_be_honoured_is_refused_in_one_line(
+    settings: dict, overrides: tuple, message: str
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         resolve(make(settings, *overrides), 2)
     assert "\n" not in str(caught.value)
@@ -99,7 +145,9 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(settings: dict, override
         (None, r"zero.json: No such file or directory; give a JSON file"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_file_that_is_no_config_is_refused(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
     if text is not None:
         (tmp_path / "zero.json").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -107,7 +155,10 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None, m
 
 
 def test_a_file_reads_like_a_mapping(tmp_path: Path) -> None:
-    theirs = {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "gradient_clipping": 1}
+    theirs = {
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+        "gradient_clipping": 1,
+    }
     (tmp_path / "zero.json").write_text(json.dumps(theirs))
     assert read_config(str(tmp_path / "zero.json")) == read_config(theirs)
     assert read_config(theirs) == {"zero_optimization": {"stage": 1}, "gradient_clipping": 1}
@@ -120,7 +171,10 @@ def test_deepspeed_keys_without_the_strategy_are_refused() -> None:
             load_config(None, [override])
     with pytest.raises(UserError, match="zero_stage = 4"):
         load_config(None, ["strategy=deepspeed", "zero_stage=4"])
-    assert load_config(None, ["strategy=deepspeed", "deepspeed.gradient_clipping=1.0"]).deepspeed is not None
+    assert (
+        load_config(None, ["strategy=deepspeed", "deepspeed.gradient_clipping=1.0"]).deepspeed
+        is not None
+    )
 
 
 def test_settings_of_a_foreign_engine_may_hold_a_scheduler() -> None:
@@ -129,11 +183,15 @@ def test_settings_of_a_foreign_engine_may_hold_a_scheduler() -> None:
 
 def test_without_deepspeed_only_its_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"DeepSpeed is not installed; run: pip install 'lwo-dist\[deepspeed\]'"):
+    with pytest.raises(
+        UserError, match=r"DeepSpeed is not installed; run: pip install 'lwo-dist\[deepspeed\]'"
+    ):
         strategies.load_deepspeed()
 
 
-needs_deepspeed = pytest.mark.skipif(strategies.importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+needs_deepspeed = pytest.mark.skipif(
+    strategies.importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
 
 
 @needs_deepspeed
@@ -142,10 +200,14 @@ def test_other_versions_and_missing_names_are_refused() -> None:
     from lwo_dist.strategies import deepspeed_private as private
 
     remedy = "install one of the versions that work: deepspeed==0.19.8"
-    with pytest.raises(UserError, match=f"deepspeed 0.20.0 has not been tested with lwo_dist; {remedy}"):
+    with pytest.raises(
+        UserError, match=f"deepspeed 0.20.0 has not been tested with lwo_dist; {remedy}"
+    ):
         private.check_version("0.20.0", {})
     with pytest.raises(UserError, match=f"deepspeed 0.19.8 lacks DeepSpeedEngine._gone; {remedy}"):
-        private.check_version("0.19.8", {private.DeepSpeedEngine: ["_configure_optimizer", "_gone"]})
+        private.check_version(
+            "0.19.8", {private.DeepSpeedEngine: ["_configure_optimizer", "_gone"]}
+        )
 
 
 @needs_deepspeed
@@ -161,5 +223,7 @@ def test_the_lock_of_a_killed_compile_is_named_and_a_living_one_is_not(
     held = os.open(lock, os.O_CREAT | os.O_EXCL)  # as torch's build does while it lasts
     deepspeed.check_environment()
     os.close(held)
-    with pytest.raises(UserError, match=r"cpu_adam/lock was left by a compile .* that was killed.*delete that file"):
+    with pytest.raises(
+        UserError, match=r"cpu_adam/lock was left by a compile .* that was killed.*delete that file"
+    ):
         deepspeed.check_environment()

@@ -1,4 +1,6 @@
-"""Line completion in tokens: what is learned, what is context, what is held out, and how it lies on disk."""
+"""Line completion in tokens: what is learned, what is context, what is held out, and how it lies on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def tree(config: Config, cache: Path) -> SourceTree:
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(8, 40))
-def test_every_token_is_a_target_once_after_its_nearest_context(lengths: list[int], window: int) -> None:
+def test_every_token_is_a_target_once_after_its_nearest_context(
+    lengths: list[int], window: int
+) -> None:
     ids = iter(range(10_000))
     lines = [[next(ids) for _ in range(length)] for length in lengths]
     windows = list(cut_windows(lines, window))
@@ -45,12 +49,15 @@ def test_every_token_is_a_target_once_after_its_nearest_context(lengths: list[in
     for w, target in zip(windows, targets, strict=True):
         tokens = list(w.input_ids)
         assert len(tokens) <= window
-        assert tokens == list(range(tokens[0], tokens[0] + len(tokens)))  # nothing between context and target
+        assert tokens == list(
+            range(tokens[0], tokens[0] + len(tokens))
+        )  # nothing between context and target
         context = w.target_start
         assert context <= window // 4
         start = target[0]
         if start > 0:
-            # The longest run of whole lines in a quarter of the window; else the nearest tokens that fill it.
+            # The longest run of whole lines in a quarter of the window; else the nearest tokens
+            # that fill it.
             fitting = [s for s in line_starts if start - window // 4 <= s < start]
             assert tokens[0] == (min(fitting) if fitting else start - window // 4)
         room = window - window // 4
@@ -82,7 +89,9 @@ def test_cut_windows_by_hand() -> None:
 
 def test_a_line_ends_where_a_token_ends() -> None:
     tokenizer = pickle.loads(pickle.dumps(make_tokenizer(bos_token="<s>")))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<s> $A", None, [("<s>", tokenizer.bos_token_id)]
+    )
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     text = code(3) + "\n\n    x\f = 'é\u2028'\n"
     lines = tokenize_lines(tokenizer, text)
@@ -119,7 +128,9 @@ def test_end_tokens() -> None:
     ends = completion.end_token_ids(tokenizer)
     assert tokenizer.eos_token_id in ends
     for token in range(len(tokenizer)):
-        assert (token in ends) == ("\n" in tokenizer.decode([token]) or token == tokenizer.eos_token_id)
+        assert (token in ends) == (
+            "\n" in tokenizer.decode([token]) or token == tokenizer.eos_token_id
+        )
     assert len(ends) >= 3  # the corpus made some tokens of "\n" and what goes before it
 
 
@@ -142,7 +153,9 @@ def test_tokenizers_that_cannot_complete_lines(tmp_path: Path) -> None:
         prepare_dataset(config, lacking, TASK)
     blind = make_tokenizer()
     blind = pickle.loads(pickle.dumps(blind))
-    blind.batch_decode = lambda rows, **_: [" " for _ in rows]  # as those that fold all white space into a blank
+    blind.batch_decode = lambda rows, **_: [
+        " " for _ in rows
+    ]  # as those that fold all white space into a blank
     with pytest.raises(UserError, match="cannot write a line end"):
         prepare_dataset(config, blind, TASK)
 
@@ -187,7 +200,10 @@ def test_held_out_lines_do_not_depend_on_other_files(tmp_path: Path) -> None:
     # All there are, where fewer than asked: never a first line, a blank one or one of signs only.
     held_out = tree(config, tmp_path).held_out
     worth = [
-        line for file in held_out for line in file.path.read_text().split("\n")[1:] if line.strip() not in ("", ")")
+        line
+        for file in held_out
+        for line in file.path.read_text().split("\n")[1:]
+        if line.strip() not in ("", ")")
     ]
     assert len(after) == len(worth)
 
@@ -217,7 +233,9 @@ def test_nothing_to_complete(tmp_path: Path) -> None:
 
 def test_no_room_for_a_context(tmp_path: Path) -> None:
     config = make_config(write_tree(tmp_path / "tree"), tmp_path, "eval.max_new_tokens=48")
-    with pytest.raises(UserError, match=r"eval.max_new_tokens = 48 leaves no room .* train.sequence_length = 48"):
+    with pytest.raises(
+        UserError, match=r"eval.max_new_tokens = 48 leaves no room .* train.sequence_length = 48"
+    ):
         prepare(config)
 
 
@@ -249,16 +267,31 @@ def test_prepared_once_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(completion, "training_examples", refuse)
     second = prepare(config)
-    assert (second.folder, second.fingerprint, second.held_out) == (first.folder, first.fingerprint, first.held_out)
+    assert (second.folder, second.fingerprint, second.held_out) == (
+        first.folder,
+        first.fingerprint,
+        first.held_out,
+    )
 
 
 def test_the_fingerprint_covers_what_examples_depend_on(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
-    settings = ["train.sequence_length=40", "eval.num_lines=19", "eval.max_new_tokens=15", "data.held_out_fraction=0.5"]
-    fingerprints = [prepare(make_config(root, tmp_path, *more)).fingerprint for more in [[], *([s] for s in settings)]]
+    settings = [
+        "train.sequence_length=40",
+        "eval.num_lines=19",
+        "eval.max_new_tokens=15",
+        "data.held_out_fraction=0.5",
+    ]
+    fingerprints = [
+        prepare(make_config(root, tmp_path, *more)).fingerprint
+        for more in [[], *([s] for s in settings)]
+    ]
     config = make_config(root, tmp_path)
     fingerprints.append(prepare_dataset(config, make_tokenizer(bos_token="<s>"), TASK).fingerprint)
-    assert prepare(make_config(root, tmp_path, "train.steps=7", "seed=5")).fingerprint == fingerprints[0]
+    assert (
+        prepare(make_config(root, tmp_path, "train.steps=7", "seed=5")).fingerprint
+        == fingerprints[0]
+    )
     used = pickle.loads(pickle.dumps(make_tokenizer()))
     used(["b c d"], truncation=True, max_length=1)  # leaves its settings in the tokenizer
     assert json.loads(used.backend_tokenizer.to_str())["truncation"]
@@ -289,7 +322,9 @@ def test_only_the_builder_reads_the_source(tmp_path: Path) -> None:
         prepare(config, is_builder=False, broadcast=receive)
 
 
-@pytest.mark.parametrize(("raised", "expected"), [(UserError("bad"), UserError), (KeyError("bad"), RuntimeError)])
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(UserError("bad"), UserError), (KeyError("bad"), RuntimeError)]
+)
 def test_every_rank_hears_of_the_builders_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception]
 ) -> None:

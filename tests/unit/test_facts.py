@@ -8,14 +8,29 @@ from lwo_dist.tracking.facts import flatten, public_config, redact, run_paramete
 
 def test_flatten_joins_with_dots():
     values = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None, "f": "text", "g": {}, "h": True}
-    assert flatten(values) == {"a.b.c": "1", "a.d": "[1, 2]", "e": "null", "f": "text", "g": "{}", "h": "true"}
+    assert flatten(values) == {
+        "a.b.c": "1",
+        "a.d": "[1, 2]",
+        "e": "null",
+        "f": "text",
+        "g": "{}",
+        "h": "true",
+    }
 
 
 def test_redact_strips_credentials_only(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok-123456")
-    assert redact("postgresql://me:s3@cret@db:5432/x?password=abc&y=1") == "postgresql://db:5432/x?password=&y=1"
+    assert (
+        redact("postgresql://me:s3@cret@db:5432/x?password=abc&y=1")
+        == "postgresql://db:5432/x?password=&y=1"
+    )
     assert redact("Bearer tok-123456 refused") == "Bearer *** refused"
-    for plain in ("http://host:5000/a@b", "sqlite:////a/b.db", "git@github.com:a/b", "max_new_tokens=48"):
+    for plain in (
+        "http://host:5000/a@b",
+        "sqlite:////a/b.db",
+        "git@github.com:a/b",
+        "max_new_tokens=48",
+    ):
         assert redact(plain) == plain
 
 
@@ -33,13 +48,18 @@ def test_no_secret_of_the_config_is_shown():
     assert parameters["cluster.env.HF_TOKEN"] == "***"
     assert parameters["cluster.env.NCCL_DEBUG"] == "INFO"
     assert parameters["eval.max_new_tokens"] == "48"
-    assert (parameters["device"], parameters["world_size"], parameters["layers"]) == ("cpu", "2", "embed, head")
+    assert (parameters["device"], parameters["world_size"], parameters["layers"]) == (
+        "cpu",
+        "2",
+        "embed, head",
+    )
 
 
 def test_tags_name_the_job_the_hosts_and_the_code(monkeypatch):
     monkeypatch.setenv("RAY_JOB_ID", "02000000")
     monkeypatch.setenv(
-        "RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_x", "git_commit": "ab12"}}'
+        "RAY_JOB_CONFIG_JSON_ENV_VAR",
+        '{"metadata": {"job_submission_id": "raysubmit_x", "git_commit": "ab12"}}',
     )
     tags = run_tags(Config(method="full"), ["node-a", "node-b"])
     assert tags["hosts"] == "node-a, node-b"
@@ -55,7 +75,9 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
 
     def git(*args):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

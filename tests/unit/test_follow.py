@@ -16,12 +16,16 @@ LOG = ["step 1\n", "step 2\nstep", " 3\n", "done\n"]
 
 
 def _info(status: str, code: int | None = None, message: str | None = None) -> Any:
-    ended = SimpleNamespace(value=status, is_terminal=lambda: status in ("SUCCEEDED", "FAILED", "STOPPED"))
+    ended = SimpleNamespace(
+        value=status, is_terminal=lambda: status in ("SUCCEEDED", "FAILED", "STOPPED")
+    )
     return SimpleNamespace(status=ended, driver_exit_code=code, message=message)
 
 
 class _Client:
-    """Sends `LOG` from its start at each call, and breaks off after so many parts, then after so many more, ..."""
+    """Sends `LOG` from its start at each call, and breaks off after so many parts, then after so
+    many more, ...
+    """
 
     def __init__(self, breaks: list[int], answers: list[Any]):
         self._breaks, self._answers = breaks, answers
@@ -45,7 +49,9 @@ def _jobs(client: _Client, monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
 
 @pytest.mark.parametrize("breaks", [[], [0], [2], [1, 2, 3], [3, 1, 0], [4]])
-def test_nothing_is_written_twice_and_nothing_is_lost(breaks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_twice_and_nothing_is_lost(
+    breaks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     written: list[str] = []
     client = _Client(breaks, [_info("RUNNING"), _info("SUCCEEDED", 0)])
     assert _jobs(client, monkeypatch).follow("job", written.append) == 0

@@ -1,4 +1,6 @@
-"""A save costs the layers trained since the last one and holds the model of its step; a failed one loses nothing."""
+"""A save costs the layers trained since the last one and holds the model of its step; a failed one
+loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from safetensors.torch import load_file
 
 from lwo_dist.storage import write_whole
 from lwo_dist.training import writer
-from lwo_dist.training.checkpoint import INDEX, committed_steps, newest_checkpoint, read_checkpoint, step_folder
+from lwo_dist.training.checkpoint import (
+    INDEX,
+    committed_steps,
+    newest_checkpoint,
+    read_checkpoint,
+    step_folder,
+)
 from lwo_dist.training.layer_store import LayerStore
 from lwo_dist.training.resume import restore
 from tests import stores
@@ -32,22 +40,35 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("state", ["reset", "keep"])
-def test_a_save_writes_the_layers_trained_since_the_last_one_and_the_active_moments(tmp_path: Path, state: str) -> None:
+def test_a_save_writes_the_layers_trained_since_the_last_one_and_the_active_moments(
+    tmp_path: Path, state: str
+) -> None:
     lwo, store = stores.attach(state=state), open_store(tmp_path, keep=100)
     layers = {layer.name: layer for layer in lwo.layers}
-    bytes_of = {name: sum(t.nbytes for t in lwo.read_layer(layer).values()) for name, layer in layers.items()}
+    bytes_of = {
+        name: sum(t.nbytes for t in lwo.read_layer(layer).values())
+        for name, layer in layers.items()
+    }
     stores.step(lwo, 1)
     stores.save(store, lwo)  # the first one holds all layers
     before = lwo.step_count
     for until in (2, 3, 6, 7, 16):
-        trained = {lwo.layers[lwo.schedule.active_layer(step)].name for step in range(before, until)}
+        trained = {
+            lwo.layers[lwo.schedule.active_layer(step)].name for step in range(before, until)
+        }
         stores.step(lwo, until - before)
         known = set(sizes(tmp_path))
         outcome = stores.save(store, lwo)
-        moments = sum(t.nbytes for kinds in lwo.read_moments(lwo.active_layer).values() for t in kinds.values())
+        moments = sum(
+            t.nbytes
+            for kinds in lwo.read_moments(lwo.active_layer).values()
+            for t in kinds.values()
+        )
         parked = sum(
-            2 * bytes_of[name] for name in trained - {lwo.active_layer.name} if lwo.read_moments(layers[name])
-        )  # fmt: skip
+            2 * bytes_of[name]
+            for name in trained - {lwo.active_layer.name}
+            if lwo.read_moments(layers[name])
+        )
         exact = sum(bytes_of[name] for name in trained) + moments + parked
         assert exact <= outcome.bytes_written <= exact + MB, until
         new = set(sizes(tmp_path)) - known
@@ -64,7 +85,9 @@ def test_a_save_holds_the_step_it_was_called_at_though_the_loop_goes_on(
     lwo, store = stores.attach(state="keep"), open_store(tmp_path)
     stores.step(lwo, 3)
     may_write = threading.Event()
-    monkeypatch.setattr(writer, "write_whole", lambda *args: may_write.wait(60) and write_whole(*args))
+    monkeypatch.setattr(
+        writer, "write_whole", lambda *args: may_write.wait(60) and write_whole(*args)
+    )
     results: dict[str, list[float]] = {"losses": [1.0]}
     store.save(lwo, {"results": results})
     at_save = stores.state_of(lwo)
@@ -89,7 +112,10 @@ def test_the_newest_and_the_best_stay_with_what_they_name(tmp_path: Path) -> Non
     named = set()
     for step in (3, 7, 9):
         folder = tmp_path / "r" / step_folder(step)
-        named |= {Path(name).name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
+        named |= {
+            Path(name).name
+            for name in json.loads((folder / INDEX).read_text())["weight_map"].values()
+        }
         read_checkpoint(run, step)
     assert set(sizes(tmp_path)) == named
 
@@ -143,7 +169,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     yield folder

@@ -1,4 +1,6 @@
-"""Metrics against values worked out by hand, and the interval against samples whose mean is known."""
+"""Metrics against values worked out by hand, and the interval against samples whose mean is
+known.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ import math
 import numpy as np
 import pytest
 
-from lwo_dist.tasks.metrics import bleu, edit_similarities, edit_similarity, exact_match, exact_matches, paired_interval
+from lwo_dist.tasks.metrics import (
+    bleu,
+    edit_similarities,
+    edit_similarity,
+    exact_match,
+    exact_matches,
+    paired_interval,
+)
 
 
 def test_exact_match_ignores_only_white_space_around() -> None:
@@ -18,7 +27,8 @@ def test_exact_match_ignores_only_white_space_around() -> None:
 
 
 def test_edit_similarity() -> None:
-    # kitten -> sitting: common subsequence ittn, so 2 deletions and 3 insertions among 13 characters.
+    # kitten -> sitting: common subsequence ittn, so 2 deletions and 3 insertions among 13
+    # characters.
     predictions = ["kitten", "  same ", "abc", "", ""]
     references = ["sitting", "same", "xyz", "abc", " "]
     expected = [100 * (1 - 5 / 13), 100, 0, 0, 100]
@@ -27,7 +37,8 @@ def test_edit_similarity() -> None:
 
 
 def test_bleu_by_hand() -> None:
-    # Tokens: a . b ( c ) against a . b ( d ): precisions 5/6, 3/5, 2/4, 1/3; equal lengths, so no brevity penalty.
+    # Tokens: a . b ( c ) against a . b ( d ): precisions 5/6, 3/5, 2/4, 1/3; equal lengths, so no
+    # brevity penalty.
     by_hand = 100 * math.exp(sum(math.log(p) for p in (5 / 6, 3 / 5, 2 / 4, 1 / 3)) / 4)
     assert bleu(["a.b(c)"], ["a.b(d)"]) == pytest.approx(by_hand)
     # Half of the reference: every n-gram is right, the brevity penalty is exp(1 - 8/4).

@@ -80,7 +80,9 @@ def edit_weights(folder: Path, **values: torch.Tensor | None) -> None:
     """Replace, add or (None) remove tensors; `__` in a name stands for a dot."""
     path = folder / "model.safetensors"
     named = {name.replace("__", "."): tensor for name, tensor in values.items()}
-    tensors = {name: tensor for name, tensor in (load_file(path) | named).items() if tensor is not None}
+    tensors = {
+        name: tensor for name, tensor in (load_file(path) | named).items() if tensor is not None
+    }
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -106,10 +108,16 @@ def test_gradient_checkpointing(folder: Path, strategy: str, one_rank: None) -> 
     assert seen == [False, False], "once forward, once recomputed, and inputs need no gradient"
 
 
-@pytest.mark.parametrize("kind", ["as saved", "index", "old buffers", "both tied names", "pytorch bin", "converted"])
-def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["as saved", "index", "old buffers", "both tied names", "pytorch bin", "converted"]
+)
+def test_fsdp_is_from_pretrained(
+    folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     GenerationConfig(max_new_tokens=7).save_pretrained(folder)
-    monkeypatch.setattr(loading, "_PIECE_BYTES", 64)  # Several pieces a tensor, and rows larger than a piece.
+    monkeypatch.setattr(
+        loading, "_PIECE_BYTES", 64
+    )  # Several pieces a tensor, and rows larger than a piece.
     if kind == "index":
         Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="1KB")
         assert len(list(folder.glob("*.safetensors"))) > 2
@@ -117,18 +125,25 @@ def test_fsdp_is_from_pretrained(folder: Path, one_rank: None, monkeypatch: pyte
         edit_weights(folder, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(2))
     elif kind == "both tied names":
         edit_weights(
-            folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+            folder,
+            lm_head__weight=load_file(folder / "model.safetensors")[
+                "model.embed_tokens.weight"
+            ].clone(),
         )
     elif kind == "pytorch bin":
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    elif kind == "converted":  # The names of a checkpoint may be right and its values still to be transposed.
+    elif (
+        kind == "converted"
+    ):  # The names of a checkpoint may be right and its values still to be transposed.
         step = WeightConverter("no_such_name", "no_such_name", [Transpose()])
         monkeypatch.setattr(loading, "get_model_conversion_mapping", lambda model: [step])
     whole = []
     monkeypatch.setattr(loading, "receive", lambda *args: (whole.append(1), receive(*args)))
     model = load(folder, strategy="fsdp")
-    assert bool(whole) == (kind in ("both tied names", "pytorch bin", "converted")), "only these are read whole"
+    assert bool(whole) == (kind in ("both tied names", "pytorch bin", "converted")), (
+        "only these are read whole"
+    )
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.training and not model.config.use_cache
@@ -174,8 +189,12 @@ def test_damaged_weights(folder: Path, one_rank: None, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
-def test_own_code(folder: Path, tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_own_code(
+    folder: Path, tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     (folder / "own.py").write_text(
         "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
@@ -218,7 +237,9 @@ def test_not_a_model(tmp_path: Path, folder: Path) -> None:
 
 
 def test_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "snapshot_download", partial(snapshot_download, endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(
+        folders, "snapshot_download", partial(snapshot_download, endpoint="http://127.0.0.1:9")
+    )
     started = time.monotonic()
     assert "cannot be reached" in refusal("some/model")
     with pytest.raises(UserError, match="cannot be reached"):

@@ -32,11 +32,19 @@ def target(tmp_path: Path) -> Path:
 
 
 def _packed(target: Path) -> list[str]:
-    return sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()
+    )
 
 
 def test_code_goes_along_and_what_git_ignores_does_not(tmp_path: Path, target: Path) -> None:
-    files = {"code.py": "x = 1\n", "a/b.py": "", ".gitignore": "/runs/\n*.log\n", "runs/x": "", "out.log": ""}
+    files = {
+        "code.py": "x = 1\n",
+        "a/b.py": "",
+        ".gitignore": "/runs/\n*.log\n",
+        "runs/x": "",
+        "out.log": "",
+    }
     source = _tree(tmp_path / "source", files)
     assert pack(source, "seed: 1\n", target) == []
     assert _packed(target) == [".gitignore", "a/b.py", "code.py", CONFIG_NAME]
@@ -57,7 +65,9 @@ def test_code_goes_along_and_what_git_ignores_does_not(tmp_path: Path, target: P
         ("big.txt", "x" * (packing.MAX_FILE_BYTES + 1), "over 10 MiB"),
     ],
 )
-def test_data_and_secrets_stay(tmp_path: Path, target: Path, name: str, text: str, reason: str) -> None:
+def test_data_and_secrets_stay(
+    tmp_path: Path, target: Path, name: str, text: str, reason: str
+) -> None:
     source = _tree(tmp_path / "source", {"code.py": "", name: text})
     assert pack(source, "", target) == [f"{name} ({reason})"]
     assert _packed(target) == ["code.py", CONFIG_NAME]
@@ -82,10 +92,18 @@ def test_a_folder_without_git_sends_only_the_config(tmp_path: Path, target: Path
 
 @pytest.mark.parametrize(
     ("files", "config", "where"),
-    [({"code.py": f"token = '{TOKEN}'"}, "", "code.py"), ({"code.py": ""}, f"a: {TOKEN}", "the config")],
+    [
+        ({"code.py": f"token = '{TOKEN}'"}, "", "code.py"),
+        ({"code.py": ""}, f"a: {TOKEN}", "the config"),
+    ],
 )
 def test_a_credential_of_the_environment_is_never_sent(
-    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], config: str, where: str
+    tmp_path: Path,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    config: str,
+    where: str,
 ) -> None:
     monkeypatch.setenv("SOME_API_TOKEN", TOKEN)
     with pytest.raises(UserError, match=f"^{where} holds the value of SOME_API_TOKEN"):
@@ -105,9 +123,13 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
 
 
-@pytest.mark.parametrize("host", ["head", "10.0.0.7", "192.168.1.2", "[2001:db8::1]", "localhost.example.org"])
+@pytest.mark.parametrize(
+    "host", ["head", "10.0.0.7", "192.168.1.2", "[2001:db8::1]", "localhost.example.org"]
+)
 @pytest.mark.usefixtures("token")
-def test_a_token_does_not_go_over_the_network_in_the_clear(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_does_not_go_over_the_network_in_the_clear(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["jobs", "list", "--address", f"http://{host}:8265"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "in the clear" in line and "--insecure-token" in line

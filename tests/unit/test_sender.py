@@ -66,7 +66,9 @@ def test_batches_are_at_most_a_thousand_and_nothing_is_lost(spool):
     send_spool(spool.path, store, sent)
     assert max(store.batches) <= 1000
     assert len(store.batches) <= 4 + 3  # gathered, not one call per step
-    assert len(store.points) == sum(store.batches) == sent.points == count_points(spool.path) == 6100
+    assert (
+        len(store.points) == sum(store.batches) == sent.points == count_points(spool.path) == 6100
+    )
     assert sent.offset == spool.path.stat().st_size
     send_spool(spool.path, store, sent)
     assert sent.points == 6100
@@ -101,7 +103,12 @@ def test_what_arrived_before_an_error_is_not_sent_again(spool):
     store.log_points = third_fails  # type: ignore[method-assign]
     with pytest.raises(TimeoutError):
         send_spool(spool.path, store, sent)
-    assert sent.points == sum(store.batches) == 3600 - count_points(spool.path, Sent.load(spool.path).offset) > 1900
+    assert (
+        sent.points
+        == sum(store.batches)
+        == 3600 - count_points(spool.path, Sent.load(spool.path).offset)
+        > 1900
+    )
 
 
 def test_points_do_not_wait_for_a_file_that_cannot_be_uploaded(spool, monkeypatch):
@@ -118,7 +125,9 @@ def test_points_do_not_wait_for_a_file_that_cannot_be_uploaded(spool, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(store, "upload", refuse)
-    with pytest.raises(RuntimeError, match=r"config\.yaml could not be uploaded: Permission denied"):
+    with pytest.raises(
+        RuntimeError, match=r"config\.yaml could not be uploaded: Permission denied"
+    ):
         send_spool(spool.path, store, sent)
     assert (len(store.points), store.ends) == (30, ["FINISHED"])
     again = Sent.load(spool.path)
@@ -131,7 +140,9 @@ def test_points_do_not_wait_for_a_file_that_cannot_be_uploaded(spool, monkeypatc
 
 def test_an_end_before_any_run_blocks_nothing(tmp_path):
     spool = Spool(tmp_path / "metrics.jsonl")
-    spool.append("end", status="FAILED")  # the driver's word on an attempt that died before it began
+    spool.append(
+        "end", status="FAILED"
+    )  # the driver's word on an attempt that died before it began
     spool.append("run")
     fill(spool, range(3))
     store = MemoryStore()
@@ -160,7 +171,9 @@ def test_one_warning_when_down_and_one_when_back(spool, caplog):
 
 
 def test_the_breaker_stays_open_for_the_pause(spool):
-    """While a server is down, news do not make calls: one try, then none until the pause is over."""
+    """While a server is down, news do not make calls: one try, then none until the pause is
+    over.
+    """
     store = MemoryStore()
     store.down = TimeoutError("timed out")
     sender = Sender(spool.path, store, Sent.load(spool.path), interval_s=0, max_pause_s=3600)
@@ -186,7 +199,9 @@ def test_pauses_double_up_to_the_limit(spool, monkeypatch):
     for failures in range(1, 12):
         sender._pause(failures)
     limits = [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
-    assert all(0.75 * limit <= wait <= limit for wait, limit in zip(waits, limits, strict=True)), waits
+    assert all(0.75 * limit <= wait <= limit for wait, limit in zip(waits, limits, strict=True)), (
+        waits
+    )
 
 
 def test_the_flush_at_the_end_is_bounded(spool):
@@ -216,5 +231,8 @@ def test_the_reason_is_the_root_in_one_line(monkeypatch):
             raise ValueError("a page\nof text") from error
     except ValueError as error:
         assert reason(error) == "Connection refused"
-    assert reason(ValueError("two\n  lines http://me:pw@host/x hunter22")) == "two lines http://host/x ***"
+    assert (
+        reason(ValueError("two\n  lines http://me:pw@host/x hunter22"))
+        == "two lines http://host/x ***"
+    )
     assert reason(KeyError()) == "KeyError"

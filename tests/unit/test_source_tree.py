@@ -26,7 +26,16 @@ def names(tree: SourceTree) -> set[str]:
 
 
 def git(folder: Path, *arguments: str) -> None:
-    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"]
+    who = [
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "-c",
+        "commit.gpgsign=false",
+        "-c",
+        "init.defaultBranch=main",
+    ]
     subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
 
 
@@ -80,7 +89,9 @@ def test_skipped_and_counted(tmp_path: Path, name: str, content: bytes, reason: 
 
 def test_ordinary_files_are_kept(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
-    (root / "late.c").write_text("int x;\n" * 30 + "/* DO NOT EDIT */\n")  # a word in the middle says nothing
+    (root / "late.c").write_text(
+        "int x;\n" * 30 + "/* DO NOT EDIT */\n"
+    )  # a word in the middle says nothing
     (root / "bom.rs").write_bytes(b"\xef\xbb\xbffn main() {}")
     (root / "uses.go").write_text("// finds generated code\nx = 1\n")
     tree = read(root, tmp_path)
@@ -171,8 +182,14 @@ def test_no_side_is_empty(tmp_path: Path, files: int, fraction: float) -> None:
     ("files", "message"),
     [
         ({}, r"no usable files \(skipped: nothing there\)"),
-        ({"a.py": "x = 1\n"}, r"1 usable file \(skipped: nothing there\); give a source with at least 2 text files"),
-        ({"a.py": "x = 1\n", "b.py": "x = 1\n", "c.py": ""}, r"1 usable file \(skipped: 1 duplicate, 1 empty\)"),
+        (
+            {"a.py": "x = 1\n"},
+            r"1 usable file \(skipped: nothing there\); give a source with at least 2 text files",
+        ),
+        (
+            {"a.py": "x = 1\n", "b.py": "x = 1\n", "c.py": ""},
+            r"1 usable file \(skipped: 1 duplicate, 1 empty\)",
+        ),
     ],
 )
 def test_too_few_files(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -200,7 +217,9 @@ def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = write_tree(tmp_path / "plain")
     monkeypatch.setenv("PATH", str(tmp_path))
     for source in (root, root / "sub", "https://host.invalid/x.git"):
-        with pytest.raises(UserError, match="needs git, which is not installed; install git, or") as error:
+        with pytest.raises(
+            UserError, match="needs git, which is not installed; install git, or"
+        ) as error:
             read(source, tmp_path / "cache")
         one_line(error)
     assert len(names(read(root, tmp_path, use_git=False))) == 12
@@ -211,7 +230,9 @@ def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damaged_repository(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     (root / ".git" / "HEAD").write_text("nonsense")
-    with pytest.raises(UserError, match="git ls-files failed: .+; mend it, or read all files") as error:
+    with pytest.raises(
+        UserError, match="git ls-files failed: .+; mend it, or read all files"
+    ) as error:
         read(root, tmp_path)
     one_line(error)
 
@@ -223,7 +244,9 @@ def test_clone_is_shallow_and_kept(tmp_path: Path) -> None:
     url = f"file://{root}"
     first = read(url, tmp_path / "cache")
     assert len(names(first)) == 12
-    commits = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=first.root, capture_output=True, check=True)
+    commits = subprocess.run(
+        ["git", "rev-list", "--count", "HEAD"], cwd=first.root, capture_output=True, check=True
+    )
     assert commits.stdout.strip() == b"1"
     shutil.rmtree(root)  # as without a network
     assert read(url, tmp_path / "cache").identity == first.identity
@@ -234,9 +257,13 @@ def test_bare_repository_folder(tmp_path: Path) -> None:
     assert len(names(read(tmp_path / "tree.git", tmp_path / "cache"))) == 12
 
 
-@pytest.mark.parametrize("url", ["file:///nowhere/at/all.git", "https://user:secret@localhost:1/team/code.git"])
+@pytest.mark.parametrize(
+    "url", ["file:///nowhere/at/all.git", "https://user:secret@localhost:1/team/code.git"]
+)
 def test_failed_clone_leaves_nothing(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UserError, match=r"git clone failed: .+; check the URL, the network") as error:
+    with pytest.raises(
+        UserError, match=r"git clone failed: .+; check the URL, the network"
+    ) as error:
         read(url, tmp_path / "cache")
     assert "secret" not in one_line(error)
     assert list((tmp_path / "cache" / "sources").iterdir()) == []
@@ -244,7 +271,9 @@ def test_failed_clone_leaves_nothing(tmp_path: Path, url: str) -> None:
 
 def test_unwritable_cache(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write .*Not a directory; make room or set data.cache") as error:
+    with pytest.raises(
+        UserError, match="cannot write .*Not a directory; make room or set data.cache"
+    ) as error:
         read("file:///nowhere", tmp_path / "file")
     one_line(error)
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from lwo_dist.tracking.spool import Sent, Spool, count_points, is_being_written, points_of, read_spool
+from lwo_dist.tracking.spool import (
+    Sent,
+    Spool,
+    count_points,
+    is_being_written,
+    points_of,
+    read_spool,
+)
 
 
 def points(path: Path) -> list[tuple[int, str, float]]:
@@ -21,7 +28,11 @@ def test_points_come_back_as_written(tmp_path):
     spool.append_metrics(10, {"train/loss": 1.25, "lwo/active_layer": 3})
     spool.append_metrics(20, {"train/loss": math.inf, "train/grad_norm": math.nan})
     values = points(path)
-    assert values[:3] == [(10, "train/loss", 1.25), (10, "lwo/active_layer", 3.0), (20, "train/loss", math.inf)]
+    assert values[:3] == [
+        (10, "train/loss", 1.25),
+        (10, "lwo/active_layer", 3.0),
+        (20, "train/loss", math.inf),
+    ]
     assert math.isnan(values[3][2])
     assert count_points(path) == 4
     for line in path.read_text().splitlines():
@@ -39,7 +50,9 @@ def test_reading_goes_on_from_an_offset(tmp_path):
     assert list(read_spool(path))[-1].end == path.stat().st_size
 
 
-@pytest.mark.parametrize("torn", [b'{"kind": "metrics", "ti', b'{"kind": "end", "time_ms": 1}', b"\0" * 40])
+@pytest.mark.parametrize(
+    "torn", [b'{"kind": "metrics", "ti', b'{"kind": "end", "time_ms": 1}', b"\0" * 40]
+)
 def test_a_torn_last_line_is_dropped_and_said(tmp_path, caplog, torn):
     path = tmp_path / "metrics.jsonl"
     spool = Spool(path)
@@ -71,10 +84,10 @@ def test_a_damaged_line_inside_spoils_no_other(tmp_path):
 def test_a_sigkill_loses_nothing_that_was_appended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     script = (
-        "import os, signal, sys; from pathlib import Path; from lwo_dist.tracking.spool import Spool\n"
-        "spool = Spool(Path(sys.argv[1]))\n"
-        "for step in range(500): spool.append_metrics(step, {'a': step, 'b': step})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from pathlib import Path; from lwo_dist.tracking.spool import"
+        " Spool\nspool = Spool(Path(sys.argv[1]))\nfor step in range(500):"
+        " spool.append_metrics(step, {'a': step, 'b': step})\nos.kill(os.getpid(),"
+        " signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -119,21 +132,21 @@ def test_step_zero_is_a_step(tmp_path):
 
 
 def test_a_full_disk_costs_one_line_and_is_said(tmp_path):
-    # RLIMIT_FSIZE makes the kernel cut the write short as a full disk does; lifted again, there is room.
+    # RLIMIT_FSIZE makes the kernel cut the write short as a full disk does; lifted again, there is
+    # room.
     script = (
-        "import resource, signal, sys; from pathlib import Path; from lwo_dist.tracking.spool import Spool\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "spool = Spool(Path(sys.argv[1]))\n"
-        "spool.append_metrics(1, {'a': 1})\n"
-        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (spool.path.stat().st_size + 20, hard))\n"
-        "try: spool.append_metrics(2, {'a': 2})\n"
-        "except OSError as error: print(error)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
-        "spool.append_metrics(3, {'a': 3})\n"
+        "import resource, signal, sys; from pathlib import Path; from lwo_dist.tracking.spool"
+        " import Spool\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nspool ="
+        " Spool(Path(sys.argv[1]))\nspool.append_metrics(1, {'a': 1})\nhard ="
+        " resource.getrlimit(resource.RLIMIT_FSIZE)[1]\nresource.setrlimit(resource.RLIMIT_FSIZE,"
+        " (spool.path.stat().st_size + 20, hard))\ntry: spool.append_metrics(2, {'a': 2})\nexcept"
+        " OSError as error: print(error)\nresource.setrlimit(resource.RLIMIT_FSIZE, (hard,"
+        " hard))\nspool.append_metrics(3, {'a': 3})\n"
     )
     path = tmp_path / "metrics.jsonl"
-    done = subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], check=True, capture_output=True, text=True
+    )
     assert "only 20 of" in done.stdout
     assert [p[0] for p in points(path)] == [1, 3]
 

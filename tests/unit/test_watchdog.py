@@ -41,12 +41,16 @@ def test_an_evaluation_takes_as_long_as_it_takes() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    ["[enforce fail] Timed out waiting 5000ms for recv operation", "Connection closed by peer [127.0.0.1]:99"],
+    [
+        "[enforce fail] Timed out waiting 5000ms for recv operation",
+        "Connection closed by peer [127.0.0.1]:99",
+    ],
 )
 def test_a_failed_collective_says_where(message: str) -> None:
     with (
         pytest.raises(
-            CollectiveError, match=rf"^{HERE}, step 3, layer head: a collective failed .*timeout_s = 60"
+            CollectiveError,
+            match=rf"^{HERE}, step 3, layer head: a collective failed .*timeout_s = 60",
         ) as e,
         Watchdog(LONG) as watchdog,
     ):
