@@ -57,7 +57,7 @@ use_interface() {
 end() {
   trap '' TERM INT
   ended=yes
-  RAY_ADDRESS=$address "$python" -m lwo_dist.cluster.leave --seconds "${LWO_LEAVE_SECONDS:-150}" || true
+  RAY_ADDRESS=$address "$python" -m lwo_dist.cluster.drain --seconds "${LWO_LEAVE_SECONDS:-150}" || true
   kill -TERM "$child" 2>/dev/null || true
 }
 

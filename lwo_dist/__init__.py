@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import LWOConfig, UserError
+from .config import LWOConfig
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .hook import LWO, StepReport, attach, prepare

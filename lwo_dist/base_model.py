@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from .config import UserError
+from .errors import UserError
 
 __all__ = ["Recipe", "default_cache_folder", "ensure_base_model"]
 

@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .config import Config, UserError, load_config
-from .training.stop import EXIT_CODE, Stopped
+from .config import Config
+from .config.reading import load_config
+from .errors import UserError
+from .stop import EXIT_CODE, Stopped
 
 if TYPE_CHECKING:
     from .cluster.jobs import Jobs
@@ -269,8 +271,8 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from .checkpoint.manage import export_run
     from .storage import RunFolder
-    from .training.manage import export_run
 
     print(
         "model:"
@@ -279,8 +281,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoints(arguments: argparse.Namespace) -> None:
+    from .checkpoint import manage
     from .storage import RunFolder
-    from .training import manage
 
     run = RunFolder.at(arguments.run)
     if arguments.action == "list":

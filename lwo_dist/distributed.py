@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .config import UserError
+from .errors import UserError
 
 __all__ = [
     "all_gather",

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .config import LWOConfig, UserError
+from .config import LWOConfig
+from .errors import UserError
 from .layers import Layer, rest_names
 from .methods import METHODS
 from .schedule import learning_rate, make_schedule

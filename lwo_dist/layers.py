@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .config import UserError
+from .errors import UserError
 
 __all__ = ["Layer", "find_layers", "find_stack", "parameter_depths", "rest_names"]
 

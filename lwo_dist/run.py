@@ -20,26 +20,28 @@ import torch
 from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback, RunInfo
-from .config import Config, UserError
+from .checkpoint.export import export_model
+from .checkpoint.format import committed_steps, read_checkpoint, step_folder
+from .checkpoint.resume import find_checkpoint, refuse_other_run, restore
+from .checkpoint.store import LayerStore
+from .config import Config
 from .data import check_world_sizes, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
+from .errors import UserError
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
-from .models.folders import on_all_ranks
+from .models.hub import on_all_ranks
+from .stop import Stopped, StopRequest, StopVote
 from .storage import RunFolder, is_url, storage_folder, write_whole
-from .strategies import deepspeed_config, load_deepspeed
+from .strategies import load_deepspeed
+from .strategies.deepspeed import settings as deepspeed_config
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.about import about_run, facts, layer_sizes, save_model_files
-from .training.checkpoint import committed_steps, read_checkpoint, step_folder
 from .training.evaluate import evaluate
-from .training.export import export_model
-from .training.layer_store import LayerStore
 from .training.progress import Progress
 from .training.results import Results
-from .training.resume import find_checkpoint, refuse_other_run, restore
-from .training.stop import Stopped, StopRequest, StopVote
-from .training.system import SystemMetrics
+from .training.system_metrics import SystemMetrics
 from .training.trainer import Trainer
 
 __all__ = ["prepare", "prepare_and_run", "run"]

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .config import LWOConfig, UserError
+from .config import LWOConfig
+from .errors import UserError
 
 __all__ = ["LayerSchedule", "learning_rate", "make_schedule"]
 

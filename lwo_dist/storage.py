@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import UserError
+from .errors import UserError
 
 __all__ = ["RunFolder", "is_url", "storage_folder", "write_whole"]
 

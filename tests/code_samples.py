@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lwo_dist.config import Config, load_config
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
 
 __all__ = ["END_OF_TEXT", "code", "make_config", "make_tokenizer", "write_tree"]
 

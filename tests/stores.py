@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import lwo_dist
+from lwo_dist.checkpoint.format import Checkpoint
+from lwo_dist.checkpoint.store import LayerStore, Outcome
 from lwo_dist.hook import LWO
 from lwo_dist.storage import RunFolder
-from lwo_dist.training.checkpoint import Checkpoint
-from lwo_dist.training.layer_store import LayerStore, Outcome
 from tests import oracle
 
 __all__ = [

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from lwo_dist.callback import RunInfo
 from lwo_dist.config import Config, TrackingConfig, TrainConfig
+from lwo_dist.spool import count_points, points_of, read_spool
 from lwo_dist.tracking.mlflow import MLflowCallback
-from lwo_dist.tracking.spool import count_points, points_of, read_spool
 
 LAYERS = ("embed", "layers.0", "layers.1", "head")
 POINTS = 100 * 6 + 5 * (2 + 4)

@@ -10,7 +10,7 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from ray.train import UserCallback
 
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 
 __all__ = ["Failures", "cannot_connect", "first_line"]
 

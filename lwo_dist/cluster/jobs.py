@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lwo_dist.config import Config, UserError, load_config
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from lwo_dist.errors import UserError
 from lwo_dist.tracking.facts import git_commit, public_config
 
 from .packing import CONFIG_NAME, pack, refuse_credentials

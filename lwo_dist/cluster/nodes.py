@@ -11,7 +11,8 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 
-from lwo_dist.config import ClusterConfig, UserError
+from lwo_dist.config import ClusterConfig
+from lwo_dist.errors import UserError
 
 __all__ = [
     "Node",

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 
 __all__ = ["CONFIG_NAME", "pack", "refuse_credentials"]
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
+from lwo_dist.stop import Stopped, StopRequest
 from lwo_dist.storage import storage_folder
-from lwo_dist.training.stop import Stopped, StopRequest
 
 from .nodes import (
     joined_ray,
@@ -84,7 +85,7 @@ def train(config: Config) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         nodes = stack.enter_context(joined_ray()) if joins else [this_machine()]
         resources = resources_per_worker(config.cluster, nodes)
-        from lwo_dist.run import prepare  # After the first check: it brings transformers and more.
+        from lwo_dist.run import prepare
 
         config = prepare(config)
         if not joins:
@@ -235,7 +236,7 @@ def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
 
     def train_loop_per_worker() -> Any:
         os.environ.update(environment)
-        from lwo_dist.cluster.worker import run_on_worker
+        from .worker import run_on_worker
 
         try:
             return run_on_worker(config, flag)

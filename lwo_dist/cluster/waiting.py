@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lwo_dist.config import Config
+from lwo_dist.stop import Stopped, StopRequest
 from lwo_dist.storage import RunFolder, storage_folder
-from lwo_dist.training.stop import Stopped, StopRequest
 
 from .nodes import nodes_of_cluster, placement_groups, room
 
@@ -139,8 +139,8 @@ def _line(config: Config, resources: Mapping[str, float], waited: float) -> str:
 
 
 def _stopped(config: Config, reason: str) -> Stopped:
+    from lwo_dist.checkpoint.format import committed_steps, step_folder
     from lwo_dist.tracking.mlflow import end_run
-    from lwo_dist.training.checkpoint import committed_steps, step_folder
 
     run = RunFolder(config.storage, str(config.run_name))
     end_run(

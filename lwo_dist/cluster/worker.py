@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lwo_dist.config import Config
+from lwo_dist.stop import Stopped, StopRequest
 from lwo_dist.storage import is_url
-from lwo_dist.training.stop import Stopped, StopRequest
 
 __all__ = ["Interrupted", "forwarded", "run_on_worker"]
 

@@ -1,19 +1,15 @@
-"""The settings of a run, and how they are read."""
+"""The settings of a run, a file a group. `config.reading` makes them from YAML."""
 
-from .reading import load_config
-from .settings import (
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    FSDPConfig,
-    LWOConfig,
-    ModelConfig,
-    TrackingConfig,
-    TrainConfig,
-    UserError,
-)
+from .checkpoint import CheckpointConfig
+from .cluster import ClusterConfig
+from .data import DataConfig
+from .evaluation import EvalConfig
+from .fsdp import FSDPConfig
+from .lwo import LWOConfig
+from .model import ModelConfig
+from .run import Config
+from .tracking import TrackingConfig
+from .train import TrainConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -26,6 +22,4 @@ __all__ = [
     "ModelConfig",
     "TrackingConfig",
     "TrainConfig",
-    "UserError",
-    "load_config",
 ]

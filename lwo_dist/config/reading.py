@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .settings import Config, UserError
+from lwo_dist.errors import UserError
+
+from .run import Config
 
 __all__ = ["load_config"]
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
 
 from .dataset import PreparedData
 

@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
 from lwo_dist.storage import storage_folder
 
 __all__ = ["build_once", "cache_folder"]

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from datasets import Dataset, Features, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 
-from lwo_dist.config import Config, DataConfig, UserError
+from lwo_dist.config import Config, DataConfig
+from lwo_dist.errors import UserError
 
 from .cache import build_once, cache_folder
 from .examples import EvalExample, TrainExample, end_of_text_id, pad_id

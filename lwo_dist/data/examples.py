@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 
 __all__ = [
     "EvalExample",

@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 
 from .cache import build_once
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lwo_dist.config import DataConfig, UserError
+from lwo_dist.config import DataConfig
+from lwo_dist.errors import UserError
 
 from .repository import clone_repository, is_repository_url, tracked_files, without_credentials
 

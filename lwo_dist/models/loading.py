@@ -18,11 +18,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from lwo_dist.config import ModelConfig, TrainConfig, UserError
-from lwo_dist.strategies import fsdp
+from lwo_dist.config import ModelConfig, TrainConfig
+from lwo_dist.errors import UserError
+from lwo_dist.strategies.fsdp import strategy as fsdp
 
 from . import weights
-from .folders import on_all_ranks, one_line, read_settings, resolve, whole_model
+from .hub import on_all_ranks, one_line, read_settings, resolve, whole_model
 
 __all__ = ["load_model", "load_tokenizer"]
 

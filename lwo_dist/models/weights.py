@@ -18,9 +18,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from lwo_dist import distributed
-from lwo_dist.config import ModelConfig, UserError
+from lwo_dist.config import ModelConfig
+from lwo_dist.errors import UserError
 
-from .folders import AGAIN, on_all_ranks, one_line, whole_model
+from .hub import AGAIN, on_all_ranks, one_line, whole_model
 
 __all__ = ["is_direct", "locate", "read", "receive", "receive_partitioned"]
 

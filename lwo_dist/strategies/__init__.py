@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lwo_dist import distributed
-from lwo_dist.config import LWOConfig, UserError
+from lwo_dist.config import LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer
+from lwo_dist.strategies.fsdp.strategy import FullyShard
 
 from .base import Moments, Strategy, Update
-from .fsdp import FullyShard
 from .replicate import Replicate
 
 __all__ = [
@@ -64,7 +65,7 @@ def load_deepspeed() -> Any:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # else it searches for accelerators, and warns
-    from . import deepspeed
+    from .deepspeed import strategy as deepspeed
 
     return deepspeed
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lwo_dist import distributed
-from lwo_dist.config import LWOConfig, UserError
+from lwo_dist.config import LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer
 from lwo_dist.memory import local_bytes, padded_numel
 

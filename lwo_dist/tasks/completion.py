@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lwo_dist.config import Config, DataConfig, UserError
+from lwo_dist.config import Config, DataConfig
 from lwo_dist.data.examples import (
     EvalExample,
     TrainExample,
@@ -24,6 +24,7 @@ from lwo_dist.data.examples import (
     tokenize_lines,
 )
 from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
+from lwo_dist.errors import UserError
 
 __all__ = ["NAME", "decode", "end_token_ids", "evaluation_examples", "read", "training_examples"]
 

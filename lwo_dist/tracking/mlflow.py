@@ -17,14 +17,15 @@ from typing import Any
 import yaml
 
 from lwo_dist.callback import Callback, RunInfo
-from lwo_dist.config import Config, TrackingConfig, UserError
+from lwo_dist.config import Config, TrackingConfig
+from lwo_dist.errors import UserError
+from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
 
+from .close import close_spool, finish, remedy
 from .facts import holds_password, public_config, redact, run_parameters, run_tags
-from .finish import close_spool, finish, remedy
 from .mlflow_store import MLflowStore
 from .restarts import Restarts
 from .sender import Sender, reason, send_spool, unsent
-from .spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
 
 __all__ = ["MLflowCallback", "create_run", "end_run", "experiment_page", "replay", "tracking_uri"]
 

@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lwo_dist.report.tables import FOLDER as TABLES
+from lwo_dist.spool import Point
+
 from .facts import redact
 from .mlflow_model import log_model
-from .spool import Point
-from .tables import FOLDER as TABLES
 
 __all__ = ["MLflowStore"]
 

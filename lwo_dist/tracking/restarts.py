@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from .spool import Spool
+from lwo_dist.spool import Spool
 
 __all__ = ["Restarts"]
 

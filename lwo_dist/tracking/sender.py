@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from lwo_dist.spool import Point, Record, Sent, points_of, read_spool
+
 from .facts import redact
-from .spool import Point, Record, Sent, points_of, read_spool
 
 __all__ = ["Sender", "Store", "reason", "send_spool", "unsent"]
 

@@ -23,17 +23,18 @@ from torch.nn.functional import cross_entropy
 
 from lwo_dist import distributed
 from lwo_dist.callback import Callback
-from lwo_dist.config import Config, UserError
+from lwo_dist.checkpoint.store import LayerStore, Outcome
+from lwo_dist.config import Config
 from lwo_dist.data import PreparedData, label_tokens, micro_batches
 from lwo_dist.data.batches import IGNORED_LABEL, global_batch_indices
+from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO, StepReport
 from lwo_dist.memory import peak_bytes
+from lwo_dist.stop import StopNow, Stopped, StopVote
 
 from .evaluate import Evaluation
-from .layer_store import LayerStore, Outcome
 from .results import Results
-from .stop import StopNow, Stopped, StopVote
-from .system import SystemMetrics
+from .system_metrics import SystemMetrics
 from .visits import Visits
 from .watchdog import Watchdog
 

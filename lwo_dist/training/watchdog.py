@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from lwo_dist import distributed
-from lwo_dist.config import UserError
-
-from .stop import StopNow
+from lwo_dist.errors import UserError
+from lwo_dist.stop import StopNow
 
 __all__ = ["CollectiveError", "Watchdog"]
 

@@ -112,8 +112,8 @@ def install(folder: Path) -> None:
 
 
 def _patch_writer(killer: _Killer) -> None:
-    from lwo_dist.training import writer
-    from lwo_dist.training.layer_store import LayerStore
+    from lwo_dist.checkpoint import writer
+    from lwo_dist.checkpoint.store import LayerStore
 
     @_around(LayerStore, "save")
     def save(original: Callable, *args: Any, **more: Any) -> Any:

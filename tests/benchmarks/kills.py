@@ -151,7 +151,7 @@ def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill one run, leave another alone, and compare."""
     import torch
 
-    from lwo_dist.config import load_config
+    from lwo_dist.config.reading import load_config
     from lwo_dist.run import prepare
 
     make_inputs(folder)

@@ -32,8 +32,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from lwo_dist.spool import SPOOL_NAME, count_points
 from lwo_dist.tracking.mlflow import create_run, replay
-from lwo_dist.tracking.spool import SPOOL_NAME, count_points
 from tests.tracking import Server, begin, client_of, config_for, history
 
 AILMENTS = (

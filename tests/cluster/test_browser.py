@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from lwo_dist.spool import SPOOL_NAME, Sent
 from lwo_dist.tracking.mlflow import create_run
-from lwo_dist.tracking.spool import SPOOL_NAME, Sent
 from tests.models import save_tiny_model
 from tests.tracking import PICTURES, Server, begin, config_for, train, until
 

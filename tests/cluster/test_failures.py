@@ -13,8 +13,9 @@ from ray.train import ControllerError, WorkerGroupError
 from lwo_dist.cluster import nodes, ray_train
 from lwo_dist.cluster.failures import Failures, cannot_connect
 from lwo_dist.cluster.worker import Interrupted
-from lwo_dist.config import ClusterConfig, Config, UserError
-from lwo_dist.training.stop import Stopped
+from lwo_dist.config import ClusterConfig, Config
+from lwo_dist.errors import UserError
+from lwo_dist.stop import Stopped
 
 CONFIG = Config(run_name="r")
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lwo_dist.config import Config, TrainConfig, UserError
+from lwo_dist.config import Config, TrainConfig
+from lwo_dist.errors import UserError
+from lwo_dist.spool import Sent, count_points, read_spool
 from lwo_dist.tracking.mlflow import create_run, end_run, replay
-from lwo_dist.tracking.spool import Sent, count_points, read_spool
 from tests.tracking import (
     FILES,
     POINTS,

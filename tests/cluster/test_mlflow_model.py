@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lwo_dist.spool import count_points
 from lwo_dist.tracking.mlflow import replay
-from lwo_dist.tracking.spool import count_points
 from tests.models import save_tiny_model
 from tests.tracking import assert_equal_to_spool, begin, client_of, config_for, history, train
 
@@ -159,8 +159,8 @@ def test_a_model_that_cannot_be_uploaded_harms_nothing(finished, storage, monkey
 
 
 def test_a_restart_is_marked_and_what_it_cost_is_counted(storage, monkeypatch):
+    from lwo_dist import spool as spool_module
     from lwo_dist.tracking import restarts
-    from lwo_dist.tracking import spool as spool_module
 
     clock = [1_000.0]
     for module in (restarts, spool_module):

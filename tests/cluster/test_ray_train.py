@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from lwo_dist.cluster import nodes as places
 from lwo_dist.cluster import ray_train
-from lwo_dist.config import ClusterConfig, Config, UserError
+from lwo_dist.config import ClusterConfig, Config
+from lwo_dist.errors import UserError
 from tests.cluster.launching import REPOSITORY, STEPS, make_inputs
 from tests.cluster.launching import command as _command
 from tests.cluster.launching import environment as _environment

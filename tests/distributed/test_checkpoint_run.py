@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lwo_dist.checkpoint import export
 from lwo_dist.cli import main
 from lwo_dist.config import Config
 from lwo_dist.data import batches
 from lwo_dist.run import prepare, run
-from lwo_dist.training import export, trainer
+from lwo_dist.training import trainer
 from tests.distributed import test_run
 from tests.distributed.test_run import STEPS, make_config, stop_after
 from tests.models import save_tiny_model

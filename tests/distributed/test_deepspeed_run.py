@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 import lwo_dist
 from lwo_dist import distributed
 from lwo_dist.callback import Callback
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
 from lwo_dist.run import prepare, run
 from tests import oracle
 from tests.distributed import training, zero

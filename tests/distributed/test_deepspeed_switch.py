@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import lwo_dist
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO, make_engine
 from lwo_dist.memory import local_bytes
 from lwo_dist.strategies import load_deepspeed
@@ -69,7 +69,7 @@ WATCHED = [
 
 def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
     load_deepspeed()
-    from lwo_dist.strategies import deepspeed_private as private
+    from lwo_dist.strategies.deepspeed.strategy import private as private
 
     gc.collect()
     before = live_bytes()

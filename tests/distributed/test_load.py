@@ -22,7 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lwo_dist.config import ModelConfig, TrainConfig, UserError
+from lwo_dist.config import ModelConfig, TrainConfig
+from lwo_dist.errors import UserError
 from lwo_dist.models import load_model
 from lwo_dist.models import weights as loading
 from tests.ranks import run_ranks

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lwo_dist.cli import main
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
 from lwo_dist.run import prepare
 from lwo_dist.storage import RunFolder, storage_folder
 from tests.distributed import test_run

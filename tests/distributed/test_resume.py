@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import lwo_dist
+from lwo_dist.checkpoint.format import newest_checkpoint
+from lwo_dist.checkpoint.resume import restore
+from lwo_dist.checkpoint.store import LayerStore
 from lwo_dist.hook import LWO
 from lwo_dist.storage import RunFolder
-from lwo_dist.training.checkpoint import newest_checkpoint
-from lwo_dist.training.layer_store import LayerStore
-from lwo_dist.training.resume import restore
 from tests import oracle, stores
 from tests.distributed import training, zero
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lwo_dist.distributed import gather_floats
-from lwo_dist.training.system import NODE, SystemMetrics
+from lwo_dist.training.system_metrics import NODE, SystemMetrics
 from lwo_dist.training.visits import Visit, Visits
 from tests import oracle
 from tests.distributed.training import attach, train_step, weights

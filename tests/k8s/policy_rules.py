@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from lwo_dist.config import load_config
+from lwo_dist.config.reading import load_config
 
 from .manifests import K8S, Object, containers, pods
 

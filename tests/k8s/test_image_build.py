@@ -191,7 +191,7 @@ def test_the_programs_that_the_manifests_name_run(image: Built) -> None:
         image.output("python", "-c", imports).splitlines()[-1]
         == f"{wanted['torch']} {wanted['deepspeed']}"
     )
-    assert image.output("python", "-m", "lwo_dist.cluster.leave", "--help").startswith("usage:")
+    assert image.output("python", "-m", "lwo_dist.cluster.drain", "--help").startswith("usage:")
     assert image.output("git", "--version").startswith("git version")
     assert image.output("sh", "-c", "ls /opt/lwo/example-source/*.py")
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwo_dist import base_model
 from lwo_dist.base_model import Recipe, default_cache_folder, ensure_base_model
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 from tests.ranks import RanksError, run_ranks
 
 TINY = Recipe(

@@ -13,7 +13,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwo_dist.config import UserError, load_config
+from lwo_dist.config.reading import load_config
 from lwo_dist.data.batches import (
     check_world_sizes,
     global_batch_indices,
@@ -23,6 +23,7 @@ from lwo_dist.data.batches import (
 )
 from lwo_dist.data.dataset import PreparedData
 from lwo_dist.data.examples import TrainExample
+from lwo_dist.errors import UserError
 
 PAD = 999
 

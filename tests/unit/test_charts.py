@@ -6,15 +6,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from lwo_dist.tracking.charts import (
-    _shades,
-    layers_figure,
-    loss_figure,
-    memory_figure,
-    save_pictures,
-)
-from lwo_dist.tracking.history import History, Visit, layer_bands
-from lwo_dist.tracking.spool import Spool, read_spool
+from lwo_dist.report.charts import _shades, layers_figure, loss_figure, memory_figure, save_pictures
+from lwo_dist.report.history import History, Visit, layer_bands
+from lwo_dist.spool import Spool, read_spool
 
 GIB = 2**30
 
@@ -165,7 +159,7 @@ def test_layers_are_sorted_by_what_their_visits_brought():
     assert (0.1, 0.3) in [tuple(line.get_xdata()) for line in first.lines]
     shades = _shades(layers)
     assert [bar.get_facecolor()[:3] for bar in first.patches] == [
-        shades[n][:3] for n in ("head", "embed", "layers.0")
+        to_rgb(shades[n]) for n in ("head", "embed", "layers.0")
     ]
     rendered(layers_figure([], layers))
 

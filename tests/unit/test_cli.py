@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from lwo_dist import cli
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "lwo_dist.cli", "train")

@@ -8,7 +8,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lwo_dist.config import Config, LWOConfig, UserError, load_config
+from lwo_dist.config import Config, LWOConfig
+from lwo_dist.config.reading import load_config
+from lwo_dist.errors import UserError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

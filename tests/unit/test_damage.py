@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lwo_dist.config import UserError
-from lwo_dist.training.checkpoint import STATE, newest_checkpoint, step_folder
-from lwo_dist.training.layer_store import LayerStore
+from lwo_dist.checkpoint.format import STATE, newest_checkpoint, step_folder
+from lwo_dist.checkpoint.store import LayerStore
+from lwo_dist.errors import UserError
 from tests import stores
 
 

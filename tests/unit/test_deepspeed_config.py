@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from lwo_dist import strategies
-from lwo_dist.config import Config, UserError, load_config
-from lwo_dist.strategies.deepspeed_config import read_config, refuse_settings, resolve
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from lwo_dist.errors import UserError
+from lwo_dist.strategies.deepspeed.settings import read_config, refuse_settings, resolve
 
 
 def make(settings: Any = None, *overrides: str) -> Config:
@@ -197,7 +199,7 @@ needs_deepspeed = pytest.mark.skipif(
 @needs_deepspeed
 def test_other_versions_and_missing_names_are_refused() -> None:
     strategies.load_deepspeed()
-    from lwo_dist.strategies import deepspeed_private as private
+    from lwo_dist.strategies.deepspeed.strategy import private as private
 
     remedy = "install one of the versions that work: deepspeed==0.19.8"
     with pytest.raises(

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lwo_dist.config import Config, UserError
+from lwo_dist.config import Config
 from lwo_dist.data.dataset import PreparedData, prepare_dataset
 from lwo_dist.data.examples import EvalExample, TrainExample, cut_windows, pad_id, tokenize_lines
 from lwo_dist.data.source_tree import SourceTree
+from lwo_dist.errors import UserError
 from lwo_dist.tasks import TASKS, completion
 from tests.code_samples import END_OF_TEXT, code, make_config, make_tokenizer, write_tree
 

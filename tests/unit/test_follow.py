@@ -10,7 +10,7 @@ import pytest
 
 from lwo_dist.cluster import jobs as module
 from lwo_dist.cluster.jobs import Jobs, _exit_code
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 
 LOG = ["step 1\n", "step 2\nstep", " 3\n", "done\n"]
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lwo_dist.storage import write_whole
-from lwo_dist.training import writer
-from lwo_dist.training.checkpoint import (
+from lwo_dist.checkpoint import writer
+from lwo_dist.checkpoint.format import (
     INDEX,
     committed_steps,
     newest_checkpoint,
     read_checkpoint,
     step_folder,
 )
-from lwo_dist.training.layer_store import LayerStore
-from lwo_dist.training.resume import restore
+from lwo_dist.checkpoint.resume import restore
+from lwo_dist.checkpoint.store import LayerStore
+from lwo_dist.storage import write_whole
 from tests import stores
 
 MB = 10**6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, find_layers, find_stack, parameter_depths, rest_names
 
 LLAMA = {

@@ -26,8 +26,10 @@ from transformers import (
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from lwo_dist import distributed
-from lwo_dist.config import ModelConfig, TrainConfig, UserError
-from lwo_dist.models import folders, load_model, load_tokenizer
+from lwo_dist.config import ModelConfig, TrainConfig
+from lwo_dist.errors import UserError
+from lwo_dist.models import hub as folders
+from lwo_dist.models import load_model, load_tokenizer
 from lwo_dist.models import weights as loading
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from lwo_dist.cli import main
 from lwo_dist.cluster import packing
 from lwo_dist.cluster.jobs import Jobs, _is_loopback, _token
 from lwo_dist.cluster.packing import CONFIG_NAME, pack
-from lwo_dist.config import UserError
+from lwo_dist.errors import UserError
 
 TOKEN = "0123456789abcdef" * 4
 

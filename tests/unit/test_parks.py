@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lwo_dist.config import LWOConfig, UserError
+from lwo_dist.config import LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.hook import attach
 from lwo_dist.strategies.parks import HostParks, join, split
 from tests import oracle

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lwo_dist.config import LWOConfig, UserError
+from lwo_dist.config import LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.schedule import LayerSchedule, learning_rate, make_schedule
 
 SCHEDULES = st.builds(

@@ -48,7 +48,7 @@ def place(tmp_path: Path) -> Path:
     python = f"""
 case "$*" in
   *token_hex* | *gethostbyname*) exec {sys.executable} "$@" ;;
-  *lwo_dist.cluster.leave*) echo "leave $*" >>{tmp_path}/log ;;
+  *lwo_dist.cluster.drain*) echo "leave $*" >>{tmp_path}/log ;;
   *"scripts start"*) echo "$RAY_AUTH_MODE $*" >>{tmp_path}/log
     if [[ -e {tmp_path}/dies ]]; then exit 1; fi
     trap 'echo ended >>{tmp_path}/log; exit 0' TERM; echo up >>{tmp_path}/log

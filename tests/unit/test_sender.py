@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lwo_dist.spool import Sent, Spool, count_points
 from lwo_dist.tracking.sender import Sender, reason, send_spool, unsent
-from lwo_dist.tracking.spool import Sent, Spool, count_points
 
 
 class MemoryStore:

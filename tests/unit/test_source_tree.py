@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from lwo_dist.config import DataConfig, UserError
+from lwo_dist.config import DataConfig
 from lwo_dist.data.cache import build_once
 from lwo_dist.data.source_tree import SourceTree, read_source_tree
+from lwo_dist.errors import UserError
 from tests.code_samples import code, write_tree
 
 

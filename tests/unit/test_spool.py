@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lwo_dist.tracking.spool import (
-    Sent,
-    Spool,
-    count_points,
-    is_being_written,
-    points_of,
-    read_spool,
-)
+from lwo_dist.spool import Sent, Spool, count_points, is_being_written, points_of, read_spool
 
 
 def points(path: Path) -> list[tuple[int, str, float]]:
@@ -84,7 +77,7 @@ def test_a_damaged_line_inside_spoils_no_other(tmp_path):
 def test_a_sigkill_loses_nothing_that_was_appended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     script = (
-        "import os, signal, sys; from pathlib import Path; from lwo_dist.tracking.spool import"
+        "import os, signal, sys; from pathlib import Path; from lwo_dist.spool import"
         " Spool\nspool = Spool(Path(sys.argv[1]))\nfor step in range(500):"
         " spool.append_metrics(step, {'a': step, 'b': step})\nos.kill(os.getpid(),"
         " signal.SIGKILL)\n"
@@ -135,7 +128,7 @@ def test_a_full_disk_costs_one_line_and_is_said(tmp_path):
     # RLIMIT_FSIZE makes the kernel cut the write short as a full disk does; lifted again, there is
     # room.
     script = (
-        "import resource, signal, sys; from pathlib import Path; from lwo_dist.tracking.spool"
+        "import resource, signal, sys; from pathlib import Path; from lwo_dist.spool"
         " import Spool\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nspool ="
         " Spool(Path(sys.argv[1]))\nspool.append_metrics(1, {'a': 1})\nhard ="
         " resource.getrlimit(resource.RLIMIT_FSIZE)[1]\nresource.setrlimit(resource.RLIMIT_FSIZE,"

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from lwo_dist.config import UserError
-from lwo_dist.training.stop import StopNow
+from lwo_dist.errors import UserError
+from lwo_dist.stop import StopNow
 from lwo_dist.training.watchdog import CollectiveError, Watchdog
 
 HERE = f"rank 0 on {socket.gethostname()}"

@@ -1,0 +1,71 @@
+"""Going on where a run stopped, on whatever ranks and with whatever strategy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lwo_dist import distributed
+from lwo_dist.config import Config
+from lwo_dist.data import PreparedData
+from lwo_dist.errors import UserError
+from lwo_dist.hook import LWO
+from lwo_dist.models.hub import on_all_ranks
+from lwo_dist.storage import RunFolder
+
+from .format import Checkpoint, newest_checkpoint, use_copy
+
+__all__ = ["find_checkpoint", "refuse_other_run", "restore"]
+
+
+def find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint, its files on every machine."""
+    if config.checkpoint.resume != "auto":
+        return None
+    checkpoint = distributed.on_rank_0(newest_checkpoint, place)
+    if checkpoint is not None:
+        with on_all_ranks():
+            if distributed.rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
+                use_copy(place, checkpoint)
+    return checkpoint
+
+
+def restore(lwo: LWO, checkpoint: Checkpoint) -> None:
+    """Position, moments and masters; the model was made from the checkpoint's weights before."""
+    if lwo.strategy.stores_16_bit:
+        # The model was made from the checkpoint in 16 bits; the fp32 masters are in the same files.
+        for tensors in checkpoint.weights():
+            lwo.write_layer(tensors)
+    lwo.load_state_dict(checkpoint.hook_state())
+    layers = {layer.name: layer for layer in lwo.layers}
+    for name, moments in checkpoint.parked_moments():
+        lwo.write_moments(layers[name], moments)
+
+
+def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
+    """Raises: UserError where the checkpoint was made from another model or other data."""
+    base, then = config.model.name, state["run"]["base_model"]
+    # A folder may have moved; its name stays.
+    if Path(base).name != Path(then).name:
+        raise UserError(
+            f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name"
+            f" is {base}; choose another run_name, or set it back"
+        )
+    now = {
+        "seed": config.seed,
+        "global_batch_size": config.train.global_batch_size,
+        "fingerprint": data.fingerprint,
+    }
+    for key, value in now.items():
+        if state["data"][key] != value:
+            what = (
+                "the examples (source files, tokenizer or sequence length)"
+                if key == "fingerprint"
+                else key
+            )
+            raise UserError(
+                f"run_name = {config.run_name}: its checkpoint was made with other data: {what}"
+                f" changed from {state['data'][key]} to {value}; choose another run_name, or set it"
+                " back"
+            )

@@ -1,0 +1,152 @@
+"""Checkpoints that cost one layer: the step loop waits for a copy on the host, a thread of rank 0
+writes it.
+
+save(lwo)    every rank gathers the layers trained since the last save, and the active moments
+             rank 0 hands each to its writer as it comes, and at last the checkpoint that names them
+poll()       whether the writer is done
+wait()       every rank learns what became of the save: committed, or why not
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lwo_dist import distributed
+from lwo_dist.hook import LWO
+from lwo_dist.layers import Layer
+from lwo_dist.storage import RunFolder
+
+from .format import Checkpoint, flat_moments, step_folder
+from .writer import CheckpointWriter, Outcome, Piece, Save
+
+__all__ = ["LayerStore", "Outcome", "last_trained"]
+
+
+class LayerStore:
+    """Writes the checkpoints of one run folder. Every rank calls; rank 0 writes.
+
+    Args:
+        model_files: fills a folder with config and tokenizer; called on rank 0.
+        keep: how many of the newest checkpoints stay, the best one besides.
+    """
+
+    def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int = 1):
+        self._writer = (
+            CheckpointWriter(run, model_files, keep=keep) if distributed.rank() == 0 else None
+        )
+        # Equal on every rank, so that all agree on what to gather without talking.
+        self._captured: dict[str, int] = {}  # key of a piece -> step last trained
+        self._pending = False  # a save whose outcome `wait` has not told yet
+
+    def remember(self, checkpoint: Checkpoint, lwo: LWO) -> None:
+        """Take the files of a checkpoint that training goes on from for written."""
+        weight_map, parked = checkpoint.weight_map, checkpoint.state.get("moments", {})
+        written = {}
+        for layer in [*lwo.layers, lwo.rest]:
+            references = {weight_map.get(name) for name in layer.parameter_names}
+            # More than one: the layers were cut in another way then, and this one is written anew.
+            keys = {layer.name: references.pop() if len(references) == 1 else None}
+            keys[_moments_key(layer)] = parked.get(layer.name)
+            for key, reference in keys.items():
+                if reference is not None:
+                    name = posixpath.normpath(
+                        posixpath.join(step_folder(checkpoint.step), reference)
+                    )
+                    written[key] = name, checkpoint.state["sha256"][reference]
+                    self._captured[key] = last_trained(lwo, layer, checkpoint.step)
+        if self._writer is not None:
+            self._writer.remember(written, checkpoint.step)
+
+    def save(self, lwo: LWO, extra: Mapping[str, Any], *, best_step: int = 0) -> None:
+        """Start a checkpoint of the hook's present step; `wait` comes before the next one. All
+        ranks call it.
+
+        Args:
+            extra: what else state.json holds.
+            best_step: the checkpoint to keep besides the newest ones.
+        """
+        assert not self._pending, "wait() comes before the next save()"
+        self._pending = True
+        position = lwo.position()
+        step: int = position["step"]
+        weights, parked = {}, {}
+        for layer in [*lwo.layers, lwo.rest]:
+            if not layer.parameter_names:
+                continue
+            trained = last_trained(lwo, layer, step)
+            self._capture(layer.name, trained, ".safetensors", partial(lwo.read_layer, layer))
+            weights[layer.name] = layer.parameter_names
+            if layer not in (lwo.active_layer, lwo.rest):
+                key, read = _moments_key(layer), partial(_flat_moments, lwo, layer)
+                if self._capture(key, trained, ".moments.safetensors", read):
+                    parked[layer.name] = key
+        moments = lwo.read_moments(lwo.active_layer)
+        if self._writer is not None:
+            frozen = json.loads(json.dumps(extra))  # the loop goes on and changes it
+            self._writer.commit(Save(step, position, frozen, moments, weights, parked, best_step))
+
+    def poll(self) -> bool:
+        """Whether rank 0's writer is done with the save. False elsewhere and without one; no
+        collective.
+        """
+        return self._pending and self._writer is not None and self._writer.is_done
+
+    def wait(self) -> Outcome | None:
+        """The outcome of the save that `wait` has not told yet, on every rank; None without one. A
+        collective.
+        """
+        if not self._pending:
+            return None
+        self._pending = False
+        return distributed.on_rank_0(self._writer.outcome if self._writer is not None else _nothing)
+
+    def _capture(
+        self, key: str, trained: int, suffix: str, read: Callable[[], dict[str, Tensor]]
+    ) -> bool:
+        """Read what is newer than the last save took (a collective) and queue its file; whether
+        there is anything.
+        """
+        if self._captured.get(key) == trained:
+            return True
+        tensors = read()
+        if not tensors:
+            return False
+        self._captured[key] = trained
+        if self._writer is not None:
+            layer, _, _ = key.partition(" ")
+            self._writer.put(
+                key, Piece(layer if layer == "rest" else f"{layer}.{trained:06d}", suffix, tensors)
+            )
+        return True
+
+
+def last_trained(lwo: LWO, layer: Layer, step: int) -> int:
+    """Optimizer steps that were done when `layer` was last changed; 0 for never."""
+    if layer not in lwo.layers or step == 0:
+        return 0
+    index, visit_steps = list(lwo.layers).index(layer), lwo.config.steps_per_layer
+    if len(lwo.layers) == 1:
+        return step
+    for visit in range((step - 1) // visit_steps, -1, -1):
+        if lwo.schedule.active_layer(visit * visit_steps) == index:
+            return min(step, (visit + 1) * visit_steps)
+    return 0
+
+
+def _flat_moments(lwo: LWO, layer: Layer) -> dict[str, Tensor]:
+    return flat_moments(lwo.read_moments(layer))
+
+
+def _moments_key(layer: Layer) -> str:
+    return f"{layer.name} moments"
+
+
+def _nothing() -> None:
+    raise AssertionError("on rank 0 only")

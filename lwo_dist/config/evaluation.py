@@ -1,0 +1,25 @@
+"""Scores on held-out files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Settings
+
+__all__ = ["EvalConfig"]
+
+
+class EvalConfig(Settings):
+    """Scores on held-out files before, during and after training."""
+
+    steps: int = Field(
+        0, ge=0, description="evaluate every so many steps; 0: only before and after"
+    )
+    num_lines: int = Field(1000, ge=1, description="held-out lines to complete")
+    batch_size: int = Field(32, ge=1, description="lines generated at once on a worker")
+    max_new_tokens: int = Field(48, ge=1, description="longest completion, in tokens")
+    metric: Literal["loss", "exact_match", "edit_similarity", "bleu"] = Field(
+        "loss", description="what names the best checkpoint"
+    )

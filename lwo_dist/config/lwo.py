@@ -1,0 +1,97 @@
+"""The settings of the hook: all that a training loop of one's own needs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .base import Settings
+
+__all__ = ["LWOConfig"]
+
+
+class LWOConfig(Settings):
+    """What the hook needs: the optimizer, the schedule of layers and of the learning rate."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay, on every parameter of the active layer"
+    )
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="clip the active layer's gradient norm; 0 turns it off"
+    )
+    steps_per_layer: int = Field(50, ge=1, description="optimizer steps that a layer stays active")
+    order: Literal["ascending", "descending", "random", "weighted"] = Field(
+        "ascending",
+        description=(
+            "order of the layers; random is reshuffled each cycle, weighted draws by layer_weights"
+        ),
+    )
+    layer_weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="order: weighted only; layer name -> relative frequency, 1 where unnamed",
+    )
+    seed: int = Field(0, ge=0, description="seed of the random and weighted orders")
+    state: Literal["reset", "keep"] = Field(
+        "reset",
+        description=(
+            "a layer's moments at a switch: reset drops them, keep parks them for its next visit"
+        ),
+    )
+    inactive_master: Literal["host", "discard"] = Field(
+        "host",
+        description=(
+            "16-bit weights' fp32 masters between visits: host parks them, discard rounds them away"
+        ),
+    )
+    train_embeddings: bool = Field(True, description="make the embedding a trained layer")
+    train_head: bool = Field(
+        True, description="make the output head, with the final norm, a trained layer"
+    )
+    layers_per_group: int = Field(
+        1, ge=1, description="neighbouring transformer layers trained as one layer"
+    )
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="micro-batches per optimizer step"
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="decay after the warm-up"
+    )
+    lr_schedule_over: Literal["run", "cycle", "visit"] = Field(
+        "run", description="the stretch that one learning-rate schedule spans"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="linear warm-up at the start of each such stretch"
+    )
+    visit_ramp_steps: int = Field(
+        0, ge=0, description="n > 0: the first n steps of a visit run at lr/n, 2 lr/n, ..."
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "optimizer steps of the run; a decay over the run needs it (train.steps fills it)"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LWOConfig:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        if self.order == "weighted" and not self.layer_weights:
+            raise ValueError(
+                "order: weighted needs layer_weights, for example layer_weights: {head: 2.0}"
+            )
+        if self.order != "weighted" and self.layer_weights:
+            raise ValueError(
+                f"layer_weights has no effect with order: {self.order}; set order: weighted or"
+                " drop it"
+            )
+        if any(w <= 0 for w in self.layer_weights.values()):
+            raise ValueError(
+                f"layer_weights {self.layer_weights} must be above 0; freeze a layer by other means"
+            )
+        return self

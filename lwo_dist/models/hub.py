@@ -1,0 +1,150 @@
+"""A model's folder: found or downloaded, its settings, its weights as one whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lwo_dist import distributed
+from lwo_dist.config import ModelConfig
+from lwo_dist.errors import UserError
+
+__all__ = ["AGAIN", "on_all_ranks", "one_line", "read_settings", "resolve", "whole_model"]
+
+AGAIN = "download or save the folder again"
+_NOT_NEEDED = ["*/*", "consolidated*", "training_args*"]
+
+
+def resolve(config: ModelConfig, patterns: list[str]) -> Path:
+    """The folder with the model's files; those of a Hugging Face id are downloaded, or found in its
+    cache.
+    """
+    folder, name = Path(config.name).expanduser(), f"model.name {config.name!r}"
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{name} is a folder without config.json; save a model there with"
+                " save_pretrained(folder)"
+            )
+        return folder
+    if folder.exists() or config.name.count("/") > 1 or config.name.startswith((".", "~", "/")):
+        raise UserError(
+            f"{name} is not a folder; give a folder written by save_pretrained, or a Hugging"
+            " Face id"
+        )
+    try:
+        found = snapshot_download(
+            config.name,
+            revision=config.revision,
+            allow_patterns=patterns,
+            ignore_patterns=_NOT_NEEDED,
+        )
+        return Path(found)
+    except hub.HFValidationError:
+        why = (
+            "is no folder and cannot be a Hugging Face id; give a folder, or an id such as"
+            " Qwen/Qwen2.5-Coder-0.5B"
+        )
+    except hub.GatedRepoError:
+        why = (
+            "is gated; ask for access on its page at huggingface.co and set HF_TOKEN to a token"
+            " that has it"
+        )
+    except hub.RepositoryNotFoundError:
+        why = (
+            "is no folder, and no model on the Hugging Face hub that this HF_TOKEN may read; mind"
+            " the spelling"
+        )
+    except hub.RevisionNotFoundError:
+        why = (
+            f"has no revision {config.revision!r}; give one of its branches, tags or commits, or"
+            " none"
+        )
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+        why = (
+            "is no folder, is not in the cache (HF_HOME), and the Hugging Face hub cannot be"
+            " reached; give a folder, go online (HF_HUB_OFFLINE unset), or use model.name:"
+            " tiny-code"
+        )
+    except (hub.HfHubHTTPError, OSError) as error:
+        why = f"could not be downloaded ({_first_line(error)}); try again, or give a folder"
+    raise UserError(f"{name} {why}")
+
+
+def read_settings(config: ModelConfig, folder: Path) -> Any:
+    with one_line(config, "config.json", "give a decoder that this version of transformers knows"):
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    if settings.is_encoder_decoder:
+        raise UserError(
+            f"model.name {config.name!r} is an encoder-decoder; give a decoder, such as Qwen2"
+        )
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.name {config.name!r} is quantised and cannot be trained; give the model it was"
+            " made from"
+        )
+    return settings
+
+
+def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
+    """`from_pretrained`, but what does not fit is an error: it would be left random, or out."""
+    with one_line(config, "weights", AGAIN):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    for problem in ("missing", "unexpected"):
+        keys = sorted(found[f"{problem}_keys"])
+        if keys:
+            raise UserError(
+                f"model.name {config.name!r}: {len(keys)} {problem} weights, first {keys[0]}; "
+                f"its weights and its config.json must belong to the same {type(model).__name__}"
+            )
+    return model
+
+
+@contextmanager
+def on_all_ranks() -> Iterator[None]:
+    """Raise a rank's `UserError` on every rank."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    problems: list[UserError | None] = [problem] * distributed.world_size()
+    if len(problems) > 1:
+        dist.all_gather_object(problems, problem)
+    first = next((found for found in problems if found is not None), None)
+    if first is not None:
+        raise first
+
+
+@contextmanager
+def one_line(config: ModelConfig, what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises about a model's files into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            remedy = "read the code that comes with it, then set model.trust_remote_code: true"
+        raise UserError(
+            f"model.name {config.name!r}: its {what} cannot be read ({_first_line(error)});"
+            f" {remedy}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,245 @@
+"""DeepSpeed engines: which ones can be driven, who sets their learning rate, and how a run makes
+its own.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
+
+from lwo_dist import distributed
+from lwo_dist.errors import UserError
+
+from .private import ZERO_OPTIMIZERS, partition_function
+from .settings import refuse_settings
+
+__all__ = [
+    "RateOfEngine",
+    "build_engine",
+    "check_engine",
+    "check_environment",
+    "partitioner",
+    "warn",
+    "warn_overruled",
+]
+
+
+def check_engine(engine: Any, accumulation: int) -> None:
+    """Refuse an engine that cannot be trained one layer at a time.
+
+    Raises:
+        UserError: with reason and remedy.
+    """
+    name = type(engine).__name__
+    if type(engine) is not DeepSpeedEngine:
+        raise UserError(
+            f"a {name} cannot be trained layer by layer; pass the engine of deepspeed.initialize"
+        )
+    if engine.optimizer is None or engine.basic_optimizer is None:
+        raise UserError(
+            "the engine has no optimizer; pass optimizer=torch.optim.AdamW(...) to"
+            " deepspeed.initialize"
+        )
+    if type(engine.optimizer) not in ZERO_OPTIMIZERS:
+        raise UserError(
+            f"the engine's optimizer is a {type(engine.optimizer).__name__}; set"
+            " zero_optimization.stage to 1, 2 or 3 in the deepspeed config, in bf16 or fp32"
+        )
+    refuse_settings(engine._config._param_dict)
+    inner = type(engine.basic_optimizer).__name__
+    if "adam" not in inner.lower():
+        raise UserError(
+            f"the engine's optimizer is {inner}; layers are trained with AdamW: make the engine"
+            " with AdamW"
+        )
+    if engine.gradient_accumulation_steps() != accumulation:
+        raise UserError(
+            f"the engine's gradient_accumulation_steps = {engine.gradient_accumulation_steps()},"
+            f" but LWOConfig's = {accumulation}; set them alike"
+        )
+    if engine.micro_steps % accumulation:
+        raise UserError(
+            "the engine is inside a gradient accumulation; attach right after a whole optimizer"
+            " step"
+        )
+    for parameter_name, parameter in engine.module.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise UserError(
+                f"parameter {parameter_name} is stored in {parameter.dtype}; use bf16 or fp32"
+            )
+
+
+class RateOfEngine:
+    """The engine's own learning-rate scheduler, if it has one, goes on with the optimizer that it
+    was made for.
+
+    That optimizer is emptied at the first switch and trains nothing any more: it only holds the
+    rate.
+    """
+
+    def __init__(self, engine: Any):
+        scheduler = engine.lr_scheduler
+        self._holder: torch.optim.Optimizer | None = None
+        if scheduler is None:
+            return
+        name, inner = type(scheduler).__name__, engine.basic_optimizer
+        held = getattr(scheduler, "optimizer", None)
+        if held is engine.optimizer:
+            scheduler.optimizer = inner
+        elif held is not inner:
+            raise UserError(
+                f"the engine's scheduler {name} does not hold the engine's optimizer, so it cannot"
+                " go on across switches; make the engine without it and set lr_scheduler_type in"
+                " LWOConfig"
+            )
+        if getattr(scheduler, "cycle_momentum", False):
+            raise UserError(
+                f"the engine's scheduler {name} changes the betas, which are LWOConfig's; set"
+                " cycle_momentum: false"
+            )
+        if len({group["lr"] for group in inner.param_groups}) > 1:
+            raise UserError(
+                f"the engine's scheduler {name} sets several learning rates; a layer has one: use"
+                " one group"
+            )
+        self._holder = inner
+        warn(
+            f"the engine's scheduler {name} sets the learning rate; lr and its schedule in"
+            " LWOConfig are not used"
+        )
+
+    def now(self, scheduled: float) -> float:
+        return scheduled if self._holder is None else float(self._holder.param_groups[0]["lr"])
+
+
+def warn_overruled(engine: Any, made: torch.optim.Optimizer, *, rate: bool) -> None:
+    """Say where LWOConfig wins over the engine's optimizer."""
+    other = []
+    for key in ["betas", "eps", "weight_decay", *(["lr"] if rate else [])]:
+        ours = _plain(made.defaults[key])
+        theirs = {
+            _plain(group.get(key, ours)): None for group in engine.basic_optimizer.param_groups
+        }  # in order
+        if set(theirs) != {ours}:
+            other.append(f"{key} {' and '.join(map(str, theirs))} -> {ours}")
+    if other:
+        warn(f"LWOConfig wins over the engine's optimizer: {', '.join(other)}")
+
+
+def build_engine(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+) -> Any:
+    """`deepspeed.initialize` in a process group that is there already, made by torchrun, Ray Train
+    or a test.
+
+    Args:
+        model: plain, or of parameters that `partitioner` has cut; its trainable parameters are
+            `parameters`.
+        optimizer: over `parameters`.
+        settings: the whole DeepSpeed config, as `deepspeed_config.resolve` makes it.
+    """
+    _join()
+    settings = {**settings, "zero_force_ds_cpu_optimizer": False}
+    with _refusals():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=list(parameters),
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )
+    return engine
+
+
+def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """A function that every rank calls with a whole parameter: each keeps its part of what rank 0
+    has there.
+
+    That is stage 3 from the start; a model so made goes to `build_engine` with the same `settings`.
+    """
+    _join()
+    with _refusals():
+        partition = partition_function(settings)
+    dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
+
+    def keep_part(parameter: nn.Parameter) -> None:
+        parameter.data = parameter.data.to(dtype)
+        partition([parameter])
+
+    return keep_part
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What DeepSpeed itself refuses in a config, such as a misspelt key of `zero_optimization`, in
+    one line.
+    """
+    try:
+        yield
+    except (ValidationError, DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed config: {' '.join(str(error).split())}") from None
+
+
+def _join() -> None:
+    """Let DeepSpeed use the process group that is there."""
+    check_environment()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+def check_environment() -> None:
+    """Call before DeepSpeed joins the process group: no compiler is needed, and no dead compile is
+    waited for.
+
+    Raises:
+        UserError: a compile of one of DeepSpeed's operators was killed and left its lock.
+    """
+    lock = _dead_lock(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+    if lock is not None:
+        raise UserError(
+            f"{lock} was left by a compile of DeepSpeed's operators that was killed, and the next"
+            " one would wait for it for ever; delete that file, unless another machine that shares"
+            " the folder compiles now"
+        )
+    # An all-reduce through shared memory on CPUs: DeepSpeed compiles it as it starts, and works
+    # without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _dead_lock(root: Path) -> Path | None:
+    """A lock in torch's folder of compiled extensions that no process of this machine holds
+    open.
+    """
+    locks = {str(path) for path in [*root.glob("*/lock"), *root.glob("*/*/lock")]}
+    if not locks:
+        return None
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            locks.discard(str(link.readlink()))
+        except OSError:
+            continue  # the process ended, or is another user's
+    return Path(min(locks)) if locks else None
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def warn(message: str) -> None:
+    if distributed.rank() == 0:
+        warnings.warn(message, stacklevel=3)

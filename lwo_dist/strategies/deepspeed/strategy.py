@@ -1,0 +1,327 @@
+"""DeepSpeed ZeRO stages 1, 2 and 3: one engine for the whole run, whose ZeRO optimizer is replaced
+at the switch.
+
+Who wins where both speak: the engine's learning-rate scheduler, if it has one, over `lr` and its
+schedule; a `gradient_clipping` written in the DeepSpeed config over `max_grad_norm`; LWOConfig over
+the engine's own optimizer (rate, betas, epsilon, weight decay). Each is warned about where the two
+differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lwo_dist import distributed
+from lwo_dist.config import LWOConfig
+from lwo_dist.layers import Layer
+from lwo_dist.memory import local_bytes
+from lwo_dist.strategies.base import MOMENTS, MakeOptimizer, Moments, Strategy, Update
+from lwo_dist.strategies.parks import join, split
+
+from . import fragments as fragments
+from . import private as private
+from .engine import (
+    RateOfEngine,
+    build_engine,
+    check_engine,
+    check_environment,
+    partitioner,
+    warn,
+    warn_overruled,
+)
+from .fragments import Fragment
+
+__all__ = ["DeepSpeedZero", "build_engine", "check_environment", "partitioner"]
+
+
+class DeepSpeedZero(Strategy):
+    """ZeRO steps on a master of its own, in fp32 too: 12 bytes of state a parameter / world size.
+
+    With bf16 weights the master of a layer that is not active is parked on the host, this rank's
+    part.
+    """
+
+    # [Note: Where a park was cut]
+    # ZeRO decides how a layer is cut when it becomes active, and cuts it alike each time. What it
+    # has cut is parked as it is. What is written while the layer is not active is cut by
+    # `fragments.share`, which stages 1 and 2 do not agree with: `_written` names those parks, and a
+    # collective puts them together before they are cut anew.
+
+    def __init__(self, engine: Any, layers: Sequence[Layer], config: LWOConfig):
+        super().__init__(engine.module, layers, config)
+        check_engine(engine, self.accumulation)
+        self._engine = engine
+        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
+        self._rate = RateOfEngine(engine)
+        self._config = engine._config
+        written: dict[str, Any] = self._config._param_dict
+        self._clipping: float | None = written.get("gradient_clipping")
+        self._warned = False
+        self._own_bucket = "reduce_bucket_size" not in written.get("zero_optimization", {})
+        self._starts: dict[
+            str, int
+        ] = {}  # key of a shard -> where it begins in the flattened parameter
+        self._written: set[str] = set()  # keys of parks, see [Note: Where a park was cut]
+        self._sent = private.SentBytes()
+        self._before_backward = True
+        engine.register_forward_pre_hook(self._start_count)
+
+    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
+        trained = [self._parameters[name] for name in layer.parameter_names]
+        first, optimizer = self._active is None, make_optimizer(trained)
+        if first:
+            self._warn_if_late(trained)
+            warn_overruled(self._engine, optimizer, rate=self._engine.lr_scheduler is None)
+        offload = private.release(self._engine)
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(name in layer.parameter_names)
+        if first:
+            fragments.own_storage(self._parameters.values())
+        if self._own_bucket:
+            # All gradients of the layer go out together; the default of 5e8 elements is allocated
+            # at every switch.
+            self._config.zero_config.reduce_bucket_size = sum(
+                fragments.total_numel(p) for p in trained
+            )
+        # The optimizer may live on the host (offload) without being DeepSpeed's own, which a
+        # compiler must build.
+        self._config.zero_force_ds_cpu_optimizer = False
+        private.adopt(self._engine, optimizer, trained, offload)
+        self._active = layer
+        self._unpark_masters(layer)
+        self._unpark_moments()
+
+    def deactivate(self) -> None:
+        if self._active is None:
+            return
+        self._park_moments()
+        for name in self._active.parameter_names:
+            if self._parameters[name].dtype != torch.float32:
+                self._park_master(name, self._part(name))
+        # The ZeRO optimizer itself goes when the next one comes: the engine cannot be without one.
+
+    def learning_rate(self, scheduled: float) -> float:
+        return self._rate.now(scheduled)
+
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        engine = self._engine
+        if engine.is_gradient_accumulation_boundary() != boundary:
+            raise RuntimeError(
+                "engine.step() or engine.backward() was called; call lwo.backward() and lwo.step()"
+                " only"
+            )
+        self._before_backward = False
+        # Times 1.0, or times NaN if the loss is not finite: the norm is then NaN on all ranks, and
+        # ZeRO skips the step.
+        engine.backward(loss * (1.0 + 0.0 * loss.detach()))
+        if not boundary:
+            engine.step()  # counts the micro-batch
+
+    def step(self, lr: float, max_norm: float) -> Update:
+        zero = self._engine.optimizer
+        for group in private.inner_optimizer(zero).param_groups:
+            group["lr"] = lr
+        zero.clip_grad = self._max_norm(max_norm)
+        self._engine.step()
+        self._before_backward = True
+        norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32).detach()
+        return Update(norm, torch.tensor(float(zero.overflow), device=norm.device))
+
+    def _max_norm(self, ours: float) -> float:
+        if self._clipping is not None and ours != self._clipping and not self._warned:
+            self._warned = True
+            warn(
+                f"gradient_clipping = {self._clipping} of the deepspeed config wins over"
+                f" max_grad_norm = {ours}"
+            )
+        return ours if self._clipping is None else self._clipping
+
+    def flush(self) -> None:
+        """Nothing is pending: `step` publishes before it returns."""
+
+    def masters(self) -> list[Tensor]:
+        assert self._active is not None
+        return [
+            self._part(name)[0] for name in self._active.parameter_names
+        ]  # not flat: stage 3 pads with garbage
+
+    def read_layer(self, layer: Layer) -> dict[str, Tensor]:
+        own = self.model.state_dict(keep_vars=True)
+        return {name: self._whole_master(name, own[name]) for name in layer.parameter_names}
+
+    def write_layer(self, tensors: dict[str, Tensor]) -> None:
+        own = self.model.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
+            target = own[name]
+            fragments.put(private.stored(target), tensor)
+            if getattr(target, "ds_id", None) is not None and target.numel():  # gathered now
+                target.detach().copy_(tensor)
+            if self._is_active(name):
+                fragments.put(self._part(name), tensor)
+            elif name in self._layer_of and target.dtype != torch.float32:
+                part, start = fragments.share(target)
+                cut = tensor.reshape(-1)[start : start + part.numel()].float()
+                self._park_master(name, (cut, start), written=not hasattr(target, "ds_id"))
+
+    # ---- moments
+
+    def _shards_of_optimizer(self) -> dict[str, Tensor]:
+        state = private.inner_optimizer(self._engine.optimizer).state
+        if not state or self._active is None:
+            return {}
+        shards = {"step": next(iter(state.values()))["step"]}
+        for name in self._active.parameter_names:
+            for key in MOMENTS:
+                shards[f"{name}.{key}"], self._starts[f"{name}.{key}"] = self._part(name, key)
+        return shards
+
+    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
+        zero = self._engine.optimizer
+        state = private.inner_optimizer(zero).state
+        if not state and not shards:
+            return
+        # In place, because ZeRO refers to these tensors; zeros at step 0 are what a fresh optimizer
+        # starts from.
+        for flat in private.masters(zero):
+            for key in MOMENTS:
+                state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False)).zero_()
+            state[flat].setdefault("step", torch.zeros((), device=flat.device)).copy_(
+                shards.get("step", torch.zeros(()))
+            )
+        private.link_moments(zero)
+        for shard, tensor in shards.items():
+            name, _, key = shard.rpartition(".")
+            if name:
+                self._put_cut(shard, self._parameters[name], tensor, self._part(name, key))
+
+    def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
+        step, exported = shards["step"].to("cpu", copy=True), {}
+        for name in layer.parameter_names:
+            exported[name] = {"step": step.clone()}
+            for key in MOMENTS:
+                shard = f"{name}.{key}"
+                exported[name][key] = fragments.whole(
+                    self._parameters[name], (shards[shard], self._starts[shard])
+                )
+        return exported
+
+    def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
+        shards = {"step": next(iter(state.values()))["step"].clone()}
+        for name in layer.parameter_names:
+            parameter = self._parameters[name]
+            part, start = self._part(name) if self._is_active(name) else fragments.share(parameter)
+            for key in MOMENTS:
+                shard = f"{name}.{key}"
+                shards[shard] = state[name][key].reshape(-1)[start : start + part.numel()]
+                self._starts[shard] = start
+                if not self._is_active(name) and not hasattr(parameter, "ds_id"):
+                    self._written.add(shard)
+        return shards
+
+    def _shard_device(self) -> torch.device:
+        return private.masters(self._engine.optimizer)[0].device
+
+    def bytes_per_step(self) -> int:
+        """What was sent since the first forward of the coming step, or of the last one if it has
+        not begun.
+        """
+        return self._sent.total if distributed.world_size() > 1 else 0
+
+    def memory(self) -> dict[str, int]:
+        zero, parameters = self._engine.optimizer, list(self._parameters.values())
+        weights = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_id"))]
+        masters = private.masters(zero)
+        gradients = private.gradient_buffers(zero)
+        if not gradients:  # between steps: what the reduction will leave here
+            gradients = (
+                masters
+                if self._engine.zero_optimization_stage() == 2
+                else private.flat_weights(zero)
+            )
+        state = [
+            t for s in private.inner_optimizer(zero).state.values() for t in s.values() if t.dim()
+        ]
+        return {
+            "parameter_bytes": local_bytes(weights),
+            "gradient_bytes": local_bytes(gradients),
+            "optimizer_state_bytes": local_bytes([*masters, *state]),
+            "park_bytes": self.park_bytes,
+        }
+
+    # ---- masters of 16-bit weights
+
+    @property
+    def stores_16_bit(self) -> bool:
+        return any(self._parameters[name].dtype != torch.float32 for name in self._layer_of)
+
+    def _is_active(self, name: str) -> bool:
+        return self._active is not None and name in self._active.parameter_names
+
+    def _part(self, name: str, key: str | None = None) -> Fragment:
+        return private.fragment(self._engine.optimizer, self._parameters[name], key)
+
+    def _park_master(self, name: str, master: Fragment, *, written: bool = False) -> None:
+        """Park what the bf16 rounding of this rank's part lacks."""
+        if self._parks_masters:
+            low, halfway = split(master[0])
+            self._starts[f"{name}.low"] = master[1]
+            (self._written.add if written else self._written.discard)(f"{name}.low")
+            self._parked_masters.put(
+                self._layer_of[name], {f"{name}.low": low, f"{name}.halfway": halfway}
+            )
+
+    def _parked_master(self, name: str, parked: dict[str, Tensor]) -> Fragment | None:
+        if f"{name}.low" not in parked:
+            return None
+        low, start = parked[f"{name}.low"], self._starts[f"{name}.low"]
+        weight = fragments.slice_of(self._parameters[name], start, low.numel())
+        return (
+            join(weight, low.to(weight.device), parked[f"{name}.halfway"].to(weight.device)),
+            start,
+        )
+
+    def _unpark_masters(self, layer: Layer) -> None:
+        """Give the new masters the bits that 16-bit weights lack."""
+        parked = self._parked_masters.take(layer.name, self._shard_device())
+        for name in layer.parameter_names:
+            master = self._parked_master(name, parked)
+            if master is not None:
+                self._put_cut(f"{name}.low", self._parameters[name], master[0], self._part(name))
+
+    def _put_cut(self, key: str, parameter: Any, parked: Tensor, part: Fragment) -> None:
+        """Copy a park to where ZeRO wants it, cut anew where it was cut by us."""
+        if key in self._written:
+            self._written.remove(key)
+            fragments.put(part, fragments.whole(parameter, (parked, self._starts[key])))
+        else:
+            part[0].copy_(parked)
+
+    def _whole_master(self, name: str, own: Any) -> Tensor:
+        if own.dtype != torch.float32 and name in self._layer_of:
+            parked = self._parked_masters.get(self._layer_of[name])
+            part = self._part(name) if self._is_active(name) else self._parked_master(name, parked)
+            if part is not None:
+                return fragments.whole(own, part)
+        if hasattr(own, "ds_id"):
+            return fragments.whole(own, private.stored(own))
+        tensor = own.detach().to("cpu", copy=True)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def _start_count(self, *_: Any) -> None:
+        if self._before_backward:
+            self._sent.reset()
+
+    def _warn_if_late(self, trained: Sequence[nn.Parameter]) -> None:
+        ids = {id(p) for p in trained}
+        others = sum(id(p) not in ids for p in private.trained_parameters(self._engine.optimizer))
+        if others:
+            warn(
+                f"the engine was made with optimizer state for {others} parameters that are not"
+                " trained first; it is freed now; call lwo_dist.prepare(model, config) before"
+                " deepspeed.initialize and it is never made"
+            )

@@ -1,0 +1,305 @@
+"""FSDP2: every layer's weights are sharded over the ranks, and gathered for compute.
+
+FSDP2 reduces only gradients of trainable parameters and takes `requires_grad` from the sharded
+parameter at each gather, so a switch needs no rebuilding. The optimizer works on the plain local
+shards, which are the fp32 masters. Where the weights are stored in bf16, the active layer's are
+cast to fp32 for the time of its visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lwo_dist import distributed
+from lwo_dist.config import LWOConfig
+from lwo_dist.layers import Layer, find_stack, parameter_depths
+from lwo_dist.memory import local_bytes
+from lwo_dist.strategies.base import (
+    MOMENTS,
+    MakeOptimizer,
+    Moments,
+    Strategy,
+    Update,
+    update_shards,
+)
+from lwo_dist.strategies.parks import join, split
+
+from .shards import (
+    as_shard_of,
+    fsdp_groups,
+    local_shard,
+    own_parameters,
+    padded_rows,
+    refuse_unsupported,
+    replace_shards,
+    shard_like,
+    whole_tensor,
+)
+
+__all__ = ["FullyShard", "shard_model"]
+
+
+def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
+    """Wrap each transformer layer and the root with `fully_shard`, over all ranks, in place.
+
+    Works on a model on the meta device too: materialise it afterwards. The embedding, the final
+    norm and the head stay in the root's group, where a tied matrix is held once.
+
+    Args:
+        precision: compute dtype, "fp32" or "bf16"; gradients are reduced in fp32 either way.
+    """
+    mesh = init_device_mesh(device_type, (distributed.world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    _, stack = find_stack(model)
+    for layer in stack:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+class FullyShard(Strategy):
+    """LWO on a `fully_shard`ed model, wrapped by us or by its owner."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
+        super().__init__(model, layers, config)
+        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._reshard()
+        # Where every layer reaches down to the bottom (`full`), nothing is ever prefix, stack or no
+        # stack.
+        self._depths = parameter_depths(model) if any(layer.depth for layer in layers) else {}
+        refuse_unsupported(model, self._modules)
+        buffers = {
+            name: int(torch.hash_tensor(b).item()) for name, b in model.named_buffers() if b.numel()
+        }
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        distributed.assert_same_on_all_ranks({**buffers, **shapes}, "buffers or parameter shapes")
+        self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
+        self._stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._shards: dict[str, nn.Parameter] = {}
+
+    # [Note: The switch sequence]
+    # A switch comes only between optimizer steps, and starts with a reshard: after a forward
+    # without backward (evaluation) the root stays gathered, `parameters()` are then temporaries,
+    # and a flag set on them is lost without an error. The flags are flipped on the sharded
+    # parameters; the dtypes of the newly trainable groups are set, because FSDP2 fixes them once
+    # and ignores what is frozen then; and the groups of the prefix are told that backward does not
+    # need them, else the prefetch gathers one of them in vain.
+    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
+        self._reshard()
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in layer.parameter_names)
+        self._trained = {name: parameters[name] for name in layer.parameter_names}
+        self._cast_to_masters(layer)
+        for module in self._modules:
+            names = own_parameters(self.model, module)
+            needed = any(self._depths.get(name, layer.depth) >= layer.depth for name in names)
+            module.set_unshard_in_backward(needed)
+            for group in fsdp_groups(module):
+                group._init_mp_dtypes()
+        self._active = layer
+        # Empty where a parameter has fewer rows than there are ranks: every rank then goes through
+        # the same steps.
+        self._shards = {
+            name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()
+        }
+        self._optimizer = make_optimizer(list(self._shards.values()))
+        self._unpark_moments()
+
+    def deactivate(self) -> None:
+        if self._active is None:
+            return
+        self._reshard()
+        for parameter in self._trained.values():
+            parameter.grad = None
+        self._park_moments()
+        del self._optimizer
+        self._shards = {}
+        self._cast_to_storage(self._active)
+        self._trained, self._active = {}, None
+
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        root = self.model
+        assert isinstance(root, FSDPModule)
+        # Inside an accumulation the active layer's gradient stays whole on each rank and is reduced
+        # once.
+        root.set_requires_gradient_sync(boundary)
+        super().backward(loss, boundary)
+
+    def step(self, lr: float, max_norm: float) -> Update:
+        for name, shard in self._shards.items():
+            gradient = self._trained[name].grad
+            shard.grad = local_shard(gradient) if gradient is not None else torch.zeros_like(shard)
+        update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
+        for name, shard in self._shards.items():
+            shard.grad = self._trained[name].grad = None
+        return update
+
+    def flush(self) -> None:
+        """Register the shards again: after a forward without backward the root is still
+        gathered.
+        """
+        self._reshard()
+
+    def masters(self) -> list[Tensor]:
+        return [shard.detach() for shard in self._shards.values()]
+
+    def read_layer(self, layer: Layer) -> dict[str, Tensor]:
+        self._reshard()
+        own = self.model.state_dict(keep_vars=True)
+        parked, read = self._parked_masters.get(layer.name), {}
+        for name in layer.parameter_names:
+            tensor = own[name]
+            if tensor.dtype == torch.bfloat16 and isinstance(tensor, DTensor):
+                tensor = as_shard_of(tensor, _master(name, local_shard(tensor), parked))
+            read[name] = whole_tensor(tensor).to("cpu", copy=True)
+        return read
+
+    def write_layer(self, tensors: dict[str, Tensor]) -> None:
+        self._reshard()
+        own = self.model.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
+            target = own[name]
+            master = shard_like(tensor, target, self._master_dtype(name, target))
+            local_shard(target).copy_(master)
+            if master.dtype != target.dtype and name in self._layer_of:
+                self._park_master(self._layer_of[name], {name: master})
+
+    # ---- moments
+
+    def _shards_of_optimizer(self) -> dict[str, Tensor]:
+        state = self._optimizer.state
+        if not state:
+            return {}
+        keys = ("step", *MOMENTS)
+        return {
+            f"{name}.{key}": state[shard][key]
+            for name, shard in self._shards.items()
+            for key in keys
+        }
+
+    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
+        self._optimizer.state.clear()
+        for name, shard in self._shards.items() if shards else ():
+            self._optimizer.state[shard] = {
+                key: shards[f"{name}.{key}"].to(shard.device) for key in ("step", *MOMENTS)
+            }
+
+    def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
+        self._reshard()
+        parameters, exported = dict(self.model.named_parameters()), {}
+        for name in layer.parameter_names:
+            exported[name] = {"step": shards[f"{name}.step"].to("cpu", copy=True)}
+            for key in MOMENTS:
+                shard = shards[f"{name}.{key}"].to(self._shard_device())
+                exported[name][key] = whole_tensor(as_shard_of(parameters[name], shard)).to(
+                    "cpu", copy=True
+                )
+        return exported
+
+    def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
+        self._reshard()
+        parameters, shards = dict(self.model.named_parameters()), {}
+        for name in layer.parameter_names:
+            own, moments = parameters[name], state[name]
+            shards[f"{name}.step"] = moments["step"].clone()
+            for key in MOMENTS:
+                shards[f"{name}.{key}"] = shard_like(
+                    moments[key], own, self._master_dtype(name, own)
+                )
+        return shards
+
+    def _shard_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # ---- 16-bit storage
+
+    @property
+    def stores_16_bit(self) -> bool:
+        return any(self._stored[name] == torch.bfloat16 for name in self._layer_of)
+
+    def _master_dtype(self, name: str, own: Tensor) -> torch.dtype:
+        return torch.float32 if self._stored.get(name) == torch.bfloat16 else own.dtype
+
+    def _cast_to_masters(self, layer: Layer) -> None:
+        parked = self._parked_masters.take(layer.name, self._shard_device())
+        shards = {}
+        for name, parameter in self._trained.items():
+            if parameter.dtype == torch.bfloat16:
+                shards[parameter] = _master(name, local_shard(parameter), parked)
+        replace_shards(self._modules, shards)
+
+    def _cast_to_storage(self, layer: Layer) -> None:
+        masters = {
+            name: local_shard(parameter)
+            for name, parameter in self._trained.items()
+            if self._stored[name] == torch.bfloat16
+        }
+        self._park_master(layer.name, masters)
+        replace_shards(
+            self._modules,
+            {self._trained[name]: m.to(torch.bfloat16) for name, m in masters.items()},
+        )
+
+    def _park_master(self, layer: str, masters: dict[str, Tensor]) -> None:
+        """Park what the bf16 rounding of this rank's `masters` lacks."""
+        if self._parks_masters and masters:
+            lacking: dict[str, Tensor] = {}
+            for name, master in masters.items():
+                lacking[f"{name}.low"], lacking[f"{name}.halfway"] = split(master)
+            self._parked_masters.put(layer, lacking)
+
+    def bytes_per_step(self) -> int:
+        if distributed.world_size() == 1 or self._active is None:
+            return 0
+        total = 0
+        for module in self._modules:
+            for group in fsdp_groups(module):
+                gathers = 2 if group._reshard_after_forward and group.unshard_in_backward else 1
+                for item in group.fsdp_params:
+                    dtype = item.param_dtype or item.orig_dtype
+                    total += (
+                        gathers
+                        * self.accumulation
+                        * padded_rows(item.sharded_param)
+                        * dtype.itemsize
+                    )
+        for parameter in self._trained.values():
+            total += padded_rows(parameter) * (self._reduce_dtype() or parameter.dtype).itemsize
+        return total
+
+    def memory(self) -> dict[str, int]:
+        parameters = list(self.model.parameters())
+        moments = [t for state in self._optimizer.state.values() for t in state.values() if t.dim()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:  # between steps: what the reduction will leave here
+            gradients = list(self._shards.values())
+        return {
+            "parameter_bytes": local_bytes(parameters),
+            "gradient_bytes": local_bytes(gradients),
+            "optimizer_state_bytes": local_bytes(moments),
+            "park_bytes": self.park_bytes,
+        }
+
+    def _reduce_dtype(self) -> torch.dtype | None:
+        return fsdp_groups(self._modules[0])[0].mp_policy.reduce_dtype
+
+    def _reshard(self) -> None:
+        for module in self._modules:  # `reshard` does not go down by itself
+            module.reshard()
+
+
+def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
+    """The fp32 master of this rank's bf16 shard `weight`: exact if its low bits are parked."""
+    if f"{name}.low" not in parked:
+        return weight.float()
+    return join(
+        weight, parked[f"{name}.low"].to(weight.device), parked[f"{name}.halfway"].to(weight.device)
+    )
