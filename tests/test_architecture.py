@@ -46,6 +46,11 @@ FLOORS = {
     "lwo_dist.spool": 1,
     "lwo_dist.stop": 1,
     "lwo_dist.config": 1,
+    "lwo_dist.registry": 0.5,
+    "lwo_dist.units": 0,
+    "lwo_dist.versions": 0,
+    "lwo_dist.extras": 0.5,
+    "lwo_dist.redaction": 0.5,
     "lwo_dist.errors": 0,
 }
 ONLY_IN = {
