@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "assert_same_on_all_ranks",
     "barrier",
     "broadcast_object",
+    "errors_on_all_ranks",
     "first_reason",
     "gather_floats",
     "gather_objects",
@@ -209,23 +211,41 @@ def silent_ranks(timeout_s: float) -> list[int]:
     return []
 
 
-def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank, so that none is
-    left waiting.
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """What one rank raises in here, every rank raises at the end, so that none is left waiting.
+
+    The rank that failed raises its own exception; the others, if they did not fail, raise that of
+    the lowest rank: a `UserError` as it is, anything else as a `RuntimeError` that names the rank.
+    A collective, which waits as long as it takes (`broadcast_object`).
     """
-    value, error = None, None
-    if rank() == 0:
-        try:
-            value = fn(*args)
-        except Exception as raised:
-            error = raised
-    message = (isinstance(error, UserError), f"{error}") if error is not None else None
-    value, message = broadcast_object((value, message))
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    told = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
+    everyone: list[tuple[bool, str] | None] = [None] * world_size()
+    dist.all_gather_object(everyone, told, group=_patient_group())
     if error is not None:
         raise error
-    if message is not None:
-        raise UserError(message[1]) if message[0] else RuntimeError(f"rank 0 failed: {message[1]}")
-    return value
+    for other, failure in enumerate(everyone):
+        if failure is not None:
+            by_user, message = failure
+            raise UserError(message) if by_user else RuntimeError(f"rank {other} failed: {message}")
+
+
+def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank."""
+    value = None
+    with errors_on_all_ranks():
+        if rank() == 0:
+            value = fn(*args)
+    return broadcast_object(value)
 
 
 def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:

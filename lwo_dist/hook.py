@@ -1,19 +1,20 @@
 """The product: layer-wise optimisation in anyone's training loop.
 
-    lwo = lwo_dist.attach(model, LWOConfig(lr=1e-5, steps_per_layer=50))
-    loss = lwo.model(**batch).loss
-    lwo.backward(loss)
-    lwo.step()
+    lwo = lwo_dist.attach(model, LWOConfig(lr=1e-4, steps_per_layer=50))
+    for batch in batches:
+        loss = lwo.model(**batch).loss
+        lwo.backward(loss)
+        lwo.step()
 
-The hook knows the schedule and asks a strategy to do the work: `activate` a layer, `backward`,
+The hook knows the schedule and asks a strategy to do the work: `activate` a visit, `backward`,
 `step`. A switch comes right after the last optimizer step of a visit is wholly done, so every step
-changes the active layer.
+changes exactly the layers of its visit.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,26 +25,24 @@ from torch import Tensor, nn
 from . import distributed
 from .config import LWOConfig
 from .errors import UserError
-from .layers import Layer, rest_names
-from .methods import METHODS
+from .layers import Layer, Visit, check_layers, rest_names
+from .methods import Method
+from .optimizer import make_adamw
+from .registry import METHODS, STRATEGIES
 from .schedule import learning_rate, make_schedule
-from .strategies import (
-    Moments,
-    bare_module,
-    choose_strategy,
-    end_backward_at_active_layer,
-    load_deepspeed,
-    refuse_wrapped,
-    warn_of_rounding,
-)
+from .strategies import Moments, StrategyBuilder
+from .strategies.refusals import end_backward_at_active_layer, refuse_wrapped, warn_of_rounding
 
-__all__ = ["LWO", "StepReport", "attach", "make_engine", "prepare"]
+__all__ = ["LWO", "StepReport", "attach", "prepare"]
+
+_STATE = ("step", "active_layer", "skipped_steps", "moments")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one call of `LWO.step` did. The tensors are 0-dim and on the device: reading one
-    synchronises.
+    """What one call of `LWO.step` did.
+
+    The tensors are 0-dim and on the device: reading one synchronises.
     """
 
     stepped: bool
@@ -51,70 +50,80 @@ class StepReport:
     switched: bool
     """Another layer is active now."""
     layer: str
-    """Name of the layer that this step trained."""
+    """Name of the active layer of this step."""
     lr: float
     grad_norm: Tensor | None
     """Norm before clipping, over all ranks; None inside an accumulation."""
     skipped: Tensor | None
     """1.0 if loss or norm was not finite and nothing was changed; None inside an accumulation."""
     bytes_sent: int
-    """Bytes of weights and gradients in this step's collectives, each counted as the whole tensor.
-    """
-    visit_change: Tensor | None = None
-    """At the last step of a visit: L2 norm, over all ranks, of what the visit has changed in the
-    layer's masters.
-    """
+    """Bytes of weights and gradients in this step's collectives, each counted as a whole tensor."""
 
 
-def attach(model: nn.Module, config: LWOConfig, method: str = "lwo") -> LWO:
-    """Train `model` layer by layer: a plain module, a `fully_shard`ed one, or a DeepSpeed engine.
+def attach(
+    model: nn.Module,
+    config: LWOConfig,
+    method: str | Method = "lwo",
+    *,
+    layers: Sequence[Layer] | None = None,
+    strategy: str | StrategyBuilder | None = None,
+) -> LWO:
+    """Train `model` layer by layer, in your own loop.
 
-    All ranks have the same weights.
+    Make no optimizer, and do not wrap the model in DDP: the strategy reduces gradients itself and
+    updates the active layer.
+
+    Args:
+        model: a plain module with the same fp32 or fp64 weights on every rank (`replicate`), one
+            wrapped by `fully_shard` (`fsdp`), or a DeepSpeed engine of ZeRO stage 1, 2 or 3
+            (`deepspeed`).
+        config: the optimizer, and the schedule of the layers and of the learning rate.
+        method: "lwo" trains one layer at a time; "full" trains all parameters through the same
+            hook. Or an instance of your own `Method`.
+        layers: what is trained together, instead of the layers that the method finds. Their order
+            is that of the forward pass; parameters in none of them stay as they are.
+        strategy: how layers live on the ranks; None: what fits how the model is wrapped.
+
+    Returns:
+        The hook. Call its `model` for the forward pass, then `backward` and `step`.
 
     Raises:
         UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage (but for
             DeepSpeed's, and FSDP2's in bf16 under a policy that reduces in fp32), reentrant
             checkpointing, meshes of more than one dimension, a model without a stack of layers,
             initial weights that differ between ranks, a DeepSpeed engine with settings that cannot
-            be honoured.
+            be honoured, `layers` that do not fit the model.
+
+    Example:
+        >>> lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-4, steps_per_layer=50))
+        >>> for batch in batches:
+        ...     loss = lwo.model(**batch).loss
+        ...     lwo.backward(loss)
+        ...     report = lwo.step()
+        >>> lwo.detach()
     """
-    return LWO(model, config, method)
+    return LWO(model, config, method, layers=layers, strategy=strategy)
 
 
-def prepare(model: nn.Module, config: LWOConfig, method: str = "lwo") -> list[nn.Parameter]:
-    """Call before `deepspeed.initialize`: freezes all but the layer that is trained first.
+def prepare(
+    model: nn.Module, config: LWOConfig, method: str | Method = "lwo"
+) -> list[nn.Parameter]:
+    """Call before `deepspeed.initialize`: freezes all but what is trained first.
 
     Without it the engine makes optimizer state for the whole model, which `attach` has to free
     again.
 
     Returns:
-        The parameters of that layer, for the optimizer and `model_parameters`.
+        The parameters that are trained first, for the optimizer and `model_parameters`.
 
     Raises:
         UserError: a model that `attach` refuses too, or a DeepSpeed that is missing or has not been
             tested.
     """
-    load_deepspeed().check_environment()
-    layers = METHODS[method](model, config)
-    first = layers[make_schedule(config, [layer.name for layer in layers]).active_layer(0)]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in first.parameter_names)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    from .strategies.deepspeed.builder import prepare
 
-
-def make_engine(
-    model: nn.Module, config: LWOConfig, settings: dict[str, Any], method: str = "lwo"
-) -> Any:
-    """A DeepSpeed engine to `attach` to, in the process group that is there; it never holds state
-    for the whole model.
-
-    Args:
-        settings: a whole DeepSpeed config.
-    """
-    parameters = prepare(model, config, method)
-    return load_deepspeed().build_engine(
-        model, parameters, _make_adamw(config, parameters), settings
-    )
+    by_layer = prepare(model, config, _method(method))
+    return [parameter for layer in by_layer for parameter in layer]
 
 
 class LWO:
@@ -122,80 +131,203 @@ class LWO:
 
     Attributes:
         model: call it for the forward pass.
+        module: the module with the parameters: `model`, or what a DeepSpeed engine wraps.
+        layers: all trained layers in model order; `rest` is what no layer holds.
+        visits: the visits of a cycle, in model order; the schedule orders them.
         step_count: optimizer steps done, skipped ones included; all that a resume needs of the
             schedule.
-        layers: the trained layers in model order; `rest` is what no layer holds.
         skipped_steps, skipped_in_a_row: 0-dim tensors; reading one synchronises.
         switch_seconds: host time spent in switches so far.
+        before_switch: called on all ranks after the last update of a visit is wholly done, before
+            its layers change; also where the same visit begins anew.
     """
 
-    def __init__(self, model: nn.Module, config: LWOConfig, method: str = "lwo"):
-        module = bare_module(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LWOConfig,
+        method: str | Method = "lwo",
+        *,
+        layers: Sequence[Layer] | None = None,
+        strategy: str | StrategyBuilder | None = None,
+    ):
         refuse_wrapped(model)
-        end_backward_at_active_layer(module)
+        builder = _builder(model, strategy)
+        how = _method(method)
         self.model = model
+        self.module = builder.module(model)
         self.config = config
-        self.layers: Sequence[Layer] = METHODS[method](module, config)
-        self.rest = Layer("rest", tuple(rest_names(module, self.layers)), depth=0)
-        self.schedule = make_schedule(config, [layer.name for layer in self.layers])
+        self._had_input_grads = end_backward_at_active_layer(self.module)
+        self._flags = {name: p.requires_grad for name, p in self.module.named_parameters()}
+        found = layers if layers is not None else how.layers(self.module, config)
+        self.layers: Sequence[Layer] = check_layers(self.module, found)
+        self.visits: Sequence[Visit] = how.visits(self.layers)
+        self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
+        self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # a schedule that lacks its length is refused now
-        self.strategy = choose_strategy(model, self.layers, config)
+        self.strategy = builder.attach(model, self.layers, config)
+        self.strategy_name = builder.name
         self.step_count = 0
-        self.skipped_steps = self.skipped_in_a_row = torch.zeros(())
+        self.skipped_steps = torch.zeros(())
+        self.skipped_in_a_row = torch.zeros(())
         self.switch_seconds = 0.0
-        self._memory: dict[str, int] = {}
+        self.before_switch: Callable[[], None] = _do_nothing
         self._micro_step = 0
+        self._at_boundary: bool | None = None  # of the last backward; None after a whole step
         self._active = -1
-        self._before_visit: list[Tensor] = []
         self._follow_schedule()
         if config.inactive_master == "discard":
             warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
 
-    @property
-    def active_layer(self) -> Layer:
-        return self.layers[self._active]
+    # ---- a step
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's mean loss; the gradients of an accumulation are
-        averaged.
+    def backward(self, loss: Tensor, boundary: bool | None = None) -> None:
+        """Backward of one micro-batch.
+
+        Args:
+            loss: 0-dim. With `boundary=None` its micro-batch's mean: the gradients of the
+                `gradient_accumulation_steps` micro-batches are averaged.
+            boundary: whether the optimizer step follows, if the caller counts by itself, as where
+                the last accumulation of an epoch is short. The gradients are then added as they
+                are: the caller has divided the loss.
+
+        Raises:
+            RuntimeError: `step` was not called after the last micro-batch, or after `detach`.
         """
-        self._micro_step += 1
-        self.strategy.backward(loss, boundary=self._at_boundary)
+        self._refuse_detached()
+        if self._at_boundary:
+            raise RuntimeError(
+                "backward() was called again before step(); call lwo.step() after every "
+                "lwo.backward(), and set gradient_accumulation_steps to accumulate"
+            )
+        if boundary is None:
+            self._micro_step += 1
+            boundary = self._micro_step == self.config.gradient_accumulation_steps
+            if self.config.gradient_accumulation_steps > 1:
+                loss = loss / self.config.gradient_accumulation_steps
+        self.strategy.backward(loss, boundary)
+        self._at_boundary = boundary
 
-    def step(self) -> StepReport:
-        """Call after every `backward`; acts on the last one of an accumulation."""
-        layer = self.active_layer
-        lr = self.strategy.learning_rate(learning_rate(self.config, self.schedule, self.step_count))
-        if not self._at_boundary:
-            return StepReport(False, False, layer.name, lr, None, None, 0)
-        if self._micro_step == 0:
+    def step(self, lr: float | None = None) -> StepReport:
+        """Update the visit's layers and, at its end, switch; call it after every `backward`.
+
+        Inside an accumulation it does nothing.
+
+        Args:
+            lr: the learning rate, if the caller has a scheduler; None: that of the config.
+
+        Raises:
+            RuntimeError: there was no `backward`.
+        """
+        self._refuse_detached()
+        if self._at_boundary is None:
             raise RuntimeError("step() without backward(): call lwo.backward(loss) first")
-        in_visit = self._step_in_visit
-        if in_visit == 0:
-            self._before_visit = [shard.to("cpu", copy=True) for shard in self.strategy.masters()]
+        layer = self.active_layer.name
+        if lr is None:
+            scheduled = learning_rate(self.config, self.schedule, self.step_count)
+            lr = self.strategy.learning_rate(scheduled)
+        if not self._at_boundary:
+            return StepReport(
+                stepped=False,
+                switched=False,
+                layer=layer,
+                lr=lr,
+                grad_norm=None,
+                skipped=None,
+                bytes_sent=0,
+            )
         update = self.strategy.step(lr, self.config.max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
-        change = (
-            self._visit_change(update.grad_norm.device)
-            if in_visit == self.config.steps_per_layer - 1
-            else None
-        )
-        self.skipped_steps = self.skipped_steps.to(update.skipped.device) + update.skipped
-        self.skipped_in_a_row = (
-            self.skipped_in_a_row.to(update.skipped.device) + 1
-        ) * update.skipped
+        device = update.skipped.device
+        self.skipped_steps = self.skipped_steps.to(device) + update.skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row.to(device) + 1) * update.skipped
         self._micro_step = 0
+        self._at_boundary = None
         self.step_count += 1
         switched = self._follow_schedule()
-        if self._step_in_visit == self.config.steps_per_layer - 1:
-            self.strategy.prefetch(self.layers[self.schedule.active_layer(self.step_count + 1)])
+        if self.step_in_visit == self.config.steps_per_layer - 1:
+            self.strategy.prefetch(self.visits[self.schedule.active_layer(self.step_count + 1)])
         return StepReport(
-            True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent, change
+            stepped=True,
+            switched=switched,
+            layer=layer,
+            lr=lr,
+            grad_norm=update.grad_norm,
+            skipped=update.skipped,
+            bytes_sent=bytes_sent,
         )
 
     def flush(self) -> None:
         """Call before evaluation or any read of the model's weights."""
         self.strategy.flush()
+
+    def detach(self) -> None:
+        """Give the model back: whole weights in place, flags and hooks as `attach` found them.
+
+        All ranks call it, right after a whole step. A DeepSpeed engine keeps the ZeRO optimizer of
+        the last visit and can run forward passes; to train on, make a new engine.
+        """
+        self._refuse_mid_accumulation("detach()")
+        self.strategy.flush()
+        self.strategy.deactivate()
+        self.strategy.detach()
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(self._flags[name])
+        enable: Any = getattr(self.module, "enable_input_require_grads", None)
+        if self._had_input_grads and enable is not None:
+            enable()
+        self._active = -1
+
+    # ---- where it stands
+
+    @property
+    def visit(self) -> Visit:
+        """What the coming step trains."""
+        self._refuse_detached()
+        return self.visits[self._active]
+
+    @property
+    def active_layer(self) -> Layer:
+        return self.visit.active
+
+    @property
+    def step_in_visit(self) -> int:
+        """Of the coming step, from 0; -1 where there is one visit, which never ends."""
+        if len(self.visits) == 1:
+            return -1
+        return self.schedule.position(self.step_count)[1]
+
+    def last_changed(self, layer: Layer) -> int:
+        """Optimizer steps that were done when `layer` was last updated; 0: never, as for `rest`."""
+        places = {i for i, visit in enumerate(self.visits) if layer in visit.layers}
+        return self.schedule.last_active(places, self.step_count)
+
+    def position(self) -> dict[str, Any]:
+        """Where the run stands: `step`, `active_layer` (of the coming step; its name),
+        `skipped_steps`.
+        """
+        return {
+            "step": self.step_count,
+            "active_layer": self.active_layer.name,
+            "skipped_steps": float(self.skipped_steps),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` of now, and
+        `park_bytes` on the host.
+
+        Right after a switch a layer has no moments yet. On a GPU the parks of the coming layer are
+        there too in the last step of a visit, and are not counted.
+        """
+        return self.strategy.memory()
+
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master shards of the visit's layers: over all ranks each element once,
+        padding zero. Not to be changed.
+        """
+        return self.strategy.masters()
+
+    # ---- weights and state
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         """Whole tensors on the CPU by parameter name: the exact fp32 masters. All ranks call it."""
@@ -203,7 +335,12 @@ class LWO:
         return self.strategy.read_layer(layer)
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
-        """Set parameters from whole tensors by name. All ranks call it with the same tensors."""
+        """Set parameters from whole tensors by name. All ranks call it with the same tensors.
+
+        Raises:
+            UserError: a name or a shape that the model does not have.
+        """
+        self._refuse_strangers("weights", {name: t.shape for name, t in tensors.items()})
         self.strategy.flush()
         self.strategy.write_layer(tensors)
 
@@ -220,33 +357,23 @@ class LWO:
         """Give `layer` the moments of `read_moments`, of any strategy and world size; {} takes them
         away.
 
-        All ranks call it with the same tensors. With `state: reset` only the active layer has any.
+        All ranks call it with the same tensors. With `state: reset` only the visit's layers have
+        any.
+
+        Raises:
+            UserError: moments of other parameters, or of other shapes.
         """
+        if moments and set(moments) != set(layer.parameter_names):
+            odd = sorted(set(moments) ^ set(layer.parameter_names))
+            raise UserError(
+                f"the moments of layer {layer.name!r} do not fit: {odd[0]} is "
+                f"{'missing' if odd[0] in layer.parameter_names else 'not in it'}; "
+                "resume with the layers that the state was saved with"
+            )
+        shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
+        self._refuse_strangers("moments", shapes)
         self.strategy.flush()
         self.strategy.import_state(layer, moments)
-
-    def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer
-        trains.
-
-        Right after a switch the new layer has no moments yet: then what the layer before it held.
-        `park_bytes` are on the host. Not counted is what `visit_change` compares with, the active
-        layer's masters as its visit found them, on the host too; and on a GPU the parks of the
-        coming layer, which are there in the last step of a visit.
-        """
-        if self._step_in_visit == 0 and self._memory:
-            return {**self._memory, "park_bytes": self.strategy.park_bytes}
-        return self.strategy.memory()
-
-    def position(self) -> dict[str, Any]:
-        """Where the run stands: `step`, `active_layer` (of the coming step; its name),
-        `skipped_steps`.
-        """
-        return {
-            "step": self.step_count,
-            "active_layer": self.active_layer.name,
-            "skipped_steps": float(self.skipped_steps),
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Position and the moments of every layer that has any; the weights are left out
@@ -260,84 +387,135 @@ class LWO:
             moments |= self.read_moments(layer)
         return {**self.position(), "moments": moments}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`; load the weights (`write_layer`) too.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; load the weights (`write_layer`) too. Nothing is changed if it
+        does not fit.
 
         Raises:
-            UserError: the schedule of this config has another layer active at that step.
+            UserError: it lacks something, this schedule has another layer active at that step, or
+                its moments are of another model.
         """
         self._refuse_mid_accumulation("load_state_dict()")
-        step, moments = state_dict["step"], state_dict["moments"]
-        scheduled = self.layers[self.schedule.active_layer(step)].name
+        missing = [key for key in _STATE if key not in state_dict]
+        if missing:
+            raise UserError(
+                f"the state has no {missing[0]!r}; give what LWO.state_dict() returned: "
+                f"{', '.join(_STATE)}"
+            )
+        step = state_dict["step"]
+        moments: Moments = state_dict["moments"]
+        scheduled = self.visits[self.schedule.active_layer(step)].active.name
         if scheduled != state_dict["active_layer"]:
             raise UserError(
                 f"the checkpoint trains {state_dict['active_layer']} at step {step}, this schedule"
-                f" {scheduled}; resume with the same order, seed, steps_per_layer, layers_per_group"
-                " and trained layers"
+                f" {scheduled}; resume with the same order, seed, steps_per_layer,"
+                " layers_per_group and trained layers"
             )
+        by_layer = self._moments_by_layer(moments)
         self.step_count = step
-        self.skipped_steps = torch.tensor(state_dict["skipped_steps"])
+        self.skipped_steps = torch.tensor(float(state_dict["skipped_steps"]))
         self._active = -1  # also when the layer stays: its optimizer starts anew
-        self._before_visit = []  # not known in mid-visit
         self._follow_schedule()
         for layer in self.layers:
-            self.write_moments(
-                layer, {name: moments[name] for name in layer.parameter_names if name in moments}
-            )
+            self.write_moments(layer, by_layer.get(layer.name, {}))
 
-    @property
-    def _step_in_visit(self) -> int:
-        """Of the coming step; -1 where there is one layer, which is never switched."""
-        return self.schedule.position(self.step_count)[1] if len(self.layers) > 1 else -1
-
-    def _visit_change(self, device: torch.device) -> Tensor | None:
-        """What the visit has changed in the active layer's masters; None if its start was before a
-        resume.
-        """
-        before, self._before_visit = self._before_visit, []
-        if not before:
-            return None
-        after = self.strategy.masters()
-        change = [
-            (new - old.to(new.device)).norm().to(device)
-            for new, old in zip(after, before, strict=True)
+    def __repr__(self) -> str:
+        if self._active < 0:
+            return f"LWO({self.strategy_name}, detached after {self.step_count} steps)"
+        visit, in_visit = self.schedule.position(self.step_count)
+        shapes = self._shapes()
+        lines = [
+            f"LWO({self.strategy_name} on {distributed.world_size()} rank(s), after "
+            f"{self.step_count} steps: {self.active_layer.name} is active, visit {visit + 1}, "
+            f"step {in_visit + 1} of {self.config.steps_per_layer}"
         ]
-        return distributed.all_reduce(torch.stack(change).square().sum()).sqrt()
+        for layer in [*self.layers, self.rest]:
+            numel = sum(torch.Size(shapes[name]).numel() for name in layer.parameter_names)
+            mark = "*" if layer in self.visit.layers else " "
+            if layer.parameter_names:
+                lines.append(f" {mark} {layer.name:<14}{numel:>16,} parameters")
+        return "\n".join(lines) + ")"
 
-    @property
-    def _at_boundary(self) -> bool:
-        return self._micro_step % self.config.gradient_accumulation_steps == 0
+    # ---- inside
 
     def _follow_schedule(self) -> bool:
-        """Make the layer of the coming step active; True if that is another one."""
+        """Make the visit of the coming step the current one; True if another layer is active."""
         index = self.schedule.active_layer(self.step_count)
-        if index == self._active and self._step_in_visit != 0:
+        if index == self._active and self.step_in_visit != 0:
             return False
         started = time.perf_counter()
         if self._active >= 0:
-            self._memory = self.strategy.memory()
+            self.before_switch()
         with torch.profiler.record_function("LWO::switch"):
             self.strategy.deactivate()
-            self.strategy.activate(self.layers[index], partial(_make_adamw, self.config))
+            self.strategy.activate(self.visits[index], partial(make_adamw, self.config))
         self.switch_seconds += time.perf_counter() - started
-        switched, self._active = index != self._active, index
+        switched = index != self._active
+        self._active = index
         return switched
 
+    def _moments_by_layer(self, moments: Moments) -> dict[str, Moments]:
+        """Raises UserError where they are not of these layers, before anything is changed."""
+        owner = {name: layer for layer in self.layers for name in layer.parameter_names}
+        by_layer: dict[str, Moments] = {}
+        for name, kinds in moments.items():
+            if name not in owner:
+                raise UserError(
+                    f"the state has moments of {name!r}, which is in none of the trained layers; "
+                    "resume with the model and the layers that it was saved with"
+                )
+            by_layer.setdefault(owner[name].name, {})[name] = kinds
+        shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
+        self._refuse_strangers("moments", shapes)
+        return by_layer
+
+    def _refuse_strangers(self, what: str, shapes: Mapping[str, torch.Size]) -> None:
+        own = self._shapes()
+        for name, shape in shapes.items():
+            if name not in own:
+                raise UserError(
+                    f"the {what} name {name!r}, which this {type(self.module).__name__} does not "
+                    "have; give those of the same model"
+                )
+            if tuple(shape) != tuple(own[name]):
+                raise UserError(
+                    f"the {what} of {name!r} have shape {tuple(shape)}, and the model's is "
+                    f"{tuple(own[name])}; give those of the same model"
+                )
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Whole shapes by name: a tied tensor under each of its names."""
+        tensors = self.module.state_dict(keep_vars=True)
+        return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors.items()}
+
     def _refuse_mid_accumulation(self, what: str) -> None:
-        if not self._at_boundary:
+        self._refuse_detached()
+        if self._at_boundary is not None:
             raise RuntimeError(
                 f"{what} inside an accumulation would lose gradients; call it right after a whole"
                 " step"
             )
 
+    def _refuse_detached(self) -> None:
+        if self._active < 0:
+            raise RuntimeError("this LWO was detached from its model; call lwo_dist.attach again")
 
-def _make_adamw(config: LWOConfig, shards: Sequence[Tensor]) -> torch.optim.Optimizer:
-    # Fused, because that kernel can be told on the device to skip a step (`update_shards`).
-    return torch.optim.AdamW(
-        shards,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+
+def _method(method: str | Method) -> Method:
+    found: Method = METHODS.get(method) if isinstance(method, str) else method
+    return found
+
+
+def _builder(model: nn.Module, strategy: str | StrategyBuilder | None) -> StrategyBuilder:
+    if isinstance(strategy, StrategyBuilder):
+        return strategy
+    if strategy is not None:
+        named: StrategyBuilder = STRATEGIES.get(strategy)
+        return named
+    builders: list[StrategyBuilder] = STRATEGIES.all()
+    # `replicate` drives any module, so it is asked last.
+    return next(builder for builder in reversed(builders) if builder.drives(model))
+
+
+def _do_nothing() -> None:
+    pass

@@ -8,14 +8,22 @@ are one layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import UserError
 
-__all__ = ["Layer", "find_layers", "find_stack", "parameter_depths", "rest_names"]
+__all__ = [
+    "Layer",
+    "Visit",
+    "check_layers",
+    "find_layers",
+    "find_stack",
+    "parameter_depths",
+    "rest_names",
+]
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,32 @@ class Layer:
     name: str
     parameter_names: tuple[str, ...]
     """As in `model.named_parameters()`: a tied parameter appears once, under its first name."""
-    depth: int
+    depth: int = 0
     """Where backward may end: 0 for the embedding, i + 1 for transformer layer i, one more for the
-    head.
+    head. 0 is always right, and costs the longest backward.
     """
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What is trained between two switches: one layer, and perhaps others beside it."""
+
+    active: Layer
+    also: tuple[Layer, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers that the visit changes, the active one first."""
+        return (self.active, *self.also)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return tuple(name for layer in self.layers for name in layer.parameter_names)
+
+    @property
+    def depth(self) -> int:
+        """Where backward may end."""
+        return min(layer.depth for layer in self.layers)
 
 
 def find_layers(
@@ -118,6 +148,37 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
                 depths[parameter_name] = top
     unique = dict(model.named_parameters())
     return {name: depths[name] for name in unique}
+
+
+def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+    """Return `layers` if `model` can be trained by them.
+
+    Raises:
+        UserError: no layer, an empty one, two of one name, a parameter that the model does not have
+            or that is in two layers.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    owner: dict[str, str] = {}
+    for layer in layers:
+        if layer.name in {other.name for other in layers if other is not layer}:
+            raise UserError(f"two layers are named {layer.name!r}; give each a name of its own")
+        if not layer.parameter_names:
+            raise UserError(f"layer {layer.name!r} has no parameters; leave it out")
+        for name in layer.parameter_names:
+            if name not in names:
+                raise UserError(
+                    f"layer {layer.name!r} names {name!r}, which is no parameter of "
+                    f"{type(model).__name__}; use the names of model.named_parameters()"
+                )
+            if name in owner:
+                raise UserError(
+                    f"{name!r} is in the layers {owner[name]!r} and {layer.name!r}; "
+                    "each parameter belongs to one layer"
+                )
+            owner[name] = layer.name
+    if not layers:
+        raise UserError("there are no layers to train; give at least one")
+    return list(layers)
 
 
 def rest_names(model: nn.Module, layers: Iterable[Layer]) -> list[str]:

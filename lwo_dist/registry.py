@@ -42,8 +42,7 @@ class Registry:
         if name in self._known or all(name.partition(":")):
             return name
         raise ValueError(
-            f"{self.key} = {name!r} must be one of {', '.join(self.names)}, or module:Class of "
-            "your own"
+            f"{name!r} must be one of {', '.join(self.names)}, or module:Class of your own"
         )
 
     def get(self, name: str) -> Any:
@@ -55,7 +54,7 @@ class Registry:
         try:
             target = self._known.get(self.check(name), name)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"{self.key}: {error}") from None
         return _instance(self.key, target)
 
     def all(self) -> list[Any]:
@@ -87,9 +86,9 @@ METHODS = Registry(
 STRATEGIES = Registry(
     "strategy",
     {
-        "replicate": "lwo_dist.strategies.replicate.room:ReplicateRoom",
-        "fsdp": "lwo_dist.strategies.fsdp.room:FSDPRoom",
-        "deepspeed": "lwo_dist.strategies.deepspeed.room:DeepSpeedRoom",
+        "replicate": "lwo_dist.strategies.replicate:ReplicateBuilder",
+        "fsdp": "lwo_dist.strategies.fsdp.builder:FSDPBuilder",
+        "deepspeed": "lwo_dist.strategies.deepspeed.builder:DeepSpeedBuilder",
     },
 )
 TASKS = Registry("task", {"completion": "lwo_dist.tasks.completion:LineCompletion"})

@@ -21,21 +21,21 @@ from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback, RunInfo
 from .checkpoint.export import export_model
-from .checkpoint.format import committed_steps, read_checkpoint, step_folder
+from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
 from .checkpoint.resume import find_checkpoint, refuse_other_run, restore
 from .checkpoint.store import LayerStore
 from .config import Config
-from .data import check_world_sizes, prepare_dataset, read_source_tree
+from .data import PreparedData, check_world_sizes, prepare_dataset, read_source_tree
 from .data.cache import cache_folder
 from .errors import UserError
-from .hook import LWO, attach, make_engine
-from .models import load_model, load_tokenizer
-from .models.hub import on_all_ranks
+from .hook import LWO, attach
+from .methods import Method
+from .models import PretrainedSource, load_tokenizer
+from .registry import METHODS, STRATEGIES, TASKS
 from .stop import Stopped, StopRequest, StopVote
 from .storage import RunFolder, is_url, storage_folder, write_whole
-from .strategies import load_deepspeed
-from .strategies.deepspeed import settings as deepspeed_config
-from .tasks import TASKS
+from .strategies import StrategyBuilder
+from .strategies.checks import check_config
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.about import about_run, facts, layer_sizes, save_model_files
 from .training.evaluate import evaluate
@@ -55,18 +55,16 @@ def prepare(config: Config) -> Config:
         The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
 
     Raises:
-        UserError: source, storage or batch size are wrong; nothing was written then.
+        UserError: a setting, the source, the storage or the batch size is wrong; nothing was
+            written then.
     """
     source = config.data.source
     if source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
+    check_config(config)
     check_world_sizes(config)
-    if config.strategy == "deepspeed":  # the workers need not see the file
-        config = config.model_copy(
-            update={"deepspeed": deepspeed_config.read_config(config.deepspeed)}
-        )
-        for workers in config.cluster.world_sizes:
-            deepspeed_config.resolve(config, workers)
+    builder: StrategyBuilder = STRATEGIES.get(config.strategy)
+    config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuses a password
     run_name = (
         config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
@@ -76,27 +74,26 @@ def prepare(config: Config) -> Config:
     data = config.data.model_copy(update={"source": source})
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
     config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
-    place = RunFolder(storage, run_name)
-    with _nothing_left_behind(place.local.parent):
-        place.check_writable()
-        if config.checkpoint.resume == "never" and committed_steps(place):
+    run_folder = RunFolder(storage, run_name)
+    with _nothing_left_behind(run_folder.local.parent):
+        run_folder.check_writable()
+        if config.checkpoint.resume == "never" and committed_steps(run_folder):
             raise UserError(
-                f"run_name = {run_name}: {place} holds a run and checkpoint.resume is never; choose"
-                " another run_name, or resume: auto"
+                f"run_name = {run_name}: {run_folder} holds a run and checkpoint.resume is never; "
+                "choose another run_name, or resume: auto"
             )
         read_source_tree(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
-            base = ensure_base_model(default_cache_folder(place.local.parent))
-            config = config.model_copy(
-                update={"model": config.model.model_copy(update={"name": str(base)})}
-            )
-    place.local.mkdir(exist_ok=True)
-    place.fetch_small()
-    record = _read_json(place.local / "run.json") or {"run_name": run_name, "attempts": 0}
+            base = ensure_base_model(default_cache_folder(run_folder.local.parent))
+            model = config.model.model_copy(update={"name": str(base)})
+            config = config.model_copy(update={"model": model})
+    run_folder.local.mkdir(exist_ok=True)
+    run_folder.fetch_small()
+    record = _read_json(run_folder.local / "run.json") or {"run_name": run_name, "attempts": 0}
     record["attempts"] += 1
-    record["mlflow_run_id"] = create_run(config, place.local.parent, run_name)
-    write_whole(place.local / "run.json", json.dumps(record, indent=1).encode())
-    place.push(["run.json"])
+    record["mlflow_run_id"] = create_run(config, run_folder.local.parent, run_name)
+    write_whole(run_folder.local / "run.json", json.dumps(record, indent=1).encode())
+    run_folder.push(["run.json"])
     return config
 
 
@@ -134,20 +131,19 @@ def run(
     stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
     main = distributed.rank() == 0
-    place = RunFolder(config.storage, str(config.run_name))
-    record = distributed.on_rank_0(_read_record, place)
+    run_folder = RunFolder(config.storage, str(config.run_name))
+    record = distributed.on_rank_0(_read_record, run_folder)
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
-        trainer = _build(config, place, device, everyone, stop, on_commit)
+        trainer = _build(config, run_folder, device, everyone, stop, on_commit)
         with stop.listening():
             trainer.train()
-        summary = distributed.on_rank_0(_finish, config, trainer, place, record)
+        summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
     except Stopped as stopped:
         for callback in everyone:
             callback.on_run_stopped(str(stopped))
-        distributed.broadcast_object(
-            None
-        )  # torchrun ends all ranks when the first one leaves: rank 0 reports first
+        # torchrun ends all ranks when the first one leaves: rank 0 reports first.
+        distributed.broadcast_object(None)
         raise
     except BaseException as error:
         for callback in everyone:
@@ -156,66 +152,36 @@ def run(
     for callback in everyone:
         callback.on_run_end(summary)
     if main:
-        place.push_small()
+        run_folder.push_small()
     return summary if main else None
 
 
 def _build(
     config: Config,
-    place: RunFolder,
+    run_folder: RunFolder,
     device: torch.device,
     callbacks: Sequence[Callback],
     stop: StopRequest,
     on_commit: Callable[[int, Path], None],
 ) -> Trainer:
     main = distributed.rank() == 0
-    checkpoint = find_checkpoint(config, place)
+    checkpoint = find_checkpoint(config, run_folder)
     tokenizer = load_tokenizer(config.model)
-    task = TASKS[config.task]
-    # Where nodes share no folder, each makes its own examples.
-    first_of_node = (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-        and is_url(config.storage)
-        and not config.data.cache
-    )
-    with on_all_ranks():
-        data = prepare_dataset(
-            config,
-            tokenizer,
-            task,
-            is_builder=main or first_of_node,
-            broadcast=distributed.broadcast_object,
-        )
-    results = Results(place.local, config.eval.metric, writes=main)
-    source = config.model
+    task = TASKS.get(config.task)
+    data = _read_data(config, tokenizer, task)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
-        source = source.model_copy(update={"name": str(checkpoint.folder), "revision": None})
-    partition, settings = None, {}
-    if config.strategy == "deepspeed":
-        settings = deepspeed_config.resolve(config, distributed.world_size())
-        if settings["zero_optimization"]["stage"] == 3:
-            partition = load_deepspeed().partitioner(settings)
-    model = load_model(
-        source,
-        config.train,
-        strategy=config.strategy,
-        device=device,
-        partition=partition,
-        storage=config.fsdp.storage,
-    )
-    wrapped = make_engine(model, config.lwo, settings, config.method) if settings else model
-    lwo = attach(wrapped, config.lwo, config.method)
+    lwo = _make_hook(config, checkpoint, device)
+    results = Results(run_folder.local, config.eval.metric, writes=main)
     store = LayerStore(
-        place, partial(save_model_files, model, tokenizer), keep=config.checkpoint.keep
+        run_folder, partial(save_model_files, lwo.module, tokenizer), keep=config.checkpoint.keep
     )
     if checkpoint is not None:
-        restore(lwo, checkpoint)
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
     system = SystemMetrics(
         device,
-        place.local.parent,
+        run_folder.local.parent,
         enabled=config.tracking.enabled and config.tracking.system_metrics,
     )
     trainer = Trainer(
@@ -231,7 +197,7 @@ def _build(
         checkpoint=checkpoint.folder if checkpoint is not None else None,
         stop=StopVote(stop, distributed.first_reason),
         evaluate=lambda before_batch: evaluate(
-            model,
+            lwo.module,
             tokenizer,
             data.held_out,
             batch_size=config.eval.batch_size,
@@ -240,14 +206,14 @@ def _build(
             max_new_tokens=config.eval.max_new_tokens,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            synced=config.strategy != "replicate",
+            synced=lwo.strategy.forward_is_collective,
             before_batch=before_batch,
         ),
         about_run=about_run(config, data),
     )
     info = RunInfo(
         config,
-        place.local,
+        run_folder.local,
         distributed.world_size(),
         tuple(layer.name for layer in lwo.layers),
         facts(config, lwo, data, device),
@@ -261,15 +227,57 @@ def _build(
     return trainer
 
 
+def _read_data(config: Config, tokenizer: Any, task: Any) -> PreparedData:
+    # Where nodes share no folder, each makes its own examples.
+    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    shares_no_folder = is_url(config.storage) and not config.data.cache
+    with distributed.errors_on_all_ranks():
+        return prepare_dataset(
+            config,
+            tokenizer,
+            task,
+            is_builder=distributed.rank() == 0 or (first_of_node and shares_no_folder),
+            broadcast=distributed.broadcast_object,
+        )
+
+
+def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.device) -> LWO:
+    """The model, built by the strategy, with the hook attached and set to where the run stands."""
+    method: Method = METHODS.get(config.method)
+    builder: StrategyBuilder = STRATEGIES.get(config.strategy)
+    from_checkpoint = checkpoint is not None and not method.changes_model
+    model_config = config.model
+    if checkpoint is not None and from_checkpoint:
+        changed = {"name": str(checkpoint.folder), "revision": None}
+        model_config = model_config.model_copy(update=changed)
+    source = PretrainedSource(
+        model_config,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        prepare=partial(_prepare_model, method, config),
+    )
+    model = builder.build(source, method, config, device)
+    lwo = attach(model, config.lwo, method, strategy=builder)
+    if checkpoint is not None:
+        restore(lwo, checkpoint, has_weights=from_checkpoint)
+    return lwo
+
+
+def _prepare_model(method: Method, config: Config, model: torch.nn.Module) -> None:
+    # What a method adds is then equal on all ranks.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        method.prepare(model, config.lwo)
+
+
 def _finish(
-    config: Config, trainer: Trainer, place: RunFolder, record: dict[str, Any]
+    config: Config, trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]
 ) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
-    steps = committed_steps(place)
+    steps = committed_steps(run_folder)
     # The best one may have met a full disk.
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
-    checkpoint = read_checkpoint(place, step)
-    export = export_model(checkpoint, place.local / "model")
+    checkpoint = read_checkpoint(run_folder, step)
+    export = export_model(checkpoint, run_folder.local / "model")
     summary = {
         "run_name": config.run_name,
         "method": config.method,
@@ -279,11 +287,13 @@ def _finish(
         **trainer.results.summary(),
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
-        "checkpoint": f"{place}/{step_folder(step)}",
-        "export": f"{place}/model",
+        "checkpoint": f"{run_folder}/{step_folder(step)}",
+        "export": f"{run_folder}/model",
     }
-    place.push(path.relative_to(place.local).as_posix() for path in sorted(export.iterdir()))
-    write_whole(place.local / "summary.json", json.dumps(summary, indent=1).encode())
+    run_folder.push(
+        path.relative_to(run_folder.local).as_posix() for path in sorted(export.iterdir())
+    )
+    write_whole(run_folder.local / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 
@@ -295,12 +305,12 @@ def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:
 
 
 def _warn_never_trained(config: Config, lwo: LWO) -> None:
-    never = [lwo.layers[i].name for i in lwo.schedule.never_active(config.train.steps)]
+    never = [lwo.visits[i].active.name for i in lwo.schedule.never_active(config.train.steps)]
     if never and distributed.rank() == 0:
         print(
-            f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes"
-            f" {lwo.schedule.steps_per_cycle} steps (lwo.steps_per_layer ="
-            f" {config.lwo.steps_per_layer})",
+            f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes "
+            f"{lwo.schedule.steps_per_cycle} steps "
+            f"(lwo.steps_per_layer = {config.lwo.steps_per_layer})",
             flush=True,
         )
 
@@ -318,10 +328,10 @@ def _nothing_left_behind(folder: Path) -> Iterator[None]:
         raise
 
 
-def _read_record(place: RunFolder) -> dict[str, Any] | None:
-    # where the run went on on another machine, what it left is in the store only
-    place.fetch_small()
-    return _read_json(place.local / "run.json")
+def _read_record(run_folder: RunFolder) -> dict[str, Any] | None:
+    # Where the run went on on another machine, what it left is in the store only.
+    run_folder.fetch_small()
+    return _read_json(run_folder.local / "run.json")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,6 +44,15 @@ class LayerSchedule:
     @property
     def steps_per_cycle(self) -> int:
         return self.steps_per_layer * self.num_layers
+
+    def last_active(self, layers: Collection[int], step: int) -> int:
+        """Of the first `step` optimizer steps, how many were done when one of `layers` was last
+        active; 0: none was.
+        """
+        for visit in range((step - 1) // self.steps_per_layer, -1, -1):
+            if self.active_layer(visit * self.steps_per_layer) in layers:
+                return min(step, (visit + 1) * self.steps_per_layer)
+        return 0
 
     def never_active(self, steps: int) -> list[int]:
         """Layers that a run of `steps` steps does not reach."""

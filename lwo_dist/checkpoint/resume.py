@@ -11,7 +11,6 @@ from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO
-from lwo_dist.models.hub import on_all_ranks
 from lwo_dist.storage import RunFolder
 
 from .format import Checkpoint, newest_checkpoint, use_copy
@@ -25,16 +24,20 @@ def find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
         return None
     checkpoint = distributed.on_rank_0(newest_checkpoint, place)
     if checkpoint is not None:
-        with on_all_ranks():
+        with distributed.errors_on_all_ranks():
             if distributed.rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
                 use_copy(place, checkpoint)
     return checkpoint
 
 
-def restore(lwo: LWO, checkpoint: Checkpoint) -> None:
-    """Position, moments and masters; the model was made from the checkpoint's weights before."""
-    if lwo.strategy.stores_16_bit:
-        # The model was made from the checkpoint in 16 bits; the fp32 masters are in the same files.
+def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
+    """Position, moments and masters.
+
+    Args:
+        has_weights: the model was made from the checkpoint.
+    """
+    if lwo.strategy.stores_16_bit or not has_weights:
+        # A model in 16 bits lacks the fp32 masters, which are in the same files.
         for tensors in checkpoint.weights():
             lwo.write_layer(tensors)
     lwo.load_state_dict(checkpoint.hook_state())

@@ -26,7 +26,7 @@ from lwo_dist.storage import RunFolder
 from .format import Checkpoint, flat_moments, step_folder
 from .writer import CheckpointWriter, Outcome, Piece, Save
 
-__all__ = ["LayerStore", "Outcome", "last_trained"]
+__all__ = ["LayerStore", "Outcome"]
 
 
 class LayerStore:
@@ -60,7 +60,7 @@ class LayerStore:
                         posixpath.join(step_folder(checkpoint.step), reference)
                     )
                     written[key] = name, checkpoint.state["sha256"][reference]
-                    self._captured[key] = last_trained(lwo, layer, checkpoint.step)
+                    self._captured[key] = lwo.last_changed(layer)
         if self._writer is not None:
             self._writer.remember(written, checkpoint.step)
 
@@ -80,7 +80,7 @@ class LayerStore:
         for layer in [*lwo.layers, lwo.rest]:
             if not layer.parameter_names:
                 continue
-            trained = last_trained(lwo, layer, step)
+            trained = lwo.last_changed(layer)
             self._capture(layer.name, trained, ".safetensors", partial(lwo.read_layer, layer))
             weights[layer.name] = layer.parameter_names
             if layer not in (lwo.active_layer, lwo.rest):
@@ -125,19 +125,6 @@ class LayerStore:
                 key, Piece(layer if layer == "rest" else f"{layer}.{trained:06d}", suffix, tensors)
             )
         return True
-
-
-def last_trained(lwo: LWO, layer: Layer, step: int) -> int:
-    """Optimizer steps that were done when `layer` was last changed; 0 for never."""
-    if layer not in lwo.layers or step == 0:
-        return 0
-    index, visit_steps = list(lwo.layers).index(layer), lwo.config.steps_per_layer
-    if len(lwo.layers) == 1:
-        return step
-    for visit in range((step - 1) // visit_steps, -1, -1):
-        if lwo.schedule.active_layer(visit * visit_steps) == index:
-            return min(step, (visit + 1) * visit_steps)
-    return 0
 
 
 def _flat_moments(lwo: LWO, layer: Layer) -> dict[str, Tensor]:

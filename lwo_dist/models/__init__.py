@@ -1,5 +1,5 @@
 """A folder or a Hugging Face id becomes a tokenizer and a model."""
 
-from .loading import load_model, load_tokenizer
+from .source import PretrainedSource, load_tokenizer
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["PretrainedSource", "load_tokenizer"]

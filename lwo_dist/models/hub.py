@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lwo_dist import distributed
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 
-__all__ = ["AGAIN", "on_all_ranks", "one_line", "read_settings", "resolve", "whole_model"]
+__all__ = ["AGAIN", "one_line", "read_settings", "resolve", "whole_model"]
 
 AGAIN = "download or save the folder again"
 _NOT_NEEDED = ["*/*", "consolidated*", "training_args*"]
@@ -111,22 +109,6 @@ def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
                 f"its weights and its config.json must belong to the same {type(model).__name__}"
             )
     return model
-
-
-@contextmanager
-def on_all_ranks() -> Iterator[None]:
-    """Raise a rank's `UserError` on every rank."""
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = error
-    problems: list[UserError | None] = [problem] * distributed.world_size()
-    if len(problems) > 1:
-        dist.all_gather_object(problems, problem)
-    first = next((found for found in problems if found is not None), None)
-    if first is not None:
-        raise first
 
 
 @contextmanager

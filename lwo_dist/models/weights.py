@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from lwo_dist import distributed
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 
-from .hub import AGAIN, on_all_ranks, one_line, whole_model
+from .hub import AGAIN, one_line, whole_model
 
-__all__ = ["is_direct", "locate", "read", "receive", "receive_partitioned"]
+__all__ = ["is_direct", "locate", "read", "receive", "receive_partitioned", "write"]
 
 # Pages of a mapped file count as this process's memory while it is open: a tensor is read in pieces
 # of this size.
@@ -55,66 +55,88 @@ def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
     if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
         return False
     targets = _targets(model)
-    known = {name for group in targets for name in group}
+    known = {name for target in targets for name in target.names}
     # Old checkpoints hold buffers that models now compute, such as each layer's
     # rotary_emb.inv_freq.
     computed = {_ending(name) for name, _ in model.named_buffers() if name not in known}
     saved = {name for name in files if name in known or _ending(name) not in computed}
-    return saved <= known and all(len(saved.intersection(group)) == 1 for group in targets)
+    return saved <= known and all(len(saved.intersection(target.names)) == 1 for target in targets)
 
 
 @torch.no_grad()
-def read(model: Any, config: ModelConfig, files: Mapping[str, Path]) -> None:
-    """Copy this rank's rows of each tensor from its file."""
-    with on_all_ranks(), one_line(config, "weights", AGAIN):
-        for group, target in _targets(model).items():
-            name = next(name for name in group if name in files)
+def read(
+    model: Any, config: ModelConfig, files: Mapping[str, Path], stored: Mapping[str, str]
+) -> None:
+    """Copy this rank's rows of each tensor from its file.
+
+    Args:
+        files: stored name -> file (`locate`).
+        stored: name in the model -> name in the checkpoint; others are left as they are.
+    """
+    with distributed.errors_on_all_ranks(), one_line(config, "weights", AGAIN):
+        for target in _targets(model, stored):
+            name = target.stored_in(files)
             with safe_open(files[name], "pt") as file:
                 shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(target.shape):
+            if shape != tuple(target.tensor.shape):
                 raise UserError(
-                    f"model.name {config.name!r}: {name} has the shape {shape} in"
-                    f" {files[name].name} and {tuple(target.shape)} by config.json; its files must"
-                    " belong to the same model"
+                    f"model.name {config.name!r}: {name} has the shape {shape} in "
+                    f"{files[name].name} and {tuple(target.tensor.shape)} by config.json; its "
+                    "files must belong to the same model"
                 )
-            local, first = _local_rows(target)
+            local, first = _local_rows(target.tensor)
             for start, stop in _pieces(local):
                 with safe_open(files[name], "pt") as file:
-                    rows = (
-                        file.get_slice(name)[first + start : first + stop]
-                        if shape
-                        else file.get_tensor(name)
-                    )
+                    if shape:
+                        rows = file.get_slice(name)[first + start : first + stop]
+                    else:
+                        rows = file.get_tensor(name)
                     local[start:stop].copy_(rows)
 
 
 @torch.no_grad()
+def write(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Copy this rank's rows of whole tensors, the same ones on every rank, into a sharded model."""
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in whole.items():
+        local, first = _local_rows(own[name])
+        local.copy_(tensor.view(own[name].shape or (1,))[first : first + len(local)])
+
+
+@torch.no_grad()
 def receive(
-    model: Any, config: ModelConfig, folder: Path, files: Mapping[str, Path], device: torch.device
+    model: Any,
+    config: ModelConfig,
+    folder: Path,
+    stored: Mapping[str, str],
+    device: torch.device,
 ) -> None:
     """Rank 0 loads the model whole, on its host and in the dtype it is stored in, and sends it
     piece by piece.
     """
-    targets = _targets(model)
+    targets = _targets(model, stored)
     whole: dict[str, Tensor] = {}
-    with on_all_ranks():
+    with distributed.errors_on_all_ranks():
         if distributed.rank() == 0:
-            whole = whole_model(config, folder, _stored_dtype(config, files)).state_dict(
-                keep_vars=True
-            )
-            for group in targets:
-                if any(whole[name] is not whole[group[0]] for name in group):
+            dtype = _stored_dtype(config, locate(config, folder))
+            whole = whole_model(config, folder, dtype).state_dict(keep_vars=True)
+            for target in targets:
+                tied = [whole[name] for name in target.stored]
+                if any(tensor is not tied[0] for tensor in tied):
                     raise UserError(
-                        f"model.name {config.name!r}: config.json ties {' and '.join(group)}, but"
-                        " the saved weights differ; set tie_word_embeddings to false there"
+                        f"model.name {config.name!r}: config.json ties "
+                        f"{' and '.join(target.stored)}, but the saved weights differ; set "
+                        "tie_word_embeddings to false there"
                     )
-    for group, target in targets.items():
-        local, first = _local_rows(target)
-        every_row = torch.empty(target.shape or (1,), dtype=target.dtype, device="meta")
+    for target in targets:
+        local, first = _local_rows(target.tensor)
+        every_row = torch.empty(
+            target.tensor.shape or (1,), dtype=target.tensor.dtype, device="meta"
+        )
         for start, stop in _pieces(every_row):
             rows = torch.empty_like(every_row[start:stop], device=device)
             if whole:
-                rows.copy_(whole[group[0]].view(every_row.shape)[start:stop])
+                rows.copy_(whole[target.stored[0]].view(every_row.shape)[start:stop])
             if distributed.world_size() > 1:
                 dist.broadcast(rows, src=0)
             low, high = max(start, first), min(stop, first + len(local))
@@ -128,43 +150,83 @@ def receive_partitioned(
     config: ModelConfig,
     folder: Path,
     files: Mapping[str, Path],
+    stored: Mapping[str, str],
+    added: Mapping[str, Tensor],
     device: torch.device,
     partition: Callable[[nn.Parameter], None],
 ) -> None:
     """Make the parameters real one after the other: whole on every rank for a moment, from rank 0's
     file.
+
+    Args:
+        files: empty where the weights are not stored as the model has them.
+        added: whole tensors of what the checkpoint does not hold.
     """
     whole: dict[str, Tensor] = {}
-    with on_all_ranks():
+    with distributed.errors_on_all_ranks():
         if distributed.rank() == 0 and not files:
             whole = whole_model(config, folder, torch.float32).state_dict(keep_vars=True)
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-    for group, target in _targets(model).items():
-        tensor = torch.empty(target.shape, dtype=target.dtype, device=device)
-        with on_all_ranks(), one_line(config, "weights", AGAIN):
+    for target in _targets(model, {**stored, **{name: name for name in added}}):
+        own = target.tensor
+        tensor = torch.empty(own.shape, dtype=own.dtype, device=device)
+        with distributed.errors_on_all_ranks(), one_line(config, "weights", AGAIN):
             if distributed.rank() == 0:
-                name = next(name for name in group if name in files or not files)
-                with safe_open(files[name], "pt") if files else nullcontext() as file:
-                    tensor.copy_(file.get_tensor(name) if file is not None else whole[name])
-        if isinstance(target, nn.Parameter):
+                tensor.copy_(_whole_tensor(target, files, whole, added))
+        if isinstance(own, nn.Parameter):
             parameter = nn.Parameter(tensor)
             partition(parameter)
-            for name in group:
-                module, _, own = name.rpartition(".")
-                model.get_submodule(module)._parameters[own] = parameter
+            for name in target.names:
+                module, _, last = name.rpartition(".")
+                model.get_submodule(module)._parameters[last] = parameter
         else:
             if distributed.world_size() > 1:
                 dist.broadcast(tensor, src=0)
-            target.copy_(tensor)
+            own.copy_(tensor)
 
 
-def _targets(model: Any) -> dict[tuple[str, ...], Tensor]:
-    """The tensors that a checkpoint holds, each under all of its names: a tied one has several."""
+def _whole_tensor(
+    target: _Target,
+    files: Mapping[str, Path],
+    whole: Mapping[str, Tensor],
+    added: Mapping[str, Tensor],
+) -> Tensor:
+    if target.names[0] in added:
+        return added[target.names[0]]
+    if not files:
+        return whole[target.stored[0]]
+    name = target.stored_in(files)
+    with safe_open(files[name], "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A tensor that a checkpoint holds; a tied one has several names."""
+
+    names: tuple[str, ...]
+    """In the model."""
+    stored: tuple[str, ...]
+    """In the checkpoint."""
+    tensor: Tensor
+
+    def stored_in(self, files: Mapping[str, Path]) -> str:
+        return next(name for name in self.stored if name in files)
+
+
+def _targets(model: Any, stored: Mapping[str, str] | None = None) -> list[_Target]:
+    """The tensors of the model that are in `stored`; None: all, under their own names."""
     tensors = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {tuple(group): tensors[group[0]] for group in names.values()}
+        if stored is None or name in stored:
+            names.setdefault(id(tensor), []).append(name)
+    found = []
+    for group in names.values():
+        known = tuple(name if stored is None else stored[name] for name in group)
+        found.append(_Target(tuple(group), known, tensors[group[0]]))
+    return found
 
 
 def _ending(name: str) -> str:

@@ -5,17 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lwo_dist import distributed
-from lwo_dist.config import LWOConfig
-from lwo_dist.layers import Layer
+from lwo_dist.config import Config, LWOConfig
+from lwo_dist.layers import Layer, Visit
+from lwo_dist.methods import Method
 
 from .parks import HostParks
 
-__all__ = ["MOMENTS", "MakeOptimizer", "Moments", "Strategy", "Update", "update_shards"]
+__all__ = [
+    "MOMENTS",
+    "MakeOptimizer",
+    "ModelSource",
+    "Moments",
+    "Strategy",
+    "StrategyBuilder",
+    "Update",
+    "update_shards",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = dict[str, dict[str, Tensor]]
@@ -23,18 +34,95 @@ Moments = dict[str, dict[str, Tensor]]
 whole, on the CPU.
 """
 
-MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
-"""This rank's plain shards of the active layer -> an optimizer whose update is elementwise."""
+MakeOptimizer = Callable[[Sequence[Sequence[Tensor]]], torch.optim.Optimizer]
+"""For each layer of a visit this rank's plain shards -> an optimizer with a group for each layer,
+whose update is elementwise.
+"""
+
+
+class ModelSource(Protocol):
+    """Where a builder gets the model from: `lwo_dist.models.source` implements it.
+
+    Every method is a collective: what one rank refuses, all refuse.
+    """
+
+    def whole(self, device: torch.device) -> Any:
+        """The model in fp32 on `device`, prepared by the method."""
+
+    def empty(self) -> Any:
+        """The same with the parameters of the base model on the meta device, and real buffers."""
+
+    def materialize(self, model: nn.Module, device: torch.device) -> None:
+        """Allocate what of a model of `empty` is on the meta device, unfilled."""
+
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Read this rank's rows of each parameter of a materialised, sharded model."""
+
+    def fill_partitioned(
+        self, model: nn.Module, device: torch.device, partition: Callable[[nn.Parameter], None]
+    ) -> None:
+        """Replace each parameter of a model of `empty` by a whole one, which `partition` cuts."""
+
+
+class StrategyBuilder(ABC):
+    """How a strategy is chosen, configured and built. Importing one needs nothing beyond torch."""
+
+    name: str
+    """As in the config."""
+    own_settings: tuple[str, ...] = ()
+    """Keys of the config that only this strategy reads, such as `fsdp.storage`."""
+
+    def drives(self, model: nn.Module) -> bool:
+        """Whether a model that somebody else has wrapped is for this strategy."""
+        return False
+
+    def module(self, model: Any) -> nn.Module:
+        """The module with the parameters, without what the strategy wraps around it."""
+        return model
+
+    def stores_16_bit(self, config: Config) -> bool:
+        """Whether a run with this config stores inactive weights in 16 bits."""
+        return False
+
+    def check(self, config: Config) -> None:
+        """Refuse settings of a run that cannot be honoured, before any worker starts.
+
+        Raises:
+            UserError: with the value, the rule and the remedy.
+        """
+
+    def resolve(self, config: Config) -> Config:
+        """The config with all that the workers need in it, such as the contents of a file."""
+        return config
+
+    @abstractmethod
+    def build(
+        self, source: ModelSource, method: Method, config: Config, device: torch.device
+    ) -> nn.Module:
+        """The model of a run, loaded and wrapped: what `attach` takes. A collective.
+
+        Raises:
+            UserError: on every rank alike.
+        """
+
+    @abstractmethod
+    def attach(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
+        """The strategy for a wrapped model.
+
+        Raises:
+            UserError: the model cannot be trained layer by layer, with reason and remedy.
+        """
 
 
 @dataclass(frozen=True)
 class Update:
-    """The outcome of an optimizer step. The tensors are 0-dim and on the device: reading one
-    synchronises.
+    """The outcome of an optimizer step.
+
+    The tensors are 0-dim and on the device: reading one synchronises.
     """
 
     grad_norm: Tensor
-    """Norm of the active layer's gradient before clipping, over all ranks."""
+    """Norm of the visit's gradient before clipping, over all ranks."""
     skipped: Tensor
     """1.0 where loss or norm was not finite and nothing was changed, else 0.0; equal on all ranks.
     """
@@ -44,44 +132,54 @@ class Strategy(ABC):
     """How a layer lives on the ranks. Everything that communicates is called by all ranks alike.
 
     A strategy knows a layer's moments as flat `shards` of its own making: this rank's part, key ->
-    tensor, the same keys on every rank. Those of the active layer are its optimizer's, those of the
-    others are parked.
+    tensor, the same keys on every rank. Those of the visit's layers are its optimizer's, those of
+    the others are parked.
+
+    Attributes:
+        module: the module with the parameters.
+        forward_is_collective: every rank must then run equally many forward passes.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
-        self.model = model
+    forward_is_collective = False
+
+    def __init__(self, module: nn.Module, layers: Sequence[Layer], config: LWOConfig):
+        self.module = module
         self.layers = tuple(layers)
-        self.accumulation = config.gradient_accumulation_steps
         self._keeps_moments = config.state == "keep"
         self._parks_masters = config.inactive_master == "host"
-        self._parked_moments, self._parked_masters = HostParks(), HostParks()
-        self._active: Layer | None = None
+        self._parked_moments = HostParks()
+        self._parked_masters = HostParks()
+        self._visit: Visit | None = None
         self._non_finite: Tensor | float = 0.0
 
     # ---- a switch
 
     @abstractmethod
-    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
-        """Make `layer` the only trainable one, with an optimizer for this rank's shards of it.
+    def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
+        """Make the layers of `visit` the only trainable ones, with an optimizer for their shards.
 
-        The optimizer is fresh, or has the moments that the layer has parked.
+        The optimizer is fresh, or has the moments that a layer has parked.
         """
 
     @abstractmethod
     def deactivate(self) -> None:
-        """Drop the active layer's gradients and optimizer; park its moments first, if they are
-        kept.
+        """Drop the visit's gradients and optimizer; park its moments first, if they are kept.
 
         Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard`
         gives that up.
         """
 
-    def prefetch(self, layer: Layer) -> None:
-        """`layer` is about to be activated: begin to bring its parks to where they will be
-        needed.
+    def prefetch(self, visit: Visit) -> None:
+        """`visit` comes next: begin to bring its parks to where they will be needed."""
+        for layer in visit.layers:
+            for parks in (self._parked_moments, self._parked_masters):
+                parks.prefetch(layer.name, self._shard_device())
+
+    def detach(self) -> None:
+        """Leave the model as a plain training loop expects it; `deactivate` comes first.
+
+        The flags `requires_grad` are the hook's to restore.
         """
-        for parks in (self._parked_moments, self._parked_masters):
-            parks.prefetch(layer.name, self._shard_device())
 
     @property
     def park_bytes(self) -> int:
@@ -90,25 +188,20 @@ class Strategy(ABC):
 
     @property
     def stores_16_bit(self) -> bool:
-        """Weights are stored in 16 bits while they are not active, so that their fp32 masters must
-        be parked.
-        """
+        """Inactive weights are stored in 16 bits, so that their fp32 masters must be parked."""
         return False
 
     # ---- a step
 
     def learning_rate(self, scheduled: float) -> float:
-        """The rate of the coming step: ours, unless what the model is wrapped in has a scheduler of
-        its own.
-        """
+        """The rate of the coming step: ours, unless the wrapped model has its own scheduler."""
         return scheduled
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
-        """Add this micro-batch's gradient; `boundary` says that `step` follows."""
-        # 0 x loss is NaN exactly where the loss is not finite; it travels with the norm, at no
-        # further cost.
+        """Add the gradient of `loss`; `boundary` says that `step` follows."""
+        # 0 x loss is NaN exactly where the loss is not finite; it travels with the norm, for free.
         self._non_finite = self._non_finite + 0.0 * loss.detach()
-        (loss / self.accumulation if self.accumulation > 1 else loss).backward()
+        loss.backward()
 
     @abstractmethod
     def step(self, lr: float, max_norm: float) -> Update:
@@ -120,8 +213,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the active layer; over all ranks each element once,
-        padding zero.
+        """This rank's fp32 master shards of the visit's layers.
+
+        Over all ranks each element once, padding zero.
         """
 
     # ---- weights and moments of any layer
@@ -136,11 +230,10 @@ class Strategy(ABC):
 
     def export_state(self, layer: Layer) -> Moments:
         """The moments of `layer`, whether it is active or not; {} where it has none."""
-        shards = (
-            self._shards_of_optimizer()
-            if layer == self._active
-            else self._parked_moments.get(layer.name)
-        )
+        if self._is_active(layer):
+            shards = self._shards_of_optimizer(layer)
+        else:
+            shards = self._parked_moments.get(layer.name)
         return self._whole_moments(layer, shards) if shards else {}
 
     def import_state(self, layer: Layer, state: Moments) -> None:
@@ -150,19 +243,19 @@ class Strategy(ABC):
         Moments of a layer that is not active are parked, or dropped where `state: reset` will not
         ask for them.
         """
-        if layer == self._active:
-            self._put_into_optimizer(self._cut_moments(layer, state) if state else {})
+        if self._is_active(layer):
+            self._put_into_optimizer(layer, self._cut_moments(layer, state) if state else {})
         elif self._keeps_moments:
             self._parked_moments.drop(layer.name)
             self._parked_moments.put(layer.name, self._cut_moments(layer, state) if state else {})
 
     @abstractmethod
-    def _shards_of_optimizer(self) -> dict[str, Tensor]:
-        """The active layer's moments; {} before its first step."""
+    def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
+        """The moments of a layer of the visit; {} before its first step."""
 
     @abstractmethod
-    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
-        """Make `shards` the active layer's moments; {} makes them fresh."""
+    def _put_into_optimizer(self, layer: Layer, shards: dict[str, Tensor]) -> None:
+        """Make `shards` the moments of a layer of the visit; {} makes them fresh."""
 
     @abstractmethod
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
@@ -176,22 +269,27 @@ class Strategy(ABC):
     def _shard_device(self) -> torch.device:
         """Where the optimizer's shards are."""
 
+    def _is_active(self, layer: Layer) -> bool:
+        return self._visit is not None and layer in self._visit.layers
+
     def _park_moments(self) -> None:
-        if self._keeps_moments and self._active is not None:
-            self._parked_moments.put(self._active.name, self._shards_of_optimizer())
+        if self._keeps_moments and self._visit is not None:
+            for layer in self._visit.layers:
+                self._parked_moments.put(layer.name, self._shards_of_optimizer(layer))
 
     def _unpark_moments(self) -> None:
-        assert self._active is not None
-        shards = self._parked_moments.take(self._active.name, self._shard_device())
-        if shards:
-            self._put_into_optimizer(shards)
+        assert self._visit is not None
+        for layer in self._visit.layers:
+            shards = self._parked_moments.take(layer.name, self._shard_device())
+            if shards:
+                self._put_into_optimizer(layer, shards)
 
     # ---- what it costs
 
     @abstractmethod
     def bytes_per_step(self) -> int:
-        """Bytes of the weights and gradients in the collectives of one optimizer step (payload of
-        whole tensors).
+        """Bytes of the weights and gradients in the collectives of one optimizer step, each
+        counted as the whole tensor.
         """
 
     @abstractmethod
@@ -201,7 +299,8 @@ class Strategy(ABC):
         """
 
     def _take_non_finite(self) -> Tensor | float:
-        value, self._non_finite = self._non_finite, 0.0
+        value = self._non_finite
+        self._non_finite = 0.0
         return value
 
 

@@ -1,8 +1,8 @@
-"""Whole weights on each rank; only the active layer's gradients, moments and weights travel.
+"""Whole weights on each rank; only the visit's gradients, moments and weights travel.
 
-A step is three phases over one flat buffer: reduce-scatter the gradients, AdamW on this rank's part
-of the flat weights, all-gather the weights. That is 2 x the layer's bytes, where DDP sends 2 x the
-model's.
+A step is three phases over one flat buffer a layer: reduce-scatter the gradients, AdamW on this
+rank's part of the flat weights, all-gather the weights. That is 2 x the layer's bytes, where DDP
+sends 2 x the model's.
 """
 
 from __future__ import annotations
@@ -13,23 +13,80 @@ import torch
 from torch import Tensor, nn
 
 from lwo_dist import distributed
-from lwo_dist.config import LWOConfig
+from lwo_dist.config import Config, LWOConfig
 from lwo_dist.errors import UserError
-from lwo_dist.layers import Layer
+from lwo_dist.layers import Layer, Visit
 from lwo_dist.memory import local_bytes, padded_numel
+from lwo_dist.methods import Method
 
-from .base import MOMENTS, MakeOptimizer, Moments, Strategy, Update, update_shards
+from .base import (
+    MOMENTS,
+    MakeOptimizer,
+    ModelSource,
+    Moments,
+    Strategy,
+    StrategyBuilder,
+    Update,
+    update_shards,
+)
 
-__all__ = ["Replicate"]
+__all__ = ["Replicate", "ReplicateBuilder"]
 
-# elements: a parameter inside the flat buffer starts at 16 bytes, as the fast kernels want it
-_ALIGN = 4
+_ALIGN = 4  # elements: a parameter inside the flat buffer starts at 16 bytes, as kernels want it
+
+
+class ReplicateBuilder(StrategyBuilder):
+    name = "replicate"
+
+    def drives(self, model: nn.Module) -> bool:
+        return isinstance(model, nn.Module)
+
+    def build(
+        self, source: ModelSource, method: Method, config: Config, device: torch.device
+    ) -> nn.Module:
+        model: nn.Module = source.whole(device)
+        if config.train.precision == "bf16":
+            # As FSDP2 does by its policy: fp32 weights and gradients, bf16 compute.
+            autocast = torch.autocast(device.type, torch.bfloat16)
+            model.forward = autocast(model.forward)
+        return model
+
+    def attach(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
+        return Replicate(model, layers, config)
+
+
+class _FlatLayer:
+    """A layer of the visit: its flat weights and gradient, and this rank's shard of both.
+
+    Args:
+        weights: [numel], padded to a multiple of the ranks; the parameters are views of it.
+        views: parameter name -> where its gradient belongs, a view of `gradient`.
+    """
+
+    def __init__(self, layer: Layer, weights: Tensor, gradient: Tensor, views: dict[str, Tensor]):
+        self.layer = layer
+        self.weights = weights
+        self.gradient = gradient
+        self.gradient_views = views
+        numel = weights.numel() // distributed.world_size()
+        start = distributed.rank() * numel
+        self.weight_shard = nn.Parameter(weights[start : start + numel])
+        self.gradient_shard = gradient
+        if distributed.world_size() > 1:
+            self.gradient_shard = torch.empty_like(self.weight_shard)
+        self.weight_shard.grad = self.gradient_shard
+
+    def reduce(self) -> None:
+        distributed.reduce_scatter(self.gradient_shard, self.gradient)
+        self.gradient_shard.div_(distributed.world_size())
+
+    def publish(self) -> None:
+        distributed.all_gather(self.weights, self.weight_shard.detach())
+        self.gradient.zero_()
 
 
 class Replicate(Strategy):
-    """The shards are slices of the flat fp32 weights themselves: 8 bytes of state a parameter /
-    world size.
-    """
+    """The shards are slices of the flat fp32 weights: 8 bytes of state a parameter / world size."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
@@ -37,75 +94,65 @@ class Replicate(Strategy):
         self._refuse_16_bit()
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
         self._flat_weights: dict[str, Tensor] = {}
+        self._trained: dict[str, _FlatLayer] = {}
 
-    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
+    def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
+        trained = set(visit.parameter_names)
         for name, parameter in self._parameters.items():
-            parameter.requires_grad_(name in layer.parameter_names)
-        self._active = layer
-        flat = self._flatten(layer)
-        shard_numel = flat.numel() // distributed.world_size()
-        start = distributed.rank() * shard_numel
-        self._weight_shard = nn.Parameter(flat[start : start + shard_numel])
-        self._flat_gradient = torch.zeros_like(flat)
-        self._gradient_shard = (
-            torch.empty_like(self._weight_shard)
-            if distributed.world_size() > 1
-            else self._flat_gradient
-        )
-        self._weight_shard.grad = self._gradient_shard
-        self._gradient_views = self._views(layer, self._flat_gradient)
+            parameter.requires_grad_(name in trained)
+        for layer in visit.layers:
+            weights = self._flatten(layer)
+            gradient = torch.zeros_like(weights)
+            views = self._views(layer, gradient)
+            self._trained[layer.name] = _FlatLayer(layer, weights, gradient, views)
         self._hang_gradients()
-        self._optimizer = make_optimizer([self._weight_shard])
+        self._visit = visit
+        self._optimizer = make_optimizer([[flat.weight_shard] for flat in self._trained.values()])
         self._unpark_moments()
 
     def deactivate(self) -> None:
-        if self._active is None:
+        if self._visit is None:
             return
         self._park_moments()
-        for name in self._active.parameter_names:
+        for name in self._visit.parameter_names:
             self._parameters[name].grad = None
-        del (
-            self._optimizer,
-            self._weight_shard,
-            self._gradient_shard,
-            self._flat_gradient,
-            self._gradient_views,
-        )
-        self._active = None
+        del self._optimizer
+        self._trained = {}
+        self._visit = None
 
     def step(self, lr: float, max_norm: float) -> Update:
-        assert self._active is not None
         self._hang_gradients()
-        distributed.reduce_scatter(self._gradient_shard, self._flat_gradient)
-        self._gradient_shard.div_(distributed.world_size())
+        for flat in self._trained.values():
+            flat.reduce()
         update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
-        distributed.all_gather(self._flat_weights[self._active.name], self._weight_shard.detach())
-        self._flat_gradient.zero_()
+        for flat in self._trained.values():
+            flat.publish()
         return update
 
     def flush(self) -> None:
         """Nothing is pending: `step` publishes before it returns."""
 
     def masters(self) -> list[Tensor]:
-        return [self._weight_shard.detach()]
+        return [flat.weight_shard.detach() for flat in self._trained.values()]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
-        tensors = dict(self.model.state_dict(keep_vars=True))
+        tensors = dict(self.module.state_dict(keep_vars=True))
         return {name: tensors[name].detach().to("cpu", copy=True) for name in layer.parameter_names}
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
-        own = dict(self.model.state_dict(keep_vars=True))
+        own = dict(self.module.state_dict(keep_vars=True))
         for name, tensor in tensors.items():
             own[name].detach().copy_(tensor)
 
-    def _shards_of_optimizer(self) -> dict[str, Tensor]:
-        return self._optimizer.state.get(self._weight_shard, {})
+    def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
+        return self._optimizer.state.get(self._trained[layer.name].weight_shard, {})
 
-    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
-        self._optimizer.state.clear()
+    def _put_into_optimizer(self, layer: Layer, shards: dict[str, Tensor]) -> None:
+        weight_shard = self._trained[layer.name].weight_shard
+        self._optimizer.state.pop(weight_shard, None)
         if shards:
-            self._optimizer.state[self._weight_shard] = {
-                k: t.to(self._shard_device()) for k, t in shards.items()
+            self._optimizer.state[weight_shard] = {
+                key: tensor.to(self._shard_device()) for key, tensor in shards.items()
             }
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
@@ -134,20 +181,17 @@ class Replicate(Strategy):
         return next(iter(self._parameters.values())).device
 
     def bytes_per_step(self) -> int:
-        if distributed.world_size() == 1 or self._active is None:
+        if distributed.world_size() == 1:
             return 0
-        return 2 * self._flat_gradient.numel() * self._flat_gradient.element_size()
+        return sum(2 * flat.gradient.nbytes for flat in self._trained.values())
 
     def memory(self) -> dict[str, int]:
-        active = self._active is not None
-        moments = (
-            [t for t in self._optimizer.state.get(self._weight_shard, {}).values() if t.dim()]
-            if active
-            else []
-        )
-        gradients = [self._flat_gradient, self._gradient_shard] if active else []
+        trained = list(self._trained.values())
+        states = [self._optimizer.state.get(flat.weight_shard, {}) for flat in trained]
+        moments = [tensor for state in states for tensor in state.values() if tensor.dim()]
+        gradients = [flat.gradient for flat in trained] + [flat.gradient_shard for flat in trained]
         return {
-            "parameter_bytes": local_bytes(self.model.parameters()),
+            "parameter_bytes": local_bytes(self.module.parameters()),
             "gradient_bytes": local_bytes(gradients),
             "optimizer_state_bytes": local_bytes(moments),
             "park_bytes": self.park_bytes,
@@ -193,13 +237,14 @@ class Replicate(Strategy):
 
         Again before every step, because a loop that calls `zero_grad()` takes the views away.
         """
-        for name, view in self._gradient_views.items():
-            parameter = self._parameters[name]
-            if parameter.grad is None:
-                parameter.grad = view
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)
-                parameter.grad = view
+        for flat in self._trained.values():
+            for name, view in flat.gradient_views.items():
+                parameter = self._parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = view
+                elif parameter.grad.data_ptr() != view.data_ptr():
+                    view.copy_(parameter.grad)
+                    parameter.grad = view
 
     def _refuse_16_bit(self) -> None:
         for layer in self.layers:

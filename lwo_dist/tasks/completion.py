@@ -144,3 +144,12 @@ def _text(file: SourceFile) -> str:
             " meanwhile"
         )
     return text
+
+
+class LineCompletion:
+    NAME = NAME
+    read = staticmethod(read)
+    training_examples = staticmethod(training_examples)
+    evaluation_examples = staticmethod(evaluation_examples)
+    end_token_ids = staticmethod(end_token_ids)
+    decode = staticmethod(decode)

@@ -59,9 +59,7 @@ def facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) ->
 
 
 def _sizes(lwo: LWO) -> dict[str, int]:
-    return {
-        name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.strategy.model.named_parameters()
-    }
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in lwo.module.named_parameters()}
 
 
 def _versions() -> dict[str, str]:

@@ -81,9 +81,7 @@ class Visits:
         if place + 1 < schedule.steps_per_layer or len(self._lwo.layers) == 1:
             return
         now = time.perf_counter()
-        self._over.append(
-            (step + 1, report.layer, now - self._started, report.visit_change, self._sums)
-        )
+        self._over.append((step + 1, report.layer, now - self._started, None, self._sums))
         self._sums, self._started = _Sums(self._device), now
 
     def pause(self, seconds: float) -> None:

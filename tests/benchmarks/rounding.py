@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import lwo_dist
 from lwo_dist import distributed
-from lwo_dist.strategies.fsdp.strategy import shard_model
+from lwo_dist.strategies.fsdp.builder import shard_model
 
 LENGTH, BATCH = 128, 16
 STEPS_PER_LAYER, CYCLES = 10, 3

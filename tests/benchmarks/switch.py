@@ -23,7 +23,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lwo_dist
-from lwo_dist.hook import make_engine
+from lwo_dist.methods.lwo import LayerWise
+from lwo_dist.strategies.deepspeed.builder import make_engine
 from tests.ranks import run_ranks
 
 
@@ -51,7 +52,7 @@ def measure(
         "steps_per_print": 2**31,
         "zero_optimization": {"stage": stage},
     }
-    lwo = lwo_dist.attach(make_engine(model, config, settings), config)
+    lwo = lwo_dist.attach(make_engine(model, config, settings, LayerWise()), config)
     tokens = torch.randint(
         vocabulary, (2, 128), generator=torch.Generator().manual_seed(dist.get_rank())
     )

@@ -20,7 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lwo_dist
-from lwo_dist.strategies import load_deepspeed
+from lwo_dist.methods.lwo import LayerWise
+from lwo_dist.strategies.deepspeed.builder import load_deepspeed, make_engine
 from tests import oracle
 from tests.distributed import training, zero
 from tests.ranks import run_ranks
@@ -88,7 +89,7 @@ def with_badam() -> list[Row]:
 def with_ours() -> list[Row]:
     model, config = llama(), zero.lwo_config(RECIPE)
     settings = zero.settings(3) | {"gradient_clipping": 0.0}
-    lwo = lwo_dist.attach(lwo_dist.hook.make_engine(model, config, settings), config)
+    lwo = lwo_dist.attach(make_engine(model, config, settings, LayerWise()), config)
 
     def step(loss: torch.Tensor) -> None:
         lwo.backward(loss)

@@ -98,9 +98,7 @@ def count_steps(cases: list[tuple[int, dict, dict]]) -> list[list[dict]]:
         recipe = oracle.Recipe(steps_per_layer=2)
         lwo = zero.attach_engine(stage, recipe, tied=False, zero=settings, **more)
         layers = {layer.name: layer for layer in lwo.layers}
-        numel = {
-            n: getattr(p, "ds_numel", p.numel()) for n, p in lwo.strategy.model.named_parameters()
-        }
+        numel = {n: getattr(p, "ds_numel", p.numel()) for n, p in lwo.module.named_parameters()}
         sizes = {
             name: sum(numel[n] for n in layer.parameter_names) for name, layer in layers.items()
         }
@@ -114,7 +112,7 @@ def count_steps(cases: list[tuple[int, dict, dict]]) -> list[list[dict]]:
                 lwo.backward(loss)
             frozen = [
                 n
-                for n, p in lwo.strategy.model.named_parameters()
+                for n, p in lwo.module.named_parameters()
                 if p.grad is not None and not p.requires_grad
             ]
             inner, seen = lwo.strategy.step, {}

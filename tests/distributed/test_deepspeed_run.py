@@ -209,7 +209,7 @@ def after_switches(
                 tensors.append(
                     sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
                 )
-                modules = list(lwo.strategy.model.modules())
+                modules = list(lwo.module.modules())
                 hooks.append(
                     sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
                 )

@@ -19,9 +19,10 @@ import torch
 
 import lwo_dist
 from lwo_dist.errors import UserError
-from lwo_dist.hook import LWO, make_engine
+from lwo_dist.hook import LWO
 from lwo_dist.memory import local_bytes
-from lwo_dist.strategies import load_deepspeed
+from lwo_dist.methods.lwo import LayerWise
+from lwo_dist.strategies.deepspeed.builder import load_deepspeed, make_engine
 from tests import oracle
 from tests.distributed import training, zero
 from tests.distributed.test_deepspeed import FP32_SUMS, NOTHING_KEPT, CountPayload
@@ -135,7 +136,7 @@ def besides_the_weights(engine: Any) -> int:
 
 
 def size_of(lwo: LWO) -> int:
-    parameters = dict(lwo.strategy.model.named_parameters())
+    parameters = dict(lwo.module.named_parameters())
     return sum(
         getattr(parameters[n], "ds_numel", parameters[n].numel())
         for n in lwo.active_layer.parameter_names
@@ -216,7 +217,9 @@ def misspelt() -> dict[int, str]:
             if stage == 3:
                 load_deepspeed().partitioner(settings)
             else:
-                make_engine(oracle.tiny_model(tied=False), zero.lwo_config(TWO_STEPS), settings)
+                make_engine(
+                    oracle.tiny_model(tied=False), zero.lwo_config(TWO_STEPS), settings, LayerWise()
+                )
         found[stage] = str(refused.value)
     return found
 

@@ -24,8 +24,8 @@ from transformers import (
 
 from lwo_dist.config import ModelConfig, TrainConfig
 from lwo_dist.errors import UserError
-from lwo_dist.models import load_model
 from lwo_dist.models import weights as loading
+from tests.loading import load_model
 from tests.ranks import run_ranks
 
 SIZES = {
@@ -53,9 +53,7 @@ def make(kind: str) -> nn.Module:
 
 
 def load(folder: Path) -> nn.Module:
-    return load_model(
-        ModelConfig(name=str(folder)), TrainConfig(), strategy="fsdp", device=torch.device("cpu")
-    )
+    return load_model(ModelConfig(name=str(folder)), TrainConfig(), strategy="fsdp")
 
 
 def logits(folder: Path) -> tuple[torch.Tensor, bool]:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lwo_dist
-from lwo_dist.hook import LWO, _make_adamw
-from lwo_dist.layers import find_layers
+from lwo_dist.hook import LWO
+from lwo_dist.layers import Visit, find_layers
 from lwo_dist.memory import padded_numel, park_bytes
+from lwo_dist.optimizer import make_adamw
 from tests import oracle
 from tests.distributed import training, zero
 from tests.ranks import run_ranks
@@ -105,9 +106,10 @@ def watch_parks(lwo: LWO) -> list[bool]:
         left[lwo.active_layer.name] = lwo.read_moments(lwo.active_layer)
         deactivate()
 
-    def enter(layer: Any, make_optimizer: Any) -> None:
+    def enter(visit: Visit, make_optimizer: Any) -> None:
+        layer = visit.active
         parked = lwo.strategy.export_state(layer)
-        activate(layer, make_optimizer)
+        activate(visit, make_optimizer)
         if layer.name in left:
             moments = lwo.strategy.export_state(layer)
             steps = {float(kinds["step"]) for kinds in moments.values()}
@@ -237,7 +239,7 @@ def visit_all(lwo: LWO) -> None:
     """Make every layer active and inactive again, without a step."""
     for layer in [*lwo.layers, lwo.active_layer]:
         lwo.strategy.deactivate()
-        lwo.strategy.activate(layer, partial(_make_adamw, lwo.config))
+        lwo.strategy.activate(Visit(layer), partial(make_adamw, lwo.config))
 
 
 def fsdp_shard(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,19 +11,17 @@ import torch
 
 import lwo_dist
 from lwo_dist.config import ModelConfig, TrainConfig
-from lwo_dist.models import load_model
 from tests import oracle
 from tests.distributed.collectives import CountCollectives
 from tests.distributed.training import micro_batches, train
+from tests.loading import load_model
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
 
 
 def train_in(precision: str, strategy: str, folder: Path) -> tuple[list[float], set, set, int]:
     train_config = TrainConfig(precision=precision)  # type: ignore[arg-type]
-    model = load_model(
-        ModelConfig(name=str(folder)), train_config, strategy=strategy, device=torch.device("cpu")
-    )
+    model = load_model(ModelConfig(name=str(folder)), train_config, strategy=strategy)
     lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-3, steps_per_layer=5))
     computed: set[torch.dtype] = set()
     projection = model.get_submodule("model.layers.1.mlp.down_proj")

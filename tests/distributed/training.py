@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import lwo_dist
 from lwo_dist.hook import LWO
-from lwo_dist.strategies.fsdp.strategy import shard_model
+from lwo_dist.strategies.fsdp.builder import shard_model
 from tests import oracle
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import lwo_dist
 from lwo_dist.hook import LWO
-from lwo_dist.strategies import load_deepspeed
+from lwo_dist.strategies.deepspeed.builder import load_deepspeed
 from tests import oracle
 
 

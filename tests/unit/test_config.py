@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
+from lwo_dist.strategies.checks import check_config
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -101,7 +102,10 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
             "lwo.state=drop",
             "lwo.state = 'drop': must be 'reset' or 'keep' (a layer's moments at a switch",
         ),
-        ("strategy=ddp", "strategy = 'ddp': must be 'replicate'"),
+        (
+            "strategy=ddp",
+            "strategy: 'ddp' must be one of replicate, fsdp, deepspeed, or module:Class",
+        ),
         ("run_name=../up", "run_name = '../up': "),
         ("lwo=3", "lwo = 3 must be a group of keys: lr, betas"),
         ("seed.more=3", "'seed.more=3': 'seed' is a value, not a group"),
@@ -113,19 +117,20 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, override: str, message: str) -> None:
     path = _write(tmp_path, "seed: 1\n")
     with pytest.raises(UserError) as error:
-        load_config(path, [override])
+        check_config(load_config(path, [override]))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_16_bit_storage_is_refused_where_it_cannot_be() -> None:
     bf16 = ["train.precision=bf16", "fsdp.storage=bf16"]
-    assert load_config(None, [*bf16, "lwo.inactive_master=discard"]).fsdp.storage == "bf16"
-    load_config(None, ["strategy=deepspeed", "train.precision=bf16", "lwo.inactive_master=discard"])
+    check_config(load_config(None, [*bf16, "lwo.inactive_master=discard"]))
+    zero = ["strategy=deepspeed", "train.precision=bf16", "lwo.inactive_master=discard"]
+    check_config(load_config(None, zero))
     for override, message in [
         (
             "strategy=replicate",
-            "fsdp.storage: bf16 cannot be used with strategy: replicate; set strategy: fsdp",
+            "fsdp.storage = bf16 has no effect with strategy: replicate; set strategy: fsdp",
         ),
         (
             "method=full",
@@ -136,7 +141,7 @@ def test_16_bit_storage_is_refused_where_it_cannot_be() -> None:
         ),
     ]:
         with pytest.raises(UserError, match=f"^{message}"):
-            load_config(None, [*bf16, override])
+            check_config(load_config(None, [*bf16, override]))
 
 
 @pytest.mark.parametrize(
@@ -201,11 +206,11 @@ def test_every_field_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_configs_are_valid(path: Path) -> None:
-    load_config(path)
+    check_config(load_config(path))
 
 
 def test_keeping_moments_needs_a_switch() -> None:
     with pytest.raises(
         UserError, match="lwo.state: keep has no effect with method: full, which never switches"
     ):
-        load_config(None, ["method=full", "lwo.state=keep"])
+        check_config(load_config(None, ["method=full", "lwo.state=keep"]))

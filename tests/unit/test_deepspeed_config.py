@@ -4,6 +4,7 @@ line.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from lwo_dist import strategies
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
+from lwo_dist.strategies.checks import check_config
+from lwo_dist.strategies.deepspeed.builder import load_deepspeed
 from lwo_dist.strategies.deepspeed.settings import read_config, refuse_settings, resolve
 
 
@@ -170,7 +172,7 @@ def test_a_file_reads_like_a_mapping(tmp_path: Path) -> None:
 def test_deepspeed_keys_without_the_strategy_are_refused() -> None:
     for override in ("zero_stage=2", "deepspeed.gradient_clipping=1.0"):
         with pytest.raises(UserError, match="has no effect with strategy: fsdp"):
-            load_config(None, [override])
+            check_config(load_config(None, [override]))
     with pytest.raises(UserError, match="zero_stage = 4"):
         load_config(None, ["strategy=deepspeed", "zero_stage=4"])
     assert (
@@ -184,22 +186,22 @@ def test_settings_of_a_foreign_engine_may_hold_a_scheduler() -> None:
 
 
 def test_without_deepspeed_only_its_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"DeepSpeed is not installed; run: pip install 'lwo-dist\[deepspeed\]'"
     ):
-        strategies.load_deepspeed()
+        load_deepspeed()
 
 
 needs_deepspeed = pytest.mark.skipif(
-    strategies.importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
 )
 
 
 @needs_deepspeed
 def test_other_versions_and_missing_names_are_refused() -> None:
-    strategies.load_deepspeed()
-    from lwo_dist.strategies.deepspeed.strategy import private as private
+    load_deepspeed()
+    from lwo_dist.strategies.deepspeed import private
 
     remedy = "install one of the versions that work: deepspeed==0.19.8"
     with pytest.raises(
@@ -218,7 +220,7 @@ def test_the_lock_of_a_killed_compile_is_named_and_a_living_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    deepspeed = strategies.load_deepspeed()
+    deepspeed = load_deepspeed()
     deepspeed.check_environment()
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()

@@ -29,8 +29,9 @@ from lwo_dist import distributed
 from lwo_dist.config import ModelConfig, TrainConfig
 from lwo_dist.errors import UserError
 from lwo_dist.models import hub as folders
-from lwo_dist.models import load_model, load_tokenizer
+from lwo_dist.models import load_tokenizer
 from lwo_dist.models import weights as loading
+from tests.loading import load_model
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ def one_rank() -> Iterator[None]:
 
 def load(name: Path | str, *, strategy: str = "replicate", **settings: Any) -> Any:
     train = TrainConfig(gradient_checkpointing=settings.pop("gradient_checkpointing", False))
-    return load_model(ModelConfig(name=str(name), **settings), train, strategy=strategy, device=CPU)
+    return load_model(ModelConfig(name=str(name), **settings), train, strategy=strategy)
 
 
 def refusal(name: Path | str, **settings: Any) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "flat_weights",
     "fragment",
     "gradient_buffers",
+    "groups_of_masters",
     "inner_optimizer",
     "link_moments",
     "masters",
@@ -246,6 +247,13 @@ def masters(zero: Any) -> list[Tensor]:
         if hasattr(zero, name):
             return list(getattr(zero, name))
     return []
+
+
+def groups_of_masters(zero: Any) -> list[int]:
+    """For each of `masters` the number of its group in the inner optimizer."""
+    numbers = getattr(zero, "sub_group_to_group_id", None)  # stage 3 cuts large groups in pieces
+    count = len(masters(zero))
+    return [number if numbers is None else numbers[number] for number in range(count)]
 
 
 def flat_weights(zero: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
-from lwo_dist.layers import Layer
+from lwo_dist.layers import Layer, Visit
 from lwo_dist.memory import local_bytes
 from lwo_dist.strategies.base import MOMENTS, MakeOptimizer, Moments, Strategy, Update
 from lwo_dist.strategies.parks import join, split
@@ -26,16 +26,13 @@ from . import fragments as fragments
 from . import private as private
 from .engine import (
     RateOfEngine,
-    build_engine,
     check_engine,
-    check_environment,
-    partitioner,
     warn,
     warn_overruled,
 )
 from .fragments import Fragment
 
-__all__ = ["DeepSpeedZero", "build_engine", "check_environment", "partitioner"]
+__all__ = ["DeepSpeedZero"]
 
 
 class DeepSpeedZero(Strategy):
@@ -53,8 +50,9 @@ class DeepSpeedZero(Strategy):
 
     def __init__(self, engine: Any, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(engine.module, layers, config)
-        check_engine(engine, self.accumulation)
+        check_engine(engine, config.gradient_accumulation_steps)
         self._engine = engine
+        self.forward_is_collective = engine.zero_optimization_stage() == 3
         self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._rate = RateOfEngine(engine)
@@ -63,64 +61,74 @@ class DeepSpeedZero(Strategy):
         self._clipping: float | None = written.get("gradient_clipping")
         self._warned = False
         self._own_bucket = "reduce_bucket_size" not in written.get("zero_optimization", {})
-        self._starts: dict[
-            str, int
-        ] = {}  # key of a shard -> where it begins in the flattened parameter
+        # Key of a shard -> where it begins in the flattened parameter.
+        self._starts: dict[str, int] = {}
         self._written: set[str] = set()  # keys of parks, see [Note: Where a park was cut]
         self._sent = private.SentBytes()
         self._before_backward = True
-        engine.register_forward_pre_hook(self._start_count)
+        self._count_hook = engine.register_forward_pre_hook(self._start_count)
+        self._micro_steps = engine.micro_steps
 
-    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
-        trained = [self._parameters[name] for name in layer.parameter_names]
-        first, optimizer = self._active is None, make_optimizer(trained)
+    def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
+        by_layer = [
+            [self._parameters[name] for name in layer.parameter_names] for layer in visit.layers
+        ]
+        trained = [parameter for parameters in by_layer for parameter in parameters]
+        optimizer = make_optimizer(by_layer)
+        first = self._visit is None
         if first:
             self._warn_if_late(trained)
             warn_overruled(self._engine, optimizer, rate=self._engine.lr_scheduler is None)
         offload = private.release(self._engine)
+        names = set(visit.parameter_names)
         for name, parameter in self._parameters.items():
-            parameter.requires_grad_(name in layer.parameter_names)
+            parameter.requires_grad_(name in names)
         if first:
             fragments.own_storage(self._parameters.values())
         if self._own_bucket:
-            # All gradients of the layer go out together; the default of 5e8 elements is allocated
+            # All gradients of the visit go out together; the default of 5e8 elements is allocated
             # at every switch.
-            self._config.zero_config.reduce_bucket_size = sum(
-                fragments.total_numel(p) for p in trained
-            )
+            numel = sum(fragments.total_numel(parameter) for parameter in trained)
+            self._config.zero_config.reduce_bucket_size = numel
         # The optimizer may live on the host (offload) without being DeepSpeed's own, which a
         # compiler must build.
         self._config.zero_force_ds_cpu_optimizer = False
         private.adopt(self._engine, optimizer, trained, offload)
-        self._active = layer
-        self._unpark_masters(layer)
+        self._visit = visit
+        for layer in visit.layers:
+            self._unpark_masters(layer)
         self._unpark_moments()
 
     def deactivate(self) -> None:
-        if self._active is None:
+        if self._visit is None:
             return
         self._park_moments()
-        for name in self._active.parameter_names:
+        for name in self._visit.parameter_names:
             if self._parameters[name].dtype != torch.float32:
                 self._park_master(name, self._part(name))
         # The ZeRO optimizer itself goes when the next one comes: the engine cannot be without one.
+
+    def detach(self) -> None:
+        """The engine keeps the ZeRO optimizer of the last visit: to train on, make a new engine."""
+        self._count_hook.remove()
 
     def learning_rate(self, scheduled: float) -> float:
         return self._rate.now(scheduled)
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
         engine = self._engine
-        if engine.is_gradient_accumulation_boundary() != boundary:
+        if engine.micro_steps != self._micro_steps:
             raise RuntimeError(
-                "engine.step() or engine.backward() was called; call lwo.backward() and lwo.step()"
-                " only"
+                "engine.step() was called; call lwo.backward() and lwo.step() instead"
             )
         self._before_backward = False
+        engine.set_gradient_accumulation_boundary(boundary)
         # Times 1.0, or times NaN if the loss is not finite: the norm is then NaN on all ranks, and
-        # ZeRO skips the step.
-        engine.backward(loss * (1.0 + 0.0 * loss.detach()))
+        # ZeRO skips the step. The hook has divided by the accumulation.
+        engine.backward(loss * (1.0 + 0.0 * loss.detach()), scale_wrt_gas=False)
         if not boundary:
             engine.step()  # counts the micro-batch
+            self._micro_steps = engine.micro_steps
 
     def step(self, lr: float, max_norm: float) -> Update:
         zero = self._engine.optimizer
@@ -128,6 +136,7 @@ class DeepSpeedZero(Strategy):
             group["lr"] = lr
         zero.clip_grad = self._max_norm(max_norm)
         self._engine.step()
+        self._micro_steps = self._engine.micro_steps
         self._before_backward = True
         norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32).detach()
         return Update(norm, torch.tensor(float(zero.overflow), device=norm.device))
@@ -145,23 +154,22 @@ class DeepSpeedZero(Strategy):
         """Nothing is pending: `step` publishes before it returns."""
 
     def masters(self) -> list[Tensor]:
-        assert self._active is not None
-        return [
-            self._part(name)[0] for name in self._active.parameter_names
-        ]  # not flat: stage 3 pads with garbage
+        assert self._visit is not None
+        # By parameter, not the flat tensors: stage 3 pads those with garbage.
+        return [self._part(name)[0] for name in self._visit.parameter_names]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
-        own = self.model.state_dict(keep_vars=True)
+        own = self.module.state_dict(keep_vars=True)
         return {name: self._whole_master(name, own[name]) for name in layer.parameter_names}
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
-        own = self.model.state_dict(keep_vars=True)
+        own = self.module.state_dict(keep_vars=True)
         for name, tensor in tensors.items():
             target = own[name]
             fragments.put(private.stored(target), tensor)
             if getattr(target, "ds_id", None) is not None and target.numel():  # gathered now
                 target.detach().copy_(tensor)
-            if self._is_active(name):
+            if self._is_trained(name):
                 fragments.put(self._part(name), tensor)
             elif name in self._layer_of and target.dtype != torch.float32:
                 part, start = fragments.share(target)
@@ -170,34 +178,47 @@ class DeepSpeedZero(Strategy):
 
     # ---- moments
 
-    def _shards_of_optimizer(self) -> dict[str, Tensor]:
+    def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
         state = private.inner_optimizer(self._engine.optimizer).state
-        if not state or self._active is None:
+        flats = self._flat_masters(layer)
+        if not all(flat in state for flat in flats):
             return {}
-        shards = {"step": next(iter(state.values()))["step"]}
-        for name in self._active.parameter_names:
+        shards = {"step": state[flats[0]]["step"]}
+        for name in layer.parameter_names:
             for key in MOMENTS:
-                shards[f"{name}.{key}"], self._starts[f"{name}.{key}"] = self._part(name, key)
+                part, start = self._part(name, key)
+                shards[f"{name}.{key}"] = part
+                self._starts[f"{name}.{key}"] = start
         return shards
 
-    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
+    def _put_into_optimizer(self, layer: Layer, shards: dict[str, Tensor]) -> None:
         zero = self._engine.optimizer
         state = private.inner_optimizer(zero).state
         if not state and not shards:
             return
         # In place, because ZeRO refers to these tensors; zeros at step 0 are what a fresh optimizer
-        # starts from.
+        # starts from. ZeRO finds the moments of all layers of a visit, or of none.
         for flat in private.masters(zero):
             for key in MOMENTS:
-                state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False)).zero_()
-            state[flat].setdefault("step", torch.zeros((), device=flat.device)).copy_(
-                shards.get("step", torch.zeros(()))
-            )
+                state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False))
+            state[flat].setdefault("step", torch.zeros((), device=flat.device))
+        for flat in self._flat_masters(layer):
+            for key in MOMENTS:
+                state[flat][key].zero_()
+            state[flat]["step"].copy_(shards.get("step", torch.zeros(())))
         private.link_moments(zero)
         for shard, tensor in shards.items():
             name, _, key = shard.rpartition(".")
             if name:
                 self._put_cut(shard, self._parameters[name], tensor, self._part(name, key))
+
+    def _flat_masters(self, layer: Layer) -> list[Tensor]:
+        """The flat masters of one layer: the optimizer has a group for each layer of the visit."""
+        assert self._visit is not None
+        zero = self._engine.optimizer
+        group = self._visit.layers.index(layer)
+        pairs = zip(private.groups_of_masters(zero), private.masters(zero), strict=True)
+        return [flat for number, flat in pairs if number == group]
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
         step, exported = shards["step"].to("cpu", copy=True), {}
@@ -214,12 +235,12 @@ class DeepSpeedZero(Strategy):
         shards = {"step": next(iter(state.values()))["step"].clone()}
         for name in layer.parameter_names:
             parameter = self._parameters[name]
-            part, start = self._part(name) if self._is_active(name) else fragments.share(parameter)
+            part, start = self._part(name) if self._is_trained(name) else fragments.share(parameter)
             for key in MOMENTS:
                 shard = f"{name}.{key}"
                 shards[shard] = state[name][key].reshape(-1)[start : start + part.numel()]
                 self._starts[shard] = start
-                if not self._is_active(name) and not hasattr(parameter, "ds_id"):
+                if not self._is_trained(name) and not hasattr(parameter, "ds_id"):
                     self._written.add(shard)
         return shards
 
@@ -259,8 +280,8 @@ class DeepSpeedZero(Strategy):
     def stores_16_bit(self) -> bool:
         return any(self._parameters[name].dtype != torch.float32 for name in self._layer_of)
 
-    def _is_active(self, name: str) -> bool:
-        return self._active is not None and name in self._active.parameter_names
+    def _is_trained(self, name: str) -> bool:
+        return self._visit is not None and name in self._visit.parameter_names
 
     def _part(self, name: str, key: str | None = None) -> Fragment:
         return private.fragment(self._engine.optimizer, self._parameters[name], key)
@@ -304,7 +325,7 @@ class DeepSpeedZero(Strategy):
     def _whole_master(self, name: str, own: Any) -> Tensor:
         if own.dtype != torch.float32 and name in self._layer_of:
             parked = self._parked_masters.get(self._layer_of[name])
-            part = self._part(name) if self._is_active(name) else self._parked_master(name, parked)
+            part = self._part(name) if self._is_trained(name) else self._parked_master(name, parked)
             if part is not None:
                 return fragments.whole(own, part)
         if hasattr(own, "ds_id"):

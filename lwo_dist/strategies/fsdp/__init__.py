@@ -1,0 +1,1 @@
+"""FSDP2: `builder` shards a model of ours, `strategy` trains any sharded one, `shards` cuts."""

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
-from lwo_dist.layers import Layer, find_stack, parameter_depths
+from lwo_dist.layers import Layer, Visit, parameter_depths
 from lwo_dist.memory import local_bytes
 from lwo_dist.strategies.base import (
     MOMENTS,
@@ -42,30 +41,13 @@ from .shards import (
     whole_tensor,
 )
 
-__all__ = ["FullyShard", "shard_model"]
-
-
-def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
-    """Wrap each transformer layer and the root with `fully_shard`, over all ranks, in place.
-
-    Works on a model on the meta device too: materialise it afterwards. The embedding, the final
-    norm and the head stay in the root's group, where a tied matrix is held once.
-
-    Args:
-        precision: compute dtype, "fp32" or "bf16"; gradients are reduced in fp32 either way.
-    """
-    mesh = init_device_mesh(device_type, (distributed.world_size(),))
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    _, stack = find_stack(model)
-    for layer in stack:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+__all__ = ["FullyShard"]
 
 
 class FullyShard(Strategy):
     """LWO on a `fully_shard`ed model, wrapped by us or by its owner."""
+
+    forward_is_collective = True
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
@@ -82,7 +64,10 @@ class FullyShard(Strategy):
         distributed.assert_same_on_all_ranks({**buffers, **shapes}, "buffers or parameter shapes")
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._trained: dict[str, nn.Parameter] = {}
         self._shards: dict[str, nn.Parameter] = {}
+        self._micro_batches = 0
+        self._micro_batches_of_step = 1
 
     # [Note: The switch sequence]
     # A switch comes only between optimizer steps, and starts with a reshard: after a forward
@@ -91,30 +76,34 @@ class FullyShard(Strategy):
     # parameters; the dtypes of the newly trainable groups are set, because FSDP2 fixes them once
     # and ignores what is frozen then; and the groups of the prefix are told that backward does not
     # need them, else the prefetch gathers one of them in vain.
-    def activate(self, layer: Layer, make_optimizer: MakeOptimizer) -> None:
+    def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
         self._reshard()
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.module.named_parameters())
+        trained = set(visit.parameter_names)
         for name, parameter in parameters.items():
-            parameter.requires_grad_(name in layer.parameter_names)
-        self._trained = {name: parameters[name] for name in layer.parameter_names}
-        self._cast_to_masters(layer)
+            parameter.requires_grad_(name in trained)
+        self._trained = {name: parameters[name] for name in visit.parameter_names}
+        for layer in visit.layers:
+            self._cast_to_masters(layer)
         for module in self._modules:
-            names = own_parameters(self.model, module)
-            needed = any(self._depths.get(name, layer.depth) >= layer.depth for name in names)
+            names = own_parameters(self.module, module)
+            needed = any(self._depths.get(name, visit.depth) >= visit.depth for name in names)
             module.set_unshard_in_backward(needed)
             for group in fsdp_groups(module):
                 group._init_mp_dtypes()
-        self._active = layer
+        self._visit = visit
         # Empty where a parameter has fewer rows than there are ranks: every rank then goes through
         # the same steps.
         self._shards = {
             name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()
         }
-        self._optimizer = make_optimizer(list(self._shards.values()))
+        self._optimizer = make_optimizer(
+            [[self._shards[name] for name in layer.parameter_names] for layer in visit.layers]
+        )
         self._unpark_moments()
 
     def deactivate(self) -> None:
-        if self._active is None:
+        if self._visit is None:
             return
         self._reshard()
         for parameter in self._trained.values():
@@ -122,15 +111,27 @@ class FullyShard(Strategy):
         self._park_moments()
         del self._optimizer
         self._shards = {}
-        self._cast_to_storage(self._active)
-        self._trained, self._active = {}, None
+        for layer in self._visit.layers:
+            self._cast_to_storage(layer)
+        self._trained = {}
+        self._visit = None
+
+    def detach(self) -> None:
+        self._reshard()
+        for module in self._modules:
+            module.set_unshard_in_backward(True)
+            for group in fsdp_groups(module):
+                group._init_mp_dtypes()
+        root = self.module
+        assert isinstance(root, FSDPModule)
+        root.set_requires_gradient_sync(True)
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
-        root = self.model
+        root = self.module
         assert isinstance(root, FSDPModule)
-        # Inside an accumulation the active layer's gradient stays whole on each rank and is reduced
-        # once.
+        # Inside an accumulation the gradient stays whole on each rank, and is reduced once.
         root.set_requires_gradient_sync(boundary)
+        self._micro_batches += 1
         super().backward(loss, boundary)
 
     def step(self, lr: float, max_norm: float) -> Update:
@@ -139,13 +140,14 @@ class FullyShard(Strategy):
             shard.grad = local_shard(gradient) if gradient is not None else torch.zeros_like(shard)
         update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
         for name, shard in self._shards.items():
-            shard.grad = self._trained[name].grad = None
+            shard.grad = None
+            self._trained[name].grad = None
+        self._micro_batches_of_step = self._micro_batches
+        self._micro_batches = 0
         return update
 
     def flush(self) -> None:
-        """Register the shards again: after a forward without backward the root is still
-        gathered.
-        """
+        """Register the shards again: a forward without backward leaves the root gathered."""
         self._reshard()
 
     def masters(self) -> list[Tensor]:
@@ -153,8 +155,9 @@ class FullyShard(Strategy):
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         self._reshard()
-        own = self.model.state_dict(keep_vars=True)
-        parked, read = self._parked_masters.get(layer.name), {}
+        own = self.module.state_dict(keep_vars=True)
+        parked = self._parked_masters.get(layer.name)
+        read = {}
         for name in layer.parameter_names:
             tensor = own[name]
             if tensor.dtype == torch.bfloat16 and isinstance(tensor, DTensor):
@@ -164,7 +167,7 @@ class FullyShard(Strategy):
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
         self._reshard()
-        own = self.model.state_dict(keep_vars=True)
+        own = self.module.state_dict(keep_vars=True)
         for name, tensor in tensors.items():
             target = own[name]
             master = shard_like(tensor, target, self._master_dtype(name, target))
@@ -174,27 +177,27 @@ class FullyShard(Strategy):
 
     # ---- moments
 
-    def _shards_of_optimizer(self) -> dict[str, Tensor]:
+    def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
         state = self._optimizer.state
-        if not state:
-            return {}
-        keys = ("step", *MOMENTS)
+        names = [name for name in layer.parameter_names if self._shards[name] in state]
         return {
-            f"{name}.{key}": state[shard][key]
-            for name, shard in self._shards.items()
-            for key in keys
+            f"{name}.{key}": state[self._shards[name]][key]
+            for name in names
+            for key in ("step", *MOMENTS)
         }
 
-    def _put_into_optimizer(self, shards: dict[str, Tensor]) -> None:
-        self._optimizer.state.clear()
-        for name, shard in self._shards.items() if shards else ():
-            self._optimizer.state[shard] = {
-                key: shards[f"{name}.{key}"].to(shard.device) for key in ("step", *MOMENTS)
-            }
+    def _put_into_optimizer(self, layer: Layer, shards: dict[str, Tensor]) -> None:
+        for name in layer.parameter_names:
+            shard = self._shards[name]
+            self._optimizer.state.pop(shard, None)
+            if shards:
+                self._optimizer.state[shard] = {
+                    key: shards[f"{name}.{key}"].to(shard.device) for key in ("step", *MOMENTS)
+                }
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
         self._reshard()
-        parameters, exported = dict(self.model.named_parameters()), {}
+        parameters, exported = dict(self.module.named_parameters()), {}
         for name in layer.parameter_names:
             exported[name] = {"step": shards[f"{name}.step"].to("cpu", copy=True)}
             for key in MOMENTS:
@@ -206,7 +209,7 @@ class FullyShard(Strategy):
 
     def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
         self._reshard()
-        parameters, shards = dict(self.model.named_parameters()), {}
+        parameters, shards = dict(self.module.named_parameters()), {}
         for name in layer.parameter_names:
             own, moments = parameters[name], state[name]
             shards[f"{name}.step"] = moments["step"].clone()
@@ -217,7 +220,7 @@ class FullyShard(Strategy):
         return shards
 
     def _shard_device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.module.parameters()).device
 
     # ---- 16-bit storage
 
@@ -231,15 +234,16 @@ class FullyShard(Strategy):
     def _cast_to_masters(self, layer: Layer) -> None:
         parked = self._parked_masters.take(layer.name, self._shard_device())
         shards = {}
-        for name, parameter in self._trained.items():
+        for name in layer.parameter_names:
+            parameter = self._trained[name]
             if parameter.dtype == torch.bfloat16:
                 shards[parameter] = _master(name, local_shard(parameter), parked)
         replace_shards(self._modules, shards)
 
     def _cast_to_storage(self, layer: Layer) -> None:
         masters = {
-            name: local_shard(parameter)
-            for name, parameter in self._trained.items()
+            name: local_shard(self._trained[name])
+            for name in layer.parameter_names
             if self._stored[name] == torch.bfloat16
         }
         self._park_master(layer.name, masters)
@@ -257,26 +261,23 @@ class FullyShard(Strategy):
             self._parked_masters.put(layer, lacking)
 
     def bytes_per_step(self) -> int:
-        if distributed.world_size() == 1 or self._active is None:
+        if distributed.world_size() == 1 or self._visit is None:
             return 0
         total = 0
-        for module in self._modules:
-            for group in fsdp_groups(module):
-                gathers = 2 if group._reshard_after_forward and group.unshard_in_backward else 1
-                for item in group.fsdp_params:
-                    dtype = item.param_dtype or item.orig_dtype
-                    total += (
-                        gathers
-                        * self.accumulation
-                        * padded_rows(item.sharded_param)
-                        * dtype.itemsize
-                    )
-        for parameter in self._trained.values():
-            total += padded_rows(parameter) * (self._reduce_dtype() or parameter.dtype).itemsize
+        trained = {id(parameter) for parameter in self._trained.values()}
+        for group in [group for module in self._modules for group in fsdp_groups(module)]:
+            gathers = 2 if group._reshard_after_forward and group.unshard_in_backward else 1
+            for item in group.fsdp_params:
+                numel = padded_rows(item.sharded_param)
+                dtype = item.param_dtype or item.orig_dtype
+                total += gathers * self._micro_batches_of_step * numel * dtype.itemsize
+                if id(item.sharded_param) in trained:
+                    reduced = group.mp_policy.reduce_dtype or item.sharded_param.dtype
+                    total += numel * reduced.itemsize
         return total
 
     def memory(self) -> dict[str, int]:
-        parameters = list(self.model.parameters())
+        parameters = list(self.module.parameters())
         moments = [t for state in self._optimizer.state.values() for t in state.values() if t.dim()]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:  # between steps: what the reduction will leave here
@@ -287,9 +288,6 @@ class FullyShard(Strategy):
             "optimizer_state_bytes": local_bytes(moments),
             "park_bytes": self.park_bytes,
         }
-
-    def _reduce_dtype(self) -> torch.dtype | None:
-        return fsdp_groups(self._modules[0])[0].mp_policy.reduce_dtype
 
     def _reshard(self) -> None:
         for module in self._modules:  # `reshard` does not go down by itself

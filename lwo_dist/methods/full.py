@@ -1,0 +1,33 @@
+"""Full fine-tuning: one layer that holds every parameter, and is never switched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lwo_dist.config import Config, LWOConfig
+from lwo_dist.errors import UserError
+from lwo_dist.layers import Layer
+
+from .base import Method
+
+__all__ = ["FullFineTuning"]
+
+
+class FullFineTuning(Method):
+    """What LWO is compared with, through the same hook, strategies and trainer."""
+
+    name = "full"
+
+    def check(self, config: Config) -> None:
+        if config.lwo.state == "keep":
+            raise UserError(
+                "lwo.state: keep has no effect with method: full, which never switches; drop it"
+            )
+        if config.fsdp.storage == "bf16":
+            raise UserError(
+                "fsdp.storage: bf16 cannot be used with method: full; set method: lwo, or "
+                "fsdp.storage: fp32"
+            )
+
+    def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
+        return [Layer("all", tuple(name for name, _ in model.named_parameters()), depth=0)]

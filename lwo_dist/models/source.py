@@ -1,0 +1,191 @@
+"""A folder or a Hugging Face id becomes a tokenizer and a model.
+
+A strategy decides how the model comes into being (`StrategyBuilder.build`) and asks a
+`PretrainedSource` for it: whole, or empty and then filled with this rank's rows. Weights are fp32
+whatever the checkpoint holds, because they are the masters that the optimizer steps on, and compute
+has its own dtype. What one rank refuses all refuse: the others would wait for it until the
+collectives time out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
+
+from lwo_dist import distributed
+from lwo_dist.config import ModelConfig
+from lwo_dist.errors import UserError
+
+from . import weights
+from .hub import one_line, read_settings, resolve, whole_model
+
+__all__ = ["PretrainedSource", "load_tokenizer"]
+
+_SETTINGS = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]
+_SAVE_TOKENIZER = "save one there with tokenizer.save_pretrained(folder)"
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, a `PreTrainedTokenizerBase`, as it was saved. No collective: any
+    process may call it.
+
+    Raises:
+        UserError: no such folder or id, the hub cannot be reached, or it has no tokenizer.
+    """
+    folder = resolve(config, _SETTINGS)
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        # transformers would make an empty one.
+        raise UserError(f"model.name {config.name!r} has no tokenizer; {_SAVE_TOKENIZER}")
+    with one_line(config, "tokenizer", _SAVE_TOKENIZER):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+
+
+class PretrainedSource:
+    """A pretrained model, for a strategy to build (`lwo_dist.strategies.base.ModelSource`).
+
+    Args:
+        config: which model.
+        gradient_checkpointing: recompute activations in backward (non-reentrant).
+        prepare: the method's change of the model, before it is sharded.
+
+    Every method is a collective and raises on every rank alike:
+        UserError: no such folder or id, the hub cannot be reached, a damaged or quantised
+            checkpoint, weights that do not fit config.json, an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        gradient_checkpointing: bool = False,
+        prepare: Callable[[nn.Module], None] = lambda model: None,
+    ):
+        self._config = config
+        self._gradient_checkpointing = gradient_checkpointing
+        self._prepare = prepare
+        self._folder = Path()
+        self._files: dict[str, Path] = {}
+        self._stored_names: dict[str, str] = {}
+        self._added: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+
+    def whole(self, device: torch.device) -> Any:
+        """The model in fp32 on `device`, in eval mode as `from_pretrained` leaves it."""
+        with distributed.errors_on_all_ranks():
+            folder = self._find()
+            read_settings(self._config, folder)
+            model = whole_model(self._config, folder, torch.float32)
+            self._prepare(model)
+            return self._finished(model.to(device))
+
+    def empty(self) -> Any:
+        """The same with the base model's parameters on the meta device; buffers are real."""
+        with distributed.errors_on_all_ranks():
+            self._folder = self._find()
+            settings = read_settings(self._config, self._folder)
+            model = _empty_model(self._config, self._folder, settings)
+            files = weights.locate(self._config, self._folder)
+            # Before it is sharded, which changes its classes' names.
+            self._files = files if weights.is_direct(model, files) else {}
+            stored = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
+            own = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+            self._prepare(model)
+            prepared = model.state_dict(keep_vars=True)
+            # A method may wrap modules, which renames what is in them: the tensors stay the same.
+            self._stored_names = {
+                name: name if own.get(name) == id(tensor) else stored[id(tensor)]
+                for name, tensor in prepared.items()
+                if id(tensor) in stored
+            }
+            self._added = {
+                name: tensor.detach().clone()
+                for name, tensor in prepared.items()
+                if name not in self._stored_names
+            }
+            self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            return self._finished(model)
+
+    def materialize(self, model: nn.Module, device: torch.device) -> None:
+        """Allocate this rank's shards of a model of `empty`: unfilled, but for what was added."""
+        model.to_empty(device=device)
+        # No checkpoint holds the rotary frequencies, and to_empty left garbage in them. Ties
+        # survive it.
+        for name, buffer in model.named_buffers():
+            buffer.copy_(self._buffers[name])
+        weights.write(model, self._added)
+
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Read this rank's rows of each tensor of a model of `empty`, sharded and materialized."""
+        if self._files:
+            weights.read(model, self._config, self._files, self._stored_names)
+        else:
+            weights.receive(model, self._config, self._folder, self._stored_names, device)
+
+    def fill_partitioned(
+        self, model: nn.Module, device: torch.device, partition: Callable[[nn.Parameter], None]
+    ) -> None:
+        """Make the parameters of a model of `empty` real, one after the other.
+
+        Args:
+            partition: called with a whole parameter, of which it keeps this rank's part of what
+                rank 0 has there.
+        """
+        weights.receive_partitioned(
+            model,
+            self._config,
+            self._folder,
+            self._files,
+            self._stored_names,
+            self._added,
+            device,
+            partition,
+        )
+
+    def _find(self) -> Path:
+        folder = resolve(self._config, [*_SETTINGS, "*.safetensors"])
+        if not Path(self._config.name).exists() and not any(folder.glob("*.safetensors")):
+            folder = resolve(self._config, [*_SETTINGS, "*.bin"])
+        return folder
+
+    def _finished(self, model: Any) -> Any:
+        if self._gradient_checkpointing:
+            _enable_checkpointing(model)
+        # A cache of keys and values only costs memory in training; generate() asks for one.
+        model.config.get_text_config().use_cache = False
+        return model.eval()
+
+
+def _empty_model(config: ModelConfig, folder: Path, settings: Any) -> Any:
+    """The model with parameters on the meta device and real buffers."""
+    with one_line(config, "model", "give a decoder that this version of transformers knows"):
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # transformers renames this and warns at the old name; 5.10 has only the old one.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        enable = model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError:
+        raise UserError(
+            f"{type(model).__name__} cannot recompute activations; set "
+            "train.gradient_checkpointing: false"
+        ) from None
+    # Inputs that require gradients would drag backward through the layers below the active one.
+    model.disable_input_require_grads()

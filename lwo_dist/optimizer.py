@@ -1,0 +1,27 @@
+"""The optimizer of a visit: AdamW with a group for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .config import LWOConfig
+
+__all__ = ["make_adamw"]
+
+
+def make_adamw(config: LWOConfig, shards: Sequence[Sequence[Tensor]]) -> torch.optim.Optimizer:
+    """A fresh AdamW (Loshchilov and Hutter, 2019) over `shards`, a sequence for each layer.
+
+    Fused, because that kernel can be told on the device to skip a step (`found_inf`).
+    """
+    return torch.optim.AdamW(
+        [{"params": list(layer)} for layer in shards],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )

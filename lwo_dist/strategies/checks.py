@@ -1,0 +1,51 @@
+"""What method, strategy and their settings cannot do together: refused before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
+from lwo_dist.methods import Method
+from lwo_dist.registry import METHODS, STRATEGIES
+
+from .base import StrategyBuilder
+
+__all__ = ["check_config"]
+
+
+def check_config(config: Config) -> None:
+    """Refuse settings of a run that contradict each other or would have no effect.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    method: Method = METHODS.get(config.method)
+    chosen: StrategyBuilder = STRATEGIES.get(config.strategy)
+    _refuse_settings_of_others(config, chosen)
+    method.check(config)
+    chosen.check(config)
+    if config.lwo.inactive_master == "discard" and not chosen.stores_16_bit(config):
+        raise UserError(
+            "lwo.inactive_master: discard has no effect where weights are stored in fp32; drop it, "
+            "or set fsdp.storage: bf16, or strategy: deepspeed with train.precision: bf16"
+        )
+
+
+def _refuse_settings_of_others(config: Config, chosen: StrategyBuilder) -> None:
+    builders: list[StrategyBuilder] = STRATEGIES.all()
+    for builder in builders:
+        for key in builder.own_settings:
+            value = _at(config, key)
+            if key not in chosen.own_settings and value != _at(Config(), key):
+                raise UserError(
+                    f"{key} = {value} has no effect with strategy: {config.strategy}; set "
+                    f"strategy: {builder.name}, or drop it"
+                )
+
+
+def _at(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

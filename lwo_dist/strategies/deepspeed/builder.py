@@ -1,0 +1,119 @@
+"""Chooses and builds DeepSpeed engines; DeepSpeed itself is imported when one is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lwo_dist import distributed
+from lwo_dist.config import Config, LWOConfig
+from lwo_dist.errors import UserError
+from lwo_dist.layers import Layer, check_layers
+from lwo_dist.methods import Method
+from lwo_dist.optimizer import make_adamw
+from lwo_dist.schedule import make_schedule
+from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
+
+from . import settings
+
+__all__ = ["DeepSpeedBuilder", "load_deepspeed", "prepare"]
+
+
+class DeepSpeedBuilder(StrategyBuilder):
+    name = "deepspeed"
+    own_settings = ("zero_stage", "deepspeed")
+
+    def drives(self, model: nn.Module) -> bool:
+        return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+
+    def module(self, model: Any) -> nn.Module:
+        inner: nn.Module = model.module
+        return inner
+
+    def stores_16_bit(self, config: Config) -> bool:
+        return config.train.precision == "bf16"
+
+    def resolve(self, config: Config) -> Config:
+        """With the contents of a DeepSpeed JSON, which the workers need not see.
+
+        Raises:
+            UserError: a setting that cannot be honoured or contradicts ours, at any world size.
+        """
+        load_deepspeed()
+        read = settings.read_config(config.deepspeed)
+        config = config.model_copy(update={"deepspeed": read})
+        for world_size in config.cluster.world_sizes:
+            settings.resolve(config, world_size)
+        return config
+
+    def build(
+        self, source: ModelSource, method: Method, config: Config, device: torch.device
+    ) -> nn.Module:
+        engines = load_deepspeed()
+        resolved = settings.resolve(config, distributed.world_size())
+        if resolved["zero_optimization"]["stage"] == 3:
+            model = source.empty()
+            source.fill_partitioned(model, device, engines.partitioner(resolved))
+        else:
+            model = source.whole(device)
+        return make_engine(model, config.lwo, resolved, method)
+
+    def attach(self, model: Any, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
+        load_deepspeed()
+        from .strategy import DeepSpeedZero
+
+        return DeepSpeedZero(model, layers, config)
+
+
+def load_deepspeed() -> Any:
+    """`strategies.deepspeed.engine`, imported at its first use: all else works without DeepSpeed.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or in a version that has not been tested.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is not installed; run: pip install 'lwo-dist[deepspeed]'")
+    if not torch.cuda.is_available():
+        # Else it searches for accelerators, and warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return importlib.import_module("lwo_dist.strategies.deepspeed.engine")
+
+
+def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn.Parameter]]:
+    """Freeze all but what the first visit trains; the parameters of each of its layers.
+
+    Raises:
+        UserError: a model without layers, or a DeepSpeed that is missing or has not been tested.
+    """
+    load_deepspeed().check_environment()
+    layers = check_layers(model, method.layers(model, config))
+    visits = method.visits(layers)
+    schedule = make_schedule(config, [visit.active.name for visit in visits])
+    first = visits[schedule.active_layer(0)]
+    trained = set(first.parameter_names)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    return [[parameters[name] for name in layer.parameter_names] for layer in first.layers]
+
+
+def make_engine(
+    model: nn.Module, config: LWOConfig, deepspeed: dict[str, Any], method: Method
+) -> Any:
+    """An engine to `attach` to, in the process group that is there.
+
+    It never holds optimizer state for the whole model.
+
+    Args:
+        deepspeed: a whole DeepSpeed config.
+    """
+    by_layer = prepare(model, config, method)
+    optimizer = make_adamw(config, by_layer)
+    parameters = [parameter for layer in by_layer for parameter in layer]
+    return load_deepspeed().build_engine(model, parameters, optimizer, deepspeed)

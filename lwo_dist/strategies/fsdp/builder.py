@@ -1,0 +1,73 @@
+"""Builds a sharded model from the meta device: no rank ever holds it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from lwo_dist import distributed
+from lwo_dist.config import Config, LWOConfig
+from lwo_dist.errors import UserError
+from lwo_dist.layers import Layer, find_stack
+from lwo_dist.methods import Method
+from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
+
+from .strategy import FullyShard
+
+__all__ = ["FSDPBuilder", "shard_model"]
+
+
+class FSDPBuilder(StrategyBuilder):
+    name = "fsdp"
+    own_settings = ("fsdp.storage",)
+
+    def drives(self, model: nn.Module) -> bool:
+        return isinstance(model, FSDPModule)
+
+    def stores_16_bit(self, config: Config) -> bool:
+        return config.fsdp.storage == "bf16"
+
+    def check(self, config: Config) -> None:
+        if config.fsdp.storage == "bf16" and config.train.precision != "bf16":
+            raise UserError(
+                "fsdp.storage: bf16 cannot be used with train.precision: "
+                f"{config.train.precision}; set train.precision: bf16, or fsdp.storage: fp32"
+            )
+
+    def build(
+        self, source: ModelSource, method: Method, config: Config, device: torch.device
+    ) -> nn.Module:
+        model: nn.Module = source.empty()
+        if config.fsdp.storage == "bf16":  # parameters only: buffers stay as the model makes them
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        shard_model(model, precision=config.train.precision, device_type=device.type)
+        source.materialize(model, device)
+        source.fill(model, device)
+        return model
+
+    def attach(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
+        return FullyShard(model, layers, config)
+
+
+def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
+    """Wrap each transformer layer and the root with `fully_shard`, over all ranks, in place.
+
+    Works on a model on the meta device too: materialise it afterwards. The embedding, the final
+    norm and the head stay in the root's group, where a tied matrix is held once.
+
+    Args:
+        precision: compute dtype, "fp32" or "bf16"; gradients are reduced in fp32 either way.
+    """
+    mesh = init_device_mesh(device_type, (distributed.world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    _, stack = find_stack(model)
+    for layer in stack:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
