@@ -363,15 +363,7 @@ class LWO:
         Raises:
             UserError: moments of other parameters, or of other shapes.
         """
-        if moments and set(moments) != set(layer.parameter_names):
-            odd = sorted(set(moments) ^ set(layer.parameter_names))
-            raise UserError(
-                f"the moments of layer {layer.name!r} do not fit: {odd[0]} is "
-                f"{'missing' if odd[0] in layer.parameter_names else 'not in it'}; "
-                "resume with the layers that the state was saved with"
-            )
-        shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
-        self._refuse_strangers("moments", shapes)
+        self._refuse_moments(layer, moments)
         self.strategy.flush()
         self.strategy.import_state(layer, moments)
 
@@ -465,12 +457,24 @@ class LWO:
                     "resume with the model and the layers that it was saved with"
                 )
             by_layer.setdefault(owner[name].name, {})[name] = kinds
-        shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
-        self._refuse_strangers("moments", shapes)
+        for layer in self.layers:
+            self._refuse_moments(layer, by_layer.get(layer.name, {}))
         return by_layer
 
+    def _refuse_moments(self, layer: Layer, moments: Moments) -> None:
+        odd = sorted(set(moments) ^ set(layer.parameter_names)) if moments else []
+        if odd:
+            is_missing = odd[0] in layer.parameter_names
+            raise UserError(
+                f"the moments of layer {layer.name!r} do not fit: {odd[0]} is "
+                f"{'missing' if is_missing else 'not in it'}; resume with the layers that the "
+                "state was saved with"
+            )
+        shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
+        self._refuse_strangers("moments", shapes)
+
     def _refuse_strangers(self, what: str, shapes: Mapping[str, torch.Size]) -> None:
-        own = self._shapes()
+        own = self._shapes() if shapes else {}
         for name, shape in shapes.items():
             if name not in own:
                 raise UserError(

@@ -66,9 +66,10 @@ def prepare(config: Config) -> Config:
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuses a password
-    run_name = (
-        config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    )
+    run_name = config.run_name
+    if run_name is None:
+        now = datetime.datetime.now()
+        run_name = f"{METHODS.get(config.method).name}-{now:%Y%m%d-%H%M%S}-{os.getpid()}"
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
@@ -277,7 +278,8 @@ def _finish(
     # The best one may have met a full disk.
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
     checkpoint = read_checkpoint(run_folder, step)
-    export = export_model(checkpoint, run_folder.local / "model")
+    method: Method = METHODS.get(config.method)
+    export = export_model(checkpoint, run_folder.local / "model", method=method)
     summary = {
         "run_name": config.run_name,
         "method": config.method,

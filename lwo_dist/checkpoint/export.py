@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lwo_dist.errors import UserError
+from lwo_dist.methods import Method
 from lwo_dist.models import weights
+from lwo_dist.registry import METHODS
 
 from .format import INDEX, MOMENTS, STATE, Checkpoint
 
@@ -29,10 +32,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARD_BYTES = 2 * 2**30
 """A file of the export, and so what is in memory at once; a larger tensor has a file of its own."""
 _NO_LICENCE = "not stated where it was loaded from; look there before you pass this model on"
-_BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 
-def export_model(checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32") -> Path:
+def export_model(
+    checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32", method: Method | None = None
+) -> Path:
     """Write the model of a checkpoint, with tokenizer and model card, to `target`: whole there, or
     not at all.
 
@@ -40,8 +44,16 @@ def export_model(checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32")
     experts of a mixture) it does the writing, and they get their published names back; the model is
     then in memory as a whole.
 
-    Raises: OSError.
+    Args:
+        method: the method of the run; None: the one that the checkpoint names, if it is one of the
+            package's own.
+
+    Raises:
+        UserError: the checkpoint's method is somebody's own class, which a file cannot ask for.
+        OSError: `target` cannot be written.
     """
+    about = checkpoint.state.get("run", {})
+    method = method or _method_of(about)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -49,19 +61,13 @@ def export_model(checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32")
         for path in checkpoint.folder.iterdir():
             if path.name not in (STATE, INDEX, MOMENTS) and path.is_file():
                 shutil.copyfile(path, temporary / path.name)
-        about = checkpoint.state.get("run", {})
-        files = {
-            name: checkpoint.folder / reference for name, reference in checkpoint.weight_map.items()
-        }
-        if _is_plain(checkpoint.folder, files, about.get("trust_remote_code", False)):
-            _write_shards(files, temporary, _DTYPES[dtype])
+        files = {name: checkpoint.folder / ref for name, ref in checkpoint.weight_map.items()}
+        tensors = method.export(list(files), lambda name: _read(files[name], name))
+        model = _empty_model(checkpoint.folder, about.get("trust_remote_code", False))
+        if weights.are_fused(model):
+            _save_fused(model, tensors, temporary, _DTYPES[dtype])
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=_DTYPES[dtype],
-                trust_remote_code=about.get("trust_remote_code", False),
-            )
-            model.save_pretrained(temporary)
+            _write_shards(tensors, temporary, _DTYPES[dtype])
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
         if about:
             _card(checkpoint.state, about, dtype).save(temporary / "README.md")
@@ -72,62 +78,73 @@ def export_model(checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32")
     return target
 
 
-def _is_plain(folder: Path, files: Mapping[str, Path], trust_remote_code: bool) -> bool:
-    """Whether the model's tensors are published under the names that they have in memory."""
+def _method_of(about: Mapping[str, Any]) -> Method:
+    name = about.get("method", "lwo")
+    if name not in METHODS.names:
+        raise UserError(
+            f"the checkpoint was made by the method {name}, which is not lwo_dist's own; code that "
+            "a file names is not run: call lwo_dist.checkpoint.export.export_model(method=...)"
+        )
+    method: Method = METHODS.get(name)
+    return method
+
+
+def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
     model.tie_weights()
-    return weights.is_direct(model, files)
+    return model
 
 
-def _write_shards(files: Mapping[str, Path], folder: Path, dtype: torch.dtype) -> None:
-    shards, total = _plan(files, dtype)
+def _save_fused(
+    model: Any, tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype
+) -> None:
+    model.load_state_dict({name: _cast(t, dtype) for name, t in tensors}, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
+    """Write files of at most `_SHARD_BYTES`, or of one larger tensor, as `save_pretrained` does."""
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    filled = total = 0
+
+    def write() -> None:
+        shards.append(list(waiting))
+        save_file(waiting, folder / f"shard-{len(shards)}", {"format": "pt"})
+        waiting.clear()
+
+    for name, tensor in tensors:
+        tensor = _cast(tensor, dtype)
+        size = tensor.numel() * tensor.element_size()
+        if waiting and filled + size > _SHARD_BYTES:
+            write()
+            filled = 0
+        waiting[name] = tensor.contiguous()
+        filled += size
+        total += size
+    write()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        one = len(shards) == 1
-        file_name = (
-            "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        save_file(
-            {name: _read(files[name], name, dtype) for name in names},
-            folder / file_name,
-            {"format": "pt"},
-        )
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file_name = "model.safetensors"
+        (folder / f"shard-{number}").rename(folder / file_name)
         weight_map |= dict.fromkeys(names, file_name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _plan(files: Mapping[str, Path], dtype: torch.dtype) -> tuple[list[list[str]], int]:
-    """Names by shard, and the bytes of all of them."""
-    shards: list[list[str]] = [[]]
-    filled, total = 0, 0
-    for name, size in _sizes(files, dtype):
-        if shards[-1] and filled + size > _SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled, total = filled + size, total + size
-    return shards, total
-
-
-def _sizes(files: Mapping[str, Path], dtype: torch.dtype) -> Iterator[tuple[str, int]]:
-    for name, path in files.items():
-        with safe_open(path, "pt") as file:
-            view = file.get_slice(name)
-            numel, kind = torch.Size(view.get_shape()).numel(), view.get_dtype()
-        yield (
-            name,
-            numel
-            * (dtype.itemsize if kind in ("F64", "F32", "F16", "BF16") else _BYTES_OF.get(kind, 8)),
-        )
-
-
-def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
+def _read(path: Path, name: str) -> Tensor:
     with safe_open(path, "pt") as file:
-        tensor = file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -23,7 +23,7 @@ from lwo_dist.errors import UserError
 
 from .hub import AGAIN, one_line, whole_model
 
-__all__ = ["is_direct", "locate", "read", "receive", "receive_partitioned", "write"]
+__all__ = ["are_fused", "is_direct", "locate", "read", "receive", "receive_partitioned", "write"]
 
 # Pages of a mapped file count as this process's memory while it is open: a tensor is read in pieces
 # of this size.
@@ -52,7 +52,7 @@ def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
     renames them (GPT-2 as first published, without "transformer."), and where both names of a tied
     tensor were saved.
     """
-    if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
+    if are_fused(model):
         return False
     targets = _targets(model)
     known = {name for target in targets for name in target.names}
@@ -61,6 +61,11 @@ def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
     computed = {_ending(name) for name, _ in model.named_buffers() if name not in known}
     saved = {name for name in files if name in known or _ending(name) not in computed}
     return saved <= known and all(len(saved.intersection(target.names)) == 1 for target in targets)
+
+
+def are_fused(model: Any) -> bool:
+    """Whether transformers holds weights fused that a published checkpoint has apart (experts)."""
+    return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
 
 
 @torch.no_grad()

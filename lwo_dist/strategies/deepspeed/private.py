@@ -64,6 +64,7 @@ _NAMES = {
         "overflow",
         "single_partition_of_fp32_groups",
         "_global_grad_norm",
+        "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
     ],
     BF16_Optimizer: [
@@ -74,6 +75,7 @@ _NAMES = {
         "fp32_groups_gradients_flat",
         "overflow",
         "_global_grad_norm",
+        "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
     ],
     DeepSpeedZeroOptimizer_Stage3: [
@@ -311,10 +313,12 @@ def _unpadded(part: Tensor, parameter: Any) -> tuple[Tensor, int]:
 
 
 def link_moments(zero: Any) -> None:
-    """Let `fragment` find moments that were put into the inner optimizer's state before its first
-    step.
+    """Let `fragment` find all moments that the inner optimizer has now.
+
+    Stages 1 and 2 link them once, in their first step, when only the first group has any.
     """
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 

@@ -181,8 +181,9 @@ class DeepSpeedZero(Strategy):
     def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
         state = private.inner_optimizer(self._engine.optimizer).state
         flats = self._flat_masters(layer)
-        if not all(flat in state for flat in flats):
+        if not all(state.get(flat) for flat in flats):
             return {}
+        private.link_moments(self._engine.optimizer)
         shards = {"step": state[flats[0]]["step"]}
         for name in layer.parameter_names:
             for key in MOMENTS:
