@@ -1,0 +1,90 @@
+"""A run that lwo_dist 0.1.0 broke off in mid-visit (`tests/data/round1`) goes on with this code.
+
+The run was 20 steps of a tiny model, `replicate`, `state: keep`, 3 steps a layer; it
+was stopped by an exception at its checkpoint of step 11. `expected.json` has the losses of the same
+code's unbroken run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lwo_dist.callback import Callback
+from lwo_dist.cli import main
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from lwo_dist.run import prepare, run
+from tests.code_samples import write_tree
+from tests.ranks import run_ranks
+
+DATA = Path(__file__).parents[1] / "data" / "round1"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    shutil.copytree(DATA / "run", tmp_path / "runs" / "round1")
+    shutil.copytree(DATA / "tiny", tmp_path / "tiny")
+    source = write_tree(tmp_path / "source")
+    settings = [
+        f"data.source={source}",
+        f"storage={tmp_path / 'runs'}",
+        f"model.name={tmp_path / 'tiny'}",
+        "run_name=round1",
+        "train.sequence_length=48",
+        "eval.num_lines=10",
+        "eval.max_new_tokens=8",
+        "data.held_out_fraction=0.3",
+        "lwo.steps_per_layer=3",
+        "lwo.lr=1e-3",
+        "lwo.state=keep",
+        "train.steps=20",
+        "train.global_batch_size=4",
+        "train.logging_steps=1",
+        "tracking.enabled=false",
+    ]
+    return load_config(None, settings)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.losses: dict[str, float] = {}
+
+    def on_metrics(self, step: int, metrics: Any) -> None:
+        self.losses[str(step)] = metrics["train/loss"]
+
+
+def losses_of(config: Config) -> dict[str, float]:
+    listener = Losses()
+    run(config, [listener])
+    return listener.losses
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("replicate", 1), ("fsdp", 2)])
+def test_it_goes_on_where_it_was(strategy: str, ranks: int, config: Config) -> None:
+    expected = json.loads((DATA / "expected.json").read_text())
+    cluster = config.cluster.model_copy(update={"num_workers": ranks})
+    changed = {"strategy": strategy, "cluster": cluster}
+    ready = prepare(config.model_copy(update=changed))
+    assert run_ranks(losses_of, ranks, ready)[0] == pytest.approx(expected, abs=1e-5)
+    summary = json.loads((Path(config.storage) / "round1" / "summary.json").read_text())
+    assert summary["tokens"] > 1869  # those of the first 11 steps and more
+    assert summary["eval"]["before"]["eval/loss"] == pytest.approx(5.755691012820682)
+
+
+def test_its_checkpoint_is_listed_verified_and_exported(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(config.storage) / "round1"
+    assert main(["checkpoints", "list", str(folder)]) == 0
+    assert main(["checkpoints", "verify", str(folder)]) == 0
+    assert main(["export", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "step 11" in said and "whole: " in said
+    AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert "| exact match, % |" in (folder / "model" / "README.md").read_text()
