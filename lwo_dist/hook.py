@@ -13,7 +13,7 @@ changes the active layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import distributed
 from .config import LWOConfig
 from .errors import UserError
 from .layers import Layer, rest_names
@@ -59,10 +58,6 @@ class StepReport:
     """1.0 if loss or norm was not finite and nothing was changed; None inside an accumulation."""
     bytes_sent: int
     """Bytes of weights and gradients in this step's collectives, each counted as the whole tensor.
-    """
-    visit_change: Tensor | None = None
-    """At the last step of a visit: L2 norm, over all ranks, of what the visit has changed in the
-    layer's masters.
     """
 
 
@@ -127,6 +122,8 @@ class LWO:
         layers: the trained layers in model order; `rest` is what no layer holds.
         skipped_steps, skipped_in_a_row: 0-dim tensors; reading one synchronises.
         switch_seconds: host time spent in switches so far.
+        before_switch: called on all ranks after the last update of a visit and before the layer
+            changes; also where the same layer begins a new visit.
     """
 
     def __init__(self, model: nn.Module, config: LWOConfig, method: str = "lwo"):
@@ -143,10 +140,9 @@ class LWO:
         self.step_count = 0
         self.skipped_steps = self.skipped_in_a_row = torch.zeros(())
         self.switch_seconds = 0.0
-        self._memory: dict[str, int] = {}
+        self.before_switch: Callable[[], None] = lambda: None
         self._micro_step = 0
         self._active = -1
-        self._before_visit: list[Tensor] = []
         self._follow_schedule()
         if config.inactive_master == "discard":
             warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
@@ -170,16 +166,8 @@ class LWO:
             return StepReport(False, False, layer.name, lr, None, None, 0)
         if self._micro_step == 0:
             raise RuntimeError("step() without backward(): call lwo.backward(loss) first")
-        in_visit = self._step_in_visit
-        if in_visit == 0:
-            self._before_visit = [shard.to("cpu", copy=True) for shard in self.strategy.masters()]
         update = self.strategy.step(lr, self.config.max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
-        change = (
-            self._visit_change(update.grad_norm.device)
-            if in_visit == self.config.steps_per_layer - 1
-            else None
-        )
         self.skipped_steps = self.skipped_steps.to(update.skipped.device) + update.skipped
         self.skipped_in_a_row = (
             self.skipped_in_a_row.to(update.skipped.device) + 1
@@ -187,10 +175,10 @@ class LWO:
         self._micro_step = 0
         self.step_count += 1
         switched = self._follow_schedule()
-        if self._step_in_visit == self.config.steps_per_layer - 1:
+        if self.step_in_visit == self.config.steps_per_layer - 1:
             self.strategy.prefetch(self.layers[self.schedule.active_layer(self.step_count + 1)])
         return StepReport(
-            True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent, change
+            True, switched, layer.name, lr, update.grad_norm, update.skipped, bytes_sent
         )
 
     def flush(self) -> None:
@@ -226,17 +214,16 @@ class LWO:
         self.strategy.import_state(layer, moments)
 
     def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` while a layer
-        trains.
-
-        Right after a switch the new layer has no moments yet: then what the layer before it held.
-        `park_bytes` are on the host. Not counted is what `visit_change` compares with, the active
-        layer's masters as its visit found them, on the host too; and on a GPU the parks of the
-        coming layer, which are there in the last step of a visit.
+        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`, `park_bytes`,
+        as held now.
         """
-        if self._step_in_visit == 0 and self._memory:
-            return {**self._memory, "park_bytes": self.strategy.park_bytes}
         return self.strategy.memory()
+
+    def masters(self) -> list[Tensor]:
+        """This rank's fp32 master shards of the active layer; over all ranks each element once,
+        padding zero.
+        """
+        return self.strategy.masters()
 
     def position(self) -> dict[str, Any]:
         """Where the run stands: `step`, `active_layer` (of the coming step; its name),
@@ -278,7 +265,6 @@ class LWO:
         self.step_count = step
         self.skipped_steps = torch.tensor(state_dict["skipped_steps"])
         self._active = -1  # also when the layer stays: its optimizer starts anew
-        self._before_visit = []  # not known in mid-visit
         self._follow_schedule()
         for layer in self.layers:
             self.write_moments(
@@ -286,23 +272,9 @@ class LWO:
             )
 
     @property
-    def _step_in_visit(self) -> int:
+    def step_in_visit(self) -> int:
         """Of the coming step; -1 where there is one layer, which is never switched."""
         return self.schedule.position(self.step_count)[1] if len(self.layers) > 1 else -1
-
-    def _visit_change(self, device: torch.device) -> Tensor | None:
-        """What the visit has changed in the active layer's masters; None if its start was before a
-        resume.
-        """
-        before, self._before_visit = self._before_visit, []
-        if not before:
-            return None
-        after = self.strategy.masters()
-        change = [
-            (new - old.to(new.device)).norm().to(device)
-            for new, old in zip(after, before, strict=True)
-        ]
-        return distributed.all_reduce(torch.stack(change).square().sum()).sqrt()
 
     @property
     def _at_boundary(self) -> bool:
@@ -311,11 +283,11 @@ class LWO:
     def _follow_schedule(self) -> bool:
         """Make the layer of the coming step active; True if that is another one."""
         index = self.schedule.active_layer(self.step_count)
-        if index == self._active and self._step_in_visit != 0:
+        if index == self._active and self.step_in_visit != 0:
             return False
-        started = time.perf_counter()
         if self._active >= 0:
-            self._memory = self.strategy.memory()
+            self.before_switch()
+        started = time.perf_counter()
         with torch.profiler.record_function("LWO::switch"):
             self.strategy.deactivate()
             self.strategy.activate(self.layers[index], partial(_make_adamw, self.config))
