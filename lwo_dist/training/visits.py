@@ -77,6 +77,7 @@ class Visits:
         self._clock = clock
         self._has_visits = len(lwo.layers) > 1
         self._masters_before: list[Tensor] = []
+        self._step_in_visit = 0
         self._sums = _Sums(device)
         self._over: list[_Over] = []
         self._started = clock()
@@ -88,7 +89,8 @@ class Visits:
 
     def begin_step(self) -> None:
         """Call before the forward pass."""
-        if self._has_visits and self._lwo.step_in_visit == 0:
+        self._step_in_visit = self._lwo.step_in_visit
+        if self._has_visits and self._step_in_visit == 0:
             self._masters_before = [shard.to("cpu", copy=True) for shard in self._lwo.masters()]
 
     def before_switch(self) -> None:
@@ -107,13 +109,12 @@ class Visits:
         Args:
             loss: this rank's share of the step's loss, 0-dim, on the device.
         """
-        step = self._lwo.step_count
-        steps_per_layer = self._lwo.schedule.steps_per_layer
-        self._sums.add((step - 1) % steps_per_layer, loss, report)
-        if step % steps_per_layer != 0 or not self._has_visits:
+        self._sums.add(self._step_in_visit, loss, report)
+        if self._lwo.step_in_visit != 0 or not self._has_visits:
             return
         now = self._clock()
-        self._over.append(_Over(step, report.layer, now - self._started, self._sums))
+        seconds = now - self._started
+        self._over.append(_Over(self._lwo.step_count, report.layer, seconds, self._sums))
         self._sums = _Sums(self._device)
         self._started = now
 
