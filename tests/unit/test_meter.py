@@ -144,6 +144,7 @@ def test_each_visit_s_change_is_its_own(tmp_path: Path) -> None:
         before = weights(run.lwo)
         run.step(), run.step()
         changes.append(distance(before, weights(run.lwo)))
+        assert run.meter._visits.masters_before == []  # the host's memory is free again
     visits = run.meter.read().visits
     assert [visit.step for visit in visits] == [2, 4, 6]
     assert [visit.metrics["visit/change_norm"] for visit in visits] == pytest.approx(
