@@ -39,8 +39,10 @@ from .strategies.checks import check_config
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.about import about_run, facts, layer_sizes, save_model_files
 from .training.evaluate import evaluate
+from .training.meter import Meter
 from .training.progress import Progress
 from .training.results import Results
+from .training.saver import Saver
 from .training.system_metrics import SystemMetrics
 from .training.trainer import Trainer
 
@@ -185,18 +187,26 @@ def _build(
         run_folder.local.parent,
         enabled=config.tracking.enabled and config.tracking.system_metrics,
     )
+    about_data = {
+        "seed": config.seed,
+        "global_batch_size": config.train.global_batch_size,
+        "fingerprint": data.fingerprint,
+    }
+    saver = Saver(
+        config,
+        lwo,
+        results,
+        store,
+        about={"run": about_run(config, data), "data": about_data},
+        callbacks=callbacks,
+        on_commit=on_commit,
+        checkpoint=checkpoint.folder if checkpoint is not None else None,
+    )
     trainer = Trainer(
         config,
         lwo,
         data,
-        results,
-        store,
         device=device,
-        callbacks=callbacks,
-        on_commit=on_commit,
-        system=system,
-        checkpoint=checkpoint.folder if checkpoint is not None else None,
-        stop=StopVote(stop, distributed.first_reason),
         evaluate=lambda before_batch: evaluate(
             lwo.module,
             tokenizer,
@@ -210,7 +220,11 @@ def _build(
             synced=lwo.strategy.forward_is_collective,
             before_batch=before_batch,
         ),
-        about_run=about_run(config, data),
+        meter=Meter(lwo, results, system, device),
+        results=results,
+        saver=saver,
+        stop=StopVote(stop, distributed.first_reason),
+        callbacks=callbacks,
     )
     info = RunInfo(
         config,

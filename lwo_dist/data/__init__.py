@@ -1,11 +1,11 @@
 """From source trees to token batches."""
 
 from .batches import (
+    GlobalBatch,
     check_world_sizes,
+    global_batch,
     global_batch_indices,
-    label_tokens,
     micro_batch_size,
-    micro_batches,
 )
 from .cache import cache_folder
 from .dataset import PreparedData, prepare_dataset
@@ -14,15 +14,15 @@ from .source_tree import SourceTree, read_source_tree
 
 __all__ = [
     "EvalExample",
+    "GlobalBatch",
     "PreparedData",
     "SourceTree",
     "TrainExample",
     "cache_folder",
     "check_world_sizes",
+    "global_batch",
     "global_batch_indices",
-    "label_tokens",
     "micro_batch_size",
-    "micro_batches",
     "prepare_dataset",
     "read_source_tree",
 ]

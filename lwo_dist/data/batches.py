@@ -7,6 +7,7 @@ own, and how many label tokens the whole has, without asking the others.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,11 +21,11 @@ from .dataset import PreparedData
 
 __all__ = [
     "IGNORED_LABEL",
+    "GlobalBatch",
     "check_world_sizes",
+    "global_batch",
     "global_batch_indices",
-    "label_tokens",
     "micro_batch_size",
-    "micro_batches",
 ]
 
 IGNORED_LABEL = -100
@@ -81,7 +82,8 @@ def global_batch_indices(
     """
     if num_examples < 1:
         raise ValueError("there are no examples to draw a batch from")
-    position, end = step * batch_size, (step + 1) * batch_size
+    position = step * batch_size
+    end = position + batch_size
     parts = []
     while position < end:
         epoch, offset = divmod(position, num_examples)
@@ -101,15 +103,25 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> npt.NDArray[np.int
     return permutation
 
 
-def label_tokens(data: PreparedData, *, seed: int, step: int, global_batch_size: int) -> int:
-    """Label positions that count in the loss over the global batch of `step`: the divisor of its
-    summed loss.
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The batch of one optimizer step, as one rank sees it."""
+
+    indices: npt.NDArray[np.int64]
+    """[global_batch_size] examples of the whole global batch, in order."""
+    micro_batches: list[dict[str, torch.Tensor]]
+    """This rank's part, a dict for each micro-batch of an accumulation: `input_ids`,
+    `attention_mask` (1 real, 0 padding) and `labels` (-100: not learned), each
+    [sequences, tokens], int64, on the CPU. The model shifts the labels.
     """
-    indices = global_batch_indices(len(data.lengths), global_batch_size, seed, step)
-    return int(data.label_tokens[indices].sum(dtype=np.int64))
+    label_tokens: int
+    """Positions of the whole global batch that count in the loss: the divisor of its summed loss.
+    """
+    tokens: int
+    """Tokens of the whole global batch, without padding."""
 
 
-def micro_batches(
+def global_batch(
     data: PreparedData,
     *,
     seed: int,
@@ -118,28 +130,33 @@ def micro_batches(
     world_size: int,
     rank: int,
     accumulation: int,
-) -> list[dict[str, torch.Tensor]]:
-    """This rank's part of the global batch of `step`, as `accumulation` micro-batches.
+) -> GlobalBatch:
+    """The batch of `step` (from 0), with the rows of `rank` as `accumulation` micro-batches.
 
-    Rows are padded on the right to the longest of all ranks' rows of the same micro-batch (and to a
+    Rows are padded on the right to the longest row of the same micro-batch on any rank (and to a
     multiple of 8 within `sequence_length`), so a row is computed in the same shape at every world
     size.
 
-    Returns:
-        `input_ids`, `attention_mask` (1 real, 0 padding) and `labels` (-100: not learned), each
-        [sequences, tokens], int64, on the CPU. The model shifts the labels.
-
     Raises:
-        UserError: see `micro_batch_size`.
+        UserError: the global batch cannot be divided evenly, see `micro_batch_size`.
     """
     size = micro_batch_size(global_batch_size, world_size, accumulation)
     indices = global_batch_indices(len(data.lengths), global_batch_size, seed, step)
-    batches = []
-    for shared in indices.reshape(accumulation, world_size, size):
-        longest = int(data.lengths[shared].max())
-        rounded = -(-longest // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
-        batches.append(_batch(data, shared[rank], max(longest, min(rounded, data.sequence_length))))
-    return batches
+    rows_of_all_ranks = indices.reshape(accumulation, world_size, size)
+    return GlobalBatch(
+        indices=indices,
+        micro_batches=[_batch(data, rows[rank], _width(data, rows)) for rows in rows_of_all_ranks],
+        label_tokens=int(data.label_tokens[indices].sum(dtype=np.int64)),
+        tokens=int(data.lengths[indices].sum(dtype=np.int64)),
+    )
+
+
+def _width(data: PreparedData, indices: npt.NDArray[np.int64]) -> int:
+    """Tokens that a row of a micro-batch with these examples is padded to."""
+    longest = int(data.lengths[indices].max())
+    rounded = -(-longest // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
+    # An example is never cut, even if it is longer than `sequence_length`.
+    return max(longest, min(rounded, data.sequence_length))
 
 
 def _batch(

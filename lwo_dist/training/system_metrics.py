@@ -43,8 +43,9 @@ class SystemMetrics:
     `read` and never waits.
 
     Args:
-        folder: the disk that it lies on is watched.
+        folder: on the disk whose use is measured.
         enabled: False: all values are NaN, and there is no thread.
+        interval_s: seconds between two samples.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class SystemMetrics:
         interval_s: float = 2.0,
     ):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self._places: list[tuple[str, int]] = distributed.gather_objects(
+        self._ranks: list[tuple[str, int]] = distributed.gather_objects(
             (socket.gethostname(), local_rank)
         )
         """Host and local rank of every rank."""
@@ -65,21 +66,23 @@ class SystemMetrics:
         if enabled and local_rank == 0:
             sources.append(_node_source(folder))
         else:
-            sources.append(lambda: [math.nan] * len(NODE))
+            sources.append(_no_node)
         gpu = _gpu_source(device) if enabled else None
-        sources.append(gpu or (lambda: [math.nan] * len(GPU)))
+        sources.append(gpu or _no_gpu)
         if enabled and (local_rank == 0 or gpu is not None):
             stop = threading.Event()
             weakref.finalize(self, stop.set)
-            arguments = (sources, self._samples, stop, interval_s)
             threading.Thread(
-                target=_sample, args=arguments, name="lwo-system-metrics", daemon=True
+                target=_sample,
+                args=(sources, self._samples, stop, interval_s),
+                name="lwo-system-metrics",
+                daemon=True,
             ).start()
 
     @property
     def hosts(self) -> list[str]:
         """The host of every rank, each once."""
-        return list(dict.fromkeys(host for host, _ in self._places))
+        return list(dict.fromkeys(host for host, _ in self._ranks))
 
     def read(self) -> list[float]:
         """This rank's `len(NODE) + len(GPU)` means since the last call; NaN where there was no
@@ -91,15 +94,13 @@ class SystemMetrics:
         return [sum(column) / len(column) if column else math.nan for column in columns]
 
     def metrics(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
-        """What every rank has `read`, in rank order, as `system/<host>/...`."""
+        """`system/<host>/...` from `rows`: what each rank has `read`, in rank order."""
         found: dict[str, float] = {}
-        for (host, local_rank), row in zip(self._places, rows, strict=True):
+        for (host, local_rank), row in zip(self._ranks, rows, strict=True):
             names = [*NODE, *(f"gpu_{local_rank}_{name}" for name in GPU)]
-            found |= {
-                f"system/{host}/{name}": v
-                for name, v in zip(names, row, strict=True)
-                if not math.isnan(v)
-            }
+            for name, value in zip(names, row, strict=True):
+                if not math.isnan(value):
+                    found[f"system/{host}/{name}"] = value
         return found
 
 
@@ -114,6 +115,14 @@ def _sample(
             samples.append([value for source in sources for value in source()])
 
 
+def _no_node() -> list[float]:
+    return [math.nan] * len(NODE)
+
+
+def _no_gpu() -> list[float]:
+    return [math.nan] * len(GPU)
+
+
 def _node_source(folder: str | os.PathLike[str]) -> Callable[[], list[float]]:
     def traffic() -> tuple[int, int]:
         counters = psutil.net_io_counters()
@@ -123,22 +132,24 @@ def _node_source(folder: str | os.PathLike[str]) -> Callable[[], list[float]]:
     psutil.cpu_percent()  # the first call has nothing to compare with
 
     def read() -> list[float]:
-        memory, disk, now = psutil.virtual_memory(), psutil.disk_usage(os.fspath(folder)), traffic()
+        memory = psutil.virtual_memory()
+        disk = psutil.disk_usage(os.fspath(folder))
+        received_now, sent_now = traffic()
         return [
             psutil.cpu_percent(),
             memory.used / 1e6,
             memory.used / memory.total * 100,
             disk.percent,
             disk.free / 1e6,
-            (now[0] - received) / 1e6,
-            (now[1] - sent) / 1e6,
+            (received_now - received) / 1e6,
+            (sent_now - sent) / 1e6,
         ]
 
     return read
 
 
 def _gpu_source(device: torch.device) -> Callable[[], list[float]] | None:
-    """None without a GPU, or without nvidia-ml-py and a driver that it can ask."""
+    """None without a GPU, or without nvidia-ml-py and a driver that answers it."""
     if device.type != "cuda":
         return None
     try:
@@ -156,7 +167,7 @@ def _gpu_source(device: torch.device) -> Callable[[], list[float]] | None:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         try:
             watts = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-        except pynvml.NVMLError:  # not every card tells
+        except pynvml.NVMLError:  # not every card reports it
             watts = math.nan
         return [
             float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),

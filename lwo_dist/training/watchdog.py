@@ -1,9 +1,8 @@
-"""A run that is stuck ends in bounded time and says where: which rank, on which host, in which step
-and layer.
+"""Ends a run that hangs, in bounded time, and says where: rank, host, step and layer.
 
 A collective that waits for a dead or stopped peer ends by its own timeout where the backend can do
-that. What hangs otherwise (a GPU kernel, a file system, a peer of NCCL) a thread of this process
-ends.
+that. For all other hangs (a GPU kernel, a file system, a peer of NCCL) a thread of this process
+ends it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from lwo_dist import distributed
-from lwo_dist.errors import UserError
+from lwo_dist.errors import UserError, first_line
 from lwo_dist.stop import StopNow
 
 __all__ = ["CollectiveError", "Watchdog"]
@@ -40,8 +39,9 @@ class Watchdog:
     """Use as a context around the training loop, and call `beat` as it proceeds.
 
     Args:
-        timeout_s: seconds that a collective may take (`cluster.timeout_s`). Half of it without a
-            beat is worth a line; so much and a margin ends the process.
+        timeout_s: seconds that a collective may take (`cluster.timeout_s`). After half of it
+            without a beat the watchdog prints a warning; after all of it and a margin it ends the
+            process.
         end: ends the process; for tests.
     """
 
@@ -53,30 +53,32 @@ class Watchdog:
         self._end = end
         self._where = "before the first step"
         self._last = time.monotonic()
-        self._pauses, self._warned = 0, False
+        self._pauses = 0
+        self._warned = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lwo-dist-watchdog", daemon=True)
 
     def beat(self, step: int, layer: str) -> None:
         """A micro-batch of `step` (from 0) begins, or a step has been done."""
         self._where = f"step {step + 1}, layer {layer}"
-        self._last, self._warned = time.monotonic(), False
+        self._last = time.monotonic()
+        self._warned = False
 
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
         """No beats are expected in here: an evaluation or a save takes as long as it takes."""
-        where, self._where = (
-            self._where,
-            f"{what} after {self._where}" if not self._pauses else self._where,
-        )
+        where = self._where
+        if not self._pauses:
+            self._where = f"{what} after {where}"
         self._pauses += 1
         yield
         # Not after an error: then this is where it was.
         self._pauses -= 1
-        self._where, self._last = where, time.monotonic()
+        self._where = where
+        self._last = time.monotonic()
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         """`rank 1 on host-b, step 17, layer layer_3`."""
         return f"rank {distributed.rank()} on {socket.gethostname()}, {self._where}"
 
@@ -97,12 +99,11 @@ class Watchdog:
         if isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)):
             silent = distributed.silent_ranks(min(5.0, self._timeout_s))
             who = f"; no answer from rank {', '.join(map(str, silent))}" if silent else ""
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise CollectiveError(
-                f"{self.place}: a collective failed{who} (cluster.timeout_s = {self._timeout_s:g}):"
-                f" {first}"
+                f"{self.position}: a collective failed{who} (cluster.timeout_s ="
+                f" {self._timeout_s:g}): {first_line(error)}"
             ) from error
-        error.add_note(f"at {self.place}")
+        error.add_note(f"at {self.position}")
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._timeout_s / 10)):
@@ -123,4 +124,4 @@ class Watchdog:
                 self._say(f"no progress for {idle:.0f} s (cluster.timeout_s = {self._timeout_s:g})")
 
     def _say(self, what: str) -> None:
-        print(f"watchdog: {self.place}: {what}", file=sys.stderr, flush=True)
+        print(f"watchdog: {self.position}: {what}", file=sys.stderr, flush=True)

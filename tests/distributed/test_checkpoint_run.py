@@ -67,25 +67,25 @@ def record_batches(config: Config, stop: int) -> list[tuple[int, list[int]]]:
     """(step, this rank's examples) of each step that was computed."""
     seen: list[tuple[int, list[int]]] = []
     original: Callable[..., Any] = batches._batch
-    trainer_batches = trainer.micro_batches
+    trainer_batch = trainer.global_batch
 
-    def micro_batches(*args: Any, **kwargs: Any) -> Any:
+    def global_batch(*args: Any, **kwargs: Any) -> Any:
         rows: list[int] = []
         batches._batch = lambda data, indices, width: (
             rows.extend(indices.tolist()) or original(data, indices, width)
         )
-        found = trainer_batches(*args, **kwargs)
+        found = trainer_batch(*args, **kwargs)
         batches._batch = original
         seen.append((kwargs["step"], rows))
         return found
 
-    trainer.micro_batches = micro_batches
+    trainer.global_batch = global_batch
     try:
         stop_after(config, stop)
     except InterruptedError:  # as a kill: the steps behind the last checkpoint are lost
         pass
     finally:
-        trainer.micro_batches = trainer_batches
+        trainer.global_batch = trainer_batch
     return seen
 
 

@@ -89,6 +89,9 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
     engine._configure_optimizer = spy
     gc.disable()  # else it might free what lives in a cycle just in time
     lwo = lwo_dist.attach(engine, zero.lwo_config(TWO_STEPS))
+    without_sums = live_bytes()
+    visits = training.follow(lwo)
+    before += live_bytes() - without_sums  # not the strategy's, and not what is measured here
     states, other, collections = [], [], []
     for step in range(2 * len(lwo.layers) + 2):
         if step % 2:  # the switch comes
@@ -103,6 +106,7 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
             ]
             del state, tensors
         with whole_collections() as seen:
+            visits.begin_step()
             training.train_step(lwo, step)
         collections.append(len(seen))
         if step % 2 == 0:  # in the middle of a visit
@@ -113,7 +117,7 @@ def watch_switches(stage: int, late: bool, more: dict) -> dict[str, list]:
                 for tensors in lwo.strategy._parked_masters._parked.values()
                 for t in tensors.values()
             ]
-            on_host = local_bytes([*kept, *lwo._before_visit])
+            on_host = local_bytes([*kept, *visits.masters_before])
             reported = on_host + memory["optimizer_state_bytes"] + memory["gradient_bytes"]
             other.append(besides_the_weights(engine) - before - reported)
     gc.enable()

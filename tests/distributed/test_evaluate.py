@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from lwo_dist.data import prepare_dataset
-from lwo_dist.data.batches import micro_batches
+from lwo_dist.data.batches import global_batch
 from lwo_dist.data.examples import EvalExample, pad_id
 from lwo_dist.tasks import TASKS, metrics
 from lwo_dist.training import evaluate as module
@@ -84,9 +84,9 @@ def new_model(architecture: str, root: Path) -> torch.nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
     model.train()
     for step in range(60):
-        (batch,) = micro_batches(
+        (batch,) = global_batch(
             data, seed=0, step=step, global_batch_size=8, world_size=1, rank=0, accumulation=1
-        )
+        ).micro_batches
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

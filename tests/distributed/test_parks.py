@@ -78,18 +78,19 @@ def train_kept(
         else:
             lwo = training.attach(strategy, KEEP, tied=True, dtype=dtype, **settings)
         back = watch_parks(lwo)
+        visits = training.follow(lwo)
         losses = []
         for step in range(KEEP.steps):
             layer = lwo.active_layer
             if step % 2 == 0:
                 before = lwo.read_layer(layer)
-            loss, report = training.train_step(lwo, step)
-            losses.append(loss)
-            assert (report.visit_change is None) == (step % 2 == 0)
-            if report.visit_change is not None:
+            losses.append(training.train_step(lwo, step, visits)[0])
+            over = visits.take()
+            assert len(over) == step % 2
+            for visit in over:
                 after = lwo.read_layer(layer)
-                change = sum((after[name] - before[name]).square().sum() for name in after) ** 0.5
-                torch.testing.assert_close(report.visit_change, change)
+                change = sum(float((after[n] - before[n]).double().square().sum()) for n in after)
+                assert visit.metrics["visit/change_norm"] == pytest.approx(change**0.5, rel=1e-5)
         results.append((losses, training.weights(lwo), back, lwo.memory()["park_bytes"]))
     return results
 
@@ -203,11 +204,10 @@ def train_stored() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for storage in (torch.float32, torch.bfloat16):
         lwo = attach_sharded(storage, state="keep")
-        reports = [training.train_step(lwo, step) for step in range(BF16.steps)]
-        found[str(storage)] = [loss for loss, _ in reports]
-        found[f"changes {storage}"] = [
-            float(r.visit_change) for _, r in reports if r.visit_change is not None
-        ]
+        visits = training.follow(lwo)
+        losses = [training.train_step(lwo, step, visits)[0] for step in range(BF16.steps)]
+        found[str(storage)] = losses
+        found[f"changes {storage}"] = [v.metrics["visit/change_norm"] for v in visits.take()]
         found[f"weights {storage}"] = training.weights(lwo)
         found[f"moments {storage}"] = lwo.state_dict()["moments"]
         found[f"dtypes {storage}"] = {
@@ -361,9 +361,12 @@ def resume_as(kind: str, state: dict, weights: Weights) -> Resumed:
     loaded = same([lwo.state_dict(), training.weights(lwo)], [state, weights])
     visit_all(lwo)
     visited = same([lwo.state_dict(), training.weights(lwo)], [state, weights])
-    reports = [training.train_step(lwo, step) for step in range(STOP, END)]
-    assert reports[0][1].visit_change is None  # its visit began before the resume
-    return loaded, visited, [loss for loss, _ in reports], training.weights(lwo)
+    visits = training.follow(lwo)
+    losses = [training.train_step(lwo, step, visits)[0] for step in range(STOP, END)]
+    first, *others = visits.take()
+    assert "visit/change_norm" not in first.metrics  # it began before the resume
+    assert all(visit.metrics["visit/change_norm"] > 0 for visit in others)
+    return loaded, visited, losses, training.weights(lwo)
 
 
 @needs_deepspeed

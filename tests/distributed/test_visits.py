@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from lwo_dist.distributed import gather_floats
 from lwo_dist.training.system_metrics import NODE, SystemMetrics
-from lwo_dist.training.visits import Visit, Visits
+from lwo_dist.training.visits import Visit
 from tests import oracle
-from tests.distributed.training import attach, train_step, weights
+from tests.distributed.training import attach, follow, train_step, weights
 from tests.ranks import run_ranks
 
 STEPS = 10  # visits of 4 steps: two whole ones and one that has only begun
@@ -28,18 +28,19 @@ def follow_visits(
 ) -> tuple[list[Visit], list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """The visits as told, each step as it was, and the weights at every start of a visit."""
     lwo = attach(strategy, RECIPE, tied=False, dtype=torch.float64)
-    visits = Visits(lwo, torch.device("cpu"))
+    visits = follow(lwo)
     visits.pause(1e9)  # an evaluation that took long, and was not part of any visit
     told: list[Visit] = []
     steps = []
     masters = [weights(lwo)]
     for step in range(STEPS):
+        visits.begin_step()
         loss, report = train_step(lwo, step)
         share = torch.tensor(loss * (0.25 if dist.get_rank() == 0 else 0.75), dtype=torch.float64)
         if step == 1:  # its numbers must not count
             report = type(report)(**{**vars(report), "skipped": torch.tensor(1.0)})
             share = torch.tensor(math.nan)
-        visits.add(step, share, report)
+        visits.after_step(share, report)
         steps.append({"loss": loss, "norm": float(report.grad_norm), "layer": report.layer})
         if (step + 1) % RECIPE.steps_per_layer == 0:
             masters.append(weights(lwo))
@@ -74,11 +75,11 @@ def test_a_visit_is_told_as_it_was(strategy: str) -> None:
 
 def full_has_no_visits() -> int:
     lwo = attach("replicate", RECIPE, tied=True, dtype=torch.float32, method="full")
-    visits = Visits(lwo, torch.device("cpu"))
+    visits = follow(lwo)
     for step in range(4):
-        loss, report = train_step(lwo, step)
-        visits.add(step, torch.tensor(loss), report)
-    return len(list(visits.take()))
+        train_step(lwo, step, visits)
+        assert visits.masters_before == []  # no copy of a whole model for a change never told
+    return len(visits.take())
 
 
 def test_full_fine_tuning_has_no_visits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import lwo_dist
 from lwo_dist.hook import LWO
 from lwo_dist.strategies.fsdp.builder import shard_model
+from lwo_dist.training.visits import Visits
 from tests import oracle
 
 
@@ -51,16 +53,29 @@ def micro_batches(step: int, accumulation: int) -> list[tuple[torch.Tensor, torc
     return list(parts)[rank * accumulation : (rank + 1) * accumulation]
 
 
-def train_step(lwo: LWO, step: int) -> tuple[float, lwo_dist.StepReport]:
+def follow(lwo: LWO) -> Visits:
+    """To give to `train_step`: follows the visits of `lwo` as the trainer's meter does."""
+    visits = Visits(lwo, torch.device("cpu"), time.perf_counter)
+    lwo.before_switch = visits.before_switch
+    return visits
+
+
+def train_step(
+    lwo: LWO, step: int, visits: Visits | None = None
+) -> tuple[float, lwo_dist.StepReport]:
     """One optimizer step; returns the loss of the global batch."""
     accumulation = lwo.config.gradient_accumulation_steps
     tokens_in_batch = (oracle.global_batch(step)[1][:, 1:] != -100).sum()
     total = torch.zeros((), dtype=torch.float64)
+    if visits is not None:
+        visits.begin_step()
     for tokens, labels in micro_batches(step, accumulation):
         loss = oracle.loss_sum(lwo.model, tokens, labels)
         total += loss.detach()
         lwo.backward(loss * dist.get_world_size() * accumulation / tokens_in_batch)
         report = lwo.step()
+    if visits is not None:
+        visits.after_step(total / tokens_in_batch, report)
     dist.all_reduce(total)
     return (total / tokens_in_batch).item(), report
 

@@ -4,48 +4,25 @@ twice.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwo_dist.config.reading import load_config
+from lwo_dist.data import batches
 from lwo_dist.data.batches import (
+    GlobalBatch,
     check_world_sizes,
+    global_batch,
     global_batch_indices,
-    label_tokens,
     micro_batch_size,
-    micro_batches,
 )
-from lwo_dist.data.dataset import PreparedData
-from lwo_dist.data.examples import TrainExample
 from lwo_dist.errors import UserError
-
-PAD = 999
-
-
-def prepared(lengths: list[int], sequence_length: int = 30) -> PreparedData:
-    """Examples of these lengths; the tokens of example i are 1000 (i + 1) and up, a third of them
-    context.
-    """
-    examples = [
-        TrainExample([1000 * (i + 1) + t for t in range(n)], n // 3) for i, n in enumerate(lengths)
-    ]
-    return PreparedData(
-        train=Dataset.from_list([vars(e) for e in examples]),
-        lengths=np.array(lengths, dtype=np.int32),
-        label_tokens=np.array([e.label_tokens for e in examples], dtype=np.int32),
-        held_out=(),
-        counts={},
-        fingerprint="",
-        folder=Path(),
-        pad_id=PAD,
-        sequence_length=sequence_length,
-    )
+from tests.prepared import PAD, prepared
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**40))
@@ -92,19 +69,9 @@ def test_the_ranks_parts_make_up_the_global_batch(
     world_size, accumulation, size = shape
     batch_size = world_size * accumulation * size
     expected = global_batch_indices(len(lengths), batch_size, seed, step).tolist()
-    # One process takes each micro-batch whole; the ranks' rows of it, in rank order, must be the
-    # same rows.
-    whole = micro_batches(
-        data,
-        seed=seed,
-        step=step,
-        global_batch_size=batch_size,
-        world_size=1,
-        rank=0,
-        accumulation=accumulation,
-    )
-    parts = [
-        micro_batches(
+
+    def batch_of(world_size: int, rank: int) -> GlobalBatch:
+        return global_batch(
             data,
             seed=seed,
             step=step,
@@ -113,23 +80,45 @@ def test_the_ranks_parts_make_up_the_global_batch(
             rank=rank,
             accumulation=accumulation,
         )
-        for rank in range(world_size)
-    ]
-    assert len(whole) == accumulation
-    for m in range(accumulation):
+
+    # One process takes each micro-batch whole; the ranks' rows of it, in rank order, must be the
+    # same rows.
+    whole = batch_of(1, 0)
+    parts = [batch_of(world_size, rank) for rank in range(world_size)]
+    assert len(whole.micro_batches) == accumulation
+    for m, micro_batch in enumerate(whole.micro_batches):
         for name in ("input_ids", "attention_mask", "labels"):
-            assert torch.equal(whole[m][name], torch.cat([part[m][name] for part in parts]))
-            assert parts[0][m][name].shape[0] == size
-    rows = torch.cat([batch["input_ids"][:, 0] for batch in whole])
-    assert [int(row) // 1000 - 1 for row in rows] == expected
-    counted = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in whole)
-    assert label_tokens(data, seed=seed, step=step, global_batch_size=batch_size) == counted
+            rows = [part.micro_batches[m][name] for part in parts]
+            assert torch.equal(micro_batch[name], torch.cat(rows))
+            assert rows[0].shape[0] == size
+    first_tokens = torch.cat([batch["input_ids"][:, 0] for batch in whole.micro_batches])
+    assert [int(token) // 1000 - 1 for token in first_tokens] == expected
+    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in whole.micro_batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in whole.micro_batches)
+    for part in parts:
+        assert part.indices.tolist() == expected
+        assert part.label_tokens == labels
+        assert part.tokens == tokens
+
+
+def test_the_indices_of_a_step_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return global_batch_indices(*args)
+
+    monkeypatch.setattr(batches, "global_batch_indices", counted)
+    global_batch(
+        prepared([3, 4]), seed=0, step=0, global_batch_size=4, world_size=2, rank=1, accumulation=2
+    )
+    assert len(calls) == 1
 
 
 def test_what_is_in_a_row() -> None:
-    (batch,) = micro_batches(
+    (batch,) = global_batch(
         prepared([7, 11]), seed=0, step=0, global_batch_size=2, world_size=1, rank=0, accumulation=1
-    )
+    ).micro_batches
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     row = int(batch["input_ids"][1, 0] == 1000)
     assert batch["input_ids"][row].tolist() == [*range(1000, 1007)] + [PAD] * 9
@@ -146,9 +135,9 @@ def test_rows_are_padded_within_the_sequence_length(
 ) -> None:
     data = prepared([longest, 3], sequence_length)
     for rank in (0, 1):
-        (batch,) = micro_batches(
+        (batch,) = global_batch(
             data, seed=0, step=0, global_batch_size=2, world_size=2, rank=rank, accumulation=1
-        )
+        ).micro_batches
         assert batch["input_ids"].shape == (1, width)
 
 
@@ -160,7 +149,7 @@ def test_a_batch_that_cannot_be_divided() -> None:
     ):
         micro_batch_size(16, 3, 2)
     with pytest.raises(UserError):
-        micro_batches(
+        global_batch(
             prepared([3]), seed=0, step=0, global_batch_size=3, world_size=2, rank=0, accumulation=1
         )
 

@@ -32,10 +32,10 @@ def test_an_evaluation_takes_as_long_as_it_takes() -> None:
     with Watchdog(0.05, end=ended.put) as watchdog:
         watchdog.beat(2, "head")
         with watchdog.paused("evaluation"):
-            assert watchdog.place == f"{HERE}, evaluation after step 3, layer head"
+            assert watchdog.position == f"{HERE}, evaluation after step 3, layer head"
             with pytest.raises(queue.Empty):
                 ended.get(timeout=1)
-        assert watchdog.place == f"{HERE}, step 3, layer head"
+        assert watchdog.position == f"{HERE}, step 3, layer head"
         assert ended.get(timeout=LONG) == 1  # And afterwards it watches again.
 
 

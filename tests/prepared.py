@@ -1,0 +1,38 @@
+"""Training data without a source tree: examples of given lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from lwo_dist.data.dataset import PreparedData
+from lwo_dist.data.examples import TrainExample
+
+PAD = 999
+
+
+def prepared(
+    lengths: list[int], sequence_length: int = 30, *, vocabulary: int | None = None
+) -> PreparedData:
+    """Examples of these lengths, a third of them context; the tokens of example i are
+    1000 (i + 1) and up, modulo `vocabulary` if given.
+    """
+    examples = []
+    for i, length in enumerate(lengths):
+        tokens = [1000 * (i + 1) + t for t in range(length)]
+        if vocabulary is not None:
+            tokens = [token % vocabulary for token in tokens]
+        examples.append(TrainExample(tokens, length // 3))
+    return PreparedData(
+        train=Dataset.from_list([vars(e) for e in examples]),
+        lengths=np.array(lengths, dtype=np.int32),
+        label_tokens=np.array([e.label_tokens for e in examples], dtype=np.int32),
+        held_out=(),
+        counts={},
+        fingerprint="",
+        folder=Path(),
+        pad_id=PAD if vocabulary is None else 0,
+        sequence_length=sequence_length,
+    )
