@@ -1,11 +1,12 @@
-"""The README is true: its table is that of the config, its files are there, its commands are run by
-tests.
+"""The pages are true: the table of settings is that of the config, what they link to is there, and
+their commands are run by tests.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,30 @@ from pydantic import BaseModel
 from lwo_dist.config import Config
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
+PAGES = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for path in [
+        REPOSITORY / "README.md",
+        REPOSITORY / "CONTRIBUTING.md",
+        REPOSITORY / "tests" / "README.md",
+        *(REPOSITORY / "lwo_dist").rglob("README.md"),
+    ]
+)
+LINKED = [*PAGES, "launch/README.md", "k8s/README.md"]
 
-# Every command of the README -> the test that runs it.
+# Every command of the pages -> the test that runs it.
 RUN_BY = {
     "./launch/quickstart.sh": "tests/cluster/test_quickstart.py",
     "./launch/quickstart.sh --source ~/src/my-repository": "tests/cluster/test_quickstart.py",
-    "./launch/test.sh": "tests/test_architecture.py",  # it runs everything, this file included
+    # It runs everything, this file included.
+    "./launch/test.sh": "tests/test_architecture.py",
+    "./launch/test.sh --all": "tests/unit/test_scripts.py",
+    "./launch/test.sh tests/unit": "tests/unit/test_scripts.py",
     "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
     "torchrun --nproc-per-node 2 launch/train.py "
-    "-c launch/configs/debug_cpu.yaml data.source=DIR": ("tests/cluster/test_ray_train.py"),
+    "-c launch/configs/debug_cpu.yaml data.source=DIR": "tests/cluster/test_ray_train.py",
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist submit -c CONFIG.yaml --address http://127.0.0.1:8265 storage=/shared/runs": (
@@ -46,15 +59,17 @@ RUN_BY = {
 
 
 def commands() -> list[str]:
-    """The commands of the README's bash blocks, without comments and without the activation of the
+    """The commands of the pages' bash blocks, without comments and without the activation of the
     environment.
     """
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words and words[0] not in ("source", "export"):
-                found.append(" ".join(words))
+    for page in PAGES:
+        text = (REPOSITORY / page).read_text()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] not in ("source", "export"):
+                    found.append(" ".join(words))
     return found
 
 
@@ -77,10 +92,36 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def test_the_table_is_the_config() -> None:
     """On failure, paste the expected rows."""
-    section = README.partition("## Configuration")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `.*", section, re.MULTILINE) == rows(Config)
+    page = (REPOSITORY / "lwo_dist" / "config" / "README.md").read_text()
+    assert re.findall(r"^\| `.*", page, re.MULTILINE) == rows(Config)
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_every_link_leads_somewhere(target: str) -> None:
-    assert (REPOSITORY / target).exists()
+def links(page: str) -> list[str]:
+    text = (REPOSITORY / page).read_text()
+    return sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", text)))
+
+
+@pytest.mark.parametrize(
+    ("page", "target"), [(page, target) for page in LINKED for target in links(page)]
+)
+def test_every_link_leads_somewhere(page: str, target: str) -> None:
+    assert ((REPOSITORY / page).parent / target).exists()
+
+
+def test_every_file_that_a_page_names_in_passing_exists() -> None:
+    """`tests/oracle.py`, `fsdp/strategy.py`: relative to the page, the package or the top."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    ).stdout
+    known = [f"/{name}" for name in listed.splitlines()]
+    if not known:
+        pytest.skip("no git work tree")
+    missing = []
+    for page in PAGES:
+        for name in re.findall(r"`([\w./-]+\.(?:py|sh|yaml))`", (REPOSITORY / page).read_text()):
+            if not any(path.endswith(f"/{name.removeprefix('./')}") for path in known):
+                missing.append((page, name))
+    assert missing == []
