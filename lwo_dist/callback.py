@@ -6,34 +6,12 @@ A callback runs on rank 0 only, never joins a collective, and gets plain Python 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config
+from .run_info import RunInfo
 
 __all__ = ["Callback", "RunInfo"]
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What is known of a run before its first step."""
-
-    config: Config
-    """The resolved configuration."""
-    folder: Path
-    """The run's folder, <storage>/<run_name>."""
-    world_size: int
-    layers: tuple[str, ...]
-    """Names of the trained layers, in model order; `lwo/active_layer` is an index into it."""
-    parameters: Mapping[str, Any]
-    """Facts to log beside the config: parameter counts, device, library versions."""
-    start_step: int
-    """0, or the step that a resumed run goes on from."""
-    layer_sizes: tuple[int, ...] = ()
-    """Parameters of each layer."""
-    hosts: tuple[str, ...] = ()
-    """The hosts of all ranks, each once."""
 
 
 class Callback:

@@ -6,7 +6,6 @@ The driver calls `prepare` once; then every worker calls `run`. Under torchrun e
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 
 from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
-from .callback import Callback, RunInfo
+from .callback import Callback
 from .checkpoint.export import export_model
 from .checkpoint.format import committed_steps, read_checkpoint, step_folder
 from .checkpoint.resume import find_checkpoint, refuse_other_run, restore
@@ -31,13 +30,15 @@ from .errors import UserError
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
 from .models.hub import on_all_ranks
+from .models.saving import save_model_files
+from .run_info import checkpoint_record
 from .stop import Stopped, StopRequest, StopVote
-from .storage import RunFolder, is_url, storage_folder, write_whole
+from .storage import RunFolder, is_url, new_run_name, storage_folder, write_whole
 from .strategies import load_deepspeed
 from .strategies.deepspeed import settings as deepspeed_config
 from .tasks import TASKS
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
-from .training.about import about_run, facts, layer_sizes, save_model_files
+from .training.describe import describe_run
 from .training.evaluate import evaluate
 from .training.progress import Progress
 from .training.results import Results
@@ -68,9 +69,7 @@ def prepare(config: Config) -> Config:
         for workers in config.cluster.world_sizes:
             deepspeed_config.resolve(config, workers)
     tracking_uri(config.tracking, Path())  # refuses a password
-    run_name = (
-        config.run_name or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    )
+    run_name = config.run_name or new_run_name(config.method)
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
@@ -218,6 +217,7 @@ def _build(
         place.local.parent,
         enabled=config.tracking.enabled and config.tracking.system_metrics,
     )
+    info = describe_run(config, lwo, data, run_dir=place.local, device=device, hosts=system.hosts)
     trainer = Trainer(
         config,
         lwo,
@@ -243,17 +243,7 @@ def _build(
             synced=config.strategy != "replicate",
             before_batch=before_batch,
         ),
-        about_run=about_run(config, data),
-    )
-    info = RunInfo(
-        config,
-        place.local,
-        distributed.world_size(),
-        tuple(layer.name for layer in lwo.layers),
-        facts(config, lwo, data, device),
-        lwo.step_count,
-        layer_sizes(lwo),
-        tuple(system.hosts),
+        about_run=checkpoint_record(info),
     )
     for callback in callbacks:
         callback.on_run_start(info)

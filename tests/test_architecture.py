@@ -38,6 +38,7 @@ FLOORS = {
     "lwo_dist.callback": 4,
     "lwo_dist.strategies": 3,
     "lwo_dist.methods": 2,
+    "lwo_dist.run_info": 2,
     "lwo_dist.layers": 1,
     "lwo_dist.schedule": 1,
     "lwo_dist.distributed": 1,
