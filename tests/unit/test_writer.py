@@ -223,6 +223,15 @@ def test_one_piece_above_the_limit_is_written_before_put_returns(
 
 
 @pytest.mark.usefixtures("lazy")
+def test_a_piece_that_a_newer_one_replaced_is_skipped(run: RunFolder, disk: Disk) -> None:
+    target = make_writer(run)
+    target.put("a", piece("a", 1, size=12))
+    target.put("a", piece("a", 2, size=26))  # over the limit: both jobs have run when this returns
+    [written] = disk.written
+    assert written.startswith("a.000002") and target.is_done
+
+
+@pytest.mark.usefixtures("lazy")
 def test_put_waits_for_no_piece_that_could_not_be_written(run: RunFolder, disk: Disk) -> None:
     target = make_writer(run)
     disk.refuses = ".safetensors"
