@@ -183,7 +183,7 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
             )
     if damaged:
         raise UserError(
-            f"no checkpoint in {run}/{CHECKPOINTS} is whole ({damaged[0]}); delete the folder to"
+            f"no checkpoint in {run}/{CHECKPOINTS} is whole ({damaged[0]}); remove the folder to"
             " start anew"
         )
     return None
