@@ -1,58 +1,42 @@
-"""The events of a run. The trainer knows only this class; progress lines and MLflow are subclasses.
+"""The events of a run. Progress lines, MLflow and Ray's gauges are subclasses of `Callback`.
 
-A callback runs on rank 0 only, never joins a collective, and gets plain Python values.
+A callback runs on rank 0 only, takes part in no collective, and receives plain Python values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config
+from .run_info import RunInfo
 
 __all__ = ["Callback", "RunInfo"]
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What is known of a run before its first step."""
-
-    config: Config
-    """The resolved configuration."""
-    folder: Path
-    """The run's folder, <storage>/<run_name>."""
-    world_size: int
-    layers: tuple[str, ...]
-    """Names of the trained layers, in model order; `lwo/active_layer` is an index into it."""
-    parameters: Mapping[str, Any]
-    """Facts to log beside the config: parameter counts, device, library versions."""
-    start_step: int
-    """0, or the step that a resumed run goes on from."""
-    layer_sizes: tuple[int, ...] = ()
-    """Parameters of each layer."""
-    hosts: tuple[str, ...] = ()
-    """The hosts of all ranks, each once."""
-
-
 class Callback:
-    """Override what you need; every event is a no-op."""
+    """Override the events that you need; each does nothing by default.
+
+    >>> class Print(Callback):
+    ...     def on_switch(self, step: int, layer: str) -> None:
+    ...         print(f"step {step}: {layer}")
+    """
 
     def on_run_start(self, info: RunInfo) -> None:
-        """Model, data and hook are ready."""
+        """Model, data and hook are ready; no step was made yet."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Every `train.logging_steps` optimizer steps: DESIGN's names (`train/loss`,
-        `lwo/active_layer`, ...).
+        """Every `train.logging_steps` optimizer steps, by MLflow name: `train/loss`,
+        `lwo/active_layer`, ...
         """
 
     def on_switch(self, step: int, layer: str) -> None:
         """After `step` optimizer steps, `layer` became active."""
 
     def on_visit(self, step: int, layer: str, metrics: Mapping[str, float]) -> None:
-        """With the metrics: the visit of `layer` that was over after `step` steps; names
-        `visit/...`.
+        """The visit of `layer` ended after `step` steps; the metrics are named `visit/...`.
+
+        Called with the metrics of a later step.
         """
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
@@ -62,10 +46,10 @@ class Callback:
         """A checkpoint was committed."""
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
-        """The run ended well; `summary` is what summary.json holds."""
+        """The run has finished; `summary` is the content of summary.json."""
 
     def on_run_stopped(self, reason: str) -> None:
-        """The run was asked to stop and has saved what it had; it may go on later."""
+        """The run was asked to stop and has saved a checkpoint; it can be resumed."""
 
     def on_run_failed(self, error: BaseException) -> None:
-        """The run ended by an exception, which is raised again afterwards."""
+        """An exception ended the run; it is raised again afterwards."""

@@ -296,8 +296,8 @@ def _checkpoints(arguments: argparse.Namespace) -> None:
 
 
 def _ui(arguments: argparse.Namespace) -> None:
+    from .redaction import redact
     from .storage import storage_folder
-    from .tracking.facts import redact
     from .tracking.mlflow import experiment_page, tracking_uri
 
     config = _config(arguments)

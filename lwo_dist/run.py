@@ -6,7 +6,6 @@ The driver calls `prepare` once; then every worker calls `run`. Under torchrun e
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,10 @@ import torch
 
 from . import distributed
 from .base_model import default_cache_folder, ensure_base_model
-from .callback import Callback, RunInfo
+from .callback import Callback
 from .checkpoint.export import export_model
 from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
-from .checkpoint.resume import find_checkpoint, refuse_other_run, restore
+from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, restore
 from .checkpoint.store import LayerStore
 from .config import Config
 from .data import PreparedData, check_world_sizes, prepare_dataset, read_source_tree
@@ -31,14 +30,16 @@ from .errors import UserError
 from .hook import LWO, attach
 from .methods import Method
 from .models import PretrainedSource, load_tokenizer
+from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
+from .run_info import checkpoint_record
 from .stop import Stopped, StopRequest, StopVote
-from .storage import RunFolder, is_url, storage_folder, write_whole
+from .storage import RunFolder, is_url, new_run_name, storage_folder, write_whole
 from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
-from .training.about import about_run, facts, layer_sizes, save_model_files
-from .training.evaluate import evaluate
+from .training.describe import describe_run
+from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
 from .training.progress import Progress
 from .training.results import Results
@@ -68,10 +69,7 @@ def prepare(config: Config) -> Config:
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuses a password
-    run_name = config.run_name
-    if run_name is None:
-        now = datetime.datetime.now()
-        run_name = f"{METHODS.get(config.method).name}-{now:%Y%m%d-%H%M%S}-{os.getpid()}"
+    run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
@@ -167,7 +165,7 @@ def _build(
     stop: StopRequest,
     on_commit: Callable[[int, Path], None],
 ) -> Trainer:
-    main = distributed.rank() == 0
+    """Everything that a run is made of; every rank builds it alike."""
     checkpoint = find_checkpoint(config, run_folder)
     tokenizer = load_tokenizer(config.model)
     task = TASKS.get(config.task)
@@ -175,29 +173,24 @@ def _build(
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
-    results = Results(run_folder.local, config.eval.metric, writes=main)
+    results = Results(run_folder.local, config.eval.metric, writes=distributed.rank() == 0)
     store = LayerStore(
         run_folder, partial(save_model_files, lwo.module, tokenizer), keep=config.checkpoint.keep
     )
     if checkpoint is not None:
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
-    system = SystemMetrics(
-        device,
-        run_folder.local.parent,
-        enabled=config.tracking.enabled and config.tracking.system_metrics,
+    logs_system = config.tracking.enabled and config.tracking.system_metrics
+    system = SystemMetrics(device, run_folder.local.parent, enabled=logs_system)
+    info = describe_run(
+        config, lwo, data, run_dir=run_folder.local, device=device, hosts=system.hosts
     )
-    about_data = {
-        "seed": config.seed,
-        "global_batch_size": config.train.global_batch_size,
-        "fingerprint": data.fingerprint,
-    }
     saver = Saver(
         config,
         lwo,
         results,
         store,
-        about={"run": about_run(config, data), "data": about_data},
+        about={"run": checkpoint_record(info), "data": data_record(config, data)},
         callbacks=callbacks,
         on_commit=on_commit,
         checkpoint=checkpoint.folder if checkpoint is not None else None,
@@ -207,7 +200,26 @@ def _build(
         lwo,
         data,
         device=device,
-        evaluate=lambda before_batch: evaluate(
+        evaluate=_evaluation(config, lwo, tokenizer, task, data, device),
+        meter=Meter(lwo, results, system, device),
+        results=results,
+        saver=saver,
+        stop=StopVote(stop, distributed.first_reason),
+        callbacks=callbacks,
+    )
+    for callback in callbacks:
+        callback.on_run_start(info)
+    _warn_never_trained(config, lwo)
+    return trainer
+
+
+def _evaluation(
+    config: Config, lwo: LWO, tokenizer: Any, task: Any, data: PreparedData, device: torch.device
+) -> Callable[[Callable[[], None]], Evaluation]:
+    """Scores the model as it is now; calls its argument before each batch."""
+
+    def evaluate_now(before_batch: Callable[[], None]) -> Evaluation:
+        return evaluate(
             lwo.module,
             tokenizer,
             data.held_out,
@@ -219,27 +231,9 @@ def _build(
             world_size=distributed.world_size(),
             synced=lwo.strategy.forward_is_collective,
             before_batch=before_batch,
-        ),
-        meter=Meter(lwo, results, system, device),
-        results=results,
-        saver=saver,
-        stop=StopVote(stop, distributed.first_reason),
-        callbacks=callbacks,
-    )
-    info = RunInfo(
-        config,
-        run_folder.local,
-        distributed.world_size(),
-        tuple(layer.name for layer in lwo.layers),
-        facts(config, lwo, data, device),
-        lwo.step_count,
-        layer_sizes(lwo),
-        tuple(system.hosts),
-    )
-    for callback in callbacks:
-        callback.on_run_start(info)
-    _warn_never_trained(config, lwo)
-    return trainer
+        )
+
+    return evaluate_now
 
 
 def _read_data(config: Config, tokenizer: Any, task: Any) -> PreparedData:

@@ -5,9 +5,8 @@ this file.
                           "time_ms": ..., ...}
     metrics.sent.json    how far it has been sent, and to which MLflow run
 
-Everything that MLflow is to know goes through these lines, the run's start and end included. So
-sending while the run goes on and replaying it a week later are the same code, and a server that was
-never up costs nothing.
+Everything that MLflow is told goes through these lines, including the run's start and end. So the
+same code sends during the run and replays a week later, and a server that is down costs nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = [
+    "SPOOL_NAME",
     "Point",
     "Record",
     "Sent",
@@ -46,14 +46,12 @@ class Record:
     """One line of a spool."""
 
     kind: str
-    """run, metrics, switch, artifact, model or end; damaged for a whole line that is not ours to
-    read.
-    """
+    """run, metrics, switch, artifact, model or end; damaged for a line that cannot be read."""
     time_ms: int
     """When it was written, in milliseconds since 1970."""
     fields: Mapping[str, Any]
     end: int
-    """The byte offset behind the line."""
+    """The byte offset after the line."""
 
 
 class Point(NamedTuple):
@@ -64,8 +62,8 @@ class Point(NamedTuple):
 
 
 def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
-    """Yield the records from byte `offset` on. A torn last line, left by a kill in mid-write, is
-    not yielded.
+    """Yield the records from byte `offset` on, except a torn last line, left by a kill during a
+    write.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -81,7 +79,7 @@ def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
 
 
 def points_of(record: Record) -> list[Point]:
-    """The metric points of a record, none unless its kind is metrics."""
+    """The metric points of a record; empty unless its kind is metrics."""
     if record.kind != "metrics":
         return []
     step = record.fields["step"]
@@ -101,7 +99,12 @@ def count_points(path: Path, offset: int = 0) -> int:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a live `Spool` holds the file. False where the file system has no locks."""
+    """Whether a live process has the file open as a `Spool`. False without locks on its file
+    system.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -113,10 +116,10 @@ def is_being_written(path: Path) -> bool:
 
 
 class Spool:
-    """Appends to a run's spool; one writer at a time, any number of attempts after each other.
+    """Appends to a run's spool. One writer at a time; each attempt of the run opens it again.
 
-    A step counts once: what an earlier attempt wrote of a metric is not written again when a
-    resumed run passes the same steps a second time, so a chart never goes back.
+    A step counts once: a resumed run that repeats steps does not write their points again, so a
+    chart never goes back.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,9 +143,9 @@ class Spool:
         # Unbuffered: one write call per line, in the kernel's hands at once, so a SIGKILL loses at
         # most that line.
         self._file = path.open("ab", buffering=0)
-        with suppress(
-            OSError
-        ):  # held by a dying attempt, or no locks here: whole lines may be appended all the same
+        # Held by a dying attempt, or a file system without locks: appending whole lines is safe
+        # either way.
+        with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         end = 0
         for record in read_spool(path):
@@ -152,7 +155,7 @@ class Spool:
         if torn:
             os.truncate(path, end)
             logger.warning(
-                "%s ended in a torn line (%d bytes, from a kill in mid-write); dropped it",
+                "%s ended in a torn line (%d bytes, left by a kill during a write); dropped it",
                 path,
                 torn,
             )
@@ -163,15 +166,15 @@ class Spool:
         line = self._stump_end + json.dumps(record, allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
-            # A disk that filled up in mid-line: the stump must spoil no later line when there is
-            # room again.
+            # The disk filled up within the line: the rest must not spoil the next line once there
+            # is space again.
             self._stump_end = b"\n"
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes written")
         self._stump_end = b""
         self._note(Record(kind, record["time_ms"], fields, 0))
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the points of one step, without those that the run has written before."""
+        """Write the points of one step, except those that an earlier attempt has written."""
         fresh = {
             name: float(value)
             for name, value in values.items()
@@ -191,7 +194,7 @@ class Spool:
             self.append("switch", step=step, layer=layer)
 
     def sync(self) -> None:
-        """Put what was written on the disk itself, to outlive the machine and not only the
+        """Flush to the disk, so that what was written survives the machine and not only the
         process.
         """
         os.fsync(self._file.fileno())
@@ -218,13 +221,13 @@ class Spool:
 
 @dataclass
 class Sent:
-    """How far a spool has been sent. Kept beside it, moved only after success."""
+    """How far a spool has been sent. Saved beside it, and only after a success."""
 
     path: Path
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Tags the MLflow run, to find it again where the answer to its creation was lost."""
+    """A tag of the MLflow run, to find it again if the answer to its creation was lost."""
     uri: str | None = None
-    """The store that the rest of this is about, without credentials."""
+    """The store that the other fields refer to, without credentials."""
     run_id: str | None = None
     offset: int = 0
     waiting: list[str] = field(default_factory=list)
@@ -234,7 +237,7 @@ class Sent:
 
     @classmethod
     def load(cls, spool: Path) -> Sent:
-        """Read what lies beside the spool; from the start where there is nothing (readable)."""
+        """Read the file beside the spool; start from zero if there is none or it is damaged."""
         sent = cls(spool.with_suffix(".sent.json"))
         try:
             values = json.loads(sent.path.read_text())
@@ -253,9 +256,7 @@ class Sent:
         return sent
 
     def address(self, uri: str, run_id: str | None) -> None:
-        """Point at a store and perhaps a run. Where either is another one than before, all is sent
-        anew to it.
-        """
+        """Set the store and, unless None, the run. If either changes, everything is sent again."""
         if uri != self.uri or (run_id is not None and run_id != self.run_id):
             self.uri, self.run_id, self.offset, self.waiting = uri, run_id, 0, []
 

@@ -3,14 +3,16 @@ needed.
 
 A process always reads and writes a local folder, `RunFolder.local`. For `s3://...`, `gs://...` and
 whatever else `pyarrow.fs` opens, that folder is scratch space of the node: `push` sends files to
-the store, `pull` fetches them. On a plain file system both do nothing, so that nobody above asks
-which of the two it is.
+the store, `pull` fetches them. On a plain file system both do nothing, so callers need not know
+which of the two they have.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,11 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, first_line
 
-__all__ = ["RunFolder", "is_url", "storage_folder", "write_whole"]
+__all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "write_whole"]
 
 T = TypeVar("T")
+
+_LARGE_FOLDERS = ("layers", "checkpoints", "model")
+_WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
 
 def is_url(storage: str) -> bool:
@@ -36,16 +41,34 @@ def storage_folder(storage: str) -> Path:
     """
     if not is_url(storage):
         return Path(storage.removeprefix("file://")).expanduser().absolute()
-    scratch = os.environ.get("LWO_SCRATCH_DIR")
-    base = Path(scratch) if scratch else Path(tempfile.gettempdir()) / f"lwo_dist-{os.getuid()}"
-    return base / hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:12]
+    scratch = os.environ.get("LWO_SCRATCH_DIR") or f"{tempfile.gettempdir()}/lwo_dist-{os.getuid()}"
+    return Path(scratch) / hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:12]
+
+
+def new_run_name(method: str) -> str:
+    """A name that no other run has, from the method, the local time and a random number.
+
+    For example `lwo-20261126-101500-9f3a`.
+    """
+    return f"{method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 class RunFolder:
-    """One run's folder. Names are paths relative to it, with `/` between their parts."""
+    """One run's folder. File names are relative to it, with `/` between their parts.
+
+    Args:
+        storage: a folder, `file://` folder or URL of an object store.
+        run_name: the folder's name in it.
+
+    Raises:
+        UserError: no file system of pyarrow fits the URL.
+
+    Attributes:
+        local: the folder on this machine.
+        url: the folder in the object store; None on a plain file system.
+    """
 
     def __init__(self, storage: str, run_name: str):
-        """Raises: UserError where no file system fits the URL."""
         self.local = storage_folder(storage) / run_name
         self.url = f"{storage.rstrip('/')}/{run_name}" if is_url(storage) else None
         self._fs: Any = None
@@ -66,7 +89,7 @@ class RunFolder:
         return self.url or str(self.local)
 
     def folders(self, name: str) -> list[str]:
-        """Names of the folders in folder `name`, sorted; where it lives for good."""
+        """Names of the folders in folder `name`, sorted; those of the store where there is one."""
         if self._fs is None:
             return sorted(path.name for path in (self.local / name).glob("*") if path.is_dir())
         # An object store has no folders: they are where their files' names say.
@@ -80,14 +103,20 @@ class RunFolder:
         )
 
     def files(self, name: str) -> list[str]:
-        """Names of all files in or below folder `name`, relative to the run's folder, sorted."""
+        """Names of all files in or below folder `name`, sorted; those of the store where there is
+        one.
+        """
         if self._fs is None:
             found = [path for path in (self.local / name).rglob("*") if path.is_file()]
             return sorted(path.relative_to(self.local).as_posix() for path in found)
         return sorted(path.removeprefix(f"{self._base}/") for path in self._find(name))
 
     def push(self, names: Iterable[str]) -> None:
-        """Send local files to the store, in this order. Raises: OSError."""
+        """Send local files to the store, in this order; without a store, do nothing.
+
+        Raises:
+            OSError
+        """
         if self._fs is None:
             return
         for name in names:
@@ -95,19 +124,29 @@ class RunFolder:
                 self._reach(lambda n=name, s=source: self._upload(n, s))  # type: ignore[misc]
 
     def pull(self, name: str) -> Path:
-        """A file of the store as a local file, fetched anew. Raises: OSError, FileNotFoundError
-        too.
+        """Fetch a file from the store, even if an older copy is here. Returns its local path.
+
+        Raises:
+            FileNotFoundError: the store has no such file.
+            OSError: the store cannot be reached.
         """
         path = self.local / name
         if self._fs is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            self._reach(lambda: self._download(name, temporary))
-            temporary.rename(path)
+            try:
+                self._reach(lambda: self._download(name, temporary))
+                temporary.rename(path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return path
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files, here and in the store, in this order; one that is gone already is fine."""
+        """Remove files, here and in the store, in this order. Files that do not exist are skipped.
+
+        Raises:
+            OSError
+        """
         for name in names:
             (self.local / name).unlink(missing_ok=True)
             if self._fs is not None:
@@ -115,13 +154,22 @@ class RunFolder:
                     self._reach(lambda n=name: self._fs.delete_file(f"{self._base}/{n}"))  # type: ignore[misc]
 
     def remove_folder(self, name: str, *, first: str = "") -> None:
-        """Remove a folder with all its files, `first` before the others."""
+        """Remove a folder with all its files.
+
+        Args:
+            first: the file that is removed before the others, so that a removal that is cut short
+                leaves a folder without it.
+        """
         self.remove([f"{name}/{first}"] if first else [])
         self.remove(self.files(name))
         shutil.rmtree(self.local / name, ignore_errors=True)
 
     def push_small(self) -> None:
-        """Send all but the layer store: what the run says of itself. Raises: OSError."""
+        """Send all files but layers, checkpoints and model: the record of the run.
+
+        Raises:
+            OSError
+        """
         if self._fs is not None:
             found = [path for path in self.local.rglob("*") if path.is_file()]
             self.push(
@@ -129,22 +177,27 @@ class RunFolder:
             )
 
     def fetch_small(self) -> None:
-        """Fetch what `push_small` sent, as far as it is not here. Raises: OSError."""
+        """Fetch what `push_small` sent; files that are here stay as they are.
+
+        Raises:
+            OSError
+        """
         if self._fs is not None:
             for name in self.files(""):
                 if _is_small(name) and not (self.local / name).exists():
                     self.pull(name)
 
     def check_writable(self) -> None:
-        """Raises: UserError where nothing can be written."""
-        place, probe = self.local.parent, f".probe-{os.getpid()}"
+        """Write and remove a file, here and in the store. Raises: UserError if that fails."""
+        probe = f".probe-{os.getpid()}"
+        folder = self.local.parent
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / probe).touch()
-            (place / probe).unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / probe).touch()
+            (folder / probe).unlink()
         except OSError as error:
             raise UserError(
-                f"storage = {place}: {error.strerror}; give a folder that can be written"
+                f"storage = {folder}: {error.strerror}; give a folder that can be written"
             ) from None
         if self._fs is None:
             return
@@ -155,7 +208,7 @@ class RunFolder:
             self.remove([probe])
         except OSError as error:
             raise UserError(
-                f"storage = {self.url}: {_first_line(error)}; give a bucket that exists and"
+                f"storage = {self.url}: {first_line(error)}; give a bucket that exists and"
                 " credentials that may write there (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,"
                 " AWS_ENDPOINT_URL, ...)"
             ) from None
@@ -183,20 +236,20 @@ class RunFolder:
             shutil.copyfileobj(source, file, 16 * 2**20)
 
     def _reach(self, call: Callable[[], T]) -> T:
-        """Call the store; what it raises is an OSError that says so."""
+        """Call the store; every failure is an OSError that names the run's URL."""
         try:
             return call()
         except FileNotFoundError:
             raise
-        except (
-            Exception
-        ) as error:  # pyarrow raises OSError, and ArrowInvalid for what it refuses itself
-            raise OSError(f"{self.url}: {_first_line(error)}") from error
+        except Exception as error:  # pyarrow raises OSError, but ArrowInvalid for a bad request
+            raise OSError(f"{self.url}: {first_line(error)}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a local file whole or not at all, on the disk itself when it returns. Raises:
-    OSError.
+    """Write a local file whole or not at all; it has reached the disk when this returns.
+
+    Raises:
+        OSError: nothing was written, and an older file of that name is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -211,19 +264,16 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems refuse it, and keep order by themselves
+        with suppress(OSError):  # some network file systems refuse it and keep order by themselves
             os.fsync(folder)
     finally:
         os.close(folder)
 
 
 def _is_small(name: str) -> bool:
-    top = name.partition("/")[0]
-    rays = (
-        "checkpoint_manager_snapshot.json",
-        ".validate_storage_marker",
-    )  # which Ray writes into the store itself
-    return top not in ("layers", "checkpoints", "model", *rays) and not name.endswith(".tmp")
+    if name.endswith(".tmp"):
+        return False
+    return name.partition("/")[0] not in (*_LARGE_FOLDERS, *_WRITTEN_BY_RAY)
 
 
 def _open(storage: str, run_name: str) -> tuple[Any, str]:
@@ -233,11 +283,7 @@ def _open(storage: str, run_name: str) -> tuple[Any, str]:
         fs, path = FileSystem.from_uri(storage)
     except Exception as error:
         raise UserError(
-            f"storage = {storage}: {_first_line(error)}; give a folder, or a URL such as"
+            f"storage = {storage}: {first_line(error)}; give a folder, or a URL such as"
             " s3://bucket/folder"
         ) from None
     return fs, f"{path.rstrip('/')}/{run_name}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -13,8 +13,8 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
-from lwo_dist.callback import RunInfo
 from lwo_dist.config import Config, TrackingConfig, TrainConfig
+from lwo_dist.run_info import RunInfo
 from lwo_dist.spool import count_points, points_of, read_spool
 from lwo_dist.tracking.mlflow import MLflowCallback
 
@@ -94,19 +94,19 @@ def config_for(uri=None, **tracking):
 
 def begin(config, storage, run_name, run_id=None, start_step=0):
     callback = MLflowCallback(config.tracking, storage, run_id)
-    parameters = {"device": "cpu", "parameters": 400, "long": "x" * 7000}
-    parameters |= {f"fact.{i}": i for i in range(150)}  # more than one call of MLflow takes
-    hosts = ("node-a", "node-b")
+    counts = {f"fact_{i}": i for i in range(150)}  # more than one call of MLflow takes
     callback.on_run_start(
         RunInfo(
-            config,
-            storage / run_name,
-            2,
-            LAYERS,
-            parameters,
-            start_step,
-            (100, 90, 110, 100),
-            hosts,
+            config=config,
+            run_dir=storage / run_name,
+            world_size=2,
+            start_step=start_step,
+            layers=LAYERS,
+            layer_sizes=(100, 90, 110, 100),
+            parameters=400,
+            device="cpu",
+            hosts=("node-a", "node-b"),
+            data={"long": "x" * 7000, **counts},
         )
     )
     return callback

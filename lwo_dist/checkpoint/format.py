@@ -1,4 +1,4 @@
-"""The format of a checkpoint, and reading one. `layer_store` writes them.
+"""The format of a checkpoint, and how it is read. `store.py` and `writer.py` write them.
 
 <run>/layers/<layer>.<step last trained>.<sha8>.safetensors          fp32 masters; immutable
 <run>/layers/<layer>.<step last trained>.<sha8>.moments.safetensors  `state: keep`: a waiting layer
@@ -7,9 +7,9 @@
     active.safetensors                                moments of the active layer, by parameter
     state.json                                        written last: no state.json, no checkpoint
 
-It is the same for all strategies and world sizes, and `from_pretrained(checkpoint folder)` reads it
-as it stands. state.json holds the sha256 of every other file and its own digest, so no damage goes
-unseen.
+The format is the same for all strategies and world sizes, and `from_pretrained(folder)` reads a
+checkpoint's folder as it is. state.json holds the sha256 of every other file and its own digest, so
+that any damage is found.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ FORMAT = 1
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be trusted; the message names the file and what is wrong with it."""
+    """A damaged checkpoint; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint whose files are all there and whole; its weights load by
+    """A committed checkpoint whose files are all present and whole; its weights load with
     `from_pretrained(folder)`.
     """
 
     folder: Path
     """On this machine."""
     state: Mapping[str, Any]
-    """`step`, `active_layer`, `skipped_steps`, `moments` (layer that waits -> its file), what the
-    trainer added, `sha256` of every file named."""
+    """`step`, `active_layer`, `skipped_steps`, `moments` (waiting layer -> file of its moments),
+    the trainer's entries, and `sha256` (file -> digest)."""
 
     @property
     def step(self) -> int:
@@ -77,14 +77,14 @@ class Checkpoint:
         return json.loads((self.folder / INDEX).read_text())["weight_map"]
 
     def hook_state(self) -> dict[str, Any]:
-        """What `LWO.load_state_dict` takes: the position and the active layer's moments, whole CPU
-        tensors.
+        """The position and the active layer's moments (whole CPU tensors), as
+        `LWO.load_state_dict` takes them.
         """
         position = {key: self.state[key] for key in ("step", "active_layer", "skipped_steps")}
         return {**position, "moments": _read_moments(self.folder / MOMENTS)}
 
     def parked_moments(self) -> Iterator[tuple[str, dict[str, dict[str, Tensor]]]]:
-        """Name and moments of each layer that waits with its moments kept, one at a time."""
+        """(layer, moments) of each inactive layer whose moments are kept, one at a time."""
         for layer, reference in self.state.get("moments", {}).items():
             yield layer, _read_moments(self.folder / reference)
 
@@ -95,7 +95,7 @@ class Checkpoint:
 
 
 def step_folder(step: int) -> str:
-    """Name of a checkpoint's folder, relative to the run's."""
+    """Name of a checkpoint's folder, relative to the run's: `checkpoints/step_000400`."""
     return f"{CHECKPOINTS}/step_{step:06d}"
 
 
@@ -114,7 +114,7 @@ def flat_moments(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
 
 
 def committed_steps(run: RunFolder) -> list[int]:
-    """Steps of the checkpoints that were written to their end, damaged or not, oldest first."""
+    """Steps of the checkpoints that were written completely, oldest first. None is verified."""
     steps = []
     for name in run.folders(CHECKPOINTS):
         number = name.removeprefix("step_")
@@ -128,10 +128,10 @@ def committed_steps(run: RunFolder) -> list[int]:
 
 
 def read_checkpoint(run: RunFolder, step: int) -> Checkpoint:
-    """The checkpoint of `step`, fetched from where the run lives, every byte of it checked.
+    """The checkpoint of `step`, fetched from the run's storage, with every byte verified.
 
     Raises:
-        DamagedError: a file is missing, cut or changed.
+        DamagedError: a file is missing, truncated or changed.
         UserError: it was written by a newer lwo_dist.
     """
     name = step_folder(step)
@@ -148,8 +148,11 @@ def read_checkpoint(run: RunFolder, step: int) -> Checkpoint:
 
 
 def read_state(run: RunFolder, step: int) -> dict[str, Any]:
-    """What state.json of a checkpoint says; the other files are not looked at. Raises: as
-    `read_checkpoint`.
+    """The values of a checkpoint's state.json; no other file is read.
+
+    Raises:
+        DamagedError: state.json is missing, truncated or changed.
+        UserError: it was written by a newer lwo_dist.
     """
     name = f"{step_folder(step)}/{STATE}"
     try:
@@ -157,16 +160,16 @@ def read_state(run: RunFolder, step: int) -> dict[str, Any]:
     except OSError as error:
         raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from None
     if state["step"] != step:
-        raise DamagedError(f"{name} is that of step {state['step']}")
+        raise DamagedError(f"{name} belongs to step {state['step']}")
     return state
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
-    """The last checkpoint that is whole; each damaged one behind it is said in a line and passed
-    over.
+    """The newest whole checkpoint; None without checkpoints. Prints a line for each damaged one
+    that it skips.
 
     Raises:
-        UserError: there are checkpoints, and every one of them is damaged.
+        UserError: every checkpoint is damaged.
     """
     damaged = []
     for step in reversed(committed_steps(run)):
@@ -187,25 +190,32 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
 
 
 def use_copy(run: RunFolder, checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint on another machine, which fetches the files that it lacks. Raises:
-    DamagedError.
+    """Make a checkpoint that rank 0 has found available on this machine too.
+
+    Raises:
+        DamagedError: a file that was fetched is damaged.
+        UserError: this machine does not see the storage folder.
     """
     if run.url is not None:
         read_checkpoint(run, checkpoint.step)
     elif not (checkpoint.folder / STATE).is_file():
         raise UserError(
-            f"{checkpoint.folder} cannot be seen by this worker; set storage to a folder that all"
-            " share"
+            f"{checkpoint.folder} does not exist on this worker; set storage to a folder that all"
+            " workers share"
         )
     return checkpoint
 
 
 def prune(run: RunFolder, keep: set[int]) -> list[str]:
-    """Remove the checkpoints of other steps and the layer files that no kept one names. Returns
-    what was removed.
+    """Remove all checkpoints but those of the steps `keep`, and the layer files that none of these
+    names.
 
-    Raises: OSError; DamagedError if a checkpoint to keep cannot be read, and nothing is removed
-    then.
+    Returns:
+        The folders and files that were removed, relative to the run's folder.
+
+    Raises:
+        DamagedError: a checkpoint to keep cannot be read; nothing was removed.
+        OSError
     """
     named = set()
     for step in keep:

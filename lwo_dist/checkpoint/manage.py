@@ -1,15 +1,15 @@
-"""What people do with the checkpoints of a run: list, verify, prune, export."""
+"""List, verify, prune and export the checkpoints of a run, for the command line."""
 
 from __future__ import annotations
 
 import datetime
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 from lwo_dist.errors import UserError
+from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
-from lwo_dist.training.progress import human_bytes
+from lwo_dist.units import human_bytes
 
 from .export import Dtype, export_model
 from .format import (
@@ -27,8 +27,11 @@ __all__ = ["export_run", "list_checkpoints", "prune_checkpoints", "verify_checkp
 
 
 def list_checkpoints(run: RunFolder) -> Iterator[str]:
-    """A line per checkpoint: step, active layer, held-out loss, when. Nothing is verified but
-    state.json.
+    """A line per checkpoint: step, active layer, held-out loss, files, time. Only state.json is
+    verified.
+
+    Raises:
+        UserError: the run has no checkpoints.
     """
     for step in _steps(run):
         try:
@@ -47,10 +50,10 @@ def list_checkpoints(run: RunFolder) -> Iterator[str]:
 
 
 def verify_checkpoints(run: RunFolder) -> Iterator[str]:
-    """A line per checkpoint, after every byte of it was read.
+    """Read every byte of every checkpoint. A line per checkpoint: whole, or what is damaged.
 
     Raises:
-        UserError: behind the last line, if any of them is damaged.
+        UserError: the run has no checkpoints; after the last line: some are damaged.
     """
     damaged = 0
     for step in _steps(run):
@@ -64,17 +67,17 @@ def verify_checkpoints(run: RunFolder) -> Iterator[str]:
         yield f"step {step}  whole: {len(checkpoint.state['sha256'])} files, {human_bytes(size)}"
     if damaged:
         raise UserError(
-            f"{damaged} checkpoint(s) of {run} are damaged; a resume uses the newest whole one, and"
-            " `lwo-dist checkpoints prune` removes the others"
+            f"{damaged} checkpoint(s) of {run} are damaged; a resume uses the newest whole one;"
+            " remove the others with `lwo-dist checkpoints prune`"
         )
 
 
 def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
-    """Keep the newest `keep` whole checkpoints; remove the others and what only they name. A line
-    per thing removed.
+    """Keep the newest `keep` whole checkpoints; remove the others and the files that only they
+    name. A line per removed file or folder.
 
     Raises:
-        UserError: keep below 1, no whole checkpoint, a run that is going on.
+        UserError: keep is below 1, no checkpoint is whole, or the run is still running.
     """
     if keep < 1:
         raise UserError(f"--keep = {keep} must be at least 1")
@@ -88,13 +91,24 @@ def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
         except DamagedError as error:
             yield f"step {step}  damaged: {error}"
     if not whole:
-        raise UserError(f"no checkpoint of {run} is whole, so none is removed")
+        raise UserError(
+            f"no checkpoint of {run} is whole, so nothing was removed; remove the folder to start"
+            " anew"
+        )
     for name in prune(run, set(whole)):
         yield f"removed {name}"
 
 
 def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dtype) -> Path:
-    """Write a checkpoint (the newest whole one) as a Hugging Face folder; returns that folder.
+    """Write a checkpoint as a Hugging Face model folder.
+
+    Args:
+        target: the folder to write; None: `model` in the run's folder, or a folder named like the
+            run in the working directory where the run is in an object store.
+        step: the checkpoint; None: the newest whole one.
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: no such run or step, a damaged checkpoint, a folder that cannot be written.
@@ -106,17 +120,18 @@ def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dty
         checkpoint = read_checkpoint(run, step) if step is not None else newest_checkpoint(run)
     except DamagedError as error:
         raise UserError(
-            f"--step = {step}: the checkpoint is damaged ({error}); give another one"
+            f"--step = {step}: the checkpoint is damaged ({error}); give another step"
         ) from None
     assert checkpoint is not None
-    target = target or (run.local / "model" if run.url is None else Path(run.local.name))
+    if target is None:
+        target = run.local / "model" if run.url is None else Path(run.local.name)
     if target.exists() and not (target / "config.json").is_file():
-        raise UserError(f"--to = {target} is there and no model; give a new folder")
+        raise UserError(f"--to = {target} exists and is not a model; give a new folder")
     try:
         return export_model(checkpoint, target.absolute(), dtype=dtype)
     except OSError as error:
         raise UserError(
-            f"--to = {target}: {error.strerror or error}; give a folder with room"
+            f"--to = {target}: {error.strerror or error}; give a folder with enough space"
         ) from None
 
 
@@ -128,15 +143,6 @@ def _steps(run: RunFolder) -> list[int]:
 
 
 def _refuse_running(run: RunFolder) -> None:
-    spool = run.local / "metrics.jsonl"
-    if not spool.is_file():
-        return
-    with spool.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run} is being trained, and prunes by itself; wait for its end"
-            ) from None
-        except OSError:  # no locks on this file system
-            return
+    spool = run.local / SPOOL_NAME
+    if spool.is_file() and is_being_written(spool):
+        raise UserError(f"{run} is still running and prunes by itself; wait until it ends")

@@ -15,7 +15,7 @@ from lwo_dist.storage import RunFolder
 
 from .format import Checkpoint, newest_checkpoint, use_copy
 
-__all__ = ["find_checkpoint", "refuse_other_run", "restore"]
+__all__ = ["data_record", "find_checkpoint", "refuse_other_run", "restore"]
 
 
 def find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
@@ -46,29 +46,30 @@ def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
         lwo.write_moments(layers[name], moments)
 
 
-def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    """Raises: UserError where the checkpoint was made from another model or other data."""
-    base, then = config.model.name, state["run"]["base_model"]
-    # A folder may have moved; its name stays.
-    if Path(base).name != Path(then).name:
-        raise UserError(
-            f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name"
-            f" is {base}; choose another run_name, or set it back"
-        )
-    now = {
+def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
+    """What a resumed run must find unchanged: `seed`, `global_batch_size`, `fingerprint`."""
+    return {
         "seed": config.seed,
         "global_batch_size": config.train.global_batch_size,
         "fingerprint": data.fingerprint,
     }
-    for key, value in now.items():
+
+
+def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
+    """Raises: UserError where the checkpoint was made from another model or other data."""
+    base = config.model.name
+    then = state["run"]["base_model"]
+    # A folder may have moved; its name stays.
+    if Path(base).name != Path(then).name:
+        raise UserError(
+            f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name "
+            f"is {base}; choose another run_name, or set it back"
+        )
+    names = {"fingerprint": "the examples (source files, tokenizer or sequence length)"}
+    for key, value in data_record(config, data).items():
         if state["data"][key] != value:
-            what = (
-                "the examples (source files, tokenizer or sequence length)"
-                if key == "fingerprint"
-                else key
-            )
             raise UserError(
-                f"run_name = {config.run_name}: its checkpoint was made with other data: {what}"
-                f" changed from {state['data'][key]} to {value}; choose another run_name, or set it"
-                " back"
+                f"run_name = {config.run_name}: its checkpoint was made with other data: "
+                f"{names.get(key, key)} changed from {state['data'][key]} to {value}; choose "
+                "another run_name, or set it back"
             )

@@ -1,7 +1,7 @@
-"""The thread of rank 0 that puts host copies on the disk, or into an object store, while the loop
-goes on.
+"""The thread of rank 0 that writes host copies to the disk or an object store while training
+continues.
 
-Nothing is lost by a save that fails (a full disk): its layers stay on the host and are written with
+A save that fails (a full disk) loses nothing: its layers stay in host memory and are written with
 the next one.
 """
 
@@ -40,14 +40,14 @@ from .format import (
 
 __all__ = ["CheckpointWriter", "Outcome", "Piece", "Save"]
 
-# Host copies that wait for the disk at once; a whole first save of a large model must not fill the
-# host.
+# Limit of the host copies that wait to be written: the first save of a large model, which holds all
+# layers, must not fill the host's memory.
 _MAX_WAITING_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save."""
+    """The result of a save."""
 
     step: int
     folder: Path
@@ -60,8 +60,8 @@ class Outcome:
 
 @dataclass
 class Piece:
-    """A layer's weights, or the moments of one that waits: a file that never changes once it is
-    there.
+    """A layer's weights, or the moments of an inactive layer: a file that never changes once it is
+    written.
     """
 
     stem: str
@@ -85,49 +85,54 @@ class Save:
     weights: dict[str, tuple[str, ...]]
     """Key of a piece -> the parameters in it."""
     parked: dict[str, str]
-    """Layer whose moments wait -> key of their piece."""
+    """Inactive layer whose moments are kept -> key of their piece."""
     best_step: int
     started: float = field(default_factory=time.perf_counter)
 
 
 class CheckpointWriter:
-    """Pieces first, then the checkpoint that names them; one at a time, in the order of the calls.
+    """Writes pieces, then the checkpoint that names them, one after another in the order of the
+    calls.
 
     Args:
-        model_files: fills a folder with config and tokenizer; called once.
-        keep: how many of the newest checkpoints stay, the best one besides.
+        model_files: writes config and tokenizer to a folder; called once.
+        keep: how many of the newest checkpoints to keep, in addition to the best one.
     """
 
     def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int):
         self._run, self._model_files, self._keep = run, model_files, keep
         self._thread = ThreadPoolExecutor(1, "lwo-checkpoint-writer")
         self._queue: list[Future[Any]] = []
-        # In the thread's hands while anything is queued.
+        # Only the thread changes these while anything is queued.
         self._unwritten: dict[str, Piece] = {}
         self._written: dict[str, tuple[str, str]] = {}  # key -> name in the run's folder, sha256
         self._committed: list[int] = []
-        self._model: dict[
-            str, tuple[str, str]
-        ] = {}  # config and tokenizer: name -> name of a copy, sha256
+        # Config and tokenizer: name -> name of a copy in the run's folder, sha256.
+        self._model: dict[str, tuple[str, str]] = {}
         self._bytes = 0
 
     def remember(self, written: Mapping[str, tuple[str, str]], step: int) -> None:
-        """Files that are there already, and the checkpoint that training goes on from."""
+        """Mark files of the checkpoint that training resumes from as already written.
+
+        Args:
+            written: key of a piece -> (name in the run's folder, sha256).
+            step: the step of that checkpoint; later ones are forgotten.
+        """
         self._written |= written
         self._committed = [known for known in committed_steps(self._run) if known <= step]
 
     def put(self, key: str, piece: Piece) -> None:
-        """Queue a piece; waits while too much of what is queued is still in memory."""
+        """Queue a piece. Waits while the queued pieces take too much memory."""
         self._unwritten[key] = piece
         self._queue.append(self._thread.submit(self._write, key, piece))
         while sum(p.nbytes for p in list(self._unwritten.values())) > _MAX_WAITING_BYTES:
             busy = next((future for future in self._queue if not future.done()), None)
-            if busy is None:  # what is left could not be written
+            if busy is None:  # the pieces in memory could not be written
                 return
             busy.exception()
 
     def commit(self, job: Save) -> None:
-        """Queue the checkpoint whose pieces were put before."""
+        """Queue the checkpoint that names the pieces put before."""
         self._queue.append(self._thread.submit(self._commit, job))
 
     @property
@@ -135,12 +140,14 @@ class CheckpointWriter:
         return all(future.done() for future in self._queue)
 
     def outcome(self) -> Outcome:
-        """Wait for the checkpoint that was queued last."""
+        """Wait until the checkpoint that was queued last is written or has failed."""
         queue, self._queue = self._queue, []
         return [future.result() for future in queue][-1]
 
     def _write(self, key: str, piece: Piece) -> str:
-        """Returns why it could not be written; the piece then waits for the next save."""
+        """Write a piece. Returns the error, or an empty text; after an error the piece is kept for
+        the next save.
+        """
         if self._unwritten.get(key) is not piece:
             return ""
         try:
@@ -151,7 +158,7 @@ class CheckpointWriter:
             name = f"{LAYERS}/{piece.stem}.{digest[:8]}{piece.suffix}"
             path = self._run.local / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not (path.exists() and sha256_of(path) == digest):  # a damaged one is written anew
+            if not (path.exists() and sha256_of(path) == digest):  # a damaged file is overwritten
                 write_whole(path, data)
                 self._bytes += len(data)
             self._run.push([name])
@@ -163,9 +170,8 @@ class CheckpointWriter:
 
     def _commit(self, job: Save) -> Outcome:
         folder = self._run.local / step_folder(job.step)
-        for key, piece in list(
-            self._unwritten.items()
-        ):  # of a save that failed before, or has just failed
+        # Pieces of an earlier save that failed, or of this one.
+        for key, piece in list(self._unwritten.items()):
             if error := self._write(key, piece):
                 return Outcome(job.step, folder, error)
         try:
@@ -186,11 +192,10 @@ class CheckpointWriter:
 
     def _write_checkpoint(self, job: Save, folder: Path) -> None:
         here = step_folder(job.step)
-        self._run.remove_folder(
-            here, first=STATE
-        )  # of a save that was cut short, or one that is damaged
+        # What is there was left by a save that was cut short, or is damaged.
+        self._run.remove_folder(here, first=STATE)
         folder.mkdir(parents=True)
-        digests = self._place_model_files(folder)
+        digests = self._add_model_files(folder)
 
         def reference(key: str) -> str:
             name, digest = self._written[key]
@@ -219,9 +224,9 @@ class CheckpointWriter:
         self._run.push([f"{here}/{STATE}"])
         self._bytes += len(state)
 
-    def _place_model_files(self, folder: Path) -> dict[str, str]:
-        """Config and tokenizer: written once, and linked into every later checkpoint; returns their
-        sha256.
+    def _add_model_files(self, folder: Path) -> dict[str, str]:
+        """Add config and tokenizer: written once, linked into every later checkpoint. Returns
+        name -> sha256.
         """
         copies = {
             name: (self._run.local / copy, digest) for name, (copy, digest) in self._model.items()

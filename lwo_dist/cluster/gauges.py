@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.callback import Callback
+from lwo_dist.run_info import RunInfo
 
 __all__ = ["RayGauges"]
 

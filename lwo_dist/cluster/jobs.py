@@ -1,13 +1,11 @@
-"""Runs as jobs of a Ray cluster that is elsewhere: submit, follow, list, stop."""
+"""Runs as jobs of a remote Ray cluster: submit, follow, list, stop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import datetime
-import importlib.metadata
 import ipaddress
-import json
 import logging
 import os
 import secrets
@@ -22,15 +20,16 @@ from urllib.parse import urlsplit
 
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
-from lwo_dist.errors import UserError
-from lwo_dist.tracking.facts import git_commit, public_config
+from lwo_dist.errors import UserError, first_line
+from lwo_dist.run_info import job_metadata
+from lwo_dist.storage import new_run_name
 
 from .packing import CONFIG_NAME, pack, refuse_credentials
 
 __all__ = ["Jobs"]
 
 _LOST_SECONDS = 60
-"""How long a cluster may be out of reach before following a job ends."""
+"""How long `follow` tries to reach a cluster again."""
 _PAUSE_SECONDS = 1
 _STOPPED = 143  # as a shell says it of a process that SIGTERM ended
 
@@ -42,8 +41,8 @@ class Jobs:
         insecure_token: send the token over plain http, even to another machine.
 
     Raises:
-        UserError: from here and every method: no cluster there, no token or a wrong one, a token
-            that would go over the network in the clear.
+        UserError: from here and every method: no cluster at the address, a missing or wrong token,
+            or a token that would cross the network in the clear.
     """
 
     def __init__(self, address: str, *, insecure_token: bool = False):
@@ -51,29 +50,29 @@ class Jobs:
         url = urlsplit(self._address)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(
-                f"--address {address}: not a URL; give that of Ray's dashboard, such as"
+                f"--address {address}: not a URL; give the URL of Ray's dashboard, such as"
                 " http://head:8265"
             )
         token = _token()
         self._has_token = token is not None
         if token and url.scheme == "http" and not _is_loopback(url.hostname) and not insecure_token:
             raise UserError(
-                f"--address {address}: Ray's token would go over the network in the clear; use"
-                " https, or forward the port to this machine (ssh -L, kubectl port-forward), or"
-                " say --insecure-token"
+                f"--address {address}: Ray's token would cross the network in the clear; use https,"
+                " forward the port to this machine (ssh -L, kubectl port-forward), or pass"
+                " --insecure-token"
             )
-        if _is_loopback(url.hostname):  # Not by a proxy, which would see the token.
+        if _is_loopback(url.hostname):  # a proxy would see the token
             os.environ["NO_PROXY"] = os.environ["no_proxy"] = (
                 f"{os.environ.get('NO_PROXY', '')},{url.hostname}"
             )
-        # Ray puts these before the address that it is given.
+        # Ray prefers these variables to the address that it is given.
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)
         os.environ.setdefault("RAY_AUTH_MODE", "token" if token else "disabled")
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # `pack` has asked git already
         from ray.job_submission import JobSubmissionClient
 
-        # They set levels of their own.
+        # These loggers set their own levels.
         for module in (
             "dashboard.modules.job.sdk",
             "dashboard.modules.dashboard_sdk",
@@ -85,8 +84,14 @@ class Jobs:
             self._client = JobSubmissionClient(self._address, headers=headers)
 
     def submit(self, config: Path | None, overrides: Sequence[str], folder: Path) -> str:
-        """Send the code in `folder` and the config, and start `lwo-dist train` with them. Returns
-        the job's id.
+        """Send the code in `folder` and the config, and start `lwo-dist train` with them.
+
+        Returns:
+            The job's id.
+
+        Raises:
+            UserError: a setting that cannot hold on another machine, a run of this name that is
+                already running, a credential in what would be sent.
         """
         settings, run_name = _checked(config, overrides)
         arguments = [*overrides, *([] if settings.run_name else [f"run_name={run_name}"])]
@@ -98,8 +103,8 @@ class Jobs:
         ]
         if running:
             raise UserError(
-                f"run_name = {run_name}: job {running[0].submission_id} is at it; stop that first,"
-                " or choose another run_name"
+                f"run_name = {run_name}: job {running[0].submission_id} is already running; stop it"
+                " first, or choose another run_name"
             )
         command = ["python", "-m", "lwo_dist.cli", "train", "-c", CONFIG_NAME, *arguments]
         with tempfile.TemporaryDirectory(prefix="lwo-dist-job-") as name:
@@ -111,15 +116,20 @@ class Jobs:
                     entrypoint=shlex.join(command),
                     submission_id=f"{run_name}-{secrets.token_hex(4)}",
                     runtime_env={"working_dir": name},
-                    metadata=_metadata(settings, run_name, folder),
+                    metadata=job_metadata(settings, run_name, folder),
                 )
         return job
 
     def follow(self, job: str, write: Callable[[str], Any]) -> int:
-        """Write the job's log from its start to its end. Returns the exit code of its command, 143
-        if it was stopped.
+        """Write the job's log from its start to its end.
 
-        A connection that is lost is made again, and nothing is written twice.
+        A lost connection is opened again, and nothing is written twice.
+
+        Returns:
+            The exit code of the job's command, 143 if it was stopped.
+
+        Raises:
+            UserError: the cluster could not be reached for a minute.
         """
         written, lost_since = 0, None
 
@@ -148,7 +158,8 @@ class Jobs:
                 lost_since = lost_since or now
                 if now - lost_since > _LOST_SECONDS:
                     raise UserError(
-                        f"{self._address} is out of reach ({_line(error)}); job {job} may run on"
+                        f"{self._address} cannot be reached ({first_line(error)}); job {job} may"
+                        " still be running"
                     ) from None
             time.sleep(_PAUSE_SECONDS)
 
@@ -160,8 +171,10 @@ class Jobs:
         return text
 
     def stop(self, job: str) -> str:
-        """Ask a job to end; it saves a checkpoint first, as far as the cluster gives it the time.
-        Returns its id.
+        """Ask a job to stop; it saves a checkpoint first if the cluster leaves it the time.
+
+        Returns:
+            The job's id.
         """
         job = self.find(job)
         with self._asking():
@@ -195,8 +208,8 @@ class Jobs:
         of_run = [job for job in jobs if _run_name(job) == name]
         if not of_run:
             raise UserError(
-                f"job {name}: {self._address} has none of this id or run_name; see lwo-dist jobs"
-                " list"
+                f"job {name}: {self._address} has no job with this id or run_name; see lwo-dist"
+                " jobs list"
             )
         return str(max(of_run, key=lambda job: job.start_time or 0).submission_id)
 
@@ -212,59 +225,42 @@ class Jobs:
         try:
             yield
         except AuthenticationError:
-            why = (
-                "that in RAY_AUTH_TOKEN is another's"
-                if self._has_token
-                else "RAY_AUTH_TOKEN is not set"
-            )
+            problem = "does not match" if self._has_token else "is not set"
             raise UserError(
-                f"--address {self._address}: this Ray wants its token, and {why}; set"
-                " RAY_AUTH_TOKEN to it"
+                f"--address {self._address}: Ray requires the cluster's token, and RAY_AUTH_TOKEN"
+                f" {problem}; set RAY_AUTH_TOKEN to that token"
             ) from None
         except (ConnectionError, requests.RequestException) as error:
             raise UserError(
-                f"--address {self._address}: {_line(error)}; give the URL of Ray's dashboard, such"
-                " as http://head:8265"
+                f"--address {self._address}: {first_line(error)}; give the URL of Ray's dashboard,"
+                " such as http://head:8265"
             ) from None
         except RuntimeError as error:  # what the server answers to a request that it refuses
-            raise UserError(f"--address {self._address}: {_line(error)}") from None
+            raise UserError(f"--address {self._address}: {first_line(error)}") from None
 
 
 def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
-    """The config, and the run's name. Raises: UserError where it cannot hold on another machine."""
+    """The config and the run's name. Raises: UserError for a setting that cannot hold on another
+    machine.
+    """
     config = load_config(file, tuple(overrides))
     source = config.data.source
     if source is None:
-        raise UserError("data.source is not set; give a git URL, or a folder that the cluster sees")
+        raise UserError(
+            "data.source is not set; give a git URL, or an absolute path on the cluster"
+        )
     if "://" not in source and not source.startswith(("git@", "/")):
         raise UserError(
-            f"data.source = {source}: a path of this machine; give a git URL, or the cluster's"
-            " absolute path"
+            f"data.source = {source}: a path on this machine; give a git URL, or an absolute path"
+            " on the cluster"
         )
     if "://" not in config.storage and not config.storage.startswith("/"):
         raise UserError(
-            f"storage = {config.storage}: would go away with the job's folder; give an absolute"
-            " folder that all nodes of the cluster see, or a URL such as s3://bucket/folder"
+            f"storage = {config.storage}: would be deleted with the job's folder; give an"
+            " absolute path that all nodes of the cluster share, or a URL such as"
+            " s3://bucket/folder"
         )
-    return (
-        config,
-        config.run_name
-        or f"{config.method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-    )
-
-
-def _metadata(config: Config, run_name: str, folder: Path) -> dict[str, str]:
-    """What ties job, code, config and MLflow run together; the MLflow run has job and commit as
-    tags.
-    """
-    try:
-        version = importlib.metadata.version("lwo-dist")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    facts = {"run_name": run_name, "storage": config.storage, "lwo_dist_version": version}
-    if commit := git_commit(folder):
-        facts["git_commit"] = commit
-    return facts | {"config": json.dumps(public_config(config))}
+    return config, config.run_name or new_run_name(config.method)
 
 
 def _run_name(job: Any) -> str | None:
@@ -284,12 +280,13 @@ def _exit_code(info: Any) -> int:
         )
     if info.status.value == "STOPPED":
         return _STOPPED
-    print(f"lwo-dist: {_line(info.message or 'the job failed')}", file=sys.stderr)
+    failure = RuntimeError(info.message or "the job failed")
+    print(f"lwo-dist: {first_line(failure)}", file=sys.stderr)
     return 1
 
 
 def _token() -> str | None:
-    """The token, from where Ray looks for one and in its order."""
+    """The token, looked for where Ray does and in the same order."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -303,7 +300,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 
 from lwo_dist.errors import UserError
+from lwo_dist.redaction import without_credentials
 
 from .cache import build_once
 
-__all__ = ["clone_repository", "is_repository_url", "tracked_files", "without_credentials"]
+__all__ = ["clone_repository", "is_repository_url", "tracked_files"]
 
 # Set while git runs a hook; they would point git at the repository of the hook instead of ours.
 _HOOK_VARIABLES = (
@@ -32,11 +33,6 @@ def is_repository_url(source: str) -> bool:
     if re.match(r"(https?|ssh|git|file)://", source) or re.match(r"[\w.-]+@[\w.-]+:(?!//)", source):
         return True
     return source.endswith(".git") and (Path(source) / "HEAD").is_file()
-
-
-def without_credentials(source: str) -> str:
-    """`source` fit to be shown: a user name and password in a URL are left out."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", source)
 
 
 def tracked_files(folder: Path) -> list[str] | None:

@@ -20,8 +20,9 @@ from typing import Any
 
 from lwo_dist.config import DataConfig
 from lwo_dist.errors import UserError
+from lwo_dist.redaction import without_credentials
 
-from .repository import clone_repository, is_repository_url, tracked_files, without_credentials
+from .repository import clone_repository, is_repository_url, tracked_files
 
 __all__ = ["SourceFile", "SourceTree", "read_source_tree", "read_text"]
 

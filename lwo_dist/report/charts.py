@@ -14,6 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lwo_dist.units import byte_unit
+
 from .history import Band, History, Series, Visit
 
 __all__ = ["figures", "layers_figure", "loss_figure", "memory_figure", "save_pictures"]
@@ -131,9 +133,7 @@ def memory_figure(
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     highest = max([full or 0.0, *(y for name in points for _, y in _finite(points[name]))])
-    unit, scale = next(
-        ((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if highest >= s), ("KiB", 2**10)
-    )
+    unit, scale = byte_unit(highest)
     stretch, x_unit = (
         _time_unit(max((x for name in points for x, _ in points[name]), default=0.0))
         if hours

@@ -1,4 +1,4 @@
-"""A spool read as a whole: what the pictures and the report are made from."""
+"""A whole spool in memory, from which pictures, tables and the page are made."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class History:
         return series[-1][1] if series else None
 
     def bands(self) -> list[Band]:
-        """Which layer was active from when to when, up to the last loss."""
+        """The active layer over the steps, up to the last loss."""
         losses = [*self.points.get("train/loss", ()), *self.points.get("eval/loss", ())]
         if not losses:
             return []
@@ -80,7 +80,7 @@ class History:
         return layer_bands(switches, max(step for step, _ in losses))
 
     def hours(self, name: str) -> list[tuple[float, float]] | None:
-        """A metric over the hours of training; None where a point has no time, or a restart set the
+        """A metric over the hours of training; None if a point has no time, or a restart set the
         clock back.
         """
         clock = dict(self.points.get("train/elapsed_seconds", ()))
@@ -92,8 +92,8 @@ class History:
         return [(clock[step] / 3600, value) for step, value in series]
 
     def full_fine_tuning(self) -> float | None:
-        """Bytes that full fine-tuning would need at least; None where this is it, or it cannot be
-        known.
+        """Bytes that full fine-tuning would need at least; None for a run that is one, or that
+        lacks the points.
         """
         sizes, total = self.run.get("layer_sizes") or (), self.run.get("model_size")
         if len(sizes) < 2 or not total:
@@ -128,8 +128,8 @@ class History:
 
 
 def layer_bands(switches: Sequence[tuple[float, str]], last_step: float) -> list[Band]:
-    """Turn `(after step, layer)` switches into bands up to `last_step`; repeats of a layer are one
-    band.
+    """Turn `(after step, layer)` switches into bands up to `last_step`; adjacent bands of one layer
+    are merged.
     """
     bands: list[Band] = []
     for (start, layer), (end, _) in pairwise([*sorted(switches), (last_step, "")]):

@@ -13,6 +13,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from lwo_dist.units import human_bytes, human_seconds
+
 from .charts import figures
 from .history import History, Series
 from .tables import Table
@@ -63,23 +65,23 @@ def _cards(history: History) -> Iterable[tuple[str, str, str]]:
         lost = newest("time/lost_seconds") or 0.0
         restarts = len(history.restarts)
         remark = (
-            f"{restarts} restart{'s' if restarts > 1 else ''} cost {_time(lost)}"
+            f"{restarts} restart{'s' if restarts > 1 else ''} cost {human_seconds(lost)}"
             if restarts
             else ""
         )
-        yield "training time", _time(seconds), remark
+        yield "training time", human_seconds(seconds), remark
     if (rate := newest("train/tokens_per_second")) is not None:
         sent = newest("comm/bytes_per_step")
-        yield "tokens a second", f"{rate:,.0f}", f"{_size(sent)} sent a step" if sent else ""
+        yield "tokens a second", f"{rate:,.0f}", f"{human_bytes(sent)} sent a step" if sent else ""
     if peaks := [value for _, value in history.points.get("memory/peak_bytes", ())]:
         full = history.full_fine_tuning()
         yield (
             "peak memory",
-            _size(max(peaks)),
-            f"full fine-tuning: {_size(full)} or more" if full else "",
+            human_bytes(max(peaks)),
+            f"full fine-tuning: {human_bytes(full)} or more" if full else "",
         )
     if state := [value for _, value in history.points.get("memory/optimizer_state_bytes", ())]:
-        yield "optimizer state", _size(max(state)), "of the fullest worker"
+        yield "optimizer state", human_bytes(max(state)), "of the fullest worker"
 
 
 def _visits(history: History) -> str:
@@ -198,23 +200,3 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{value:,.4g}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
-
-
-def _time(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}h{minutes:02}m"
-        if hours
-        else f"{minutes}m{seconds:02}s"
-        if minutes
-        else f"{seconds}s"
-    )

@@ -1,6 +1,4 @@
-"""The end of a spool: the pictures, the report and the tables of the run, and the line that says
-how it ended.
-"""
+"""The last records of a spool: the run's files, its model and how it ended."""
 
 from __future__ import annotations
 
@@ -10,20 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lwo_dist.report.charts import save_pictures
-from lwo_dist.report.history import History
-from lwo_dist.report.page import save_report
-from lwo_dist.report.tables import completions_table, read_evaluations, save_tables, scores_table
-from lwo_dist.spool import Spool, read_spool
+from lwo_dist.report import write_report
+from lwo_dist.spool import Spool
 
 from .sender import reason
 
-__all__ = ["close_spool", "finish", "remedy"]
+__all__ = ["append_end", "end_dead_run", "replay_hint"]
 
 logger = logging.getLogger(__name__)
 
 
-def finish(
+def append_end(
     spool: Spool,
     status: str,
     *,
@@ -32,53 +27,55 @@ def finish(
     best_step: int | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw, name the run's files for upload and write its end.
+    """Write the report, then the records that name the run's files, its model and its end.
 
     Args:
-        model: the fields of the record that logs the exported model; None: there is none to log.
+        status: FINISHED, FAILED or KILLED.
+        error: why the run failed or was killed, in one line.
+        time_ms: when the run ended, in milliseconds since 1970; None: now.
+        best_step: the checkpoint that the report compares with the start; None: the newest.
+        model: the fields of the record that logs the exported model; None: no model is logged.
 
     Raises:
-        OSError
+        OSError: the spool cannot be written.
     """
-    folder = spool.path.parent
+    run_dir = spool.path.parent
     try:
-        history = History.read(read_spool(spool.path))
-        history.status = status
-        evaluations = read_evaluations(folder)
-        completions = completions_table(evaluations, best_step)
-        files = save_pictures(history, folder / "pictures")
-        files += save_tables(
-            folder, {"scores": scores_table(evaluations), "completions": completions}
-        )
-        files.append(save_report(history, completions, folder / "report.html"))
+        files = write_report(spool.path, status, best_step)
     except Exception as problem:  # a picture is no reason to leave a run without its end
-        logger.warning("no pictures of the run: %s", reason(problem))
+        logger.warning("the report could not be written: %s", reason(problem))
         files = []
-    files += [file for file in (folder / "summary.json",) if file.exists()]
+    summary = run_dir / "summary.json"
+    if summary.exists():
+        files.append(summary)
     for file in files:
-        spool.append("artifact", path=file.relative_to(folder).as_posix())
+        spool.append("artifact", path=file.relative_to(run_dir).as_posix())
     if model is not None:
         spool.append("model", **model)
-    spool.append(
-        "end",
-        status=status,
-        attempt=spool.attempts,
-        **({"error": error} if error else {}),
-        **({"time_ms": time_ms} if time_ms else {}),
-    )
+    end: dict[str, Any] = {"status": status, "attempt": spool.attempts}
+    if error:
+        end["error"] = error
+    if time_ms:
+        end["time_ms"] = time_ms
+    spool.append("end", **end)
 
 
-def close_spool(path: Path, status: str) -> None:
-    """End the spool of a run that died without a word, at the time of its last line. Raises:
-    OSError.
+def end_dead_run(spool_path: Path, status: str) -> None:
+    """End the spool of a run that died without writing its end, at the time of its last record.
+
+    Does nothing if the end is there.
+
+    Raises:
+        OSError: the spool cannot be written.
     """
-    spool = Spool(path)
+    spool = Spool(spool_path)
     try:
         if not spool.ended:
-            finish(spool, status, time_ms=spool.last_time_ms)
+            append_end(spool, status, time_ms=spool.last_time_ms)
     finally:
         spool.close()
 
 
-def remedy(spool: Path) -> str:
-    return f"send it with: lwo-dist replay {shlex.quote(str(spool))}"
+def replay_hint(spool_path: Path) -> str:
+    """The command that sends the rest of a spool, for the end of a message."""
+    return f"send it with: lwo-dist replay {shlex.quote(str(spool_path))}"

@@ -1,7 +1,7 @@
-"""MLflow, without ever costing the run a second.
+"""MLflow tracking that never makes the run wait.
 
-The callback writes to the spool and returns; the sender thread does the rest, the import of MLflow
-included.
+The callback writes to the spool and returns; the sender thread does the rest, including the import
+of MLflow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
-from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.callback import Callback
 from lwo_dist.config import Config, TrackingConfig
 from lwo_dist.errors import UserError
+from lwo_dist.redaction import holds_password, redact
+from lwo_dist.run_info import RunInfo, public_config, run_parameters, run_tags
 from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
 
-from .close import close_spool, finish, remedy
-from .facts import holds_password, public_config, redact, run_parameters, run_tags
+from .close import append_end, end_dead_run, replay_hint
 from .mlflow_store import MLflowStore
 from .restarts import Restarts
 from .sender import Sender, reason, send_spool, unsent
@@ -31,9 +32,7 @@ __all__ = ["MLflowCallback", "create_run", "end_run", "experiment_page", "replay
 
 CALL_TIMEOUT_S = 5
 REPLAY_TIMEOUT_S = 30  # nobody's training waits for a replay, and a slow server is better than none
-FAILED_FLUSH_S = (
-    10.0  # a run that failed is about to be restarted, and its next attempt sends the rest
-)
+FAILED_FLUSH_S = 10.0  # a failed run is about to be restarted; its next attempt sends the rest
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +46,9 @@ def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
     """
     if tracking.uri and holds_password(tracking.uri):
         raise UserError(
-            f"tracking.uri = {redact(tracking.uri)} was given with a password; keep it in the"
-            " environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole"
-            " address in MLFLOW_TRACKING_URI"
+            f"tracking.uri = {redact(tracking.uri)} was given with a password; set"
+            " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead, or"
+            " the whole address in MLFLOW_TRACKING_URI"
         )
     return (
         tracking.uri
@@ -59,8 +58,10 @@ def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
 
 
 def experiment_page(tracking: TrackingConfig, uri: str) -> str:
-    """The page of the experiment at a server. Raises: UserError, where the server does not answer
-    or has none.
+    """The URL of the experiment's page.
+
+    Raises:
+        UserError: the server does not answer or has no such experiment.
     """
     try:
         experiment_id = MLflowStore(uri, Path(), CALL_TIMEOUT_S).find_experiment(
@@ -72,18 +73,20 @@ def experiment_page(tracking: TrackingConfig, uri: str) -> str:
         ) from None
     if experiment_id is None:
         raise UserError(
-            f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no runs of"
-            " it yet"
+            f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no such"
+            " experiment yet; start a run, or correct the name"
         )
     return f"{redact(uri).rstrip('/')}/#/experiments/{experiment_id}"
 
 
 def create_run(config: Config, storage: Path, run_name: str) -> str | None:
-    """Find or make the one MLflow run that spans all attempts of `<storage>/<run_name>`; the driver
-    calls this once.
+    """Find or create the one MLflow run that spans all attempts of `<storage>/<run_name>`.
 
-    None where tracking is off or the server cannot be reached (said in one line): the sender makes
-    the run later.
+    The driver calls this once.
+
+    Returns:
+        The run's id. None if tracking is off, or if the server cannot be reached: that is logged in
+        one line, and the sender creates the run later.
     """
     if not config.tracking.enabled:
         return None
@@ -102,7 +105,7 @@ def create_run(config: Config, storage: Path, run_name: str) -> str | None:
             sent.save()
         except Exception as error:
             logger.warning(
-                "MLflow at %s: %s; the run goes on and is sent when it is back",
+                "MLflow at %s: %s; the run continues and is sent once MLflow is back",
                 redact(uri),
                 reason(error),
             )
@@ -110,38 +113,45 @@ def create_run(config: Config, storage: Path, run_name: str) -> str | None:
 
 
 def end_run(config: Config, storage: Path, run_name: str, status: str) -> None:
-    """For the driver, when the workers died without a word: end the MLflow run as FAILED or KILLED.
-    Never raises.
+    """End the MLflow run as FAILED or KILLED, after the workers died without doing so.
+
+    The driver calls this. It never raises.
     """
     path = storage / run_name / SPOOL_NAME
     if not config.tracking.enabled or not path.with_suffix(".sent.json").exists():
         return
     uri = tracking_uri(config.tracking, storage)
     try:
-        close_spool(path, status)
+        end_dead_run(path, status)
         sent = Sent.load(path)
         sent.address(redact(uri), None)
         send_spool(path, MLflowStore(uri, storage, CALL_TIMEOUT_S), sent)
     except Exception as error:
-        logger.warning("MLflow at %s: %s; %s", redact(uri), reason(error), remedy(path))
+        logger.warning("MLflow at %s: %s; %s", redact(uri), reason(error), replay_hint(path))
 
 
 def replay(spool: Path, uri: str | None = None) -> int:
-    """Send what is left of a spool (or of the run folder it lies in) and return how many metric
-    points that was.
+    """Send what MLflow lacks of a spool.
 
-    A run without an end was killed, and is marked so. Sending twice does no harm: MLflow drops what
-    it has. `uri`: where to, if not to the store the run was for.
+    A run without an end was killed, and is marked as such. Sending twice does no harm, because
+    MLflow drops points that it has.
+
+    Args:
+        spool: the spool, or the folder of its run.
+        uri: the store to send to; None: the one that the run was for.
+
+    Returns:
+        The number of metric points that were sent.
 
     Raises:
-        UserError: no such spool, a run that is still going, a store that cannot be reached.
+        UserError: there is no such spool, the run is still running, or the store cannot be reached.
     """
     path = spool / SPOOL_NAME if spool.is_dir() else spool
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the {SPOOL_NAME} in a run's folder")
     if is_being_written(path):
         raise UserError(
-            f"{path} belongs to a run that is still going and sends by itself; wait for its end"
+            f"{path} belongs to a run that is still running and sends it itself; wait until it ends"
         )
     sent = Sent.load(path)
     if uri is None:
@@ -153,21 +163,21 @@ def replay(spool: Path, uri: str | None = None) -> int:
         ):  # the same store, perhaps with its password
             uri = environment
     if uri is None:
-        raise UserError(f"{path} does not say where it was to go; give the address of MLflow")
+        raise UserError(f"{path} does not name an MLflow server; give its address with --uri")
     sent.address(redact(uri), None)
     try:
-        close_spool(path, "KILLED")
+        end_dead_run(path, "KILLED")
         send_spool(path, MLflowStore(uri, path.parent.parent, REPLAY_TIMEOUT_S), sent)
     except Exception as error:
         raise UserError(
             f"MLflow at {redact(uri)}: {reason(error)}; it lacks {unsent(path, sent)}; when it is"
-            f" up, {remedy(path)}"
+            f" up, {replay_hint(path)}"
         ) from None
     return sent.points
 
 
 def _never_raises(event: Callable[..., None]) -> Callable[..., None]:
-    """Tracking may fail, the run may not: turn an exception into one warning."""
+    """Turn an exception of the event into one warning: tracking must not end the run."""
 
     @functools.wraps(event)
     def guarded(self: MLflowCallback, *args: Any) -> None:
@@ -180,13 +190,17 @@ def _never_raises(event: Callable[..., None]) -> Callable[..., None]:
 
 
 class MLflowCallback(Callback):
-    """Spools every point of a run and has it sent. No event ever waits for the network but the
-    last.
+    """Spools every point of a run and has it sent. Only the last event waits for the network.
+
+    Args:
+        storage: the folder that holds the run's folder.
+        run_id: from `create_run`; None: the sender creates the run when it can.
     """
 
     def __init__(self, tracking: TrackingConfig, storage: Path, run_id: str | None = None) -> None:
-        """`run_id`: from `create_run`; None: the sender makes the run when it can."""
-        self._tracking, self._storage, self._given_run_id = tracking, storage, run_id
+        self._tracking = tracking
+        self._storage = storage
+        self._given_run_id = run_id
         self._spool: Spool | None = None
         self._sender: Sender | None = None
         self._restarts: Restarts | None = None
@@ -200,40 +214,39 @@ class MLflowCallback(Callback):
     @_never_raises
     def on_run_start(self, info: RunInfo) -> None:
         uri = tracking_uri(self._tracking, self._storage)
-        path = info.folder.absolute() / SPOOL_NAME
-        spool, sent = Spool(path), Sent.load(path)
+        path = info.run_dir.absolute() / SPOOL_NAME
+        spool = Spool(path)
+        sent = Sent.load(path)
         sent.address(redact(uri), self._given_run_id)
-        (info.folder / "config.yaml").write_text(
+        (info.run_dir / "config.yaml").write_text(
             yaml.safe_dump(public_config(info.config), sort_keys=False)
         )
         spool.append(
             "run",
             experiment=self._tracking.experiment,
-            run_name=info.folder.name,
+            run_name=info.run_dir.name,
             key=sent.key,
             uri=sent.uri,
             attempt=spool.attempts + 1,
             start_step=info.start_step,
             layers=info.layers,
             layer_sizes=info.layer_sizes,
-            model_size=info.parameters.get("parameters"),
+            model_size=info.parameters,
             parameters=run_parameters(info),
             tags=run_tags(info.config, info.hosts),
         )
         spool.append("artifact", path="config.yaml")
-        self._spool, self._sender = (
-            spool,
-            Sender(path, MLflowStore(uri, self._storage, CALL_TIMEOUT_S), sent),
-        )
+        self._spool = spool
+        self._sender = Sender(path, MLflowStore(uri, self._storage, CALL_TIMEOUT_S), sent)
         self._restarts = Restarts(spool)
         self._sender.start()
         self._sender.wake()
 
     @_never_raises
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._points(
-            step, {**metrics, **(self._restarts.points(step, metrics) if self._restarts else {})}
-        )
+        if self._restarts:
+            metrics = {**metrics, **self._restarts.points(step, metrics)}
+        self._points(step, metrics)
 
     @_never_raises
     def on_visit(self, step: int, layer: str, metrics: Mapping[str, float]) -> None:
@@ -255,7 +268,8 @@ class MLflowCallback(Callback):
 
     @_never_raises
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
-        model, best_step = None, summary.get("eval", {}).get("best_step")
+        best_step = summary.get("eval", {}).get("best_step")
+        model = None
         if (
             self._spool
             and self._tracking.log_model
@@ -294,7 +308,7 @@ class MLflowCallback(Callback):
         if spool is None or sender is None:
             return
         try:
-            finish(spool, status, **more)
+            append_end(spool, status, **more)
         finally:
             spool.close()
             self._spool = None
@@ -305,10 +319,10 @@ class MLflowCallback(Callback):
                     "MLflow lacks %s (%s); %s",
                     unsent(spool.path, sender.sent),
                     why,
-                    remedy(spool.path),
+                    replay_hint(spool.path),
                 )
 
     def _complain(self, problem: str) -> None:
         if problem not in self._complaints:
             self._complaints.add(problem)
-            logger.warning("tracking: %s; the run goes on", problem)
+            logger.warning("tracking: %s; the run continues", problem)

@@ -1,10 +1,9 @@
-"""The exported folder as an MLflow model, with no weight loaded and none copied but into the
-store.
+"""Log an exported folder as an MLflow model. Weights are neither loaded nor copied, only
+uploaded.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import tempfile
@@ -14,15 +13,17 @@ from typing import Any
 
 import yaml
 
+from lwo_dist.versions import version_of
+
 __all__ = ["log_model"]
 
 _REQUIRED = ("accelerate", "mlflow", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def log_model(client: Any, run_id: str, folder: Path, fields: Mapping[str, Any]) -> None:
-    """Log `folder` as the model of run `run_id`, and register it where `register_as` says so.
+    """Log `folder` as the model of run `run_id`, and register it if `register_as` is set.
 
-    Harmless to repeat: what an earlier call left unfinished is finished.
+    Repeating a call does no harm: it finishes what the earlier one left unfinished.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -83,15 +84,16 @@ def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
         file.stat().st_size for file in folder.rglob("*") if file.is_file()
     )
     model.save(str(target / "MLmodel"))
-    # Without what a build adds, such as +cpu: a package index knows the version alone.
-    versions = {
-        package: importlib.metadata.version(package).partition("+")[0] for package in _REQUIRED
-    }
-    (target / "requirements.txt").write_text(
-        "".join(f"{package}=={v}\n" for package, v in versions.items())
-    )
+    requirements = [_requirement(package) for package in _REQUIRED]
+    (target / "requirements.txt").write_text("\n".join(requirements) + "\n")
     environment = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
     (target / "python_env.yaml").write_text(yaml.safe_dump(environment))
+
+
+def _requirement(package: str) -> str:
+    """`package==version` as a package index knows it: without a build's suffix, such as `+cpu`."""
+    version = version_of(package)
+    return package if version is None else f"{package}=={version.partition('+')[0]}"
 
 
 def _register(client: Any, run_id: str, model: Any, name: str) -> None:
@@ -104,8 +106,8 @@ def _register(client: Any, run_id: str, model: Any, name: str) -> None:
             raise
     versions = client.search_model_versions(f"name = '{name}'")
     if not any(version.run_id == run_id for version in versions):
-        # By its place: MLflow would look for models:/<id> at whatever store this process has set
-        # for all.
+        # By its location: MLflow would look for models:/<id> in the store that this process has
+        # set globally.
         client.create_model_version(
             name, model.artifact_location, run_id, await_creation_for=0, model_id=model.model_id
         )

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lwo_dist.redaction import redact
 from lwo_dist.report.tables import FOLDER as TABLES
 from lwo_dist.spool import Point
 
-from .facts import redact
 from .mlflow_model import log_model
 
 __all__ = ["MLflowStore"]
@@ -34,7 +34,9 @@ class MLflowStore:
 
     def __init__(self, uri: str, storage: Path, timeout_s: int) -> None:
         self.uri = redact(uri)
-        self._address, self._storage, self._timeout_s = uri, storage, timeout_s
+        self._address = uri
+        self._storage = storage
+        self._timeout_s = timeout_s
 
     @functools.cached_property
     def _client(self) -> Any:
@@ -85,9 +87,7 @@ class MLflowStore:
             name, value = name[:250], value[:MAX_PARAMETER]
             if name not in known:
                 parameters.append(Param(name, value))
-            elif (
-                known[name] != value
-            ):  # a parameter of MLflow never changes; what a restart changed goes to a tag
+            elif known[name] != value:  # MLflow's parameters never change; a tag says what did
                 tags[f"attempt.{attempt}.{name}"[:250]] = value
         self._client.log_batch(
             run.info.run_id,
@@ -128,9 +128,7 @@ class MLflowStore:
 
     @contextmanager
     def _patience(self, *files: Path) -> Iterator[Any]:
-        """The client, for files: a server that was sent gigabytes answers when it has put them
-        away, not in seconds.
-        """
+        """The client, with a timeout for these files: a server answers once it has stored them."""
         seconds = max(file.stat().st_size for file in files) // SLOWEST_UPLOAD
         client = self._client  # whose first use sets what is changed here
         name, value = "MLFLOW_HTTP_REQUEST_TIMEOUT", os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
@@ -166,8 +164,8 @@ class MLflowStore:
         # A database has no artifact store of its own: MLflow would put the files below the working
         # directory.
         database = self._address.startswith(("sqlite", "postgresql", "mysql", "mssql"))
-        place = (self._storage.absolute() / "mlartifacts").as_uri() if database else None
+        artifacts = (self._storage.absolute() / "mlartifacts").as_uri() if database else None
         # The kind opens MLflow's pages for training, not those for language-model applications.
         return self._client.create_experiment(
-            name, place, {"mlflow.experimentKind": "custom_model_development"}
+            name, artifacts, {"mlflow.experimentKind": "custom_model_development"}
         )

@@ -1,4 +1,4 @@
-"""What restarts cost: marked in every chart as `run/attempt` and `time/lost_seconds`."""
+"""What restarts cost, as the metrics `run/attempt` and `time/lost_seconds`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = ["Restarts"]
 
 
 class Restarts:
-    """Of the attempt that has just written its start into the spool.
+    """Measures the time that restarts lost, for the attempt that has just been started in the
+    spool.
 
-    Lost is the time from when an earlier attempt logged its last step until the run is there again:
-    the time without any worker, the start, and the steps that were done twice. It is known, and
-    added, when the run is there again.
+    The lost time runs from the last step that an earlier attempt logged until the run has reached
+    that step again: the time without workers, the start, and the repeated steps. It is added once
+    that step is reached.
     """
 
     def __init__(self, spool: Spool) -> None:
@@ -24,7 +25,7 @@ class Restarts:
         self._behind = spool.furthest if self._attempt > 1 else None
 
     def points(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """To log with the `metrics` of `step`."""
+        """The points to log together with the `metrics` of `step`."""
         if self._behind is not None and step >= self._behind[0]:
             last_step, time_ms = self._behind
             trained = (step - last_step) * metrics.get("time/step_seconds", 0.0)

@@ -1,9 +1,9 @@
-"""Sends a spool to a store: `send_spool` once through, `Sender` in a thread beside the training.
+"""Sends a spool to a store: `send_spool` once, `Sender` in a thread beside the training.
 
-loop:
-    wait for news, gather a second's worth for each batch behind the offset: one call of the store;
-    after success move the offset on any error: one warning, then one try after 1, 2, 4, ... 60 s
-    (the breaker), until the store is back
+The loop of `Sender`:
+    wait for news, then gather for a few seconds
+    for each batch behind the offset: one call of the store; after success, move the offset
+    on an error: one warning, then retries after 1, 2, 4, ... 60 s until the store is back
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from lwo_dist.redaction import redact
 from lwo_dist.spool import Point, Record, Sent, points_of, read_spool
-
-from .facts import redact
 
 __all__ = ["Sender", "Store", "reason", "send_spool", "unsent"]
 
@@ -34,7 +33,7 @@ class Store(Protocol):
     """For people: without credentials."""
 
     def open_run(self, fields: Mapping[str, Any], time_ms: int, run_id: str | None) -> str:
-        """Go on with run `run_id` or find or make one; log its parameters and tags; return its
+        """Continue run `run_id`, or find or create one; log its parameters and tags. Returns its
         id.
         """
 
@@ -67,13 +66,11 @@ def send_spool(
         elif first.kind == "damaged":
             logger.warning("%s: skipped a damaged line before byte %d", spool, first.end)
         elif first.kind == "end":
-            if (
-                sent.run_id is not None
-            ):  # else a start that failed before the run had a line of its own
+            if sent.run_id is not None:  # None: the start failed before the run had a record
                 store.end_run(sent.run_id, first.fields, first.time_ms)
         elif sent.run_id is None:
             raise RuntimeError(
-                f"{spool} names no run before its first points; its first line is lost"
+                f"{spool} has points before the record of its run; its first line is lost"
             )
         else:
             points = [point for record in batch for point in points_of(record)]
@@ -107,8 +104,9 @@ def _upload(spool: Path, store: Store, run_id: str, name: str) -> None:
 
 
 def unsent(spool: Path, sent: Sent) -> str:
-    """What the store lacks, in words: `410 metric points, 3 files, the state of the run`; empty:
-    nothing.
+    """What the store lacks, in words, such as `410 metric points, 3 files, the state of the run`.
+
+    Empty if it lacks nothing.
     """
     points, files, state = 0, set(sent.waiting), False
     for record in read_spool(spool, sent.offset):
@@ -121,8 +119,9 @@ def unsent(spool: Path, sent: Sent) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The root of a chain of exceptions in one short line: `Connection refused`, not a page of
-    urllib3.
+    """The root of a chain of exceptions in one line of at most 300 characters, without secrets.
+
+    For example `Connection refused` instead of urllib3's page.
     """
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
@@ -131,7 +130,7 @@ def reason(error: BaseException) -> str:
 
 
 class Sender(threading.Thread):
-    """The only thread that talks to the store. A daemon: it can never keep a finished run alive."""
+    """The only thread that talks to the store. A daemon: it never keeps a finished run alive."""
 
     def __init__(
         self,
@@ -148,11 +147,9 @@ class Sender(threading.Thread):
         self.sent = sent
         self._spool, self._store = spool, store
         self._interval_s, self._max_pause_s = interval_s, max_pause_s
-        self._news, self._closing, self._abandoned = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
-        )
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._abandoned = threading.Event()
         # Not the global generator: training's own draws must not depend on how often a server
         # failed.
         self._random = random.Random()
@@ -162,10 +159,12 @@ class Sender(threading.Thread):
         self._news.set()
 
     def close(self, timeout_s: float, upload_timeout_s: float = 0.0) -> bool:
-        """Send the rest for at most `timeout_s` seconds; whether all is sent.
+        """Send the rest and end the thread. Returns whether all was sent.
 
-        Files may be large: where by then only they are left and all goes well, for
-        `upload_timeout_s` more.
+        Args:
+            timeout_s: how long to wait, in seconds.
+            upload_timeout_s: how much longer to wait if only files are left and their upload has
+                not failed.
         """
         self._closing.set()
         self._news.set()
@@ -190,7 +189,7 @@ class Sender(threading.Thread):
                 self.problem = reason(error)
                 if failures == 1:
                     logger.warning(
-                        "MLflow at %s: %s; points are kept in %s and sent when it is back",
+                        "MLflow at %s: %s; points are kept in %s and sent once it is back",
                         self._store.uri,
                         self.problem,
                         self._spool,
@@ -201,7 +200,7 @@ class Sender(threading.Thread):
             if failures:
                 count = self.sent.points - before
                 logger.warning(
-                    "MLflow at %s is back; sent the %d points that waited", self._store.uri, count
+                    "MLflow at %s is back; sent %d waiting points", self._store.uri, count
                 )
             failures, self.problem = 0, None
             if last:

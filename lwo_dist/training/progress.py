@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.units import human_bytes, human_seconds
 
-__all__ = ["Progress", "human_bytes", "human_seconds"]
+__all__ = ["Progress"]
 
 
 class Progress(Callback):
@@ -15,12 +16,12 @@ class Progress(Callback):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._info = info
-        facts = info.parameters
         self._say(
             f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on"
-            f" {info.world_size} {facts['device']} worker(s), {facts['trained_parameters']:,} of"
-            f" {facts['parameters']:,} parameters in {len(info.layers)} layers,"
-            f" {facts['windows']:,} training sequences, {facts['held_out_lines']:,} held-out lines"
+            f" {info.world_size} {info.device} worker(s), {info.trained_parameters:,} of"
+            f" {info.parameters:,} parameters in {len(info.layers)} layers,"
+            f" {info.data['windows']:,} training sequences,"
+            f" {info.data['held_out_lines']:,} held-out lines"
             + (f", from step {info.start_step}" if info.start_step else "")
         )
 
@@ -57,23 +58,3 @@ class Progress(Callback):
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
-
-
-def human_bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
-
-
-def human_seconds(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}h{minutes:02}m"
-        if hours
-        else f"{minutes}m{seconds:02}s"
-        if minutes
-        else f"{seconds}s"
-    )

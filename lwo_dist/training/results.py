@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lwo_dist.tasks.metrics import paired_interval
+from lwo_dist.units import human_bytes, human_seconds
 
 from .evaluate import Evaluation
-from .progress import human_bytes, human_seconds
 
 __all__ = ["Results", "format_summary"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lwo_dist.callback import RunInfo
 from lwo_dist.cluster import gauges
 from lwo_dist.config import Config
+from lwo_dist.run_info import RunInfo
 from tests.tracking import until
 
 METRICS = {
@@ -30,7 +30,16 @@ SHOWN = {
 def show() -> gauges.RayGauges:
     callback = gauges.RayGauges()
     callback.on_run_start(
-        RunInfo(Config(run_name="tuned"), Path("runs/tuned"), 2, ("a", "b", "c", "d"), {}, 0)
+        RunInfo(
+            config=Config(run_name="tuned"),
+            run_dir=Path("runs/tuned"),
+            world_size=2,
+            start_step=0,
+            layers=("a", "b", "c", "d"),
+            layer_sizes=(1, 2, 3, 4),
+            parameters=10,
+            device="CPU",
+        )
     )
     callback.on_metrics(20, METRICS)
     return callback

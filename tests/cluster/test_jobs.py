@@ -212,7 +212,7 @@ def test_a_job_is_detached_listed_and_stopped(
     assert line.split()[1] in ("PENDING", "RUNNING") and line.endswith("sleeping")
     # Two jobs would write into one run's folder.
     assert main(long) == 2
-    assert f"run_name = sleeping: job {job} is at it" in capfd.readouterr().err
+    assert f"run_name = sleeping: job {job} is already running" in capfd.readouterr().err
     _wait_for_line(head, job, "ready", capfd)
     assert main(["jobs", "stop", "--address", head, "sleeping"]) == 0
     assert main(["jobs", "logs", "-f", "--address", head, job]) in (75, 143)
@@ -282,7 +282,7 @@ def test_ctrl_c_asks(
     ("token", "status", "why"),
     [
         (None, 401, "RAY_AUTH_TOKEN is not set"),
-        ("a wrong token of the test", 403, "that in RAY_AUTH_TOKEN is another's"),
+        ("a wrong token of the test", 403, "RAY_AUTH_TOKEN does not match"),
     ],
 )
 def test_without_the_token_there_is_one_line(
@@ -296,8 +296,8 @@ def test_without_the_token_there_is_one_line(
     command = [sys.executable, "-m", "lwo_dist.cli", *_submit(head, source, "refused")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     expected = (
-        f"lwo-dist: --address {head}: this Ray wants its token, and {why}; set RAY_AUTH_TOKEN to"
-        " it\n"
+        f"lwo-dist: --address {head}: Ray requires the cluster's token, and {why}; set"
+        " RAY_AUTH_TOKEN to that token\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -320,8 +320,8 @@ def test_an_unknown_job(head: str, capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("storage=runs", "storage = runs: would go away with the job's folder"),
-        ("data.source=../src", "data.source = ../src: a path of this machine"),
+        ("storage=runs", "storage = runs: would be deleted with the job's folder"),
+        ("data.source=../src", "data.source = ../src: a path on this machine"),
         ("train.stepz=1", "unknown key train.stepz"),
         (f"run_name={TOKEN}", "holds the value of RAY_AUTH_TOKEN"),
     ],

@@ -118,8 +118,8 @@ def test_the_default_store_holds_all_that_the_run_said(storage, first_use, capfd
     assert run.info.run_name == "whole"
     assert run.info.end_time >= run.info.start_time
     assert run.data.params["lwo.lr"] == "1e-05"
-    assert len(run.data.params["long"]) == 6000
-    assert all(run.data.params[f"fact.{i}"] == str(i) for i in range(150))
+    assert len(run.data.params["data.long"]) == 6000
+    assert all(run.data.params[f"data.fact_{i}"] == str(i) for i in range(150))
     assert (run.data.params["device"], run.data.params["world_size"]) == ("cpu", "2")
     assert run.data.params["layers"] == "embed, layers.0, layers.1, head"
     assert (run.data.tags["method"], run.data.tags["strategy"]) == ("lwo", "fsdp")
@@ -240,7 +240,7 @@ def test_the_driver_ends_a_run_whose_workers_are_gone(storage):
 
 def test_a_live_run_is_not_replayed(storage, dead_uri):
     callback = begin(config_for(dead_uri, flush_timeout_s=0), storage, "live")
-    with pytest.raises(UserError, match="still going"):
+    with pytest.raises(UserError, match="still running"):
         replay(storage / "live")
     callback.on_run_end({})
     with pytest.raises(UserError, match="does not exist"):
@@ -273,7 +273,7 @@ def test_a_folder_that_cannot_be_written_stops_no_training(tmp_path, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1, lines
     assert lines[0].startswith("tracking: on_run_start: ")
-    assert lines[0].endswith("the run goes on")
+    assert lines[0].endswith("the run continues")
 
 
 def test_files_that_cannot_be_uploaded_hold_up_nothing(tmp_path, storage, caplog):
@@ -334,7 +334,7 @@ def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "env-hunter2")
     secret = dead_uri.replace("http://", "http://ada:uri-hunter2@")
     with pytest.raises(
-        UserError, match="was given with a password; keep it in the environment"
+        UserError, match="was given with a password; set MLFLOW_TRACKING_USERNAME"
     ) as kept_out:
         create_run(config_for(secret), tmp_path, "secret")
     assert not list(tmp_path.iterdir())

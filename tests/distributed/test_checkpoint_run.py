@@ -192,7 +192,7 @@ def test_export_and_checkpoints_on_the_command_line(
         (["export", "{}/nowhere"], "has no checkpoints; give the folder of a run"),
         (["checkpoints", "prune", "{}/r", "--keep", "0"], "--keep = 0 must be at least 1"),
         (["export", "{}/r", "--step", "3"], "--step = 3: .* has the checkpoints 4"),
-        (["export", "{}/r", "--to", "{}/full"], "is there and no model; give a new folder"),
+        (["export", "{}/r", "--to", "{}/full"], "exists and is not a model; give a new folder"),
     ],
 )
 def test_bad_commands(

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.run import prepare, run
+from lwo_dist.run_info import RunInfo
 from tests.models import save_tiny_model
 from tests.ranks import RanksError, run_ranks
 

@@ -10,7 +10,7 @@ from lwo_dist.report.charts import _shades, layers_figure, loss_figure, memory_f
 from lwo_dist.report.history import History, Visit, layer_bands
 from lwo_dist.spool import Spool, read_spool
 
-GIB = 2**30
+GB = 10**9
 
 
 def layer_names(count):
@@ -103,21 +103,21 @@ def test_few_points_are_drawn():
 def test_memory_stacks_its_parts_below_the_peak():
     x = [0.1, 0.2, 0.3]
     points = {
-        "memory/parameter_bytes": [(t, 2 * GIB) for t in x],
-        "memory/gradient_bytes": [(t, 1 * GIB) for t in x],
-        "memory/optimizer_state_bytes": [(t, 3 * GIB) for t in x],
-        "memory/peak_bytes": [(t, 8 * GIB) for t in x],
+        "memory/parameter_bytes": [(t, 2 * GB) for t in x],
+        "memory/gradient_bytes": [(t, 1 * GB) for t in x],
+        "memory/optimizer_state_bytes": [(t, 3 * GB) for t in x],
+        "memory/peak_bytes": [(t, 8 * GB) for t in x],
     }
-    figure = memory_figure(points, "training time", hours=True, full=24 * GIB)
+    figure = memory_figure(points, "training time", hours=True, full=24 * GB)
     rendered(figure)
     (axes,) = figure.axes
     tops = [area.get_datalim(axes.transData).ymax for area in axes.collections]
     assert tops == [2, 3, 6, 8]
     full = next(
-        line for line in axes.lines if line.get_label() == "full fine-tuning: at least 24 GiB"
+        line for line in axes.lines if line.get_label() == "full fine-tuning: at least 24 GB"
     )
     assert set(full.get_ydata()) == {24} and axes.get_ylim()[1] > 24
-    assert axes.get_ylabel() == "GiB"
+    assert axes.get_ylabel() == "GB"
     assert axes.get_xlabel() == "training time (minutes)"
     assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "parameters"
 

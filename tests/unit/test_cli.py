@@ -227,7 +227,7 @@ def test_ui_keeps_a_password_off_the_command_line(
     [
         (
             "https://name:secret@mlflow.example",
-            "tracking.uri = https://mlflow.example was given with a password; keep",
+            "tracking.uri = https://mlflow.example was given with a password; set",
         ),
         (
             "http://127.0.0.1:9",

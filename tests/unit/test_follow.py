@@ -61,7 +61,9 @@ def test_nothing_is_written_twice_and_nothing_is_lost(
 def test_a_cluster_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOST_SECONDS", 0.01)
     client = _Client([0] * 1_000_000, [_info("RUNNING")])
-    with pytest.raises(UserError, match=r"out of reach \(WebSocket .*\); job job may run on"):
+    with pytest.raises(
+        UserError, match=r"cannot be reached \(WebSocket .*\); job job may still be running"
+    ):
         _jobs(client, monkeypatch).follow("job", lambda text: None)
 
 

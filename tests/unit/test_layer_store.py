@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -211,19 +210,6 @@ def test_a_folder_that_turns_read_only_is_said_and_spares_what_is_there(small_di
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     checkpoint = newest_checkpoint(stores.run_folder(small_disk))
     assert checkpoint is not None and stores.same(stores.contents(checkpoint), first)
-
-
-def test_a_whole_write_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_config_and_tokenizer_are_written_once(tmp_path: Path) -> None:

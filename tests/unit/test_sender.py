@@ -167,7 +167,7 @@ def test_one_warning_when_down_and_one_when_back(spool, caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2, lines
     assert lines[0].startswith("MLflow at memory: Connection refused; points are kept in ")
-    assert lines[1] == "MLflow at memory is back; sent the 60 points that waited"
+    assert lines[1] == "MLflow at memory is back; sent 60 waiting points"
 
 
 def test_the_breaker_stays_open_for_the_pause(spool):

@@ -1,0 +1,26 @@
+"""The files beside the weights that make a folder a Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["save_model_files"]
+
+
+def save_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write config, generation config and tokenizer of `model` to `folder`; no weights.
+
+    The config says float32, whatever dtype the base model was published in: the layer files of a
+    checkpoint hold fp32 masters.
+
+    Raises:
+        OSError
+    """
+    values = {**model.config.to_dict(), "dtype": "float32", "use_cache": True}
+    config = type(model.config).from_dict(values)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
