@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "assert_same_on_all_ranks",
     "barrier",
     "broadcast_object",
+    "errors_on_all_ranks",
     "first_reason",
     "gather_floats",
     "gather_objects",
@@ -209,23 +211,50 @@ def silent_ranks(timeout_s: float) -> list[int]:
     return []
 
 
-def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
-    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank, so that none is
-    left waiting.
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise what one rank raises inside on every rank, so that none is left waiting. A collective.
+
+    Where several ranks fail, the error of the lowest one is raised everywhere. Ranks wait for each
+    other as long as it takes. There must be no other collective inside: a rank that fails before
+    it would leave the others there.
+
+    >>> with errors_on_all_ranks():
+    ...     if rank() == 0:
+    ...         read_the_source()
+
+    Raises:
+        UserError: a rank raised it.
+        RuntimeError: a rank raised another exception; that rank raises the exception itself.
     """
-    value, error = None, None
-    if rank() == 0:
-        try:
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    told = None if own is None else (isinstance(own, UserError), str(own) or repr(own))
+    everyone: list[tuple[bool, str] | None] = [told]
+    if world_size() > 1:
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, told, group=_patient_group())
+    for failed, reason in enumerate(everyone):
+        if reason is None:
+            continue
+        if own is not None and failed == rank():
+            raise own
+        is_users, message = reason
+        if is_users:
+            raise UserError(message) from own
+        raise RuntimeError(f"rank {failed} failed: {message}") from own
+
+
+def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank."""
+    value = None
+    with errors_on_all_ranks():
+        if rank() == 0:
             value = fn(*args)
-        except Exception as raised:
-            error = raised
-    message = (isinstance(error, UserError), f"{error}") if error is not None else None
-    value, message = broadcast_object((value, message))
-    if error is not None:
-        raise error
-    if message is not None:
-        raise UserError(message[1]) if message[0] else RuntimeError(f"rank 0 failed: {message[1]}")
-    return value
+    return broadcast_object(value)
 
 
 def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:
