@@ -25,17 +25,17 @@ from .checkpoint.format import committed_steps, read_checkpoint, step_folder
 from .checkpoint.resume import find_checkpoint, refuse_other_run, restore
 from .checkpoint.store import LayerStore
 from .config import Config
-from .data import check_world_sizes, prepare_dataset, read_source_tree
+from .data import check_world_sizes
 from .data.cache import cache_folder
 from .errors import UserError
 from .hook import LWO, attach, make_engine
 from .models import load_model, load_tokenizer
-from .models.hub import on_all_ranks
+from .registry import TASKS
 from .stop import Stopped, StopRequest, StopVote
 from .storage import RunFolder, is_url, storage_folder, write_whole
 from .strategies import load_deepspeed
 from .strategies.deepspeed import settings as deepspeed_config
-from .tasks import TASKS
+from .tasks.prepare import prepare_dataset
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.about import about_run, facts, layer_sizes, save_model_files
 from .training.evaluate import evaluate
@@ -60,6 +60,8 @@ def prepare(config: Config) -> Config:
     source = config.data.source
     if source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
+    task = TASKS.get(config.task)
+    task.check(config)
     check_world_sizes(config)
     if config.strategy == "deepspeed":  # the workers need not see the file
         config = config.model_copy(
@@ -84,7 +86,7 @@ def prepare(config: Config) -> Config:
                 f"run_name = {run_name}: {place} holds a run and checkpoint.resume is never; choose"
                 " another run_name, or resume: auto"
             )
-        read_source_tree(config.data, cache_folder(config))
+        task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_base_model(default_cache_folder(place.local.parent))
             config = config.model_copy(
@@ -171,22 +173,15 @@ def _build(
     main = distributed.rank() == 0
     checkpoint = find_checkpoint(config, place)
     tokenizer = load_tokenizer(config.model)
-    task = TASKS[config.task]
+    task = TASKS.get(config.task)
     # Where nodes share no folder, each makes its own examples.
     first_of_node = (
         os.environ.get("LOCAL_RANK", "0") == "0"
         and is_url(config.storage)
         and not config.data.cache
     )
-    with on_all_ranks():
-        data = prepare_dataset(
-            config,
-            tokenizer,
-            task,
-            is_builder=main or first_of_node,
-            broadcast=distributed.broadcast_object,
-        )
-    results = Results(place.local, config.eval.metric, writes=main)
+    data = prepare_dataset(config, tokenizer, task, is_builder=main or first_of_node)
+    results = Results(place.local, task, config.eval.metric, writes=main)
     source = config.model
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)

@@ -8,7 +8,7 @@ from .batches import (
     micro_batches,
 )
 from .cache import cache_folder
-from .dataset import PreparedData, prepare_dataset
+from .dataset import PreparedData
 from .examples import EvalExample, TrainExample
 from .source_tree import SourceTree, read_source_tree
 
@@ -23,6 +23,5 @@ __all__ = [
     "label_tokens",
     "micro_batch_size",
     "micro_batches",
-    "prepare_dataset",
     "read_source_tree",
 ]
