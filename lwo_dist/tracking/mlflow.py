@@ -19,6 +19,7 @@ import yaml
 from lwo_dist.callback import Callback, RunInfo
 from lwo_dist.config import Config, TrackingConfig
 from lwo_dist.errors import UserError
+from lwo_dist.registry import TASKS
 from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
 
 from .close import close_spool, finish, remedy
@@ -219,6 +220,7 @@ class MLflowCallback(Callback):
             model_size=info.parameters.get("parameters"),
             parameters=run_parameters(info),
             tags=run_tags(info.config, info.hosts),
+            **TASKS.get(info.config.task).sheet.record(),
         )
         spool.append("artifact", path="config.yaml")
         self._spool, self._sender = (

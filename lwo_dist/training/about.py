@@ -15,6 +15,7 @@ import torch
 from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.hook import LWO
+from lwo_dist.registry import TASKS
 
 __all__ = ["about_run", "facts", "layer_sizes", "save_model_files"]
 
@@ -26,6 +27,7 @@ def about_run(config: Config, data: PreparedData) -> dict[str, Any]:
         "method": config.method,
         "strategy": config.strategy,
         "task": config.task,
+        **TASKS.get(config.task).sheet.record(),
         "base_model": config.model.name,
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code,
@@ -52,7 +54,8 @@ def facts(config: Config, lwo: LWO, data: PreparedData, device: torch.device) ->
             sizes[name] for layer in lwo.layers for name in layer.parameter_names
         ),
         "host": socket.gethostname(),
-        **{name: data.counts[name] for name in ("windows", "held_out_lines")},
+        "windows": data.counts["windows"],
+        "held_out_examples": len(data.held_out),
         "data": dict(data.counts),
         "versions": _versions(),
     }

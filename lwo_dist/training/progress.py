@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.registry import TASKS
+from lwo_dist.tasks.scores import ScoreSheet
 
 __all__ = ["Progress", "human_bytes", "human_seconds"]
 
@@ -15,12 +17,14 @@ class Progress(Callback):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._info = info
+        self._sheet: ScoreSheet = TASKS.get(info.config.task).sheet
         facts = info.parameters
         self._say(
             f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on"
             f" {info.world_size} {facts['device']} worker(s), {facts['trained_parameters']:,} of"
             f" {facts['parameters']:,} parameters in {len(info.layers)} layers,"
-            f" {facts['windows']:,} training sequences, {facts['held_out_lines']:,} held-out lines"
+            f" {facts['windows']:,} training sequences, {facts['held_out_examples']:,} held-out"
+            f" {self._sheet.example[1]}"
             + (f", from step {info.start_step}" if info.start_step else "")
         )
 
@@ -42,12 +46,12 @@ class Progress(Callback):
         )
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        self._say(
-            f"evaluation at step {step}: loss {scores['eval/loss']:.4f}  exact match"
-            f" {scores['eval/exact_match']:.2f}  edit similarity"
-            f" {scores['eval/edit_similarity']:.2f}  BLEU {scores['eval/bleu']:.2f} "
-            f" ({scores['eval/lines']:.0f} held-out lines)"
-        )
+        values = [
+            f"{score.label} {score.show(scores[score.key])} {score.unit}".rstrip()
+            for score in self._sheet.scores
+        ]
+        count = f"({scores[self._sheet.count_key]:.0f} held-out {self._sheet.example[1]})"
+        self._say(f"evaluation at step {step}: {'  '.join([*values, count])}")
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         self._say(f"checkpoint {folder}")
