@@ -222,7 +222,9 @@ def test_a_restart_keeps_everything(tmp_path: Path) -> None:
     first = filled(tmp_path)
     first.blocked_seconds = 0.5
     second = Results(tmp_path, Repair(), "loss", writes=True)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    state = first.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    second.load_state_dict(state)
     assert second.summary() == first.summary()
     assert second.state_dict() == first.state_dict()
     second.add_metrics(METRICS)
