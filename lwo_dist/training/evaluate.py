@@ -231,7 +231,11 @@ def _scored(
     found = task.score(examples, predictions, losses, tokens)
     _check_whole(task, found, len(examples))
     totals = {score.key: float(found.totals[score.name]) for score in task.scores}
-    columns = {score.name: found.columns[score.name] for score in task.scores if score.per_example}
+    columns = {
+        score.name: np.asarray(found.columns[score.name], dtype=np.float64)
+        for score in task.scores
+        if score.per_example
+    }
     samples = tuple(
         Sample(
             examples[i].name,
