@@ -40,7 +40,7 @@ class Callback:
         """
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        """`eval/loss`, `eval/exact_match`, `eval/edit_similarity`, `eval/bleu`, `eval/lines`."""
+        """`eval/<name>` of every score that the task names, and the number of held-out examples."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """A checkpoint was committed."""

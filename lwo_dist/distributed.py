@@ -213,30 +213,39 @@ def silent_ranks(timeout_s: float) -> list[int]:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """What one rank raises in here, every rank raises at the end, so that none is left waiting.
+    """Raise what one rank raises inside on every rank, so that none is left waiting. A collective.
 
-    The rank that failed raises its own exception; the others, if they did not fail, raise that of
-    the lowest rank: a `UserError` as it is, anything else as a `RuntimeError` that names the rank.
-    A collective, which waits as long as it takes (`broadcast_object`).
+    Where several ranks fail, the error of the lowest one is raised everywhere. Ranks wait for each
+    other as long as it takes. There must be no other collective inside: a rank that fails before
+    it would leave the others there.
+
+    >>> with errors_on_all_ranks():
+    ...     if rank() == 0:
+    ...         read_the_source()
+
+    Raises:
+        UserError: a rank raised it.
+        RuntimeError: a rank raised another exception; that rank raises the exception itself.
     """
-    error: Exception | None = None
+    own: Exception | None = None
     try:
         yield
-    except Exception as raised:
-        error = raised
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    told = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
-    everyone: list[tuple[bool, str] | None] = [None] * world_size()
-    dist.all_gather_object(everyone, told, group=_patient_group())
-    if error is not None:
-        raise error
-    for other, failure in enumerate(everyone):
-        if failure is not None:
-            by_user, message = failure
-            raise UserError(message) if by_user else RuntimeError(f"rank {other} failed: {message}")
+    except Exception as error:
+        own = error
+    told = None if own is None else (isinstance(own, UserError), str(own) or repr(own))
+    everyone: list[tuple[bool, str] | None] = [told]
+    if world_size() > 1:
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, told, group=_patient_group())
+    for failed, reason in enumerate(everyone):
+        if reason is None:
+            continue
+        if own is not None and failed == rank():
+            raise own
+        is_users, message = reason
+        if is_users:
+            raise UserError(message) from own
+        raise RuntimeError(f"rank {failed} failed: {message}") from own
 
 
 def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:

@@ -24,7 +24,7 @@ from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, ste
 from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, restore
 from .checkpoint.store import LayerStore
 from .config import Config
-from .data import PreparedData, check_world_sizes, prepare_dataset, read_source_tree
+from .data import PreparedData, check_world_sizes
 from .data.cache import cache_folder
 from .errors import UserError
 from .hook import LWO, attach
@@ -37,6 +37,8 @@ from .stop import Stopped, StopRequest, StopVote
 from .storage import RunFolder, is_url, new_run_name, storage_folder, write_whole
 from .strategies import StrategyBuilder
 from .strategies.checks import check_config
+from .tasks.base import Task
+from .tasks.prepare import prepare_dataset
 from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
 from .training.describe import describe_run
 from .training.evaluate import Evaluation, evaluate
@@ -65,6 +67,8 @@ def prepare(config: Config) -> Config:
     if source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     check_config(config)
+    task: Task = TASKS.get(config.task)
+    task.check(config)
     check_world_sizes(config)
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     config = builder.resolve(config)
@@ -83,7 +87,7 @@ def prepare(config: Config) -> Config:
                 f"run_name = {run_name}: {run_folder} holds a run and checkpoint.resume is never; "
                 "choose another run_name, or resume: auto"
             )
-        read_source_tree(config.data, cache_folder(config))
+        task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_base_model(default_cache_folder(run_folder.local.parent))
             model = config.model.model_copy(update={"name": str(base)})
@@ -168,12 +172,12 @@ def _build(
     """Everything that a run is made of; every rank builds it alike."""
     checkpoint = find_checkpoint(config, run_folder)
     tokenizer = load_tokenizer(config.model)
-    task = TASKS.get(config.task)
+    task: Task = TASKS.get(config.task)
     data = _read_data(config, tokenizer, task)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
-    results = Results(run_folder.local, config.eval.metric, writes=distributed.rank() == 0)
+    results = Results(run_folder.local, task, config.eval.metric, writes=distributed.rank() == 0)
     store = LayerStore(
         run_folder, partial(save_model_files, lwo.module, tokenizer), keep=config.checkpoint.keep
     )
@@ -214,7 +218,7 @@ def _build(
 
 
 def _evaluation(
-    config: Config, lwo: LWO, tokenizer: Any, task: Any, data: PreparedData, device: torch.device
+    config: Config, lwo: LWO, tokenizer: Any, task: Task, data: PreparedData, device: torch.device
 ) -> Callable[[Callable[[], None]], Evaluation]:
     """Scores the model as it is now; calls its argument before each batch."""
 
@@ -236,18 +240,12 @@ def _evaluation(
     return evaluate_now
 
 
-def _read_data(config: Config, tokenizer: Any, task: Any) -> PreparedData:
+def _read_data(config: Config, tokenizer: Any, task: Task) -> PreparedData:
     # Where nodes share no folder, each makes its own examples.
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     shares_no_folder = is_url(config.storage) and not config.data.cache
-    with distributed.errors_on_all_ranks():
-        return prepare_dataset(
-            config,
-            tokenizer,
-            task,
-            is_builder=distributed.rank() == 0 or (first_of_node and shares_no_folder),
-            broadcast=distributed.broadcast_object,
-        )
+    is_builder = distributed.rank() == 0 or (first_of_node and shares_no_folder)
+    return prepare_dataset(config, tokenizer, task, is_builder=is_builder)
 
 
 def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.device) -> LWO:

@@ -58,6 +58,8 @@ class RunInfo:
     """The hosts of all ranks, each once."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """`PreparedData.counts`: examples, tokens, files read and skipped."""
+    task_record: Mapping[str, Any] = field(default_factory=dict)
+    """How the task's scores are shown (`ScoreSheet.record`): keys `scores` and `example`."""
     versions: Mapping[str, str] = field(default_factory=versions)
 
     @property
@@ -77,6 +79,7 @@ def checkpoint_record(info: RunInfo) -> dict[str, Any]:
         "method": config.method,
         "strategy": config.strategy,
         "task": config.task,
+        **info.task_record,
         "base_model": config.model.name,
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code,

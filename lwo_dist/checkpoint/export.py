@@ -22,6 +22,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.methods import Method
 from lwo_dist.models import weights
 from lwo_dist.registry import METHODS
+from lwo_dist.tasks.scores import ScoreSheet
 
 from .format import INDEX, MOMENTS, STATE, Checkpoint
 
@@ -177,7 +178,7 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
         f"{name.replace('_', ' ')} {value:,}" for name, value in about["data"].items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    evaluations = state["results"]["evaluations"].items()
+    evaluations = state["results"]["evaluations"]
     lines = [
         f"# {about['run_name']}",
         "",
@@ -196,19 +197,23 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
         "",
         "Scores on held-out files:",
         "",
-        "| step | loss, nats | exact match, % | edit similarity, % | BLEU | lines |",
-        "|---|---|---|---|---|---|",
-        *(f"| {step} | {' | '.join(_scores(values))} |" for step, values in evaluations),
+        *_scores_table(about, evaluations),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
 
 
-def _scores(values: Mapping[str, float]) -> list[str]:
-    names = ("loss", "exact_match", "edit_similarity", "bleu", "lines")
-    return [
-        f"{values[f'eval/{name}']:.3f}" if name != "lines" else f"{values['eval/lines']:.0f}"
-        for name in names
-    ]
+def _scores_table(
+    about: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """The lines of a Markdown table, a row per evaluation."""
+    measured = dict.fromkeys(name for values in evaluations.values() for name in values)
+    sheet = ScoreSheet.read(about, measured)
+    columns = ["step", *(score.heading for score in sheet.scores), sheet.example[1]]
+    rows = [columns, ["---"] * len(columns)]
+    for step, values in evaluations.items():
+        shown = [score.show(values[score.key]) for score in sheet.scores]
+        rows.append([step, *shown, f"{values[sheet.count_key]:.0f}"])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _licence(base: str, revision: str | None) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lwo_dist.errors import UserError
 from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
+from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_bytes
 
 from .export import Dtype, export_model
@@ -27,7 +28,7 @@ __all__ = ["export_run", "list_checkpoints", "prune_checkpoints", "verify_checkp
 
 
 def list_checkpoints(run: RunFolder) -> Iterator[str]:
-    """A line per checkpoint: step, active layer, held-out loss, files, time. Only state.json is
+    """A line per checkpoint: step, active layer, main scores, files, time. Only state.json is
     verified.
 
     Raises:
@@ -41,12 +42,14 @@ def list_checkpoints(run: RunFolder) -> Iterator[str]:
             continue
         written = (run.local / step_folder(step) / STATE).stat().st_mtime
         when = datetime.datetime.fromtimestamp(written).isoformat(" ", "seconds")
-        scores = state.get("results", {}).get("evaluations", {}).get(str(step))
-        loss = f"  held-out loss {scores['eval/loss']:.4f}" if scores else ""
-        yield (
-            f"step {step}  layer {state['active_layer']}{loss}  {len(state['sha256'])} files "
-            f" {when}"
-        )
+        scores = state.get("results", {}).get("evaluations", {}).get(str(step), {})
+        shown = [
+            f"held-out {score.heading} {score.show(scores[score.key])}"
+            for score in ScoreSheet.read(state.get("run", {}), scores).scores
+            if score.headline and score.key in scores
+        ]
+        parts = [f"layer {state['active_layer']}", *shown, f"{len(state['sha256'])} files", when]
+        yield f"step {step}  {'  '.join(parts)}"
 
 
 def verify_checkpoints(run: RunFolder) -> Iterator[str]:

@@ -8,7 +8,7 @@ from .batches import (
     micro_batch_size,
 )
 from .cache import cache_folder
-from .dataset import PreparedData, prepare_dataset
+from .dataset import PreparedData
 from .examples import EvalExample, TrainExample
 from .source_tree import SourceTree, read_source_tree
 
@@ -23,6 +23,5 @@ __all__ = [
     "global_batch",
     "global_batch_indices",
     "micro_batch_size",
-    "prepare_dataset",
     "read_source_tree",
 ]

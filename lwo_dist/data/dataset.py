@@ -1,87 +1,47 @@
-"""Examples on disk: made once, by one process, as memory-mapped Arrow; read by all.
+"""Examples on disk: memory-mapped Arrow, so that every worker of a machine shares them.
 
-<cache>/datasets/<task>-<fingerprint>/train.arrow      TrainExample, one a row
-<cache>/datasets/<task>-<fingerprint>/held_out.arrow   EvalExample, one a row
-<cache>/datasets/<task>-<fingerprint>/about.json       counts
-
-The fingerprint is that of the files' contents, the tokenizer and the settings that examples depend
-on.
+<folder>/train.arrow      TrainExample, one a row
+<folder>/held_out.arrow   EvalExample, one a row
+<folder>/about.json       counts
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
 
-from lwo_dist.config import Config, DataConfig
 from lwo_dist.errors import UserError
 
-from .cache import build_once, cache_folder
-from .examples import EvalExample, TrainExample, end_of_text_id, pad_id
+from .examples import EvalExample, TrainExample, pad_id
 
-__all__ = ["ExampleMaker", "PreparedData", "Source", "prepare_dataset"]
+__all__ = ["PreparedData", "load_dataset", "write_dataset"]
 
-# Raise it when the same files would give other examples: caches of before are then not read.
-_FORMAT = 1
 _TRAIN = Features(
     {
-        "input_ids": Sequence(Value("int32")),
+        "input_ids": ListOf(Value("int32")),
         "length": Value("int32"),
         "target_start": Value("int32"),
+        "label_tokens": Value("int32"),
     }
-    | {"label_tokens": Value("int32")}
 )
 _HELD_OUT = Features(
     {
-        "context": Sequence(Value("int32")),
-        "target": Sequence(Value("int32")),
+        "context": ListOf(Value("int32")),
+        "target": ListOf(Value("int32")),
         "text": Value("large_string"),
+        "name": Value("string"),
+        "line": Value("int32"),
     }
-    | {"name": Value("string"), "line": Value("int32")}
 )
-
-
-class Source(Protocol):
-    """What a task reads its examples from."""
-
-    @property
-    def identity(self) -> Any:
-        """JSON values that change when the examples would."""
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """Numbers for people: how much was read and skipped."""
-
-
-class ExampleMaker(Protocol):
-    """The part of a task that makes examples; the modules of `lwo_dist.tasks` are such."""
-
-    NAME: str
-
-    def read(self, config: DataConfig, cache: Path) -> Source:
-        """Find and judge the input; UserError where there is none to use."""
-
-    def training_examples(
-        self, source: Any, tokenizer: Any, config: Config
-    ) -> Iterator[TrainExample]:
-        """Examples of at most `train.sequence_length` tokens, in a fixed order."""
-
-    def evaluation_examples(self, source: Any, tokenizer: Any, config: Config) -> list[EvalExample]:
-        """Up to `eval.num_lines` examples; context and target together at most
-        `train.sequence_length` tokens.
-        """
-
-    def end_token_ids(self, tokenizer: Any) -> list[int]:
-        """The tokens after which a completion has ended; UserError where the tokenizer has none."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +56,9 @@ class PreparedData:
     """[examples], tokens of each that count in the loss."""
     held_out: tuple[EvalExample, ...]
     counts: Mapping[str, Any]
-    """`train_files`, `held_out_files`, `skipped` (reason -> number), `windows`, `tokens` (context
-    included), `label_tokens`, `held_out_lines`, `held_out_lines_asked`."""
+    """What the task has read (of a source tree: `train_files`, `held_out_files`, `skipped`, reason
+    -> number), `windows`, `tokens` (context included), `label_tokens`, and with the task's word for
+    its examples `held_out_lines`, `held_out_lines_asked`."""
     fingerprint: str
     """64 hex digits. A resumed run must find the same."""
     folder: Path
@@ -106,76 +67,30 @@ class PreparedData:
     sequence_length: int
 
 
-def prepare_dataset(
-    config: Config,
-    tokenizer: Any,
-    task: ExampleMaker,
-    *,
-    is_builder: bool = True,
-    broadcast: Callable[[Any], Any] = lambda value: value,
-) -> PreparedData:
-    """Make the examples of `config`, or find those that were made before. Every rank calls this.
+def write_dataset(
+    folder: Path,
+    train: Iterable[TrainExample],
+    held_out: Sequence[EvalExample],
+    counts: Mapping[str, Any],
+) -> None:
+    """Write the examples into `folder`, and `counts` with those of the training examples added.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer with an end-of-text token.
-        is_builder: true on one rank, the only one that reads the source.
-        broadcast: a collective that returns the builder's value on every rank. It tells the others
-            where the examples are, or why there are none: an error of the builder is raised on
-            every rank, so that none waits.
-
-    Raises:
-        UserError: the source or a setting is wrong, the cache cannot be written, or this worker
-            does not see it.
+    Training examples without a token to learn are left out. Raises: OSError.
     """
-    fingerprint, folder, failure = "", Path(), None
-    if is_builder:
-        try:
-            fingerprint, folder = _build(config, tokenizer, task)
-        except Exception as error:
-            failure = error
-    told = (
-        None if failure is None else (isinstance(failure, UserError), str(failure) or repr(failure))
-    )
-    fingerprint, folder, told = broadcast((fingerprint, folder, told))
-    if failure is not None:
-        raise failure
-    if told is not None:
-        raise (UserError if told[0] else RuntimeError)(told[1])
-    return _load(folder, fingerprint, pad_id(tokenizer), config)
+    learned = {"windows": 0, "tokens": 0, "label_tokens": 0}
 
+    def rows() -> Iterator[dict[str, Any]]:
+        for example in train:
+            length, labels = len(example.input_ids), example.label_tokens
+            if labels > 0:
+                learned["windows"] += 1
+                learned["tokens"] += length
+                learned["label_tokens"] += labels
+                yield vars(example) | {"length": length, "label_tokens": labels}
 
-def _build(config: Config, tokenizer: Any, task: ExampleMaker) -> tuple[str, Path]:
-    if config.eval.max_new_tokens >= config.train.sequence_length:
-        raise UserError(
-            f"eval.max_new_tokens = {config.eval.max_new_tokens} leaves no room for a context in "
-            f"train.sequence_length = {config.train.sequence_length}; make it smaller"
-        )
-    task.end_token_ids(tokenizer)
-    cache = cache_folder(config)
-    source = task.read(config.data, cache)
-    settings = [config.train.sequence_length, config.eval.num_lines, config.eval.max_new_tokens]
-    parts = [_FORMAT, task.NAME, source.identity, _tokenizer_identity(tokenizer), settings]
-    fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def write(folder: Path) -> None:
-        counts = source.counts | {"windows": 0, "tokens": 0, "label_tokens": 0}
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for example in task.training_examples(source, tokenizer, config):
-                length, labels = len(example.input_ids), example.label_tokens
-                if labels > 0:
-                    counts["windows"] += 1
-                    counts["tokens"] += length
-                    counts["label_tokens"] += labels
-                    yield vars(example) | {"length": length, "label_tokens": labels}
-
-        held_out = task.evaluation_examples(source, tokenizer, config)
-        counts |= {"held_out_lines": len(held_out), "held_out_lines_asked": config.eval.num_lines}
-        _write_arrow(folder / "held_out.arrow", _HELD_OUT, map(vars, held_out))
-        _write_arrow(folder / "train.arrow", _TRAIN, rows())
-        (folder / "about.json").write_text(json.dumps(counts, indent=1))
-
-    return fingerprint, build_once(cache / "datasets" / f"{task.NAME}-{fingerprint[:16]}", write)
+    _write_arrow(folder / "held_out.arrow", _HELD_OUT, map(vars, held_out))
+    _write_arrow(folder / "train.arrow", _TRAIN, rows())
+    (folder / "about.json").write_text(json.dumps({**counts, **learned}, indent=1))
 
 
 def _write_arrow(path: Path, features: Features, rows: Iterable[dict[str, Any]]) -> None:
@@ -185,7 +100,14 @@ def _write_arrow(path: Path, features: Features, rows: Iterable[dict[str, Any]])
         writer.finalize()
 
 
-def _load(folder: Path, fingerprint: str, pad: int, config: Config) -> PreparedData:
+def load_dataset(
+    folder: Path, fingerprint: str, tokenizer: Any, sequence_length: int
+) -> PreparedData:
+    """What `write_dataset` wrote into `folder`.
+
+    Raises:
+        UserError: this worker does not see the folder, or the tokenizer has no token to pad with.
+    """
     if not folder.is_dir():
         raise UserError(
             f"{folder} was made by another worker and cannot be seen by this one; "
@@ -204,19 +126,6 @@ def _load(folder: Path, fingerprint: str, pad: int, config: Config) -> PreparedD
         counts=json.loads((folder / "about.json").read_text()),
         fingerprint=fingerprint,
         folder=folder,
-        pad_id=pad,
-        sequence_length=config.train.sequence_length,
+        pad_id=pad_id(tokenizer),
+        sequence_length=sequence_length,
     )
-
-
-def _tokenizer_identity(tokenizer: Any) -> list[Any]:
-    identity = [type(tokenizer).__name__, end_of_text_id(tokenizer)]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [*identity, sorted(tokenizer.get_vocab().items())]
-    whole = json.loads(backend.to_str())
-    # What the last call of the tokenizer left behind; ours ask for neither.
-    return [
-        *identity,
-        {key: value for key, value in whole.items() if key not in ("truncation", "padding")},
-    ]

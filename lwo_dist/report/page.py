@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_bytes, human_seconds
 
 from .charts import figures
@@ -55,11 +56,11 @@ def save_report(history: History, completions: Table, file: Path) -> Path:
 
 def _cards(history: History) -> Iterable[tuple[str, str, str]]:
     """(label, value, remark)"""
-    for name, label, digits in (("loss", "held-out loss", 3), ("exact_match", "exact match, %", 1)):
-        series = history.points.get(f"eval/{name}", [])
-        if series:
-            before = f"before: {series[0][1]:.{digits}f}" if len(series) > 1 else ""
-            yield label, f"{series[-1][1]:.{digits}f}", before
+    for score in ScoreSheet.read(history.run, history.points).scores:
+        series = history.points.get(score.key, [])
+        if score.headline and series:
+            before = f"before: {score.show(series[0][1])}" if len(series) > 1 else ""
+            yield f"held-out {score.heading}", score.show(series[-1][1]), before
     newest = history.newest
     if (seconds := newest("train/elapsed_seconds")) is not None:
         lost = newest("time/lost_seconds") or 0.0

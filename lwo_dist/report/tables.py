@@ -46,7 +46,7 @@ def scores_table(evaluations: dict[int, dict[str, Any]]) -> Table:
 def completions_table(
     evaluations: dict[int, dict[str, Any]], best_step: int | None = None
 ) -> Table:
-    """The same held-out lines before training and after it: at `best_step`, else at the last
+    """The same held-out examples before training and after it: at `best_step`, else at the last
     evaluation.
     """
     columns = ["file", "line", "context", "reference", "before", "after"]

@@ -29,7 +29,7 @@ HEADINGS = {
     ),
     "completions": (
         "Completions",
-        "Held-out lines before and after; those that are right to the letter are marked.",
+        "Held-out examples before and after; answers that are right to the letter are marked.",
     ),
     "configuration": ("Configuration", ""),
 }

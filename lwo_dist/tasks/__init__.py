@@ -1,23 +1,8 @@
-"""What is learned: each task is a module of the same shape, named in `TASKS`."""
+"""What is learned. `base.Task` is the contract, `lwo_dist.registry.TASKS` finds a task by name.
 
-from __future__ import annotations
-
-from typing import Any, Protocol
-
-from lwo_dist.data.dataset import ExampleMaker
-
-from . import completion
-
-__all__ = ["TASKS", "Task"]
-
-
-class Task(ExampleMaker, Protocol):
-    """What a task module offers: `ExampleMaker` makes examples of the input, the rest reads what a
-    model writes.
-    """
-
-    def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
-        """The answer in the generated tokens, which may go on beyond its end."""
-
-
-TASKS: dict[str, Task] = {completion.NAME: completion}
+base        the contract of a task
+scores      what a task says of its scores, for every table, chart and model card
+prepare     the examples of a task, made once and kept on disk
+completion  the next line of code
+metrics     scores of text against text, and the interval of a paired difference
+"""

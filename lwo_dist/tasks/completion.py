@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lwo_dist.config import Config, DataConfig
 from lwo_dist.data.examples import (
@@ -26,87 +29,125 @@ from lwo_dist.data.examples import (
 from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
 from lwo_dist.errors import UserError
 
-__all__ = ["NAME", "decode", "end_token_ids", "evaluation_examples", "read", "training_examples"]
+from . import metrics
+from .base import LOSS, Task, token_losses
+from .scores import Column, Score, Scores
 
-NAME = "completion"
-
-
-def read(config: DataConfig, cache: Path) -> SourceTree:
-    """The usable files, split by file."""
-    return read_source_tree(config, cache)
+__all__ = ["LineCompletion"]
 
 
-def training_examples(source: SourceTree, tokenizer: Any, config: Config) -> Iterator[TrainExample]:
-    """Windows of whole lines of one file; the file ends in the end-of-text token, which is learned
-    too.
-    """
-    end_of_text = end_of_text_id(tokenizer)
-    for file in source.train:
-        lines = tokenize_lines(tokenizer, _text(file))
-        yield from cut_windows(
-            [*lines[:-1], [*lines[-1], end_of_text]], config.train.sequence_length
-        )
+class LineCompletion(Task):
+    """`task: completion`."""
 
-
-def evaluation_examples(source: SourceTree, tokenizer: Any, config: Config) -> list[EvalExample]:
-    """`eval.num_lines` lines with a letter or digit, spread over the held-out files, in order of
-    file and line.
-
-    The choice depends on the contents only: one line of each file in turn, as long as there are
-    any. A file's first line has nothing before it and is never asked for.
-
-    Raises:
-        UserError: fewer than two such lines, too few for an interval of confidence.
-    """
-    chosen = _choose_lines(source, config.eval.num_lines)
-    limit = config.train.sequence_length - config.eval.max_new_tokens
-    examples = []
-    for file in source.held_out:
-        if file.sha256 not in chosen:
-            continue
-        text = _text(file)
-        texts, lines = text.split("\n"), tokenize_lines(tokenizer, text)
-        edges = list(accumulate(map(len, lines), initial=0))
-        tokens = [token for line in lines for token in line]
-        for i in sorted(chosen[file.sha256]):
-            context = tokens[context_start(edges, edges[i], limit) : edges[i]]
-            target = lines[i][: config.eval.max_new_tokens]
-            if context and target:
-                examples.append(EvalExample(context, target, texts[i], file.name, i + 1))
-    if len(examples) < 2:
-        raise UserError(
-            f"data.source = {source.source}: {len(examples)} lines to complete in its"
-            f" {len(source.held_out)} held-out files, at least 2 are needed; give a larger source"
-            " or raise data.held_out_fraction"
-        )
-    return examples
-
-
-def end_token_ids(tokenizer: Any) -> list[int]:
-    """The tokens after which a line has ended: any with a "\\n" in it, and the end of the text.
-
-    Raises:
-        UserError: the tokenizer has no end-of-text token, or cannot write a line end.
-    """
-    end_of_text = end_of_text_id(tokenizer)
-    texts = tokenizer.batch_decode(
-        [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
+    name = "completion"
+    example = ("line", "lines")
+    scores = (
+        Score("exact_match", "exact match", "%", headline=True, count_label="lines exactly right"),
+        Score("edit_similarity", "edit similarity", "%"),
+        Score("bleu", "BLEU", per_example=False),
+        LOSS,
     )
-    line_ends = [i for i, text in enumerate(texts) if "\n" in text]
-    if not line_ends:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot write a"
-            " line end, so it cannot complete lines; use a model of code or of running text"
+
+    def read(self, config: DataConfig, cache: Path) -> SourceTree:
+        """The usable files, split by file."""
+        return read_source_tree(config, cache)
+
+    def training_examples(
+        self, source: SourceTree, tokenizer: Any, config: Config
+    ) -> Iterator[TrainExample]:
+        """Windows of whole lines of one file; the end-of-text token behind it is learned, too."""
+        end_of_text = end_of_text_id(tokenizer)
+        for file in source.train:
+            lines = tokenize_lines(tokenizer, _text(file))
+            yield from cut_windows(
+                [*lines[:-1], [*lines[-1], end_of_text]], config.train.sequence_length
+            )
+
+    def evaluation_examples(
+        self, source: SourceTree, tokenizer: Any, config: Config
+    ) -> list[EvalExample]:
+        """`eval.num_lines` lines with a letter or digit, spread over the held-out files, in order
+        of file and line.
+
+        The choice depends on the contents only: one line of each file in turn, as long as there are
+        any. A file's first line has nothing before it and is never asked for.
+
+        Raises:
+            UserError: fewer than two such lines, too few for an interval of confidence.
+        """
+        chosen = _choose_lines(source, config.eval.num_lines)
+        limit = config.train.sequence_length - config.eval.max_new_tokens
+        examples = []
+        for file in source.held_out:
+            if file.sha256 not in chosen:
+                continue
+            text = _text(file)
+            texts, lines = text.split("\n"), tokenize_lines(tokenizer, text)
+            edges = list(accumulate(map(len, lines), initial=0))
+            tokens = [token for line in lines for token in line]
+            for i in sorted(chosen[file.sha256]):
+                context = tokens[context_start(edges, edges[i], limit) : edges[i]]
+                target = lines[i][: config.eval.max_new_tokens]
+                if context and target:
+                    examples.append(EvalExample(context, target, texts[i], file.name, i + 1))
+        if len(examples) < 2:
+            raise UserError(
+                f"data.source = {source.source}: {len(examples)} lines to complete in its"
+                f" {len(source.held_out)} held-out files, at least 2 are needed; give a larger"
+                " source or raise data.held_out_fraction"
+            )
+        return examples
+
+    def end_token_ids(self, tokenizer: Any) -> list[int]:
+        """The tokens after which a line has ended: any with a "\\n" in it, and the end of the text.
+
+        Raises:
+            UserError: the tokenizer has no end-of-text token, or cannot write a line end.
+        """
+        end_of_text = end_of_text_id(tokenizer)
+        texts = tokenizer.batch_decode(
+            [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
         )
-    return sorted({*line_ends, end_of_text})
+        line_ends = [i for i, text in enumerate(texts) if "\n" in text]
+        if not line_ends:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot write a"
+                " line end, so it cannot complete lines; use a model of code or of running text"
+            )
+        return sorted({*line_ends, end_of_text})
 
+    def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
+        """The line that is written: the text up to the first "\\n" or the end of the text."""
+        end_of_text = end_of_text_id(tokenizer)
+        if end_of_text in token_ids:
+            token_ids = token_ids[: token_ids.index(end_of_text)]
+        text = str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+        return text.partition("\n")[0]
 
-def decode(tokenizer: Any, token_ids: list[int]) -> str:
-    """The line that `token_ids` write: the text up to the first "\\n" or the end of the text."""
-    end_of_text = end_of_text_id(tokenizer)
-    if end_of_text in token_ids:
-        token_ids = token_ids[: token_ids.index(end_of_text)]
-    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)).partition("\n")[0]
+    def score(
+        self,
+        examples: Sequence[EvalExample],
+        predictions: Sequence[str],
+        losses: Column,
+        tokens: npt.NDArray[np.int64],
+    ) -> Scores:
+        references = [example.text for example in examples]
+        exact_match = metrics.exact_matches(predictions, references)
+        edit_similarity = metrics.edit_similarities(predictions, references)
+        loss, line_losses = token_losses(losses, tokens)
+        return Scores(
+            totals={
+                "exact_match": float(exact_match.mean()),
+                "edit_similarity": float(edit_similarity.mean()),
+                "bleu": metrics.bleu(predictions, references),
+                "loss": loss,
+            },
+            columns={
+                "exact_match": exact_match,
+                "edit_similarity": edit_similarity,
+                "loss": line_losses,
+            },
+        )
 
 
 def _choose_lines(source: SourceTree, num_lines: int) -> dict[str, list[int]]:
@@ -144,12 +185,3 @@ def _text(file: SourceFile) -> str:
             " meanwhile"
         )
     return text
-
-
-class LineCompletion:
-    NAME = NAME
-    read = staticmethod(read)
-    training_examples = staticmethod(training_examples)
-    evaluation_examples = staticmethod(evaluation_examples)
-    end_token_ids = staticmethod(end_token_ids)
-    decode = staticmethod(decode)

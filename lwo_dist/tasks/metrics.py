@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from rapidfuzz import fuzz
 from sacrebleu.metrics import BLEU
+
+from .scores import Column
 
 __all__ = [
     "bleu",
@@ -25,14 +26,12 @@ __all__ = [
     "paired_interval",
 ]
 
-Scores = npt.NDArray[np.float64]
-
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _RESAMPLES = 10_000
 _CHUNK = 1_000_000
 
 
-def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> Scores:
+def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> Column:
     """[lines], 100 where prediction and reference are equal without surrounding white space, else
     0.
     """
@@ -47,7 +46,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     return float(exact_matches(predictions, references).mean())
 
 
-def edit_similarities(predictions: Sequence[str], references: Sequence[str]) -> Scores:
+def edit_similarities(predictions: Sequence[str], references: Sequence[str]) -> Column:
     """[lines], 100 x (1 - insertions and deletions / characters of both), without surrounding white
     space.
     """
@@ -79,7 +78,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def paired_interval(
-    before: Sequence[float] | Scores, after: Sequence[float] | Scores
+    before: Sequence[float] | Column, after: Sequence[float] | Column
 ) -> tuple[float, float, float]:
     """Mean of `after - before` over lines, and the 95 % percentile bootstrap interval of it (Efron,
     1979).

@@ -234,6 +234,7 @@ class MLflowCallback(Callback):
             model_size=info.parameters,
             parameters=run_parameters(info),
             tags=run_tags(info.config, info.hosts),
+            **info.task_record,
         )
         spool.append("artifact", path="config.yaml")
         self._spool = spool

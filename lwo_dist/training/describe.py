@@ -11,6 +11,7 @@ from lwo_dist import distributed
 from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.hook import LWO
+from lwo_dist.registry import TASKS
 from lwo_dist.run_info import RunInfo
 
 __all__ = ["describe_run"]
@@ -47,6 +48,7 @@ def describe_run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         hosts=tuple(hosts),
         data=dict(data.counts),
+        task_record=TASKS.get(config.task).sheet.record(),
     )
 
 

@@ -1,15 +1,15 @@
-"""Scores on held-out lines: each rank completes a share of them, every rank gets the scores of all.
+"""Scores on held-out examples: each rank answers a share of them, every rank gets all the scores.
 
-Batches are cut from the lines once, longest context first, and dealt out to the ranks; they are the
-same whatever the number of ranks, so the scores are too. A context is computed once: its cache
-serves both the loss of the reference line and the greedy completion.
+Batches are cut from the examples once, longest context first, and dealt out to the ranks; they are
+the same whatever the number of ranks, so the scores are too. A context is computed once: its cache
+serves both the loss of the reference and the greedy answer. What is scored, and how, is the task's.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,9 @@ from torch.nn import functional
 from transformers import Cache, GenerationConfig
 
 from lwo_dist.data.examples import EvalExample, pad_id
-from lwo_dist.tasks import Task, completion, metrics
+from lwo_dist.errors import UserError
+from lwo_dist.tasks.base import Task
+from lwo_dist.tasks.scores import Column, Scores
 
 __all__ = ["Evaluation", "Sample", "evaluate"]
 
@@ -32,42 +34,36 @@ _SAMPLES = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out line and what the model made of it."""
+    """One held-out example and what the model made of it."""
 
     name: str
     line: int
     context: str
-    """The last lines before it."""
+    """The end of its context, as the task shows it."""
     reference: str
     prediction: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of the held-out lines, those by line in the order of the lines. Equal on every
-    rank.
-    """
+    """Scores of the held-out examples. Equal on every rank."""
 
     scores: dict[str, float]
-    """`eval/loss` (nats; the mean over all tokens of all lines), `eval/exact_match`,
-    `eval/edit_similarity`, `eval/bleu` (0 to 100) and `eval/lines`."""
-    loss: npt.NDArray[np.float64]
-    """[lines], nats; the mean over the tokens of the line."""
+    """`eval/<name>` of everything in the task's `scores`, in their order; then the number of
+    examples, such as `eval/lines`."""
+    columns: Mapping[str, Column]
+    """Name of each score that is per example -> [examples], in the order of the examples."""
     tokens: npt.NDArray[np.int64]
-    """[lines], tokens that the loss of the line is the mean of."""
-    exact_match: npt.NDArray[np.float64]
-    """[lines], 0 or 100."""
-    edit_similarity: npt.NDArray[np.float64]
-    """[lines], 0 to 100."""
+    """[examples], tokens of each target."""
     predictions: tuple[str, ...]
     samples: tuple[Sample, ...]
-    """A few, spread evenly over the lines."""
+    """A few, spread evenly over the examples."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Contexts, padded on the left, and behind them the targets, padded on the right: [lines, width
-    + targets].
+    """Contexts, padded on the left, and behind them the targets, padded on the right:
+    [examples, width + targets].
     """
 
     input_ids: torch.Tensor
@@ -80,31 +76,30 @@ class _Batch:
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    lines: Sequence[EvalExample],
+    examples: Sequence[EvalExample],
     *,
+    task: Task,
     batch_size: int,
     max_new_tokens: int,
     rank: int = 0,
     world_size: int = 1,
     synced: bool = False,
     device: torch.device | str = "cpu",
-    task: Task = completion,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Complete `lines` greedily and score the completions; a collective where `world_size` is above
-    1.
+    """Answer `examples` greedily and score the answers; a collective where `world_size` is above 1.
 
     Args:
         model: a Hugging Face decoder, plain or `fully_shard`ed. Its modes and its generation_config
             are given back as they were.
-        batch_size: lines completed at once on a rank.
-        max_new_tokens: where a completion is cut.
+        batch_size: examples answered at once on a rank.
+        max_new_tokens: where an answer is cut.
         synced: every forward is a collective, as under FSDP2: all ranks then run equally many
             batches and decoding steps, the surplus ones for nothing.
         before_batch: called equally often on every rank, so it may be a collective; what it raises
             ends the evaluation.
     """
-    ordered = sorted(range(len(lines)), key=lambda i: (-len(lines[i].context), i))
+    ordered = sorted(range(len(examples)), key=lambda i: (-len(examples[i].context), i))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -122,7 +117,9 @@ def evaluate(
             if number >= len(batches) and not synced:
                 break
             indices = batches[min(number, len(batches) - 1)]
-            batch = _collate([lines[i] for i in indices], config.pad_token_id, torch.device(device))
+            batch = _collate(
+                [examples[i] for i in indices], config.pad_token_id, torch.device(device)
+            )
             losses, written = _complete(model, batch, config, synced)
             if number < len(batches):
                 texts = [task.decode(tokenizer, token_ids) for token_ids in written]
@@ -131,7 +128,8 @@ def evaluate(
     if world_size > 1:
         gathered = [[] for _ in range(world_size)]
         dist.all_gather_object(gathered, results)
-    return _score(tokenizer, lines, sorted(result for part in gathered for result in part))
+    results = sorted(result for part in gathered for result in part)
+    return _scored(task, tokenizer, examples, results)
 
 
 @contextmanager
@@ -151,24 +149,27 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _collate(lines: Sequence[EvalExample], pad: int, device: torch.device) -> _Batch:
-    width = max(len(line.context) for line in lines)
-    targets = max(len(line.target) for line in lines)
-    input_ids = torch.full((len(lines), width + targets), pad, dtype=torch.int64)
+def _collate(examples: Sequence[EvalExample], pad: int, device: torch.device) -> _Batch:
+    width = max(len(example.context) for example in examples)
+    targets = max(len(example.target) for example in examples)
+    input_ids = torch.full((len(examples), width + targets), pad, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    for i, line in enumerate(lines):
-        here = slice(width - len(line.context), width + len(line.target))
-        input_ids[i, here] = torch.tensor([*line.context, *line.target])
+    for i, example in enumerate(examples):
+        here = slice(width - len(example.context), width + len(example.target))
+        input_ids[i, here] = torch.tensor([*example.context, *example.target])
         attention_mask[i, here] = 1
     return _Batch(
-        input_ids.to(device), attention_mask.to(device), width, [len(line.target) for line in lines]
+        input_ids.to(device),
+        attention_mask.to(device),
+        width,
+        [len(example.target) for example in examples],
     )
 
 
 def _complete(
     model: Any, batch: _Batch, config: GenerationConfig, synced: bool
 ) -> tuple[list[float], list[list[int]]]:
-    """The summed loss of each line's target, and the tokens written in its place."""
+    """The summed loss of each target, and the tokens written in its place."""
     accepted = inspect.signature(model.forward).parameters
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
@@ -199,7 +200,8 @@ def _complete(
         "logits_to_keep": keep,
     }
     logits = forward(cached, batch.input_ids.shape[1] - 1, **more).logits[:, -keep:]
-    # Row by row: another copy of [lines, tokens, vocabulary] would be the largest thing in memory.
+    # Row by row: another copy of [examples, tokens, vocabulary] would be the largest thing in
+    # memory.
     losses = torch.stack(
         [
             functional.cross_entropy(row[:length].float(), target[:length], reduction="sum")
@@ -216,35 +218,61 @@ def _complete(
     return losses.tolist(), written[:, batch.width :].tolist()
 
 
-def _score(
-    tokenizer: Any, lines: Sequence[EvalExample], results: list[tuple[int, float, str]]
+def _scored(
+    task: Task,
+    tokenizer: Any,
+    examples: Sequence[EvalExample],
+    results: list[tuple[int, float, str]],
 ) -> Evaluation:
-    references = [line.text for line in lines]
+    """`results` in the order of the examples: index, summed loss, prediction."""
     predictions = [text for _, _, text in results]
-    tokens = np.array([len(line.target) for line in lines], dtype=np.int64)
+    tokens = np.array([len(example.target) for example in examples], dtype=np.int64)
     losses = np.array([loss for _, loss, _ in results], dtype=np.float64)
-    exact_match = metrics.exact_matches(predictions, references)
-    edit_similarity = metrics.edit_similarities(predictions, references)
-    scores = {
-        "eval/loss": float(losses.sum() / tokens.sum()),
-        "eval/exact_match": float(exact_match.mean()),
-        "eval/edit_similarity": float(edit_similarity.mean()),
-        "eval/bleu": metrics.bleu(predictions, references),
-        "eval/lines": float(len(lines)),
+    found = task.score(examples, predictions, losses, tokens)
+    _check_whole(task, found, len(examples))
+    totals = {score.key: float(found.totals[score.name]) for score in task.scores}
+    columns = {
+        score.name: np.asarray(found.columns[score.name], dtype=np.float64)
+        for score in task.scores
+        if score.per_example
     }
-    spread = (
-        [i * len(lines) // _SAMPLES for i in range(_SAMPLES)]
-        if len(lines) > _SAMPLES
-        else range(len(lines))
+    samples = tuple(
+        Sample(
+            examples[i].name,
+            examples[i].line,
+            task.context_shown(tokenizer, examples[i]),
+            examples[i].text,
+            predictions[i],
+        )
+        for i in _spread(len(examples))
     )
-    samples = tuple(_sample(tokenizer, lines[i], predictions[i]) for i in spread)
     return Evaluation(
-        scores, losses / tokens, tokens, exact_match, edit_similarity, tuple(predictions), samples
+        scores={**totals, task.sheet.count_key: float(len(examples))},
+        columns=columns,
+        tokens=tokens,
+        predictions=tuple(predictions),
+        samples=samples,
     )
 
 
-def _sample(tokenizer: Any, line: EvalExample, prediction: str) -> Sample:
-    before = str(tokenizer.decode(list(line.context), clean_up_tokenization_spaces=False)).split(
-        "\n"
-    )[-4:-1]
-    return Sample(line.name, line.line, "\n".join(before), line.text, prediction)
+def _check_whole(task: Task, found: Scores, count: int) -> None:
+    """Raises: UserError where the task did not give what its `scores` promise."""
+    for score in task.scores:
+        if score.name not in found.totals:
+            raise UserError(
+                f"task {task.name}: score() gives no total {score.name!r}, which is in its scores;"
+                " give it, or take it out"
+            )
+        shape = np.shape(found.columns.get(score.name, ()))
+        if score.per_example and shape != (count,):
+            raise UserError(
+                f"task {task.name}: score() gives the column {score.name!r} in shape {shape}; give"
+                f" a value for each of the {count} examples, or set per_example=False"
+            )
+
+
+def _spread(count: int) -> Sequence[int]:
+    """At most `_SAMPLES` indices, evenly spread over `count`."""
+    if count <= _SAMPLES:
+        return range(count)
+    return [i * count // _SAMPLES for i in range(_SAMPLES)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lwo_dist.callback import Callback, RunInfo
+from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_bytes, human_seconds
 
 __all__ = ["Progress"]
@@ -16,12 +17,13 @@ class Progress(Callback):
 
     def on_run_start(self, info: RunInfo) -> None:
         self._info = info
+        self._sheet = ScoreSheet.read(info.task_record, ())
         self._say(
             f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on"
             f" {info.world_size} {info.device} worker(s), {info.trained_parameters:,} of"
             f" {info.parameters:,} parameters in {len(info.layers)} layers,"
             f" {info.data['windows']:,} training sequences,"
-            f" {info.data['held_out_lines']:,} held-out lines"
+            f" {info.data['held_out_lines']:,} held-out {self._sheet.example[1]}"
             + (f", from step {info.start_step}" if info.start_step else "")
         )
 
@@ -43,12 +45,12 @@ class Progress(Callback):
         )
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        self._say(
-            f"evaluation at step {step}: loss {scores['eval/loss']:.4f}  exact match"
-            f" {scores['eval/exact_match']:.2f}  edit similarity"
-            f" {scores['eval/edit_similarity']:.2f}  BLEU {scores['eval/bleu']:.2f} "
-            f" ({scores['eval/lines']:.0f} held-out lines)"
-        )
+        values = [
+            f"{score.label} {score.show(scores[score.key])} {score.unit}".rstrip()
+            for score in self._sheet.scores
+        ]
+        count = f"({scores[self._sheet.count_key]:.0f} held-out {self._sheet.example[1]})"
+        self._say(f"evaluation at step {step}: {'  '.join([*values, count])}")
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         self._say(f"checkpoint {folder}")

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.metrics import paired_interval
+from lwo_dist.tasks.scores import Score, ScoreSheet
 from lwo_dist.units import human_bytes, human_seconds
 
 from .evaluate import Evaluation
 
 __all__ = ["Results", "format_summary"]
 
-_LABELS = {
-    "exact_match": "exact match, %",
-    "edit_similarity": "edit similarity, %",
-    "bleu": "BLEU",
-    "loss": "loss, nats",
-}
-_PER_LINE = ("loss", "exact_match", "edit_similarity")
+_LABEL_WIDTH = 24
 
 
 class Results:
-    """Collects metrics and evaluations; equal on every rank. Rank 0 writes the evaluations' lines
-    to disk.
+    """Collects metrics and evaluations; equal on every rank. Rank 0 writes the evaluations to disk.
+
+    Args:
+        folder: the run's folder.
+        metric: the name of the score of `task` by which the best checkpoint is found.
     """
 
-    def __init__(self, folder: Path, metric: str, *, writes: bool):
-        self.folder, self.metric, self._writes = folder, metric, writes
+    def __init__(self, folder: Path, task: Task, metric: str, *, writes: bool):
+        self.folder = folder
+        self.task = task
+        self.metric = metric
+        self._writes = writes
         self.evaluations: dict[int, dict[str, float]] = {}
         self.training_seconds = 0.0
         self.blocked_seconds = 0.0
@@ -58,7 +61,7 @@ class Results:
             return
         path = self._path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = {name: getattr(evaluation, name).round(6).tolist() for name in _PER_LINE}
+        lines = {name: column.round(6).tolist() for name, column in evaluation.columns.items()}
         samples = [vars(sample) for sample in evaluation.samples]
         text = json.dumps({"scores": evaluation.scores, "lines": lines, "samples": samples})
         temporary = path.with_suffix(".tmp")
@@ -70,33 +73,36 @@ class Results:
         """The trained step with the best score; 0 before the first evaluation after training
         began.
         """
-        sign = 1 if self.metric == "loss" else -1
-        trained = [step for step in self.evaluations if step > 0]
-        return min(
-            trained,
-            key=lambda step: sign * self.evaluations[step][f"eval/{self.metric}"],
-            default=0,
-        )
+        score = self.task.score_named(self.metric)
+        sign = 1 if score.higher_is_better else -1
+
+        def goodness(step: int) -> float:
+            value = self.evaluations[step][score.key]
+            return -math.inf if math.isnan(value) else sign * value
+
+        return max((step for step in self.evaluations if step > 0), key=goodness, default=0)
 
     def gains(self) -> dict[str, dict[str, float]]:
-        """Per-line differences, best checkpoint minus before: mean and 95 % interval; better is
-        above 0.
+        """Of each score that is per example: the difference of the best checkpoint and before,
+        paired by example, as mean and 95 % interval; better is above 0.
         """
         before, after = (
             json.loads(self._path(step).read_text())["lines"] for step in (0, self.best_step)
         )
         gains = {}
-        for name in _PER_LINE:
-            sign = -1 if name == "loss" else 1
+        for score in self.task.scores:
+            if not score.per_example:
+                continue
+            sign = 1 if score.higher_is_better else -1
             mean, low, high = paired_interval(
-                sign * np.array(before[name]), sign * np.array(after[name])
+                sign * np.array(before[score.name]), sign * np.array(after[score.name])
             )
-            gains[name] = {"mean": mean, "low": low, "high": high}
+            gains[score.name] = {"mean": mean, "low": low, "high": high}
         return gains
 
     def summary(self) -> dict[str, Any]:
         """The measured part of summary.json. `after` are the scores of the best checkpoint, which
-        is exported.
+        is exported; `scores` and `example` say how to show them.
         """
         stretch = max(1, len(self.losses) // 10)
         return {
@@ -114,6 +120,7 @@ class Results:
                 "after": self.evaluations[self.best_step],
                 "best_step": self.best_step,
                 "gain_95": self.gains(),
+                **self.task.sheet.record(),
             },
         }
 
@@ -140,21 +147,26 @@ class Results:
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary for people: before and after, what it cost, where the model lies."""
     before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
-    count = after["eval/lines"]
-    lines = [
-        f"{f'{count:.0f} held-out lines':<24}{'before':>10}{'after':>10}   gain a line (95 %"
-        " interval)"
+    sheet = ScoreSheet.read(summary["eval"], after)
+    one, many = sheet.example
+    count = after[sheet.count_key]
+    rows = [(f"{count:.0f} held-out {many}", "before", "after", f"gain per {one} (95 % interval)")]
+    for score in sheet.scores:
+        start, end = score.show(before[score.key]), score.show(after[score.key])
+        gain = _interval(score, gains[score.name]) if score.name in gains else ""
+        rows.append((score.heading, start, end, gain))
+    for score in sheet.scores:
+        if score.count_label:
+            start, end = (f"{scores[score.key] * count / 100:.0f}" for scores in (before, after))
+            rows.append((score.count_label, start, end, ""))
+    width = max(_LABEL_WIDTH, *(len(label) + 1 for label, *_ in rows))
+    table = [
+        f"{label:<{width}}{start:>10}{end:>10}   {gain}".rstrip()
+        for label, start, end, gain in rows
     ]
-    for name, label in _LABELS.items():
-        row = f"{label:<24}{before[f'eval/{name}']:>10.3f}{after[f'eval/{name}']:>10.3f}"
-        if name in gains:
-            row += "   {mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**gains[name])
-        lines.append(row)
-    exact = [f"{scores['eval/exact_match'] * count / 100:.0f}" for scores in (before, after)]
     return "\n".join(
         [
-            *lines,
-            f"{'lines exactly right':<24}{exact[0]:>10}{exact[1]:>10}",
+            *table,
             (
                 f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']}"
                 f" steps, {summary['tokens_per_second']:,.0f} tokens/s"
@@ -171,3 +183,8 @@ def format_summary(summary: dict[str, Any]) -> str:
             f"model: {summary['export']}",
         ]
     )
+
+
+def _interval(score: Score, gain: Mapping[str, float]) -> str:
+    mean, low, high = (score.show(gain[name], sign="+") for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"

@@ -27,10 +27,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from lwo_dist.data import prepare_dataset
 from lwo_dist.data.batches import global_batch
 from lwo_dist.data.examples import EvalExample, pad_id
-from lwo_dist.tasks import TASKS, metrics
+from lwo_dist.errors import UserError
+from lwo_dist.registry import TASKS
+from lwo_dist.tasks import metrics
+from lwo_dist.tasks.completion import LineCompletion
+from lwo_dist.tasks.prepare import prepare_dataset
+from lwo_dist.tasks.scores import Scores
 from lwo_dist.training import evaluate as module
 from lwo_dist.training.evaluate import Evaluation, evaluate
 from tests.code_samples import make_config, make_tokenizer, write_tree
@@ -64,7 +68,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 @lru_cache
 def held_out(root: Path) -> tuple[EvalExample, ...]:
     return prepare_dataset(
-        make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS["completion"]
+        make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS.get("completion")
     ).held_out
 
 
@@ -79,7 +83,7 @@ def new_model(architecture: str, root: Path) -> torch.nn.Module:
         model.load_state_dict(torch.load(weights))
         return model
     data = prepare_dataset(
-        make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS["completion"]
+        make_config(root / "tree", root / "storage"), make_tokenizer(), TASKS.get("completion")
     )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
     model.train()
@@ -107,7 +111,12 @@ def run(
     model: torch.nn.Module, lines: Sequence[EvalExample], batch_size: int = 3, **more: Any
 ) -> Evaluation:
     return evaluate(
-        model, make_tokenizer(), lines, batch_size=batch_size, max_new_tokens=NEW_TOKENS, **more
+        model,
+        make_tokenizer(),
+        lines,
+        **{"task": TASKS.get("completion"), **more},
+        batch_size=batch_size,
+        max_new_tokens=NEW_TOKENS,
     )
 
 
@@ -152,22 +161,22 @@ def test_equals_a_plain_loop(
         monkeypatch.setattr(module, "Cache", type("NoCache", (), {}))
     result = run(model, lines)
     assert result.predictions == tuple(text for _, text in expected)
-    assert result.loss == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert result.columns["loss"] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     references = [line.text for line in lines]
     assert (
-        result.exact_match.tolist()
+        result.columns["exact_match"].tolist()
         == metrics.exact_matches(result.predictions, references).tolist()
     )
     assert 60 <= result.scores["eval/exact_match"] < 100
     assert (
-        result.edit_similarity.tolist()
+        result.columns["edit_similarity"].tolist()
         == metrics.edit_similarities(result.predictions, references).tolist()
     )
     tokens = np.array([len(line.target) for line in lines])
     assert result.tokens.tolist() == tokens.tolist()
     assert result.scores == pytest.approx(
         {
-            "eval/loss": float((result.loss * tokens).sum() / tokens.sum()),
+            "eval/loss": float((result.columns["loss"] * tokens).sum() / tokens.sum()),
             "eval/exact_match": metrics.exact_match(result.predictions, references),
             "eval/edit_similarity": metrics.edit_similarity(result.predictions, references),
             "eval/bleu": metrics.bleu(result.predictions, references),
@@ -175,6 +184,14 @@ def test_equals_a_plain_loop(
         }
     )
     assert all(type(score) is float for score in result.scores.values())
+    # In the order of the task: that of every table.
+    assert list(result.scores) == [
+        "eval/exact_match",
+        "eval/edit_similarity",
+        "eval/bleu",
+        "eval/loss",
+        "eval/lines",
+    ]
 
 
 def test_lines_come_back_in_their_order(root: Path) -> None:
@@ -182,7 +199,7 @@ def test_lines_come_back_in_their_order(root: Path) -> None:
     forth, back = run(model, lines), run(model, lines[::-1])
     assert len({len(line.context) for line in lines}) > 5
     assert back.predictions == forth.predictions[::-1]
-    assert back.loss == pytest.approx(forth.loss[::-1], rel=1e-9)
+    assert back.columns["loss"] == pytest.approx(forth.columns["loss"][::-1], rel=1e-9)
 
 
 def test_samples(root: Path) -> None:
@@ -218,6 +235,33 @@ def test_the_model_is_given_back_as_it_was(root: Path) -> None:
         run(model, [EvalExample([10_000], [1], "", "", 1), lines[0]])
     assert [child.training for child in model.modules()] == modes
     assert model.generation_config is hostile
+
+
+class Forgetful(LineCompletion):
+    """Gives less than its scores promise."""
+
+    def __init__(self, lacking: str):
+        self.lacking = lacking
+
+    def score(self, *args: Any) -> Scores:
+        whole = super().score(*args)
+        totals = {name: value for name, value in whole.totals.items() if name != self.lacking}
+        columns = dict(whole.columns)
+        if self.lacking == "column":
+            columns["loss"] = columns["loss"][:-1]
+        return Scores(totals, columns)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("bleu", "gives no total 'bleu'"),
+        ("column", r"'loss' in shape \(1,\); give a value for each"),
+    ],
+)
+def test_a_task_that_breaks_its_promise_is_told(root: Path, lacking: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(new_model("qwen2", root), held_out(root)[:2], task=Forgetful(lacking))
 
 
 def test_nothing_is_said(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -261,5 +305,7 @@ def test_the_same_scores_however_shared(root: Path, architecture: str, sharded: 
             assert result.scores == alone.scores
             assert result.predictions == alone.predictions
             assert result.samples == alone.samples
-            for name in ("loss", "tokens", "exact_match", "edit_similarity"):
-                assert getattr(result, name).tolist() == getattr(alone, name).tolist()
+            assert result.tokens.tolist() == alone.tokens.tolist()
+            assert set(result.columns) == {"loss", "exact_match", "edit_similarity"}
+            for name, column in result.columns.items():
+                assert column.tolist() == alone.columns[name].tolist()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,15 +18,20 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lwo_dist import distributed
 from lwo_dist.config import Config
-from lwo_dist.data.dataset import PreparedData, prepare_dataset
-from lwo_dist.data.examples import EvalExample, TrainExample, cut_windows, pad_id, tokenize_lines
+from lwo_dist.data.dataset import PreparedData, load_dataset
+from lwo_dist.data.examples import TrainExample, cut_windows, pad_id, tokenize_lines
 from lwo_dist.data.source_tree import SourceTree
 from lwo_dist.errors import UserError
-from lwo_dist.tasks import TASKS, completion
+from lwo_dist.registry import TASKS
+from lwo_dist.tasks import prepare as prepare_module
+from lwo_dist.tasks.completion import LineCompletion
+from lwo_dist.tasks.prepare import prepare_dataset
 from tests.code_samples import END_OF_TEXT, code, make_config, make_tokenizer, write_tree
+from tests.ranks import run_ranks
 
-TASK = TASKS["completion"]
+TASK: LineCompletion = TASKS.get("completion")
 
 
 def prepare(config: Config, **more: Any) -> PreparedData:
@@ -34,7 +39,7 @@ def prepare(config: Config, **more: Any) -> PreparedData:
 
 
 def tree(config: Config, cache: Path) -> SourceTree:
-    return completion.read(config.data, cache)
+    return TASK.read(config.data, cache)
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(8, 40))
@@ -104,7 +109,7 @@ def test_a_line_ends_where_a_token_ends() -> None:
 def test_the_end_of_a_file_is_learned(tmp_path: Path) -> None:
     config = make_config(write_tree(tmp_path / "tree"), tmp_path)
     source, tokenizer = tree(config, tmp_path), make_tokenizer()
-    windows = list(completion.training_examples(source, tokenizer, config))
+    windows = list(TASK.training_examples(source, tokenizer, config))
     learned = "".join(tokenizer.decode(w.input_ids[w.target_start :]) for w in windows)
     assert learned == "".join(file.path.read_text() + END_OF_TEXT for file in source.train)
 
@@ -126,7 +131,7 @@ def test_padding_ends_neither_line_nor_text(special: dict[str, str], expected: s
 
 def test_end_tokens() -> None:
     tokenizer = make_tokenizer()
-    ends = completion.end_token_ids(tokenizer)
+    ends = TASK.end_token_ids(tokenizer)
     assert tokenizer.eos_token_id in ends
     for token in range(len(tokenizer)):
         assert (token in ends) == (
@@ -139,12 +144,12 @@ def test_decode_stops_at_the_line_or_the_text() -> None:
     tokenizer = make_tokenizer()
 
     def decoded(text: str) -> str:
-        return completion.decode(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+        return TASK.decode(tokenizer, tokenizer.encode(text, add_special_tokens=False))
 
     assert decoded("    return x\nmore\n") == "    return x"
     assert decoded(f"    return{END_OF_TEXT} x\n") == "    return"
     assert decoded("unfinished") == "unfinished"
-    assert decoded("\nmore") == decoded(END_OF_TEXT) == completion.decode(tokenizer, []) == ""
+    assert decoded("\nmore") == decoded(END_OF_TEXT) == TASK.decode(tokenizer, []) == ""
 
 
 def test_tokenizers_that_cannot_complete_lines(tmp_path: Path) -> None:
@@ -164,7 +169,7 @@ def test_tokenizers_that_cannot_complete_lines(tmp_path: Path) -> None:
 def test_held_out_lines(tmp_path: Path) -> None:
     config = make_config(write_tree(tmp_path / "tree"), tmp_path)
     source, tokenizer = tree(config, tmp_path), make_tokenizer()
-    examples = completion.evaluation_examples(source, tokenizer, config)
+    examples = TASK.evaluation_examples(source, tokenizer, config)
     assert len(examples) == 20
     texts = {file.name: file.path.read_text().split("\n") for file in source.held_out}
     counts = {name: sum(e.name == name for e in examples) for name in texts}
@@ -192,10 +197,10 @@ def test_held_out_lines(tmp_path: Path) -> None:
 def test_held_out_lines_do_not_depend_on_other_files(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     config = make_config(root, tmp_path, "eval.num_lines=100000")
-    before = completion.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
+    before = TASK.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
     for i in range(12, 20):
         (root / f"file_{i}.py").write_text(code(i))
-    after = completion.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
+    after = TASK.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
     assert len(after) > len(before)
     assert all(example in after for example in before)
     # All there are, where fewer than asked: never a first line, a blank one or one of signs only.
@@ -215,7 +220,7 @@ def test_long_targets_and_contexts_are_cut(tmp_path: Path) -> None:
     for i in range(4):
         (root / "sub" / f"long_{i}.py").write_text("x\n" * 3 + f"{long}\n{long}{i}\n")
     config = make_config(root, tmp_path, "data.held_out_fraction=0.9", "eval.num_lines=100")
-    examples = completion.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
+    examples = TASK.evaluation_examples(tree(config, tmp_path), make_tokenizer(), config)
     cut = [example for example in examples if example.text.startswith("a")]
     assert cut
     assert all(len(example.target) == 16 for example in cut)
@@ -244,9 +249,9 @@ def test_prepared_once_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.Mon
     config = make_config(write_tree(tmp_path / "tree"), tmp_path / "storage")
     first = prepare(config)
     source, tokenizer = tree(config, tmp_path), make_tokenizer()
-    examples = list(completion.training_examples(source, tokenizer, config))
+    examples = list(TASK.training_examples(source, tokenizer, config))
     assert [TrainExample(row["input_ids"], row["target_start"]) for row in first.train] == examples
-    assert list(first.held_out) == completion.evaluation_examples(source, tokenizer, config)
+    assert list(first.held_out) == TASK.evaluation_examples(source, tokenizer, config)
     assert first.lengths.tolist() == [len(e.input_ids) for e in examples]
     assert first.label_tokens.tolist() == [e.label_tokens for e in examples]
     assert first.counts == {
@@ -266,7 +271,7 @@ def test_prepared_once_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*_: Any) -> Iterator[TrainExample]:
         raise AssertionError("tokenised twice")
 
-    monkeypatch.setattr(completion, "training_examples", refuse)
+    monkeypatch.setattr(TASK, "training_examples", refuse)
     second = prepare(config)
     assert (second.folder, second.fingerprint, second.held_out) == (
         first.folder,
@@ -302,50 +307,82 @@ def test_the_fingerprint_covers_what_examples_depend_on(tmp_path: Path) -> None:
     assert len(set(fingerprints)) == len(fingerprints) == 7
 
 
+def _raises(error: Exception) -> Any:
+    def fails(*_: Any) -> None:
+        raise error
+
+    return fails
+
+
+def _elsewhere(folder: Path, *rest: Any) -> PreparedData:
+    return load_dataset(folder / "not_here", *rest)
+
+
+def _prepared_by_rank_0(config: Config, spoil: str) -> list[Any]:
+    """What each of two ranks gets, an error included; only rank 0 may read the source."""
+    task = TASKS.get("completion")
+    is_builder = distributed.rank() == 0
+    if not is_builder:
+        task.read = None
+    if spoil == "user" and is_builder:
+        task.training_examples = _raises(UserError("bad"))
+    if spoil == "program" and is_builder:
+        task.training_examples = _raises(KeyError("bad"))
+    if spoil == "unseen" and not is_builder:
+        prepare_module.load_dataset = _elsewhere
+    try:
+        data = prepare_dataset(config, make_tokenizer(), task, is_builder=is_builder)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return [data.fingerprint, [vars(example) for example in data.held_out]]
+
+
 def test_only_the_builder_reads_the_source(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     config = make_config(root, tmp_path / "storage")
-    told: list[Any] = []
+    first, second = run_ranks(_prepared_by_rank_0, 2, config, "")
+    assert len(first[1]) == 20 and first == second
 
-    def send(value: Any) -> Any:
-        told.append(pickle.dumps(value))
-        return value
 
-    def receive(value: Any) -> Any:
-        return pickle.loads(told[0])
-
-    first = prepare(config, is_builder=True, broadcast=send)
-    shutil.rmtree(root)
-    second = prepare(config, is_builder=False, broadcast=receive)
-    assert (second.fingerprint, second.held_out) == (first.fingerprint, first.held_out)
-    shutil.rmtree(first.folder)
-    with pytest.raises(UserError, match="set data.cache .* to a folder that all workers share"):
-        prepare(config, is_builder=False, broadcast=receive)
+def test_a_rank_that_does_not_see_the_cache_stops_all(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    config = make_config(root, tmp_path / "storage")
+    first, second = run_ranks(_prepared_by_rank_0, 2, config, "unseen")
+    assert first == second and first[0] == "UserError"
+    assert re.search("set data.cache .* to a folder that all workers share", first[1])
 
 
 @pytest.mark.parametrize(
-    ("raised", "expected"), [(UserError("bad"), UserError), (KeyError("bad"), RuntimeError)]
+    ("spoil", "of_builder", "of_the_other"),
+    [("user", "UserError", "UserError"), ("program", "KeyError", "RuntimeError")],
 )
 def test_every_rank_hears_of_the_builders_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception]
+    tmp_path: Path, spoil: str, of_builder: str, of_the_other: str
+) -> None:
+    root = write_tree(tmp_path / "tree")
+    config = make_config(root, tmp_path / "storage")
+    first, second = run_ranks(_prepared_by_rank_0, 2, config, spoil)
+    assert (first[0], second[0]) == (of_builder, of_the_other)
+    assert "bad" in first[1] and "bad" in second[1]
+    assert list((tmp_path / "storage" / "cache" / "datasets").iterdir()) == []
+
+
+def test_a_subclass_does_not_read_the_examples_of_its_base(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    config = make_config(root, tmp_path / "storage")
+    mine = config.model_copy(update={"task": "mine:Longer"})
+    first = prepare_dataset(config, make_tokenizer(), TASK)
+    second = prepare_dataset(mine, make_tokenizer(), TASK)
+    assert first.folder != second.folder
+
+
+def test_a_new_version_of_a_task_makes_its_examples_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(write_tree(tmp_path / "tree"), tmp_path / "storage")
-
-    def fails(*_: Any) -> list[EvalExample]:
-        raise raised
-
-    monkeypatch.setattr(completion, "training_examples", fails)
-    told: list[Any] = []
-
-    def send(value: Any) -> Any:
-        told.append(pickle.dumps(value))
-        return value
-
-    with pytest.raises(type(raised), match="bad"):
-        prepare(config, broadcast=send)
-    with pytest.raises(expected, match="bad"):
-        prepare(config, is_builder=False, broadcast=lambda _: pickle.loads(told[0]))
-    assert list((tmp_path / "storage" / "cache" / "datasets").iterdir()) == []
+    first = prepare(config)
+    monkeypatch.setattr(LineCompletion, "version", 2)
+    assert prepare(config).folder != first.folder
 
 
 def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
@@ -353,7 +390,7 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
     source = tree(config, tmp_path)
     source.train[1].path.write_text("x = 1\n")
     with pytest.raises(UserError, match="changed while it was read"):
-        list(completion.training_examples(source, make_tokenizer(), config))
+        list(TASK.training_examples(source, make_tokenizer(), config))
     source.held_out[0].path.unlink()
     with pytest.raises(UserError, match="No such file"):
-        completion.evaluation_examples(source, make_tokenizer(), config)
+        TASK.evaluation_examples(source, make_tokenizer(), config)

@@ -1,0 +1,88 @@
+"""The examples of a task: made once, by one process, and read by all.
+
+They lie in <cache>/datasets/<task>-<fingerprint>. The fingerprint is that of the source's contents,
+the tokenizer and the settings that examples depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lwo_dist import distributed
+from lwo_dist.config import Config
+from lwo_dist.data.cache import build_once, cache_folder
+from lwo_dist.data.dataset import PreparedData, load_dataset, write_dataset
+from lwo_dist.data.examples import end_of_text_id
+
+from .base import Task
+
+__all__ = ["prepare_dataset"]
+
+
+def prepare_dataset(
+    config: Config, tokenizer: Any, task: Task, *, is_builder: bool = True
+) -> PreparedData:
+    """Make the examples of `config`, or find those that were made before. A collective.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with an end-of-text token.
+        task: that of `config.task`.
+        is_builder: whether this rank reads the source; true on rank 0, and on the first rank of
+            each node where the nodes share no cache.
+
+    Raises:
+        UserError: on every rank alike. The source or a setting is wrong, the cache cannot be
+            written, or a worker does not see it.
+    """
+    fingerprint, folder = "", Path()
+    with distributed.errors_on_all_ranks():
+        if is_builder:
+            fingerprint, folder = _build(config, tokenizer, task)
+    fingerprint, folder = distributed.broadcast_object((fingerprint, folder))
+    with distributed.errors_on_all_ranks():
+        return load_dataset(folder, fingerprint, tokenizer, config.train.sequence_length)
+
+
+def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
+    task.check(config)
+    task.end_token_ids(tokenizer)  # refuses a tokenizer before the source is read
+    cache = cache_folder(config)
+    source = task.read(config.data, cache)
+    settings = [config.train.sequence_length, config.eval.num_lines, config.eval.max_new_tokens]
+    # config.task, not task.name: a task that extends another one may have kept its name.
+    parts = [
+        task.version,
+        config.task,
+        source.identity,
+        _tokenizer_identity(tokenizer),
+        settings,
+    ]
+    fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def write(folder: Path) -> None:
+        held_out = task.evaluation_examples(source, tokenizer, config)
+        many = task.example[1]
+        counts = {
+            **source.counts,
+            f"held_out_{many}": len(held_out),
+            f"held_out_{many}_asked": config.eval.num_lines,
+        }
+        write_dataset(folder, task.training_examples(source, tokenizer, config), held_out, counts)
+
+    return fingerprint, build_once(cache / "datasets" / f"{task.name}-{fingerprint[:16]}", write)
+
+
+def _tokenizer_identity(tokenizer: Any) -> list[Any]:
+    identity = [type(tokenizer).__name__, end_of_text_id(tokenizer)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [*identity, sorted(tokenizer.get_vocab().items())]
+    whole = json.loads(backend.to_str())
+    # What the last call of the tokenizer left behind; ours ask for neither.
+    return [
+        *identity,
+        {key: value for key, value in whole.items() if key not in ("truncation", "padding")},
+    ]
