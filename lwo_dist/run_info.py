@@ -58,6 +58,7 @@ class RunInfo:
     """The hosts of all ranks, each once."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """`PreparedData.counts`: examples, tokens, files read and skipped."""
+    held_out_examples: int = 0
     task_record: Mapping[str, Any] = field(default_factory=dict)
     """How the task's scores are shown (`ScoreSheet.record`): keys `scores` and `example`."""
     versions: Mapping[str, str] = field(default_factory=versions)

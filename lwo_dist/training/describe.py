@@ -48,6 +48,7 @@ def describe_run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         hosts=tuple(hosts),
         data=dict(data.counts),
+        held_out_examples=len(data.held_out),
         task_record=TASKS.get(config.task).sheet.record(),
     )
 

@@ -23,7 +23,7 @@ class Progress(Callback):
             f" {info.world_size} {info.device} worker(s), {info.trained_parameters:,} of"
             f" {info.parameters:,} parameters in {len(info.layers)} layers,"
             f" {info.data['windows']:,} training sequences,"
-            f" {info.data['held_out_lines']:,} held-out {self._sheet.example[1]}"
+            f" {info.held_out_examples:,} held-out {self._sheet.example[1]}"
             + (f", from step {info.start_step}" if info.start_step else "")
         )
 
