@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lwo_dist import cli
-from lwo_dist.config import Config
+from lwo_dist.config import Config, reading
 from lwo_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -162,14 +162,14 @@ def test_exit_codes(
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(error))
+    monkeypatch.setattr(reading, "load_config", lambda *_: _raise(error))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == message
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(RuntimeError("ours")))
+    monkeypatch.setattr(reading, "load_config", lambda *_: _raise(RuntimeError("ours")))
     with pytest.raises(RuntimeError, match="ours"):
         cli.main(["train"])
 
@@ -180,7 +180,7 @@ def test_of_a_host_s_ranks_the_first_speaks_first(
     """The others wait to be ended by torchrun, and speak if they are not: nobody fails in
     silence.
     """
-    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(UserError("a")))
+    monkeypatch.setattr(reading, "load_config", lambda *_: _raise(UserError("a")))
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: print("waits", file=sys.stderr))
     for local_rank, said in [("0", "lwo-dist: a\n"), ("1", "waits\nlwo-dist: a\n")]:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
