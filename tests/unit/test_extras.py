@@ -36,7 +36,7 @@ CALLS = {
 # Calls every command of argv[2:], each in its own words after a "--", and tells what it said.
 SCRIPT = """
 import sys
-sys.path.append(sys.argv[1])
+sys.path[:0] = ["", sys.argv[1]]  # As `python -m` does, the current directory first.
 from lwo_dist.cli import main
 calls = [[]]
 for word in sys.argv[2:]:
