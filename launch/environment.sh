@@ -27,13 +27,21 @@ _find_python() {
   fail "no Python 3.11 or newer found; install python3 (3.11 or newer) with its venv module"
 }
 
-# install EXTRAS: make the environment and install the checkout into it, unless that was done with these requirements
-# and at least these extras. EXTRAS is "" or such as "[test,deepspeed]".
+# _among LINE WORD...: whether each WORD is one of LINE.
+_among() {
+  local word
+  for word in "${@:2}"; do
+    [[ " $1 " == *" $word "* ]] || return 1
+  done
+}
+
+# install EXTRA...: make the environment and install the checkout with these extras into it, unless that was done with
+# these requirements and at least these extras.
 install() {
-  local base found stamp=$venv/.lwo-dist wanted
+  local base done_for extras stamp=$venv/.lwo-dist wanted
   wanted=$(cat -- "$root/pyproject.toml" "$root/launch/constraints.txt"; echo "$root")
-  found=$(cat -- "$stamp" 2>/dev/null || true)
-  if [[ -x $python && $found == *"$1"$'\n'"$wanted" ]]; then
+  done_for=$(cat -- "$stamp" 2>/dev/null || true)
+  if [[ -x $python && ${done_for#*$'\n'} == "$wanted" ]] && _among "${done_for%%$'\n'*}" "$@"; then
     return
   fi
   command -v cc gcc clang >/dev/null || fail "no C compiler found; install one, such as gcc"
@@ -44,8 +52,9 @@ install() {
     "$base" -m venv -- "$venv" || fail "$venv could not be made; set LWO_VENV to a folder that can be written"
   fi
   echo "installing into $venv (some minutes the first time)"
+  extras=$(IFS=,; echo "$*")
   "$python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$root/launch/constraints.txt" --editable "$root$1" ||
+    --constraint "$root/launch/constraints.txt" --editable "${root}[$extras]" ||
     fail "pip could not install the packages; its message is above"
-  printf '%s\n%s\n' "$1" "$wanted" >"$stamp"
+  printf '%s\n%s\n' "$*" "$wanted" >"$stamp"
 }

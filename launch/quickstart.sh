@@ -25,7 +25,7 @@ while (($#)); do
   esac
 done
 
-install ""
+install run ray mlflow
 if [[ -z $source ]]; then
   # 150 files of an application-like library, none of which tiny-code was trained on.
   source=$("$python" -c 'import importlib.util as u; print(u.find_spec("datasets").submodule_search_locations[0])')

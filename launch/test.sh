@@ -19,7 +19,7 @@ case ${1-} in
     ;;
 esac
 
-install "[test,deepspeed]"
+install run ray mlflow deepspeed test
 cd -- "$root"
 "$python" -m ruff format --check --quiet . || fail "the files above are not formatted; run $venv/bin/ruff format"
 "$python" -m ruff check .

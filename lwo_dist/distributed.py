@@ -6,6 +6,7 @@ Every function works without a process group: one process is then the whole worl
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,12 +139,25 @@ def gather_floats(values: list[float], device: torch.device) -> list[list[float]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, small and picklable, in rank order."""
+    """Every rank's `value`, small and picklable, in rank order.
+
+    torch's `all_gather_object` does the same, but not without NumPy, which the plugin alone does
+    not install.
+    """
     if world_size() == 1:
         return [value]
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
+    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
+    _all_gather(sizes, torch.tensor([mine.numel()], device=device))
+    longest = int(sizes.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: mine.numel()] = mine
+    everyone = torch.empty(world_size() * longest, dtype=torch.uint8, device=device)
+    _all_gather(everyone, padded)
+    rows = everyone.view(world_size(), longest).tolist()
+    return [pickle.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 def broadcast_object(value: Any) -> Any:
@@ -263,10 +277,7 @@ def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:
     Raises:
         UserError: on every rank alike, naming the first key that differs.
     """
-    if world_size() == 1:
-        return
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, values)
+    everyone = gather_objects(values)
     for other_rank, other in enumerate(everyone):
         if other == everyone[0]:
             continue

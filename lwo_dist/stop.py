@@ -18,9 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
-# No torch here: the command line needs `Stopped` before it needs a model.
+# No torch here, and no psutil at the top: the command line needs `Stopped` before it needs a model,
+# and where neither is installed.
 
 __all__ = ["EXIT_CODE", "StopNow", "StopRequest", "Stopped", "StopVote"]
 
@@ -60,6 +59,8 @@ class StopRequest:
     """
 
     def __init__(self, max_seconds: float | None = None):
+        import psutil
+
         self._reason: str | None = None
         self._polls: list[Callable[[], str | None]] = []
         self._max_seconds = max_seconds

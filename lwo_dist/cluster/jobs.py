@@ -23,6 +23,7 @@ from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError, first_line
 from lwo_dist.run_info import job_metadata
 from lwo_dist.storage import new_run_name
+from lwo_dist.strategies.checks import check_config
 
 from .packing import CONFIG_NAME, pack, refuse_credentials
 
@@ -244,6 +245,7 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
     machine.
     """
     config = load_config(file, tuple(overrides))
+    check_config(config)
     source = config.data.source
     if source is None:
         raise UserError(

@@ -21,6 +21,8 @@ class Method(ABC):
 
     name: str
     """As in the config."""
+    extras: tuple[str, ...] = ()
+    """What it needs beyond torch, as extras of the package."""
     changes_model = False
     """Whether `prepare` adds parameters or renames them. A checkpoint then holds more than the base
     model, and a resumed run makes the base model first and prepares it again."""

@@ -69,6 +69,8 @@ class StrategyBuilder(ABC):
 
     name: str
     """As in the config."""
+    extras: tuple[str, ...] = ()
+    """What it needs beyond torch, as extras of the package."""
     own_settings: tuple[str, ...] = ()
     """Keys of the config that only this strategy reads, such as `fsdp.storage`."""
 

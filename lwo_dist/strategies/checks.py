@@ -6,16 +6,19 @@ from typing import Any
 
 from lwo_dist.config import Config
 from lwo_dist.errors import UserError
+from lwo_dist.extras import require
 from lwo_dist.methods import Method
 from lwo_dist.registry import METHODS, STRATEGIES
 
 from .base import StrategyBuilder
 
-__all__ = ["check_config"]
+__all__ = ["check_config", "require_extras"]
 
 
 def check_config(config: Config) -> None:
     """Refuse settings of a run that contradict each other or would have no effect.
+
+    What is installed here does not matter: the run may be for another machine.
 
     Raises:
         UserError: naming the first one.
@@ -30,6 +33,14 @@ def check_config(config: Config) -> None:
             "lwo.inactive_master: discard has no effect where weights are stored in fp32; drop it, "
             "or set fsdp.storage: bf16, or strategy: deepspeed with train.precision: bf16"
         )
+
+
+def require_extras(config: Config) -> None:
+    """Refuse a method or a strategy whose packages are not installed here. Raises: UserError."""
+    method: Method = METHODS.get(config.method)
+    chosen: StrategyBuilder = STRATEGIES.get(config.strategy)
+    require(*method.extras, what=f"method: {method.name}")
+    require(*chosen.extras, what=f"strategy: {chosen.name}")
 
 
 def _refuse_settings_of_others(config: Config, chosen: StrategyBuilder) -> None:

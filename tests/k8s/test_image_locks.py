@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 from .manifests import REPOSITORY
 
-EXTRAS = ("deepspeed", "lora", "server")
+EXTRAS = ("run", "ray", "mlflow", "deepspeed", "lora", "server")
 TORCH_LINKS = "--find-links https://download.pytorch.org/whl/cpu/torch/"
 # What torch brings for CUDA, which nobody but it asks for.
 CUDA = re.compile(r"nvidia-|cuda-|triton$")

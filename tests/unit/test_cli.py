@@ -5,8 +5,10 @@ left behind.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 import pytest
 
 from lwo_dist import cli
-from lwo_dist.config import Config
+from lwo_dist.commands import COMMANDS
+from lwo_dist.config import Config, reading
 from lwo_dist.errors import UserError
+from lwo_dist.stop import Stopped
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "lwo_dist.cli", "train")
@@ -58,15 +62,39 @@ def _check_refused(
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*")} == left
 
 
-def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--help"], "commands:"), (["train", "--help"], "--config FILE")]
+)
+def test_help_is_quick_and_imports_nothing_heavy(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    heavy = {"torch", "ray", "mlflow", "transformers", "datasets", "psutil", "yaml"}
     code = (
-        "import sys; from lwo_dist.cli import main\ntry: main(['train', '--help'])\nfinally:"
-        " print(sorted({'torch', 'ray', 'mlflow', 'transformers', 'datasets'} & set(sys.modules)))"
+        f"import sys; from lwo_dist.cli import main\ntry: main({arguments})\nfinally:"
+        f" print(sorted({heavy} & set(sys.modules)))"
     )
     result = _run(tmp_path, sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
-    assert "--config FILE" in result.stdout
+    assert said in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert re.findall(r"(?m)^    ([a-z]+)(?: |$)", text) == list(COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, "--help"])
+        assert f"usage: lwo-dist {name} " in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"lwo-dist {project['version']}\n"
 
 
 @pytest.mark.parametrize(
@@ -162,14 +190,44 @@ def test_exit_codes(
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(error))
+    monkeypatch.setattr(reading, "load_config", lambda *_: _raise(error))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "checkpoint", "said"),
+    [
+        (["run_name=mine"], "mine", "/runs/mine/checkpoints/step_000007; the same command goes on"),
+        ([], "lwo-1", "step_000007; the same command with run_name=lwo-1 goes on from there"),
+        ([], None, "no step was done, so nothing was saved; the same command starts anew"),
+    ],
+)
+def test_after_a_stop_it_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    checkpoint: str | None,
+    said: str,
+) -> None:
+    from lwo_dist import run
+
+    folder = Path("/runs") / checkpoint / "checkpoints" / "step_000007" if checkpoint else None
+    stopped = Stopped("SIGTERM", 7, folder)
+    monkeypatch.setattr(run, "prepare_and_run", lambda config: _raise(stopped))
+    for name, value in LONE_RANK.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", *overrides]) == 75
+    error = capsys.readouterr().err
+    assert error.startswith("lwo-dist: stopped by SIGTERM at step 7; ") and said in error
+    monkeypatch.setenv("RANK", "1")  # The first rank has said it.
+    assert cli.main(["train", *overrides]) == 75
+    assert capsys.readouterr().err == ""
+
+
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(RuntimeError("ours")))
+    monkeypatch.setattr(reading, "load_config", lambda *_: _raise(RuntimeError("ours")))
     with pytest.raises(RuntimeError, match="ours"):
         cli.main(["train"])
 
@@ -180,7 +238,7 @@ def test_of_a_host_s_ranks_the_first_speaks_first(
     """The others wait to be ended by torchrun, and speak if they are not: nobody fails in
     silence.
     """
-    monkeypatch.setattr(cli, "load_config", lambda *_: _raise(UserError("a")))
+    monkeypatch.setattr(reading, "load_config", lambda *_: _raise(UserError("a")))
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: print("waits", file=sys.stderr))
     for local_rank, said in [("0", "lwo-dist: a\n"), ("1", "waits\nlwo-dist: a\n")]:
         monkeypatch.setenv("LOCAL_RANK", local_rank)

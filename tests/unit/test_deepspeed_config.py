@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from lwo_dist import extras
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
-from lwo_dist.strategies.checks import check_config
+from lwo_dist.strategies.checks import check_config, require_extras
 from lwo_dist.strategies.deepspeed.builder import load_deepspeed
 from lwo_dist.strategies.deepspeed.settings import read_config, refuse_settings, resolve
 
@@ -186,11 +187,16 @@ def test_settings_of_a_foreign_engine_may_hold_a_scheduler() -> None:
 
 
 def test_without_deepspeed_only_its_strategy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"DeepSpeed is not installed; run: pip install 'lwo-dist\[deepspeed\]'"
-    ):
+    monkeypatch.setattr(extras, "missing", lambda extra: ["deepspeed"])
+    message = (
+        r"strategy: deepspeed needs packages that are not installed \(deepspeed\): "
+        r"pip install 'lwo-dist\[deepspeed\]'"
+    )
+    with pytest.raises(UserError, match=message):
         load_deepspeed()
+    with pytest.raises(UserError, match=message):
+        require_extras(load_config(None, ["strategy=deepspeed"]))
+    require_extras(load_config(None, ["strategy=fsdp"]))
 
 
 needs_deepspeed = pytest.mark.skipif(

@@ -55,6 +55,7 @@ RUN_BY = {
         "tests/cluster/test_kills.py"
     ),
     "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
+    "pip install .": "tests/unit/test_alone.py",
 }
 
 

@@ -198,3 +198,18 @@ def test_slurm_queues_a_stopped_run_again(place: Path, code: int, queued_again: 
     done = _sbatch(place, code, "-c", "config.yaml")
     assert done.returncode == code
     assert ("scontrol requeue 41" in done.stdout.splitlines()) is queued_again
+
+
+def test_install_asks_pip_for_the_extras_that_are_not_there_yet(tmp_path: Path) -> None:
+    _program(tmp_path / "venv" / "bin" / "python", f'echo "${{@: -1}}" >>{tmp_path}/log')
+    _program(tmp_path / "bin" / "cc", "")
+    script = f'. "{LAUNCH}/environment.sh"; install run ray; install run test; install test'
+    environment = _environment(tmp_path)
+    subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True)
+    root = LAUNCH.parent
+    assert (tmp_path / "log").read_text().splitlines() == [f"{root}[run,ray]", f"{root}[run,test]"]
+    # Another checkout, or other requirements: nothing of that is known to be there.
+    stamp = tmp_path / "venv" / ".lwo-dist"
+    stamp.write_text(stamp.read_text().replace(str(root), "/elsewhere"))
+    subprocess.run(["bash", "-c", script], env=environment, check=True, capture_output=True)
+    assert len((tmp_path / "log").read_text().splitlines()) == 4

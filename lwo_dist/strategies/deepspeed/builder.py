@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
-from lwo_dist.errors import UserError
+from lwo_dist.extras import require
 from lwo_dist.layers import Layer, check_layers
 from lwo_dist.methods import Method
 from lwo_dist.optimizer import make_adamw
@@ -27,6 +26,7 @@ __all__ = ["DeepSpeedBuilder", "load_deepspeed", "prepare"]
 
 class DeepSpeedBuilder(StrategyBuilder):
     name = "deepspeed"
+    extras = ("deepspeed",)
     own_settings = ("zero_stage", "deepspeed")
 
     def drives(self, model: nn.Module) -> bool:
@@ -77,8 +77,7 @@ def load_deepspeed() -> Any:
     Raises:
         UserError: DeepSpeed is not installed, or in a version that has not been tested.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("DeepSpeed is not installed; run: pip install 'lwo-dist[deepspeed]'")
+    require("deepspeed", what="strategy: deepspeed")
     if not torch.cuda.is_available():
         # Else it searches for accelerators, and warns.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

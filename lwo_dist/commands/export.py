@@ -1,0 +1,36 @@
+"""`lwo-dist export`: write a checkpoint as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lwo_dist.extras import require
+
+from .arguments import Subparsers, add_run_argument
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "export", help="write a checkpoint as a plain Hugging Face folder"
+    )
+    add_run_argument(parser)
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="default: RUN/model; for a URL ./RUN_NAME"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    require("run", what="lwo-dist export")
+    from lwo_dist.checkpoint.manage import export_run
+    from lwo_dist.storage import RunFolder
+
+    folder = RunFolder.at(arguments.run)
+    print(f"model: {export_run(folder, arguments.to, arguments.step, arguments.dtype)}")

@@ -1,0 +1,28 @@
+"""`lwo-dist replay`: send what a run could not send to MLflow."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lwo_dist.extras import require
+
+from .arguments import Subparsers
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("replay", help="send what a run could not send to MLflow")
+    parser.add_argument(
+        "spool", type=Path, metavar="SPOOL", help="the spool in the run's folder, or that folder"
+    )
+    parser.add_argument("--uri", help="MLflow tracking URI; unset: where the run meant to send to")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    require("mlflow", what="lwo-dist replay")
+    from lwo_dist.tracking.mlflow import replay
+
+    print(f"sent {replay(arguments.spool, arguments.uri)} metric points")

@@ -1,0 +1,76 @@
+"""`lwo-dist train`: tune a code model, on Ray or as a rank of torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lwo_dist.config import Config
+from lwo_dist.extras import require
+from lwo_dist.stop import Stopped
+
+from .arguments import Subparsers, add_config_arguments, read_config
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("train", help="tune a code model on a source tree")
+    parser.description = (
+        "Tune a code model; on Ray (a local one, or RAY_ADDRESS), or as a rank that torchrun has"
+        " started."
+    )
+    add_config_arguments(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    under_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    require("run", *([] if under_torchrun else ["ray"]), what="lwo-dist train")
+    config = read_config(arguments)
+    if config.tracking.enabled:
+        require("mlflow", what="tracking.enabled: true", otherwise="set tracking.enabled=false")
+    from lwo_dist.strategies.checks import check_config, require_extras
+
+    check_config(config)
+    require_extras(config)
+    # A moving bar garbles the log of a job; workers inherit this.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if under_torchrun:
+        from lwo_dist.run import prepare_and_run as train
+    else:
+        from lwo_dist.cluster.ray_train import train
+    try:
+        summary = train(config)
+    except Stopped as stopped:
+        stopped.add_note(_go_on(config, stopped))
+        raise
+    if summary is None:  # Not rank 0.
+        return
+    from lwo_dist.training.results import format_summary
+
+    print(format_summary(summary))
+    if config.tracking.enabled:
+        print(f"MLflow: {_ui_command(arguments)}")
+
+
+def _go_on(config: Config, stopped: Stopped) -> str:
+    if stopped.checkpoint is None:
+        return "the same command starts anew"
+    name = "" if config.run_name else f" with run_name={stopped.checkpoint.parents[1].name}"
+    return f"the same command{name} goes on from there"
+
+
+def _ui_command(arguments: argparse.Namespace) -> str:
+    """The command that shows the runs of this one's store."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == "lwo-dist" else "lwo-dist"
+    file = ["-c", str(arguments.config)] if arguments.config else []
+    store = [
+        override
+        for override in arguments.overrides
+        if override.startswith(("storage=", "tracking."))
+    ]
+    return shlex.join([program, "ui", *file, *store])

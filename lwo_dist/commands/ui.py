@@ -1,0 +1,70 @@
+"""`lwo-dist ui`: the runs in MLflow's web pages, on this machine only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from lwo_dist.errors import UserError
+from lwo_dist.extras import require
+
+from .arguments import Subparsers, add_config_arguments, read_config
+
+__all__ = ["add_parser", "run"]
+
+_DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "ui", help="open the runs in MLflow's web pages, on this machine only"
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Name the page of a tracking server; for a database become MLflow's server of it."""
+    require("mlflow", what="lwo-dist ui")
+    from lwo_dist.redaction import redact
+    from lwo_dist.storage import storage_folder
+    from lwo_dist.tracking.mlflow import experiment_page, tracking_uri
+
+    config = read_config(arguments)
+    uri = tracking_uri(config.tracking, storage_folder(config.storage))
+    if uri.startswith(("http://", "https://")):
+        print(
+            f"{experiment_page(config.tracking, uri)} shows the runs of experiment"
+            f" {config.tracking.experiment}"
+        )
+        return
+    if not uri.startswith(_DATABASES):
+        raise UserError(
+            f"tracking.uri = {redact(uri)} has no pages; give a server (http://HOST:PORT) or a"
+            " database (sqlite:////FILE, postgresql://HOST/NAME)"
+        )
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise UserError(
+            f"storage = {config.storage}: no runs there ({database}); give -c FILE or storage=DIR"
+            " as in training"
+        )
+    print(
+        f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}; Ctrl-C ends it",
+        flush=True,
+    )
+    _become_server(uri, arguments.port)
+
+
+def _become_server(uri: str, port: int) -> None:
+    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it. The address, which
+    # may hold a password, not on the command line, which every user of the machine can read.
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_BACKEND_STORE_URI": uri,
+    }
+    os.execve(sys.executable, [sys.executable, *command, "--port", str(port)], environment)
