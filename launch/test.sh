@@ -31,7 +31,7 @@ cd -- "$root"
 if (($#)); then
   exec "$python" -m pytest ${marked[@]+"${marked[@]}"} "$@"
 fi
-alone=(tests/cluster tests/k8s tests/benchmarks)
+alone=(tests/cluster tests/k8s)
 failed=()
 two_at_a_time=(--numprocesses=2 --dist=loadfile "${alone[@]/#/--ignore=}")
 "$python" -m pytest ${marked[@]+"${marked[@]}"} "${two_at_a_time[@]}" || failed+=(first)
