@@ -4,6 +4,10 @@
 #   ./launch/test.sh [--all] [pytest arguments]
 #
 # --all: also the tests that take minutes each.
+#
+# Without pytest arguments there are two parts, each with pytest's own closing line: first the tests
+# that do without Ray and hosts of their own, two at a time, then the others, one at a time. With
+# arguments, such as files or -k, there is one part, one test at a time.
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -24,4 +28,15 @@ cd -- "$root"
 "$python" -m ruff format --check --quiet . || fail "the files above are not formatted; run $venv/bin/ruff format"
 "$python" -m ruff check .
 "$python" -m mypy
-exec "$python" -m pytest ${marked[@]+"${marked[@]}"} "$@"
+if (($#)); then
+  exec "$python" -m pytest ${marked[@]+"${marked[@]}"} "$@"
+fi
+alone=(tests/cluster tests/k8s)
+failed=()
+two_at_a_time=(--numprocesses=2 --dist=loadfile "${alone[@]/#/--ignore=}")
+"$python" -m pytest ${marked[@]+"${marked[@]}"} "${two_at_a_time[@]}" || failed+=(first)
+"$python" -m pytest ${marked[@]+"${marked[@]}"} "${alone[@]}" || failed+=(second)
+for part in ${failed[@]+"${failed[@]}"}; do
+  echo "${0##*/}: the $part part failed; see above" >&2
+done
+exit $((${#failed[@]} > 0))

@@ -1,10 +1,12 @@
-"""Set before any test imports torch or transformers, and inherited by every process that a test
-starts.
+"""What holds for all tests: an environment that is set before any test imports torch or
+transformers, and that every process inherits that a test starts; and Hypothesis' settings.
 """
 
 from __future__ import annotations
 
 import os
+
+import hypothesis
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # The tests' ranks share few cores; one thread also makes sums repeatable.
@@ -13,3 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # transformers 5.23 prints a page about torchvision, and a generation config, on ordinary use.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+# An example may take longer than Hypothesis' 200 ms: other tests' processes share the cores.
+hypothesis.settings.register_profile("shared_cores", deadline=None)
+hypothesis.settings.load_profile("shared_cores")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import multiprocessing
 import os
 import pickle
@@ -14,23 +15,19 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 __all__ = ["RanksError", "run_ranks"]
 
-# Imported once, in the server that every rank is forked from.
-PRELOAD = [
-    "pytest",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-    "torch.utils.checkpoint",
-    "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.qwen2.modeling_qwen2",
-]
+# What a rank needs is imported once, in the server that it is forked from. Ranks that use DeepSpeed
+# have a server of their own: where all else runs, DeepSpeed is not imported behind its back.
+_PRELOAD = "tests.preload"
+_PRELOAD_DEEPSPEED = "tests.preload_deepspeed"
 
 
 class RanksError(AssertionError):
@@ -40,7 +37,11 @@ class RanksError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    deepspeed: bool = False,
 ) -> list[Any]:
     """Call `fn(*args)` on `world_size` ranks that share a gloo process group; return the ranks'
     values in rank order.
@@ -51,13 +52,15 @@ def run_ranks(
 
     Args:
         timeout: seconds, for the whole call.
+        deepspeed: DeepSpeed is imported already. Without, a rank may still import it, which takes
+            it two seconds.
 
     Raises:
         RanksError: a rank raised, died or was still running after `timeout`; all ranks are gone by
             then.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    server = _server(_PRELOAD_DEEPSPEED if deepspeed else _PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         environment = dict(os.environ)
@@ -68,8 +71,11 @@ def run_ranks(
             for rank in range(world_size)
         ]
         try:
-            for process in ranks:
-                process.start()
+            # `multiprocessing` knows one server only.
+            connect = server.connect_to_new_process
+            with patch.object(forkserver, "connect_to_new_process", connect):
+                for process in ranks:
+                    process.start()
             _join(folder, ranks, timeout)
         finally:
             for process in ranks:
@@ -77,6 +83,22 @@ def run_ranks(
                     process.kill()
                     process.join()
         return [pickle.loads((folder / f"{rank}.value").read_bytes()) for rank in range(world_size)]
+
+
+@functools.cache
+def _server(preload: str) -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preload])
+    environment = {
+        "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+        # The server must not initialise CUDA, which no fork survives, nor report the use of MLflow,
+        # which DeepSpeed imports. The ranks have the caller's environment instead.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with patch.dict(os.environ, environment):
+        server.ensure_running()
+    return server
 
 
 def _join(folder: Path, ranks: list[ForkServerProcess], timeout: float) -> None:

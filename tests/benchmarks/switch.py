@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     cases = []
     print("stage  parameters   step, s  first of a visit, s  switch, s  switch/step")
     for stage in arguments.stages:
-        case = run_ranks(measure, arguments.ranks, stage, *sizes, timeout=1800)[0]
+        case = run_ranks(measure, arguments.ranks, stage, *sizes, timeout=1800, deepspeed=True)[0]
         cases.append(case)
         print(
             f"{stage:5}  {case['parameters'] / 1e6:9.1f}M  {case['step_seconds']:8.3f} "

@@ -124,7 +124,7 @@ def test_ours_keeps_the_last_update_of_a_visit_and_badam_loses_it() -> None:
     version = importlib.metadata.version("badam")
     lines = ["step  BAdam: layer                changed  |  lwo_dist: layer             changed"]
     rows = {
-        name: run_ranks(run, 2, timeout=200)[0]
+        name: run_ranks(run, 2, timeout=200, deepspeed=True)[0]
         for name, run in (("badam", with_badam), ("ours", with_ours))
     }
     for i, (theirs, ours) in enumerate(zip(rows["badam"], rows["ours"], strict=True)):

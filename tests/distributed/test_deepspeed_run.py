@@ -59,7 +59,7 @@ def test_runs_end_in_the_same_model_as_fsdp(inputs: tuple[Path, Path], tmp_path:
     ]
     zero.append(config("json", "strategy=deepspeed", f"deepspeed={json_file}"))
     [(expected, losses), *others] = run_ranks(
-        run_all, 2, [config("fsdp", "strategy=fsdp"), *zero], timeout=500
+        run_all, 2, [config("fsdp", "strategy=fsdp"), *zero], timeout=500, deepspeed=True
     )[0]
     for settings, (summary, found) in zip(zero, others, strict=True):
         where = settings.storage
@@ -114,7 +114,7 @@ def test_a_resumed_run_follows_the_unbroken_one(inputs: tuple[Path, Path], tmp_p
                 for part in ("a", "b")
             )
         )
-    results = run_ranks(resume_all, 2, pairs, timeout=150)[0]
+    results = run_ranks(resume_all, 2, pairs, timeout=150, deepspeed=True)[0]
     for (name, _, _), (expected, losses, found, resumed) in zip(cases, results, strict=True):
         assert resumed[0][0] == 6 and resumed[1:] == losses[3:], name
         weights = exported(found)
@@ -166,7 +166,7 @@ def foreign_engines() -> dict[str, Any]:
 
 
 def test_engines_that_others_made_are_driven_or_refused() -> None:
-    found = run_ranks(foreign_engines, 2, timeout=200)[0]
+    found = run_ranks(foreign_engines, 2, timeout=200, deepspeed=True)[0]
     for stage in (2, 3):
         assert found[f"rates {stage}"] == pytest.approx([1e-3 / (1 + step) for step in range(5)])
         assert found[f"steps {stage}"] == 5
@@ -221,7 +221,7 @@ def after_switches(
 @pytest.mark.long
 def test_120_switches_leave_nothing_behind() -> None:
     cases = [(1, "bf16", FP32_SUMS), (2, "fp32", {}), (3, "fp32", {})]
-    results = run_ranks(after_switches, 2, cases, 120, timeout=300)[0]
+    results = run_ranks(after_switches, 2, cases, 120, timeout=300, deepspeed=True)[0]
     for case, (tensors, hooks, resident) in zip(cases, results, strict=True):
         # The first samples hold what is left of the case before.
         assert max(tensors[2:]) == min(tensors[2:]) <= tensors[1], f"{case}: {tensors}"

@@ -151,7 +151,7 @@ def size_of(lwo: LWO) -> int:
 def test_a_switch_frees_the_old_state_first_and_collects_no_heap(
     stage: int, late: bool, more: dict
 ) -> None:
-    found = run_ranks(watch_switches, RANKS, stage, late, more)[0]
+    found = run_ranks(watch_switches, RANKS, stage, late, more, deepspeed=True)[0]
     assert not any(found["alive"]) and not any(found["collections"])
     assert found["mine"] == [0, 0]
     for formula, held in found["states"]:
@@ -201,7 +201,7 @@ def settings_in_use() -> dict[tuple[int, str], list[Row]]:
 
 
 def test_bucket_sizes_and_communication_dtype_are_the_user_s() -> None:
-    found = run_ranks(settings_in_use, RANKS, timeout=200)[0]
+    found = run_ranks(settings_in_use, RANKS, timeout=200, deepspeed=True)[0]
     for (stage, dtype), rows in found.items():
         for size, bucket, gathered, reductions, bytes_a_parameter in rows:
             where = f"stage {stage} {dtype} layer of {size}"
@@ -229,7 +229,7 @@ def misspelt() -> dict[int, str]:
 
 
 def test_a_misspelt_key_is_one_line() -> None:
-    for message in run_ranks(misspelt, 1)[0].values():
+    for message in run_ranks(misspelt, 1, deepspeed=True)[0].values():
         assert (
             message.startswith("deepspeed config: ")
             and "reduce_bucket_sise" in message

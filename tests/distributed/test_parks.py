@@ -123,10 +123,9 @@ def watch_parks(lwo: LWO) -> list[bool]:
     return back
 
 
-def check_kept(cases: list[tuple[str, str, torch.dtype]]) -> None:
-    for (strategy, schedule, dtype), of_ranks in zip(
-        cases, zip(*run_ranks(train_kept, 2, cases, timeout=300), strict=True), strict=True
-    ):
+def check_kept(cases: list[tuple[str, str, torch.dtype]], *, deepspeed: bool = False) -> None:
+    ranks = run_ranks(train_kept, 2, cases, timeout=300, deepspeed=deepspeed)
+    for (strategy, schedule, dtype), of_ranks in zip(cases, zip(*ranks, strict=True), strict=True):
         losses, weights, back, _ = of_ranks[0]
         case, bound = f"{strategy} {schedule} {dtype}", 1e-10 if dtype == torch.float64 else 1e-5
         models = {keep: oracle.tiny_model(tied=True, dtype=dtype) for keep in (True, False)}
@@ -171,7 +170,8 @@ def test_kept_moments_equal_the_plain_loop_under_deepspeed() -> None:
         [
             (f"zero_{stage}", name, torch.float32)
             for stage, name in zip((1, 2, 3), SCHEDULES, strict=True)
-        ]
+        ],
+        deepspeed=True,
     )
 
 
@@ -310,7 +310,7 @@ def train_discarding() -> list[dict[str, Any]]:
 
 @needs_deepspeed
 def test_discard_rounds_the_masters_away_and_says_so_once() -> None:
-    ranks = run_ranks(train_discarding, 2, timeout=200)
+    ranks = run_ranks(train_discarding, 2, timeout=200, deepspeed=True)
     assert all(found["said"] == [] for found in ranks[1])
     for found in ranks[0]:
         [said] = found["said"]
@@ -393,9 +393,9 @@ def resume_as(kind: str, state: dict, weights: Weights) -> Resumed:
 def test_another_strategy_and_world_size_resume_in_mid_visit(
     ranks: int, cases: dict[str, list[str]]
 ) -> None:
-    saved = run_ranks(stop_and_go_on, 2, list(cases), timeout=300)[0]
+    saved = run_ranks(stop_and_go_on, 2, list(cases), timeout=300, deepspeed=True)[0]
     to_resume = [(then, *parts[:2]) for then, parts in zip(cases.values(), saved, strict=True)]
-    resumed = run_ranks(resume, ranks, pickle.dumps(to_resume), timeout=500)[0]
+    resumed = run_ranks(resume, ranks, pickle.dumps(to_resume), timeout=500, deepspeed=True)[0]
     for (first, then), (state, half, losses, weights), of_kinds in zip(
         cases.items(), saved, resumed, strict=True
     ):

@@ -4,9 +4,11 @@ processes behind.
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -40,6 +42,14 @@ def _one_rank_dies() -> None:
     dist.barrier()
 
 
+def _has_deepspeed() -> bool:
+    return "deepspeed" in sys.modules
+
+
+def _environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
 def _children() -> set[int]:
     return {p.pid for p in multiprocessing.active_children() if p.pid is not None}
 
@@ -68,3 +78,22 @@ def test_a_hang_is_cut_and_shown() -> None:
     with pytest.raises(RanksError, match=r"still ran after 3 s(.|\n)*_one_rank_hangs"):
         run_ranks(_one_rank_hangs, 2, timeout=3)
     assert not _children()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed_is_there_for_those_who_ask_for_it_and_for_no_others() -> None:
+    assert run_ranks(_has_deepspeed, 1, deepspeed=True) == [True]
+    assert run_ranks(_has_deepspeed, 1) == [False]
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_a_rank_has_the_caller_s_environment_and_nothing_of_its_server_s(
+    deepspeed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    monkeypatch.setenv("PYTHONPATH", "/of/the/caller")
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    [environment] = run_ranks(_environment, 1, deepspeed=deepspeed)
+    of_a_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    assert environment == {**os.environ, **of_a_rank}
