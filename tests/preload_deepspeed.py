@@ -6,7 +6,7 @@ import gc
 import importlib
 
 import tests.preload  # noqa: F401
-from lwo_dist.strategies import load_deepspeed
+from lwo_dist.strategies.deepspeed.builder import load_deepspeed
 
 load_deepspeed()
 # DeepSpeed imports it with its first optimizer, and with it torch's compiler.

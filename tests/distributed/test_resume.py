@@ -76,9 +76,7 @@ def resume(folder: Path, pairs: list[tuple]) -> list[tuple[list[float], dict[str
         training.train_step(lwo, 0)  # so that there is something to overwrite
         checkpoint = newest_checkpoint(RunFolder(str(folder / str(first_ranks)), first))
         assert checkpoint is not None
-        for tensors in checkpoint.weights():
-            lwo.write_layer(tensors)
-        restore(lwo, checkpoint)
+        restore(lwo, checkpoint, has_weights=False)
         losses = [training.train_step(lwo, step)[0] for step in range(SAVED_AT, STEPS)]
         results.append((losses, training.weights(lwo)))
     return results

@@ -111,7 +111,9 @@ def test_visits_of_several_layers_equal_a_plain_loop(strategy: str, state: str) 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_visits_of_several_layers_under_zero(stage: int, state: str) -> None:
     expected, expected_weights = plain_loop(torch.float32, state)
-    found = run_ranks(losses_and_weights, 2, f"deepspeed{stage}", torch.float32, state, timeout=300)
+    found = run_ranks(
+        losses_and_weights, 2, f"deepspeed{stage}", torch.float32, state, deepspeed=True
+    )
     for losses, weights_found in found:
         assert losses == pytest.approx(expected, abs=1e-5)
         for name, tensor in expected_weights.items():

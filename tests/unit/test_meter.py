@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lwo_dist.hook import LWO
+from lwo_dist.tasks.completion import LineCompletion
 from lwo_dist.training.meter import Meter
 from lwo_dist.training.results import Results
 from lwo_dist.training.system_metrics import SystemMetrics
@@ -43,7 +44,7 @@ class Metered:
         self.lwo: LWO = attach(
             "replicate", recipe, tied=False, dtype=torch.float32, method=method, **config
         )
-        self.results = Results(folder, "loss", writes=False)
+        self.results = Results(folder, LineCompletion(), "loss", writes=False)
         system = SystemMetrics(CPU, folder, enabled=False)
         self.meter = Meter(self.lwo, self.results, system, CPU, clock=self.clock)
 

@@ -161,7 +161,7 @@ def test_the_coming_layer_is_brought_ahead_before_the_last_step_of_a_visit(
     settings = LWOConfig(state="keep", steps_per_layer=steps_per_layer, order="descending")
     lwo = attach(oracle.tiny_model(tied=True), settings)
     asked: list[tuple[int, str]] = []
-    lwo.strategy.prefetch = lambda layer: asked.append((lwo.step_count, layer.name))  # type: ignore[method-assign]
+    lwo.strategy.prefetch = lambda visit: asked.append((lwo.step_count, visit.active.name))  # type: ignore[method-assign]
     entered = {}
     for step in range(2 * len(lwo.layers) * steps_per_layer):
         tokens, labels = oracle.global_batch(step)

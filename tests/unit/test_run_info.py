@@ -218,7 +218,7 @@ def test_a_run_is_described_from_its_parts(tmp_path: Path) -> None:
     info = describe_run(
         Config(),
         lwo,
-        SimpleNamespace(counts=counts),  # type: ignore[arg-type]
+        SimpleNamespace(counts=counts, held_out=range(5)),  # type: ignore[arg-type]
         run_dir=tmp_path,
         device=torch.device("cpu"),
         hosts=["node-a"],
