@@ -187,7 +187,7 @@ def test_engines_that_others_made_are_driven_or_refused() -> None:
     )
     assert "optimizer is SGD; layers are trained with AdamW" in found["SGD"]
     assert "set zero_optimization.stage to 1, 2 or 3" in found["stage 0"]
-    assert "call lwo.backward() and lwo.step() only" in found["foreign step"]
+    assert "call lwo.backward() and lwo.step() instead" in found["foreign step"]
 
 
 # ---- what stays after many switches

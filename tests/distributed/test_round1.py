@@ -87,4 +87,4 @@ def test_its_checkpoint_is_listed_verified_and_exported(
     said = capsys.readouterr().out
     assert "step 11" in said and "whole: " in said
     AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert "| exact match, % |" in (folder / "model" / "README.md").read_text()
+    assert "| exact_match |" in (folder / "model" / "README.md").read_text()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lwo_dist
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
@@ -148,12 +149,12 @@ def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(
     ]
     assert found.data.metrics["eval/loss"] == pytest.approx(summary["eval"]["after"]["eval/loss"])
     assert found.data.params["lwo.steps_per_layer"] == "3" and found.data.tags["strategy"] == "fsdp"
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(lwo_dist.__file__).parent / "tracking" / "README.md").read_text()
     for name in found.data.metrics:
         shown = (
             "system/HOST/" if name.startswith("system/") else f"`{re.sub('_[0-9]+$', '_N', name)}`"
         )
-        assert shown in readme or name == "eval/lines", name
+        assert shown in page or name == "eval/lines", name
     assert [p.step for p in client.get_metric_history(found.info.run_id, "visit/loss_drop")] == [
         3,
         6,

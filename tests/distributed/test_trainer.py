@@ -23,6 +23,7 @@ from lwo_dist.checkpoint.store import Outcome
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.stop import Stopped, StopRequest, StopVote
+from lwo_dist.tasks.completion import LineCompletion
 from lwo_dist.training.meter import Meter
 from lwo_dist.training.results import Results
 from lwo_dist.training.saver import Saver
@@ -74,7 +75,7 @@ class Loop:
                 *settings,
             ],
         )
-        results = Results(folder, "loss", writes=False)
+        results = Results(folder, LineCompletion(), "loss", writes=False)
         system = SystemMetrics(CPU, folder, enabled=False)
         callbacks = [Recorder(self)] if distributed.rank() == 0 else []
         saver = Saver(
