@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,8 @@ __all__ = [
     "silent_ranks",
     "world_size",
 ]
+
+T = TypeVar("T")
 
 # torch 2.13 renames these two and warns at the old names; 2.11 has only the old ones.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -83,8 +85,9 @@ def init_process_group(timeout_s: int) -> torch.device:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, **options)
     else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, **options
+            backend, store=store, rank=0, world_size=1, timeout=timeout, **options
         )
     return device
 
@@ -160,7 +163,7 @@ def gather_objects(value: Any) -> list[Any]:
     return [pickle.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: T) -> T:
     """`value` of rank 0, on every rank; they wait for it as long as it takes.
 
     Rank 0 may be tokenising a large repository, or exporting a large model, for longer than a
@@ -262,13 +265,14 @@ def errors_on_all_ranks() -> Iterator[None]:
         raise RuntimeError(f"rank {failed} failed: {message}") from own
 
 
-def on_rank_0(fn: Callable[..., Any], *args: Any) -> Any:
+def on_rank_0(fn: Callable[..., T], *args: Any) -> T:
     """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank."""
-    value = None
+    value: Any = None
     with errors_on_all_ranks():
         if rank() == 0:
             value = fn(*args)
-    return broadcast_object(value)
+    result: T = broadcast_object(value)
+    return result
 
 
 def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:

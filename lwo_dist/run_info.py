@@ -149,7 +149,7 @@ def job_metadata(config: Config, run_name: str, folder: Path) -> dict[str, str]:
 
 def public_config(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain values, fit to be shown and sent: without secrets."""
-    values = redact_values(config.model_dump(mode="json"))
+    values: dict[str, Any] = redact_values(config.model_dump(mode="json"))
     environment = values["cluster"]["env"]
     for name in environment:
         if is_secret_name(name):

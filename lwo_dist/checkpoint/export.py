@@ -224,9 +224,10 @@ def _licence(base: str, revision: str | None) -> str | None:
             card = ModelCard.load(folder / "README.md")
         else:
             card = ModelCard.load(hf_hub_download(base, "README.md", revision=revision))
-        return card.data.get("license")
+        licence: str | None = card.data.get("license")
     except Exception:  # no card, no network, a card that is no YAML: the model can do without
         return None
+    return licence
 
 
 def _short(base: str) -> str:

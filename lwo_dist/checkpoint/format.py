@@ -74,7 +74,8 @@ class Checkpoint:
     @property
     def weight_map(self) -> dict[str, str]:
         """Parameter name -> file, relative to the checkpoint's folder."""
-        return json.loads((self.folder / INDEX).read_text())["weight_map"]
+        index = json.loads((self.folder / INDEX).read_text())
+        return dict(index["weight_map"])
 
     def hook_state(self) -> dict[str, Any]:
         """The position and the active layer's moments (whole CPU tensors), as
@@ -258,7 +259,7 @@ def _digest(state: Mapping[str, Any]) -> str:
 
 def _open_seal(data: bytes) -> dict[str, Any]:
     try:
-        state = json.loads(data)
+        state: dict[str, Any] = json.loads(data)
         digest = state.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DamagedError(f"{STATE} is not whole") from None

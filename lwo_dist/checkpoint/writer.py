@@ -141,8 +141,10 @@ class CheckpointWriter:
 
     def outcome(self) -> Outcome:
         """Wait until the checkpoint that was queued last is written or has failed."""
-        queue, self._queue = self._queue, []
-        return [future.result() for future in queue][-1]
+        queue = self._queue
+        self._queue = []
+        outcome: Outcome = [future.result() for future in queue][-1]
+        return outcome
 
     def _write(self, key: str, piece: Piece) -> str:
         """Write a piece. Returns the error, or an empty text; after an error the piece is kept for

@@ -19,7 +19,7 @@ __all__ = ["Failures", "cannot_connect", "first_line"]
 _SAME_FAILURE_S = 1.5
 
 
-class Failures(UserCallback):
+class Failures(UserCallback):  # type: ignore[misc]
     """Says what failed, and lets bad input end the run: Ray would try that again too. Lives in
     Ray's controller.
     """

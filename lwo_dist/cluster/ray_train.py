@@ -145,7 +145,8 @@ def _fit_until_done(
             problem = first_line(error.controller_failure)
         else:
             if not isinstance(outcome, Interrupted):
-                return outcome
+                summary: dict[str, Any] = outcome
+                return summary
             # A node that is taken away takes only its workers along, if the others have room for
             # them. One that was announced earlier may still be alive, but Ray places nothing on it
             # any more.

@@ -66,9 +66,10 @@ def tokenize_lines(tokenizer: Any, text: str) -> list[list[int]]:
     """
     lines = [line + "\n" for line in text.split("\n")[:-1]]
     # verbose=False: a line may be longer than the model's context; it is cut later.
-    return tokenizer(lines, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    tokens: list[list[int]] = tokenizer(
+        lines, add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return tokens
 
 
 def cut_windows(lines: Sequence[Sequence[int]], length: int) -> Iterator[TrainExample]:

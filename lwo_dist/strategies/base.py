@@ -80,7 +80,8 @@ class StrategyBuilder(ABC):
 
     def module(self, model: Any) -> nn.Module:
         """The module with the parameters, without what the strategy wraps around it."""
-        return model
+        bare: nn.Module = model
+        return bare
 
     def stores_16_bit(self, config: Config) -> bool:
         """Whether a run with this config stores inactive weights in 16 bits."""

@@ -145,7 +145,9 @@ class Replicate(Strategy):
             own[name].detach().copy_(tensor)
 
     def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
-        return self._optimizer.state.get(self._trained[layer.name].weight_shard, {})
+        weight_shard = self._trained[layer.name].weight_shard
+        moments: dict[str, Tensor] = self._optimizer.state.get(weight_shard, {})
+        return moments
 
     def _put_into_optimizer(self, layer: Layer, shards: dict[str, Tensor]) -> None:
         weight_shard = self._trained[layer.name].weight_shard

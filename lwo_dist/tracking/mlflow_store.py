@@ -62,11 +62,10 @@ class MLflowStore:
             [experiment_id], f"tags.{_KEY_TAG} = '{fields['key']}'", max_results=1
         )
         if found:
-            return found[0].info.run_id
+            return str(found[0].info.run_id)
         tags = fields["tags"] | {_KEY_TAG: fields["key"]}
-        return self._client.create_run(
-            experiment_id, time_ms, tags, run_name=fields["run_name"]
-        ).info.run_id
+        run = self._client.create_run(experiment_id, time_ms, tags, run_name=fields["run_name"])
+        return str(run.info.run_id)
 
     def open_run(self, fields: Mapping[str, Any], time_ms: int, run_id: str | None) -> str:
         from mlflow.entities import Param, RunTag
@@ -98,7 +97,7 @@ class MLflowStore:
             self._client.delete_tag(run.info.run_id, "error")
         if run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
-        return run.info.run_id
+        return str(run.info.run_id)
 
     def log_points(self, run_id: str, points: list[Point]) -> None:
         from mlflow.entities import Metric
@@ -166,6 +165,7 @@ class MLflowStore:
         database = self._address.startswith(("sqlite", "postgresql", "mysql", "mssql"))
         artifacts = (self._storage.absolute() / "mlartifacts").as_uri() if database else None
         # The kind opens MLflow's pages for training, not those for language-model applications.
-        return self._client.create_experiment(
+        created = self._client.create_experiment(
             name, artifacts, {"mlflow.experimentKind": "custom_model_development"}
         )
+        return str(created)

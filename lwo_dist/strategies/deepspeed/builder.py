@@ -62,7 +62,8 @@ class DeepSpeedBuilder(StrategyBuilder):
             source.fill_partitioned(model, device, engines.partitioner(resolved))
         else:
             model = source.whole(device)
-        return make_engine(model, config.lwo, resolved, method)
+        engine: nn.Module = make_engine(model, config.lwo, resolved, method)
+        return engine
 
     def attach(self, model: Any, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
         load_deepspeed()

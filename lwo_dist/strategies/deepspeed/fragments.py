@@ -20,7 +20,7 @@ Fragment = tuple[Tensor, int]
 
 
 def total_numel(parameter: Any) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def whole(parameter: Any, part: Fragment) -> Tensor:

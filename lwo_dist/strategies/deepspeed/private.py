@@ -144,7 +144,10 @@ def partition_function(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]
     """What `deepspeed.zero.Init` does to each parameter that is made in it: rank 0's values, in
     parts.
     """
-    return deepspeed.zero.Init(config_dict_or_path=settings)._convert_to_zero_parameters
+    convert: Callable[[list[nn.Parameter]], None] = deepspeed.zero.Init(
+        config_dict_or_path=settings
+    )._convert_to_zero_parameters
+    return convert
 
 
 # ---- the swap
@@ -229,7 +232,8 @@ def _quiet() -> Iterator[None]:
 
 def inner_optimizer(zero: Any) -> torch.optim.Optimizer:
     """The AdamW that steps on the flat masters."""
-    return zero.optimizer
+    inner: torch.optim.Optimizer = zero.optimizer
+    return inner
 
 
 def trained_parameters(zero: Any) -> list[nn.Parameter]:
@@ -343,7 +347,7 @@ class SentBytes:
 
     @property
     def total(self) -> int:
-        return self._count[0]
+        return int(self._count[0])
 
     def reset(self) -> None:
         self._count[0] = 0

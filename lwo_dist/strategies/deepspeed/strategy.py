@@ -331,7 +331,7 @@ class DeepSpeedZero(Strategy):
                 return fragments.whole(own, part)
         if hasattr(own, "ds_id"):
             return fragments.whole(own, private.stored(own))
-        tensor = own.detach().to("cpu", copy=True)
+        tensor: Tensor = own.detach().to("cpu", copy=True)
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def _start_count(self, *_: Any) -> None:
