@@ -30,12 +30,11 @@ from .methods import Method
 from .optimizer import make_adamw
 from .registry import METHODS, STRATEGIES
 from .schedule import learning_rate, make_schedule
+from .state import moments_by_layer, refuse_moments, refuse_strangers, whole_shapes
 from .strategies import Moments, StrategyBuilder
 from .strategies.refusals import end_backward_at_active_layer, refuse_wrapped, warn_of_rounding
 
 __all__ = ["LWO", "StepReport", "attach", "prepare"]
-
-_STATE = ("step", "active_layer", "skipped_steps", "moments")
 
 
 @dataclass(frozen=True)
@@ -340,7 +339,7 @@ class LWO:
         Raises:
             UserError: a name or a shape that the model does not have.
         """
-        self._refuse_strangers("weights", {name: t.shape for name, t in tensors.items()})
+        refuse_strangers("weights", {name: t.shape for name, t in tensors.items()}, self.module)
         self.strategy.flush()
         self.strategy.write_layer(tensors)
 
@@ -363,7 +362,7 @@ class LWO:
         Raises:
             UserError: moments of other parameters, or of other shapes.
         """
-        self._refuse_moments(layer, moments)
+        refuse_moments(layer, moments, self.module)
         self.strategy.flush()
         self.strategy.import_state(layer, moments)
 
@@ -388,14 +387,8 @@ class LWO:
                 its moments are of another model.
         """
         self._refuse_mid_accumulation("load_state_dict()")
-        missing = [key for key in _STATE if key not in state_dict]
-        if missing:
-            raise UserError(
-                f"the state has no {missing[0]!r}; give what LWO.state_dict() returned: "
-                f"{', '.join(_STATE)}"
-            )
+        by_layer = moments_by_layer(state_dict, self.layers, self.module)
         step = state_dict["step"]
-        moments: Moments = state_dict["moments"]
         scheduled = self.visits[self.schedule.active_layer(step)].active.name
         if scheduled != state_dict["active_layer"]:
             raise UserError(
@@ -403,7 +396,6 @@ class LWO:
                 f" {scheduled}; resume with the same order, seed, steps_per_layer,"
                 " layers_per_group and trained layers"
             )
-        by_layer = self._moments_by_layer(moments)
         self.step_count = step
         self.skipped_steps = torch.tensor(float(state_dict["skipped_steps"]))
         self._active = -1  # also when the layer stays: its optimizer starts anew
@@ -415,7 +407,7 @@ class LWO:
         if self._active < 0:
             return f"LWO({self.strategy_name}, detached after {self.step_count} steps)"
         visit, in_visit = self.schedule.position(self.step_count)
-        shapes = self._shapes()
+        shapes = whole_shapes(self.module)
         lines = [
             f"LWO({self.strategy_name} on {distributed.world_size()} rank(s), after "
             f"{self.step_count} steps: {self.active_layer.name} is active, visit {visit + 1}, "
@@ -445,52 +437,6 @@ class LWO:
         switched = index != self._active
         self._active = index
         return switched
-
-    def _moments_by_layer(self, moments: Moments) -> dict[str, Moments]:
-        """Raises UserError where they are not of these layers, before anything is changed."""
-        owner = {name: layer for layer in self.layers for name in layer.parameter_names}
-        by_layer: dict[str, Moments] = {}
-        for name, kinds in moments.items():
-            if name not in owner:
-                raise UserError(
-                    f"the state has moments of {name!r}, which is in none of the trained layers; "
-                    "resume with the model and the layers that it was saved with"
-                )
-            by_layer.setdefault(owner[name].name, {})[name] = kinds
-        for layer in self.layers:
-            self._refuse_moments(layer, by_layer.get(layer.name, {}))
-        return by_layer
-
-    def _refuse_moments(self, layer: Layer, moments: Moments) -> None:
-        odd = sorted(set(moments) ^ set(layer.parameter_names)) if moments else []
-        if odd:
-            is_missing = odd[0] in layer.parameter_names
-            raise UserError(
-                f"the moments of layer {layer.name!r} do not fit: {odd[0]} is "
-                f"{'missing' if is_missing else 'not in it'}; resume with the layers that the "
-                "state was saved with"
-            )
-        shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
-        self._refuse_strangers("moments", shapes)
-
-    def _refuse_strangers(self, what: str, shapes: Mapping[str, torch.Size]) -> None:
-        own = self._shapes() if shapes else {}
-        for name, shape in shapes.items():
-            if name not in own:
-                raise UserError(
-                    f"the {what} name {name!r}, which this {type(self.module).__name__} does not "
-                    "have; give those of the same model"
-                )
-            if tuple(shape) != tuple(own[name]):
-                raise UserError(
-                    f"the {what} of {name!r} have shape {tuple(shape)}, and the model's is "
-                    f"{tuple(own[name])}; give those of the same model"
-                )
-
-    def _shapes(self) -> dict[str, torch.Size]:
-        """Whole shapes by name: a tied tensor under each of its names."""
-        tensors = self.module.state_dict(keep_vars=True)
-        return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors.items()}
 
     def _refuse_mid_accumulation(self, what: str) -> None:
         self._refuse_detached()

@@ -26,6 +26,7 @@ FLOORS = [
     {"schedule", "optimizer", "run_info"},
     {"methods", "callback"},
     {"strategies"},
+    {"state"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
     {"data", "models", "integrations", "plan"},
@@ -58,6 +59,7 @@ CORE = {
     "registry",
     "run_info",
     "schedule",
+    "state",
     "strategies",
     "units",
     "versions",
