@@ -149,8 +149,7 @@ def gather_objects(value: Any) -> list[Any]:
     """
     if world_size() == 1:
         return [value]
-    on_gpu = dist.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = _device_of_collectives()
     mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
     sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
     _all_gather(sizes, torch.tensor([mine.numel()], device=device))
@@ -159,8 +158,19 @@ def gather_objects(value: Any) -> list[Any]:
     padded[: mine.numel()] = mine
     everyone = torch.empty(world_size() * longest, dtype=torch.uint8, device=device)
     _all_gather(everyone, padded)
-    rows = everyone.view(world_size(), longest).tolist()
-    return [pickle.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
+    rows = zip(everyone.view(world_size(), longest).cpu(), sizes.tolist(), strict=True)
+    # A row at a time: as Python numbers a byte takes eight.
+    return [pickle.loads(bytes(row[:size].tolist())) for row, size in rows]
+
+
+def _device_of_collectives() -> torch.device:
+    """The CPU where the process group has a backend for it, else the accelerator."""
+    # Such as "gloo", "nccl", or "cpu:gloo,cuda:nccl".
+    if "gloo" in dist.get_backend_config():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def broadcast_object(value: T) -> T:
@@ -233,8 +243,9 @@ def errors_on_all_ranks() -> Iterator[None]:
     """Raise what one rank raises inside on every rank, so that none is left waiting. A collective.
 
     Where several ranks fail, the error of the lowest one is raised everywhere. Ranks wait for each
-    other as long as it takes. There must be no other collective inside: a rank that fails before
-    it would leave the others there.
+    other as long as it takes, or until the launcher ends them where one is interrupted. There must
+    be no other collective inside, nor another such block: a rank that fails before it would leave
+    the others there.
 
     >>> with errors_on_all_ranks():
     ...     if rank() == 0:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import distributed
 from .config import LWOConfig
 from .errors import UserError
-from .layers import Layer, Visit, check_layers, rest_names
+from .layers import Layer, Visit, check_layers, check_visits, rest_names
 from .methods import Method
 from .optimizer import make_adamw
 from .registry import METHODS, STRATEGIES
@@ -160,7 +160,7 @@ class LWO:
         self._flags = {name: p.requires_grad for name, p in self.module.named_parameters()}
         found = layers if layers is not None else how.layers(self.module, config)
         self.layers: Sequence[Layer] = check_layers(self.module, found)
-        self.visits: Sequence[Visit] = how.visits(self.layers)
+        self.visits: Sequence[Visit] = check_visits(self.layers, how.visits(self.layers))
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # a schedule that lacks its length is refused now
@@ -199,12 +199,15 @@ class LWO:
                 "backward() was called again before step(); call lwo.step() after every "
                 "lwo.backward(), and set gradient_accumulation_steps to accumulate"
             )
+        micro_step = self._micro_step + 1
+        accumulation = self.config.gradient_accumulation_steps
         if boundary is None:
-            self._micro_step += 1
-            boundary = self._micro_step == self.config.gradient_accumulation_steps
-            if self.config.gradient_accumulation_steps > 1:
-                loss = loss / self.config.gradient_accumulation_steps
+            boundary = micro_step >= accumulation
+            if accumulation > 1:
+                loss = loss / accumulation
         self.strategy.backward(loss, boundary)
+        # Only now: a backward that failed, as for lack of memory, may be tried again.
+        self._micro_step = micro_step
         self._at_boundary = boundary
 
     def step(self, lr: float | None = None) -> StepReport:
@@ -269,9 +272,10 @@ class LWO:
         self._refuse_mid_accumulation("detach()")
         self.strategy.flush()
         self.strategy.deactivate()
-        self.strategy.detach()
+        # Before the strategy's own part, which depends on what is trainable.
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(self._flags[name])
+        self.strategy.detach()
         enable: Any = getattr(self.module, "enable_input_require_grads", None)
         if self._had_input_grads and enable is not None:
             enable()
@@ -318,12 +322,14 @@ class LWO:
         Right after a switch a layer has no moments yet. On a GPU the parks of the coming layer are
         there too in the last step of a visit, and are not counted.
         """
+        self._refuse_detached()
         return self.strategy.memory()
 
     def masters(self) -> list[Tensor]:
         """This rank's fp32 master shards of the visit's layers: over all ranks each element once,
         padding zero. Not to be changed.
         """
+        self._refuse_detached()
         return self.strategy.masters()
 
     # ---- weights and state
@@ -427,9 +433,9 @@ class LWO:
         index = self.schedule.active_layer(self.step_count)
         if index == self._active and self.step_in_visit != 0:
             return False
-        started = time.perf_counter()
         if self._active >= 0:
             self.before_switch()
+        started = time.perf_counter()
         with torch.profiler.record_function("LWO::switch"):
             self.strategy.deactivate()
             self.strategy.activate(self.visits[index], partial(make_adamw, self.config))
@@ -457,14 +463,18 @@ def _method(method: str | Method) -> Method:
 
 
 def _builder(model: nn.Module, strategy: str | StrategyBuilder | None) -> StrategyBuilder:
-    if isinstance(strategy, StrategyBuilder):
-        return strategy
-    if strategy is not None:
-        named: StrategyBuilder = STRATEGIES.get(strategy)
-        return named
     builders: list[StrategyBuilder] = STRATEGIES.all()
     # `replicate` drives any module, so it is asked last.
-    return next(builder for builder in reversed(builders) if builder.drives(model))
+    fitting = next(builder for builder in reversed(builders) if builder.drives(model))
+    if strategy is None:
+        return fitting
+    chosen: StrategyBuilder = STRATEGIES.get(strategy) if isinstance(strategy, str) else strategy
+    if chosen.name in STRATEGIES.names and chosen.name != fitting.name:
+        raise UserError(
+            f"strategy={chosen.name!r} cannot train a {type(model).__name__} that is wrapped for "
+            f"{fitting.name!r}; leave strategy out, or wrap the model for {chosen.name!r}"
+        )
+    return chosen
 
 
 def _do_nothing() -> None:

@@ -8,6 +8,7 @@ are one layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,15 @@ __all__ = [
     "Layer",
     "Visit",
     "check_layers",
+    "check_visits",
     "find_layers",
     "find_stack",
     "parameter_depths",
     "rest_names",
 ]
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is part of file names
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,11 @@ def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     names = {name for name, _ in model.named_parameters()}
     owner: dict[str, str] = {}
     for layer in layers:
+        if not _NAME.fullmatch(layer.name) or layer.name == "rest":
+            raise UserError(
+                f"a layer is named {layer.name!r}; use letters, digits, '.', '_' and '-', and not "
+                "'rest', which is what no layer holds"
+            )
         if layer.name in {other.name for other in layers if other is not layer}:
             raise UserError(f"two layers are named {layer.name!r}; give each a name of its own")
         if not layer.parameter_names:
@@ -179,6 +189,31 @@ def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     if not layers:
         raise UserError("there are no layers to train; give at least one")
     return list(layers)
+
+
+def check_visits(layers: Sequence[Layer], visits: Sequence[Visit]) -> list[Visit]:
+    """Return `visits` if they are of these layers.
+
+    Raises:
+        UserError: no visit, one of a layer that is not among `layers`, or one that names a layer
+            twice.
+    """
+    for visit in visits:
+        names = [layer.name for layer in visit.layers]
+        strangers = [layer.name for layer in visit.layers if layer not in layers]
+        if strangers:
+            raise UserError(
+                f"the visit of {visit.active.name!r} names the layer {strangers[0]!r}, which the "
+                "method does not give; a method's visits are of its own layers"
+            )
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"the visit of {visit.active.name!r} names a layer twice ({', '.join(names)}); "
+                "name each once"
+            )
+    if not visits:
+        raise UserError("there are no visits; a method gives at least one")
+    return list(visits)
 
 
 def rest_names(model: nn.Module, layers: Iterable[Layer]) -> list[str]:

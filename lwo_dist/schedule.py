@@ -49,6 +49,8 @@ class LayerSchedule:
         """Of the first `step` optimizer steps, how many were done when one of `layers` was last
         active; 0: none was.
         """
+        if not layers:
+            return 0
         for visit in range((step - 1) // self.steps_per_layer, -1, -1):
             if self.active_layer(visit * self.steps_per_layer) in layers:
                 return min(step, (visit + 1) * self.steps_per_layer)

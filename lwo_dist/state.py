@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import UserError
 from .layers import Layer
-from .strategies import Moments
+from .strategies import MOMENTS, Moments
 
 __all__ = ["moments_by_layer", "refuse_moments", "refuse_strangers", "whole_shapes"]
 
@@ -55,8 +55,15 @@ def refuse_moments(layer: Layer, moments: Moments, module: nn.Module) -> None:
             f"{'missing' if is_missing else 'not in it'}; resume with the layers that the state "
             "was saved with"
         )
-    shapes = {name: kinds["exp_avg"].shape for name, kinds in moments.items()}
-    refuse_strangers("moments", shapes, module)
+    for name, kinds in moments.items():
+        if set(kinds) != {"step", *MOMENTS}:
+            raise UserError(
+                f"the moments of {name!r} are {', '.join(sorted(kinds))}; give step, "
+                f"{' and '.join(MOMENTS)}, as LWO.read_moments returns them"
+            )
+    for kind in MOMENTS:
+        shapes = {name: kinds[kind].shape for name, kinds in moments.items()}
+        refuse_strangers("moments", shapes, module)
 
 
 def refuse_strangers(what: str, shapes: Mapping[str, torch.Size], module: nn.Module) -> None:

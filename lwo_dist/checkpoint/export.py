@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lwo_dist.errors import UserError
 from lwo_dist.methods import Method
@@ -95,6 +95,8 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
     model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -245,7 +245,7 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
     machine.
     """
     config = load_config(file, tuple(overrides))
-    check_config(config)
+    check_config(config, elsewhere=True)
     source = config.data.source
     if source is None:
         raise UserError(

@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     from lwo_dist.strategies.checks import check_config, require_extras
 
     check_config(config)
-    require_extras(config)
+    if "RAY_ADDRESS" not in os.environ:  # else the workers may have what the driver lacks
+        require_extras(config)
     # A moving bar garbles the log of a job; workers inherit this.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if under_torchrun:

@@ -179,9 +179,9 @@ class Strategy(ABC):
                 parks.prefetch(layer.name, self._shard_device())
 
     def detach(self) -> None:
-        """Leave the model as a plain training loop expects it; `deactivate` comes first.
+        """Leave the model as a plain training loop expects it.
 
-        The flags `requires_grad` are the hook's to restore.
+        The hook calls it after `deactivate`, and after it has restored `requires_grad`.
         """
 
     @property

@@ -15,14 +15,19 @@ from .base import StrategyBuilder
 __all__ = ["check_config", "require_extras"]
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, *, elsewhere: bool = False) -> None:
     """Refuse settings of a run that contradict each other or would have no effect.
 
-    What is installed here does not matter: the run may be for another machine.
+    Args:
+        elsewhere: the run is for another machine, which may have a `module:Class` that is not
+            here; what it would check is left to that machine.
 
     Raises:
         UserError: naming the first one.
     """
+    names = {config.method, config.strategy}
+    if elsewhere and not names <= {*METHODS.names, *STRATEGIES.names}:
+        return
     method: Method = METHODS.get(config.method)
     chosen: StrategyBuilder = STRATEGIES.get(config.strategy)
     _refuse_settings_of_others(config, chosen)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache, GenerationConfig
 
+from lwo_dist import distributed
 from lwo_dist.data.examples import EvalExample, pad_id
 from lwo_dist.errors import UserError
 from lwo_dist.tasks.base import Task
@@ -109,7 +110,7 @@ def evaluate(
         eos_token_id=task.end_token_ids(tokenizer),
     )
     synced = synced and world_size > 1
-    results: list[tuple[int, float, str]] = []
+    answers: list[tuple[int, float, list[int]]] = []
     with _evaluating(model):
         for first in range(0, len(batches), world_size):
             before_batch()
@@ -122,8 +123,11 @@ def evaluate(
             )
             losses, written = _complete(model, batch, config, synced)
             if number < len(batches):
-                texts = [task.decode(tokenizer, token_ids) for token_ids in written]
-                results += zip(indices, losses, texts, strict=True)
+                answers += zip(indices, losses, written, strict=True)
+    results: list[tuple[int, float, str]] = []
+    # Not between the forward passes: a task that fails on one rank would leave the others there.
+    with distributed.errors_on_all_ranks():
+        results += [(i, loss, task.decode(tokenizer, tokens)) for i, loss, tokens in answers]
     gathered = [results]
     if world_size > 1:
         gathered = [[] for _ in range(world_size)]

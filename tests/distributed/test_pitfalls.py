@@ -337,3 +337,26 @@ def test_a_switch_every_3_steps_does_not_grow_memory(
     assert max(tensors[2:]) - min(tensors[2:]) <= 60, tensors
     assert tensors[-1] <= tensors[1] + 60, tensors
     assert resident[-1] - resident[settled] < growth, resident
+
+
+# ---- after `detach` a plain loop trains on, in the dtypes of the policy
+
+
+def detach_and_train(precision: str) -> list[tuple[str, torch.dtype, bool]]:
+    lwo = attach("fsdp", RECIPE, tied=False, dtype=torch.float32, precision=precision)
+    train_step(lwo, 0)
+    lwo.detach()
+    tokens, labels = micro_batches(0, 1)[0]
+    oracle.loss_sum(lwo.model, tokens, labels).backward()
+    return [
+        (name, p.grad.dtype, bool(p.grad.to_local().abs().sum() > 0))  # type: ignore[union-attr]
+        for name, p in lwo.module.named_parameters()
+        if p.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_plain_loop_trains_what_fsdp_has_detached(precision: str) -> None:
+    for found in run_ranks(detach_and_train, 2, precision):
+        assert len(found) == len(list(oracle.tiny_model(tied=False).parameters()))
+        assert {dtype for _, dtype, _ in found} == {torch.float32}

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import lwo_dist
 from lwo_dist import LWOConfig, UserError
 from lwo_dist.hook import LWO
-from lwo_dist.layers import Layer
+from lwo_dist.layers import Layer, Visit
+from lwo_dist.methods import Method
 from tests import oracle
 
 STEPS_PER_LAYER = 2
+HEAD = Layer("a", ("head.bias",))
 
 
 class Tiny(nn.Module):
@@ -126,6 +128,30 @@ def test_backward_and_step_alternate() -> None:
         lwo.state_dict()
 
 
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise MemoryError("out of memory")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_backward_that_failed_may_be_tried_again(accumulation: int) -> None:
+    """As a loop does that catches an out-of-memory error and skips the batch."""
+    lwo = attach(gradient_accumulation_steps=accumulation)
+    for _ in range(accumulation - 1):
+        lwo.backward(loss_of(lwo.model, 0))
+        lwo.step()
+    with pytest.raises(MemoryError):
+        lwo.backward(_Fails.apply(loss_of(lwo.model, 0)))
+    lwo.backward(loss_of(lwo.model, 0))
+    assert lwo.step().stepped
+    assert lwo.step_count == 1
+
+
 def test_before_switch_sees_the_visit_that_is_over() -> None:
     lwo = attach()
     seen = []
@@ -181,11 +207,42 @@ def test_layers_may_be_given() -> None:
             [Layer("a", ("head.bias",)), Layer("b", ("head.bias",))],
             "'head.bias' is in the layers 'a' and 'b'; each parameter belongs to one layer",
         ),
+        ([Layer("rest", ("head.bias",))], "a layer is named 'rest'; use letters, digits"),
+        ([Layer("a/b", ("head.bias",))], "a layer is named 'a/b'; use letters, digits"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(layers: list[Layer], message: str) -> None:
     with pytest.raises(UserError, match=message):
         lwo_dist.attach(tiny(), LWOConfig(), layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("visits", "message"),
+    [
+        ([], "there are no visits; a method gives at least one"),
+        ([Visit(Layer("b", ("head.weight",)))], "names the layer 'b', which the method does not"),
+        ([Visit(HEAD, (HEAD,))], r"names a layer twice \(a, a\); name each once"),
+    ],
+)
+def test_visits_that_do_not_fit_are_refused(visits: list[Visit], message: str) -> None:
+    class Odd(Method):
+        name = "odd"
+
+        def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
+            return [HEAD]
+
+        def visits(self, layers: Any) -> list[Visit]:
+            return visits
+
+    with pytest.raises(UserError, match=message):
+        lwo_dist.attach(tiny(), LWOConfig(), Odd())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_a_strategy_that_the_model_is_not_wrapped_for_is_refused(strategy: str) -> None:
+    message = f"strategy='{strategy}' cannot train a Tiny that is wrapped for 'replicate'; leave"
+    with pytest.raises(UserError, match=message):
+        lwo_dist.attach(tiny(), LWOConfig(), strategy=strategy)
 
 
 # ---- what it says of itself
@@ -282,6 +339,10 @@ def _reshape(state: dict[str, Any]) -> None:
     state["moments"]["layers.0.weight"]["exp_avg"] = torch.zeros(2, 2)
 
 
+def _lose_second(state: dict[str, Any]) -> None:
+    del state["moments"]["layers.0.weight"]["exp_avg_sq"]
+
+
 def _lose_one(state: dict[str, Any]) -> None:
     del state["moments"]["layers.0.weight"]
 
@@ -297,6 +358,7 @@ def _lose_one(state: dict[str, Any]) -> None:
             _reshape,
             r"moments of 'layers.0.weight' have shape \(2, 2\), and the model's is \(6, 6\)",
         ),
+        (_lose_second, "the moments of 'layers.0.weight' are exp_avg, step; give step, exp_avg"),
         (_lose_one, "the moments of layer 'layer_0' do not fit: layers.0.weight is missing"),
     ],
 )

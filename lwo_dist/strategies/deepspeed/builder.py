@@ -45,7 +45,6 @@ class DeepSpeedBuilder(StrategyBuilder):
         Raises:
             UserError: a setting that cannot be honoured or contradicts ours, at any world size.
         """
-        load_deepspeed()
         read = settings.read_config(config.deepspeed)
         config = config.model_copy(update={"deepspeed": read})
         for world_size in config.cluster.world_sizes:
@@ -55,7 +54,9 @@ class DeepSpeedBuilder(StrategyBuilder):
     def build(
         self, source: ModelSource, method: Method, config: Config, device: torch.device
     ) -> nn.Module:
-        engines = load_deepspeed()
+        with distributed.errors_on_all_ranks():
+            engines = load_deepspeed()
+            engines.check_environment()
         resolved = settings.resolve(config, distributed.world_size())
         if resolved["zero_optimization"]["stage"] == 3:
             model = source.empty()

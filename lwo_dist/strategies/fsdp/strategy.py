@@ -87,7 +87,8 @@ class FullyShard(Strategy):
             self._cast_to_masters(layer)
         for module in self._modules:
             names = own_parameters(self.module, module)
-            needed = any(self._depths.get(name, visit.depth) >= visit.depth for name in names)
+            above = any(self._depths.get(name, visit.depth) >= visit.depth for name in names)
+            needed = above or not trained.isdisjoint(names)
             module.set_unshard_in_backward(needed)
             for group in fsdp_groups(module):
                 group._init_mp_dtypes()
