@@ -34,7 +34,8 @@ from .errors import UserError
 
 __all__ = ["Recipe", "default_cache_folder", "ensure_base_model"]
 
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
 # Tests and tools that no program imports, tables that were generated, and what is not the standard
 # library.
 _LEFT_OUT = {
@@ -252,7 +253,8 @@ def _packed(texts: list[str], tokenizer: Qwen2Tokenizer, recipe: Recipe) -> Tens
 def _train_model(
     rows: Tensor, tokenizer: Qwen2Tokenizer, recipe: Recipe, log: Callable[[str], None]
 ) -> Qwen2ForCausalLM:
-    threads, rng = torch.get_num_threads(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    rng = torch.get_rng_state()
     torch.set_num_threads(1)  # In this thread too; see `_train`.
     try:
         torch.manual_seed(recipe.seed)
@@ -294,7 +296,8 @@ def _train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
     batches = _batches(rows, recipe.batch_size, torch.Generator().manual_seed(recipe.seed))
-    said, losses = time.monotonic(), []
+    said = time.monotonic()
+    losses = []
     # Cores work on sequences, not on parts of one operation: at this size those would wait for each
     # other most of the time, and on a busy machine nearly all of it. The sum does not depend on the
     # number of cores either.
@@ -313,7 +316,8 @@ def _train(
             schedule.step()
             if time.monotonic() - said > 10 or step == recipe.steps:
                 log(f"tiny-code: step {step}/{recipe.steps}  loss {sum(losses) / len(losses):.3f}")
-                said, losses = time.monotonic(), []
+                said = time.monotonic()
+                losses = []
 
 
 def _gradients(

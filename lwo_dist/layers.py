@@ -137,7 +137,8 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     top = len(stack) + 1
     head = _output_embedding(model)
     head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
-    depths, behind = {}, False
+    depths = {}
+    behind = False
     for name, module in model.named_modules():
         behind = behind or module is stack
         for parameter_name, parameter in module.named_parameters(prefix=name, recurse=False):
@@ -259,7 +260,8 @@ def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
             depth = top
         else:
             continue
-        a, b = joined[owner[depth]], joined[owner[depths[first_name[id(parameter)]]]]
+        a = joined[owner[depth]]
+        b = joined[owner[depths[first_name[id(parameter)]]]]
         joined = [min(a, b) if group in (a, b) else group for group in joined]
     merged: dict[int, list[int]] = {}
     for group, target in zip(groups, joined, strict=True):
@@ -282,6 +284,7 @@ def _name(group: list[int], top: int) -> str:
     inner = [depth - 1 for depth in group if depth not in parts]
     names = [parts[depth] for depth in group if depth == 0]
     if inner:
-        first, last = f"{inner[0]:0{width}}", f"{inner[-1]:0{width}}"
+        first = f"{inner[0]:0{width}}"
+        last = f"{inner[-1]:0{width}}"
         names.append(f"layer_{first}" if first == last else f"layer_{first}-{last}")
     return "_".join(names + [parts[depth] for depth in group if depth == top])

@@ -113,11 +113,14 @@ def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> floa
     _, step_in_visit = schedule.position(step)
     length: int | None
     if config.lr_schedule_over == "visit":
-        place, length = step_in_visit, config.steps_per_layer
+        place = step_in_visit
+        length = config.steps_per_layer
     elif config.lr_schedule_over == "cycle":
-        place, length = step % schedule.steps_per_cycle, schedule.steps_per_cycle
+        place = step % schedule.steps_per_cycle
+        length = schedule.steps_per_cycle
     else:
-        place, length = step, config.max_steps
+        place = step
+        length = config.max_steps
     rate = config.lr * _shape(config, place, length)
     if config.visit_ramp_steps:
         rate *= min(1.0, (step_in_visit + 1) / config.visit_ramp_steps)

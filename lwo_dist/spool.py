@@ -205,7 +205,8 @@ class Spool:
     def _note(self, record: Record) -> None:
         self.last_time_ms = record.time_ms or self.last_time_ms
         if record.kind == "metrics":
-            step, values = record.fields["step"], record.fields["values"]
+            step = record.fields["step"]
+            values = record.fields["values"]
             self._last_step.update(dict.fromkeys(values, step))
             self.last_value |= {name: float(value) for name, value in values.items()}
             if "train/loss" in values:
@@ -241,8 +242,11 @@ class Sent:
         sent = cls(spool.with_suffix(".sent.json"))
         try:
             values = json.loads(sent.path.read_text())
-            sent.key, sent.uri, sent.run_id = str(values["key"]), values["uri"], values["run_id"]
-            sent.offset, sent.waiting = int(values["offset"]), list(values["waiting"])
+            sent.key = str(values["key"])
+            sent.uri = values["uri"]
+            sent.run_id = values["run_id"]
+            sent.offset = int(values["offset"])
+            sent.waiting = list(values["waiting"])
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError):
@@ -258,7 +262,10 @@ class Sent:
     def address(self, uri: str, run_id: str | None) -> None:
         """Set the store and, unless None, the run. If either changes, everything is sent again."""
         if uri != self.uri or (run_id is not None and run_id != self.run_id):
-            self.uri, self.run_id, self.offset, self.waiting = uri, run_id, 0, []
+            self.uri = uri
+            self.run_id = run_id
+            self.offset = 0
+            self.waiting = []
 
     def save(self) -> None:
         keep = {name: getattr(self, name) for name in ("key", "uri", "run_id", "offset", "waiting")}

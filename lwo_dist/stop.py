@@ -32,7 +32,9 @@ class Stopped(Exception):  # noqa: N818
 
     def __init__(self, reason: str, step: int, checkpoint: Path | None):
         super().__init__(reason, step, checkpoint)
-        self.reason, self.step, self.checkpoint = reason, step, checkpoint
+        self.reason = reason
+        self.step = step
+        self.checkpoint = checkpoint
 
     def __str__(self) -> str:
         saved = (
@@ -129,8 +131,10 @@ class StopVote:
     """
 
     def __init__(self, request: StopRequest, agree: Callable[[str | None], str | None]):
-        self._request, self._agree = request, agree
-        self._interval, self._next = 1, 0
+        self._request = request
+        self._agree = agree
+        self._interval = 1
+        self._next = 0
 
     def pace(self, step_seconds: float) -> None:
         """Tell how long a step takes: the same number on every rank, because it says at which steps

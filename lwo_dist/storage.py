@@ -74,7 +74,9 @@ class RunFolder:
         self._fs: Any = None
         self._base = ""
         if self.url is not None:
-            self._fs, self._base = _open(storage, run_name)
+            opened = _open(storage, run_name)
+            self._fs = opened[0]
+            self._base = opened[1]
 
     @classmethod
     def at(cls, run: str) -> RunFolder:

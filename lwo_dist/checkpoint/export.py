@@ -160,7 +160,8 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> ModelCard:
-    base, licence = about["base_model"], _licence(about["base_model"], about.get("revision"))
+    base = about["base_model"]
+    licence = _licence(about["base_model"], about.get("revision"))
     data = ModelCardData(
         base_model=None if Path(base).is_absolute() else base,
         license=licence,
@@ -168,7 +169,8 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
         pipeline_tag="text-generation",
         tags=["code", "lwo_dist", about["method"]],
     )
-    lwo, train = about["lwo"], about["train"]
+    lwo = about["lwo"]
+    train = about["train"]
     how = (
         " (layer-wise optimisation: one layer is trained at a time)"
         if about["method"] == "lwo"

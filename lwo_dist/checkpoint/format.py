@@ -45,8 +45,11 @@ __all__ = [
     "use_copy",
 ]
 
-CHECKPOINTS, LAYERS = "checkpoints", "layers"
-STATE, INDEX, MOMENTS = "state.json", "model.safetensors.index.json", "active.safetensors"
+CHECKPOINTS = "checkpoints"
+LAYERS = "layers"
+STATE = "state.json"
+INDEX = "model.safetensors.index.json"
+MOMENTS = "active.safetensors"
 FORMAT = 1
 """In state.json. A reader refuses a higher one."""
 

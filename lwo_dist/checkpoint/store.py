@@ -47,7 +47,8 @@ class LayerStore:
 
     def remember(self, checkpoint: Checkpoint, lwo: LWO) -> None:
         """Take the files of a checkpoint that training goes on from for written."""
-        weight_map, parked = checkpoint.weight_map, checkpoint.state.get("moments", {})
+        weight_map = checkpoint.weight_map
+        parked = checkpoint.state.get("moments", {})
         written = {}
         for layer in [*lwo.layers, lwo.rest]:
             references = {weight_map.get(name) for name in layer.parameter_names}
@@ -76,7 +77,8 @@ class LayerStore:
         self._pending = True
         position = lwo.position()
         step: int = position["step"]
-        weights, parked = {}, {}
+        weights = {}
+        parked = {}
         for layer in [*lwo.layers, lwo.rest]:
             if not layer.parameter_names:
                 continue
@@ -84,7 +86,8 @@ class LayerStore:
             self._capture(layer.name, trained, ".safetensors", partial(lwo.read_layer, layer))
             weights[layer.name] = layer.parameter_names
             if layer not in (lwo.active_layer, lwo.rest):
-                key, read = _moments_key(layer), partial(_flat_moments, lwo, layer)
+                key = _moments_key(layer)
+                read = partial(_flat_moments, lwo, layer)
                 if self._capture(key, trained, ".moments.safetensors", read):
                     parked[layer.name] = key
         moments = lwo.read_moments(lwo.active_layer)

@@ -100,7 +100,9 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int):
-        self._run, self._model_files, self._keep = run, model_files, keep
+        self._run = run
+        self._model_files = model_files
+        self._keep = keep
         self._thread = ThreadPoolExecutor(1, "lwo-checkpoint-writer")
         self._queue: list[Future[Any]] = []
         # Only the thread changes these while anything is queued.
@@ -189,7 +191,8 @@ class CheckpointWriter:
             print(
                 f"warning: old checkpoints in {self._run} could not be removed: {error}", flush=True
             )
-        written, self._bytes = self._bytes, 0
+        written = self._bytes
+        self._bytes = 0
         return Outcome(job.step, folder, "", written, time.perf_counter() - job.started)
 
     def _write_checkpoint(self, job: Save, folder: Path) -> None:

@@ -38,7 +38,8 @@ class Failures(UserCallback):  # type: ignore[misc]
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
                 raise error
-        before, self._last = self._last, time.monotonic()
+        before = self._last
+        self._last = time.monotonic()
         if self._last - before < _SAME_FAILURE_S:
             return
         self._count += 1

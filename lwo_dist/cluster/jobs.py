@@ -132,7 +132,8 @@ class Jobs:
         Raises:
             UserError: the cluster could not be reached for a minute.
         """
-        written, lost_since = 0, None
+        written = 0
+        lost_since = None
 
         async def tail() -> None:
             nonlocal written

@@ -134,7 +134,8 @@ def _fit_until_done(
 
     from .failures import cannot_connect, first_line
 
-    failures, leaving = 0, set[str]()
+    failures = 0
+    leaving = set[str]()
     while True:
         before = set(placement_groups())
         try:
@@ -179,7 +180,8 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
 
     from .failures import Failures
 
-    cluster, use_gpu = config.cluster, "GPU" in resources
+    cluster = config.cluster
+    use_gpu = "GPU" in resources
     worker_environment = dict(cluster.env)
     if "OMP_NUM_THREADS" in os.environ or threads is not None:
         worker_environment.setdefault(

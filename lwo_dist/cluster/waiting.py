@@ -65,12 +65,10 @@ class _Watch(threading.Thread):
         self, config: Config, resources: Mapping[str, float], stop: StopRequest, bell: socket.socket
     ):
         super().__init__(name="lwo-dist-waiting", daemon=True)
-        self._config, self._resources, self._stop_request, self._bell = (
-            config,
-            resources,
-            stop,
-            bell,
-        )
+        self._config = config
+        self._resources = resources
+        self._stop_request = stop
+        self._bell = bell
         self._handler: Any = signal.getsignal(signal.SIGINT)
         self.can_end = threading.current_thread() is threading.main_thread()
         self.ended_by_stop = False
@@ -80,7 +78,9 @@ class _Watch(threading.Thread):
             self._listen()
 
     def _listen(self) -> None:
-        began, next_line, ends = None, _FIRST_LINE_S, False
+        began = None
+        next_line = _FIRST_LINE_S
+        ends = False
         while True:
             came = self._bell.recv(64) if select.select([self._bell], [], [], _LOOK_S)[0] else b""
             if _OVER in came:
@@ -90,12 +90,14 @@ class _Watch(threading.Thread):
             if waits is None:  # Ray Train asks for the places again, from time to time.
                 continue
             if not waits:
-                began, next_line = None, _FIRST_LINE_S
+                began = None
+                next_line = _FIRST_LINE_S
                 continue
             began = began or time.monotonic()
             waited = time.monotonic() - began
             if not ends and self._stop_request.reason is not None and waited >= _PATIENCE_S:
-                ends, self.ended_by_stop = True, True
+                ends = True
+                self.ended_by_stop = True
             if ends:
                 self._end()
             elif waited >= next_line:
@@ -125,7 +127,8 @@ def _waits() -> bool | None:
 
 
 def _line(config: Config, resources: Mapping[str, float], waited: float) -> str:
-    places, fewest = room(nodes_of_cluster(), resources), config.cluster.min_workers
+    places = room(nodes_of_cluster(), resources)
+    fewest = config.cluster.min_workers
     takes = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
     why = (
         "which others use"

@@ -80,7 +80,8 @@ def run_on_worker(config: Config, flag: Any) -> Any:
 
     from .gauges import RayGauges
 
-    stop, preempted = StopRequest(), list[str]()
+    stop = StopRequest()
+    preempted = list[str]()
     if flag is not None and os.environ["RANK"] == "0":
         stop.add_poll(lambda: _ask(flag))
     if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1").lower() not in ("0", "false"):

@@ -54,7 +54,8 @@ def check_world_sizes(config: Config) -> None:
     Raises:
         UserError: naming the numbers of workers at which it cannot.
     """
-    global_batch_size, world_sizes = config.train.global_batch_size, config.cluster.world_sizes
+    global_batch_size = config.train.global_batch_size
+    world_sizes = config.cluster.world_sizes
     accumulation = config.lwo.gradient_accumulation_steps
     if len(world_sizes) == 1:
         micro_batch_size(global_batch_size, world_sizes[0], accumulation)

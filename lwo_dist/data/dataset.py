@@ -81,7 +81,8 @@ def write_dataset(
 
     def rows() -> Iterator[dict[str, Any]]:
         for example in train:
-            length, labels = len(example.input_ids), example.label_tokens
+            length = len(example.input_ids)
+            labels = example.label_tokens
             if labels > 0:
                 learned["windows"] += 1
                 learned["tokens"] += length

@@ -158,7 +158,8 @@ def read_source_tree(config: DataConfig, cache: Path) -> SourceTree:
     for name in sorted(names):
         file, reason = _judge(root, name, config)
         if file is not None and file.sha256 in files:
-            file, reason = None, "duplicate"
+            file = None
+            reason = "duplicate"
         if file is None:
             skipped[reason] += 1
         else:
@@ -242,7 +243,8 @@ def _walk(root: Path, skipped: Counter[str]) -> list[str]:
 
 
 def _prune(names: list[str], skipped: Counter[str]) -> list[str]:
-    kept, folders = [], {}
+    kept = []
+    folders = {}
     for name in names:
         parts = PurePosixPath(name).parts[:-1]
         reasons = [_pruned(part) for part in parts]

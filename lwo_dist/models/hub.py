@@ -25,7 +25,8 @@ def resolve(config: ModelConfig, patterns: list[str]) -> Path:
     """The folder with the model's files; those of a Hugging Face id are downloaded, or found in its
     cache.
     """
-    folder, name = Path(config.name).expanduser(), f"model.name {config.name!r}"
+    folder = Path(config.name).expanduser()
+    name = f"model.name {config.name!r}"
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(

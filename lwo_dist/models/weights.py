@@ -32,7 +32,8 @@ _PIECE_BYTES = 16 * 2**20
 
 def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
     """Tensor name -> safetensors file; empty where the weights are in another format."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     with one_line(config, "weights", AGAIN):
         if index.is_file():
             return {
@@ -144,7 +145,8 @@ def receive(
                 rows.copy_(whole[target.stored[0]].view(every_row.shape)[start:stop])
             if distributed.world_size() > 1:
                 dist.broadcast(rows, src=0)
-            low, high = max(start, first), min(stop, first + len(local))
+            low = max(start, first)
+            high = min(stop, first + len(local))
             if low < high:
                 local[low - first : high - first].copy_(rows[low - start : high - start])
 

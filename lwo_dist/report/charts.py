@@ -20,8 +20,12 @@ from .history import Band, History, Series, Visit
 
 __all__ = ["figures", "layers_figure", "loss_figure", "memory_figure", "save_pictures"]
 
-INK, SOFT, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-LOSS, EVALUATION, RESTART = "#111827", "#d6336c", "#6b7280"
+INK = "#1f2430"
+SOFT = "#6b7280"
+GRID = "#e5e7eb"
+LOSS = "#111827"
+EVALUATION = "#d6336c"
+RESTART = "#6b7280"
 # From the first layer to the last: cold to warm, calm enough to read a curve on.
 DEPTH = LinearSegmentedColormap.from_list(
     "depth",
@@ -139,7 +143,8 @@ def memory_figure(
         if hours
         else (1, "")
     )
-    x_below, top = np.zeros(1), np.zeros(1)
+    x_below = np.zeros(1)
+    top = np.zeros(1)
     for name, label, colour in (*PARTS, PEAK):
         series = _finite(points.get(name, ()))
         if not series:
@@ -152,7 +157,8 @@ def memory_figure(
         )
         if name == PEAK[0]:
             axes.plot(x, y, drawstyle="steps-post", color=INK, linewidth=1.6, label="peak")
-        x_below, top = x, y
+        x_below = x
+        top = y
     if full is not None:
         label = f"full fine-tuning: at least {full / scale:,.3g} {unit}"
         axes.axhline(
@@ -229,8 +235,10 @@ def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
 def figures(history: History) -> dict[str, Figure]:
     """What there are points for: loss_by_layer, memory, layers_by_loss_drop."""
     drawn: dict[str, Figure] = {}
-    points, layers = history.points, history.layers
-    loss, evaluations = points.get("train/loss", []), points.get("eval/loss", [])
+    points = history.points
+    layers = history.layers
+    loss = points.get("train/loss", [])
+    evaluations = points.get("eval/loss", [])
     if loss or evaluations:
         drawn["loss_by_layer"] = loss_figure(
             loss, history.bands(), layers, evaluations, history.restarts

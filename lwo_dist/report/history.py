@@ -48,7 +48,8 @@ class History:
             if record.kind == "run":
                 if history.run:
                     history.restarts.append(record.fields.get("start_step", 0))
-                history.run, history.status = dict(record.fields), "RUNNING"
+                history.run = dict(record.fields)
+                history.status = "RUNNING"
                 history.started_ms = history.started_ms or record.time_ms
             elif record.kind == "switch":
                 history._switches.append((record.fields["step"], record.fields["layer"]))
@@ -71,7 +72,8 @@ class History:
         losses = [*self.points.get("train/loss", ()), *self.points.get("eval/loss", ())]
         if not losses:
             return []
-        switches, layers = list(self._switches), self.layers
+        switches = list(self._switches)
+        layers = self.layers
         # Before the first switch the active layer is known from the points alone.
         first = min((step for step, _ in switches), default=math.inf)
         early = [value for step, value in self.points.get("lwo/active_layer", ()) if step <= first]
@@ -95,7 +97,8 @@ class History:
         """Bytes that full fine-tuning would need at least; None for a run that is one, or that
         lacks the points.
         """
-        sizes, total = self.run.get("layer_sizes") or (), self.run.get("model_size")
+        sizes = self.run.get("layer_sizes") or ()
+        total = self.run.get("model_size")
         if len(sizes) < 2 or not total:
             return None
         names = ("memory/gradient_bytes", "memory/optimizer_state_bytes", "lwo/active_layer")

@@ -89,7 +89,8 @@ def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> Non
     shards = [shard.flatten() for shard in strategy.masters() if shard.numel()]
     size = float(torch.cat(shards).abs().median()) if shards else 0.0
     if distributed.rank() == 0 and size > 0:
-        reach, half_ulp = steps_per_layer * lr, 2.0 ** (math.floor(math.log2(size)) - 8)
+        reach = steps_per_layer * lr
+        half_ulp = 2.0 ** (math.floor(math.log2(size)) - 8)
         warnings.warn(
             "inactive_master: discard rounds a layer to bf16 at the end of its visit, and what"
             f" moved by less than its half ulp is lost: steps_per_layer x lr = {reach:.1e} is"

@@ -227,7 +227,8 @@ class Replicate(Strategy):
         return padded_numel(numel, distributed.world_size())
 
     def _views(self, layer: Layer, flat: Tensor) -> dict[str, Tensor]:
-        views, start = {}, 0
+        views = {}
+        start = 0
         for name in layer.parameter_names:
             parameter = self._parameters[name]
             views[name] = flat[start : start + parameter.numel()].view(parameter.shape)

@@ -82,7 +82,8 @@ class LineCompletion(Task):
             if file.sha256 not in chosen:
                 continue
             text = _text(file)
-            texts, lines = text.split("\n"), tokenize_lines(tokenizer, text)
+            texts = text.split("\n")
+            lines = tokenize_lines(tokenizer, text)
             edges = list(accumulate(map(len, lines), initial=0))
             tokens = [token for line in lines for token in line]
             for i in sorted(chosen[file.sha256]):

@@ -37,7 +37,8 @@ def prepare_dataset(
         UserError: on every rank alike. The source or a setting is wrong, the cache cannot be
             written, or a worker does not see it.
     """
-    fingerprint, folder = "", Path()
+    fingerprint = ""
+    folder = Path()
     with distributed.errors_on_all_ranks():
         if is_builder:
             fingerprint, folder = _build(config, tokenizer, task)

@@ -305,7 +305,8 @@ class MLflowCallback(Callback):
             self._sender.wake()
 
     def _end(self, status: str, timeout_s: float, **more: Any) -> None:
-        spool, sender = self._spool, self._sender
+        spool = self._spool
+        sender = self._sender
         if spool is None or sender is None:
             return
         try:

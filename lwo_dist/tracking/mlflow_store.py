@@ -22,7 +22,8 @@ from .mlflow_model import log_model
 
 __all__ = ["MLflowStore"]
 
-MAX_PARAMETER, MAX_TAG = 6000, 5000  # characters
+MAX_PARAMETER = 6000
+MAX_TAG = 5000
 SLOWEST_UPLOAD = 10_000_000  # bytes a second
 _KEY_TAG = "lwo_dist_run"
 
@@ -73,7 +74,8 @@ class MLflowStore:
         run = self._get_run(run_id) if run_id else None
         if run is None:
             run = self._client.get_run(self.find_or_create(fields, time_ms))
-        known, attempt = run.data.params, fields["attempt"]
+        known = run.data.params
+        attempt = fields["attempt"]
         tags = fields["tags"] | {"attempts": str(attempt)}
         if attempt > 1:
             started = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(" ", "seconds")
@@ -83,7 +85,8 @@ class MLflowStore:
             }
         parameters = []
         for name, value in fields["parameters"].items():
-            name, value = name[:250], value[:MAX_PARAMETER]
+            name = name[:250]
+            value = value[:MAX_PARAMETER]
             if name not in known:
                 parameters.append(Param(name, value))
             elif known[name] != value:  # MLflow's parameters never change; a tag says what did
@@ -130,7 +133,8 @@ class MLflowStore:
         """The client, with a timeout for these files: a server answers once it has stored them."""
         seconds = max(file.stat().st_size for file in files) // SLOWEST_UPLOAD
         client = self._client  # whose first use sets what is changed here
-        name, value = "MLFLOW_HTTP_REQUEST_TIMEOUT", os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+        name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+        value = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
         os.environ[name] = str(int(value) + seconds)
         try:
             yield client

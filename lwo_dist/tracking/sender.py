@@ -108,7 +108,9 @@ def unsent(spool: Path, sent: Sent) -> str:
 
     Empty if it lacks nothing.
     """
-    points, files, state = 0, set(sent.waiting), False
+    points = 0
+    files = set(sent.waiting)
+    state = False
     for record in read_spool(spool, sent.offset):
         points += len(points_of(record))
         state |= record.kind in ("run", "end")
@@ -145,8 +147,10 @@ class Sender(threading.Thread):
         self.problem: str | None = None
         """Why the last try failed; None while all is well."""
         self.sent = sent
-        self._spool, self._store = spool, store
-        self._interval_s, self._max_pause_s = interval_s, max_pause_s
+        self._spool = spool
+        self._store = store
+        self._interval_s = interval_s
+        self._max_pause_s = max_pause_s
         self._news = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
@@ -202,7 +206,8 @@ class Sender(threading.Thread):
                 logger.warning(
                     "MLflow at %s is back; sent %d waiting points", self._store.uri, count
                 )
-            failures, self.problem = 0, None
+            failures = 0
+            self.problem = None
             if last:
                 return
             # Gather: a call costs tens of milliseconds of Python, which training in this process
@@ -228,7 +233,8 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         size = len(points_of(record))
         if batch and (not plain or count + size > MAX_POINTS):
             yield batch
-            batch, count = [], 0
+            batch = []
+            count = 0
         if plain:
             batch.append(record)
             count += size

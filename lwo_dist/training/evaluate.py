@@ -187,7 +187,8 @@ def _complete(
         return model(input_ids=batch.input_ids[:, start:end], **inputs)
 
     # All but the last token of the context: generate() goes on from that one, and so does the loss.
-    cached, cache = batch.width - 1, None
+    cached = batch.width - 1
+    cache = None
     if cached:
         cache = getattr(
             forward(0, cached, use_cache=True, logits_to_keep=1), "past_key_values", None
@@ -195,7 +196,8 @@ def _complete(
     if not isinstance(
         cache, Cache
     ):  # a model with a cache of its own kind computes the context twice
-        cached, cache = 0, None
+        cached = 0
+        cache = None
     targets = batch.input_ids[:, batch.width :]
     keep = targets.shape[1]
     more = {

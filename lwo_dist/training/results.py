@@ -52,7 +52,8 @@ class Results:
         for name in ("memory/peak_bytes", "memory/optimizer_state_bytes"):
             self.peaks[name] = max(self.peaks.get(name, 0.0), metrics[name])
         # What is sent differs from layer to layer; the mean over the logged stretches.
-        sent, count = self.peaks.get("comm/sum", 0.0), self.peaks.get("comm/count", 0.0)
+        sent = self.peaks.get("comm/sum", 0.0)
+        count = self.peaks.get("comm/count", 0.0)
         self.peaks |= {"comm/sum": sent + metrics["comm/bytes_per_step"], "comm/count": count + 1}
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -136,9 +137,11 @@ class Results:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.evaluations = {int(step): scores for step, scores in state_dict["evaluations"].items()}
-        self.training_seconds, self.tokens = state_dict["training_seconds"], state_dict["tokens"]
+        self.training_seconds = state_dict["training_seconds"]
+        self.tokens = state_dict["tokens"]
         self.blocked_seconds = state_dict["blocked_seconds"]
-        self.losses, self.peaks = list(state_dict["losses"]), dict(state_dict["peaks"])
+        self.losses = list(state_dict["losses"])
+        self.peaks = dict(state_dict["peaks"])
 
     def _path(self, step: int) -> Path:
         return self.folder / "evaluations" / f"step_{step:06d}.json"
@@ -152,7 +155,8 @@ def format_summary(summary: dict[str, Any]) -> str:
     count = after[sheet.count_key]
     rows = [(f"{count:.0f} held-out {many}", "before", "after", f"gain per {one} (95 % interval)")]
     for score in sheet.scores:
-        start, end = score.show(before[score.key]), score.show(after[score.key])
+        start = score.show(before[score.key])
+        end = score.show(after[score.key])
         gain = _interval(score, gains[score.name]) if score.name in gains else ""
         rows.append((score.heading, start, end, gain))
     for score in sheet.scores:

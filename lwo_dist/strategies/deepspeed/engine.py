@@ -94,7 +94,8 @@ class RateOfEngine:
         self._holder: torch.optim.Optimizer | None = None
         if scheduler is None:
             return
-        name, inner = type(scheduler).__name__, engine.basic_optimizer
+        name = type(scheduler).__name__
+        inner = engine.basic_optimizer
         held = getattr(scheduler, "optimizer", None)
         if held is engine.optimizer:
             scheduler.optimizer = inner

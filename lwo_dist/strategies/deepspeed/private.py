@@ -160,7 +160,8 @@ def release(engine: Any) -> Any:
     Returns:
         What `adopt` wants back: stage 3's manager of the partitioned weights, else None.
     """
-    old, inner = engine.optimizer, engine.basic_optimizer
+    old = engine.optimizer
+    inner = engine.basic_optimizer
     offload = getattr(old, "parameter_offload", None)
     with _quiet():
         if offload is not None:
@@ -187,10 +188,8 @@ def adopt(
     engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], offload: Any
 ) -> None:
     """Make a ZeRO optimizer around `optimizer`, which holds the whole trainable `parameters`."""
-    kind, original = (
-        DeepSpeedZeroOptimizer_Stage3,
-        DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload,
-    )
+    kind = DeepSpeedZeroOptimizer_Stage3
+    original = DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload
     with _quiet():
         if offload is not None:
             kind.initialize_ds_offload = lambda self, **_: offload
@@ -218,13 +217,15 @@ def _quiet() -> Iterator[None]:
     """Without what DeepSpeed does as it sets up: collect the whole heap, print memory, reset the
     peak of memory.
     """
-    collect, see_memory_usage = gc.collect, bf16_optimizer.see_memory_usage
+    collect = gc.collect
+    see_memory_usage = bf16_optimizer.see_memory_usage
     gc.collect = lambda generation=2: 0
     bf16_optimizer.see_memory_usage = lambda message, force=False: None
     try:
         yield
     finally:
-        gc.collect, bf16_optimizer.see_memory_usage = collect, see_memory_usage
+        gc.collect = collect
+        bf16_optimizer.see_memory_usage = see_memory_usage
 
 
 # ---- what a ZeRO optimizer holds on this rank

@@ -122,7 +122,8 @@ def resolve(config: Config, world_size: int) -> dict[str, Any]:
             "deepspeed config: scheduler cannot be used in a run, which resumes without it; set"
             " lwo.lr_scheduler_type, lwo.warmup_steps and lwo.lr_schedule_over"
         )
-    lwo, train = config.lwo, config.train
+    lwo = config.lwo
+    train = config.train
     accumulation = lwo.gradient_accumulation_steps
     zero = settings.setdefault("zero_optimization", {})
     _agree(zero, "stage", config.zero_stage, "zero_stage", DEFAULT_STAGE)

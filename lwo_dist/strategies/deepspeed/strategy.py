@@ -222,7 +222,8 @@ class DeepSpeedZero(Strategy):
         return [flat for number, flat in pairs if number == group]
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
-        step, exported = shards["step"].to("cpu", copy=True), {}
+        step = shards["step"].to("cpu", copy=True)
+        exported = {}
         for name in layer.parameter_names:
             exported[name] = {"step": step.clone()}
             for key in MOMENTS:
@@ -255,7 +256,8 @@ class DeepSpeedZero(Strategy):
         return self._sent.total if distributed.world_size() > 1 else 0
 
     def memory(self) -> dict[str, int]:
-        zero, parameters = self._engine.optimizer, list(self._parameters.values())
+        zero = self._engine.optimizer
+        parameters = list(self._parameters.values())
         weights = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_id"))]
         masters = private.masters(zero)
         gradients = private.gradient_buffers(zero)
@@ -300,7 +302,8 @@ class DeepSpeedZero(Strategy):
     def _parked_master(self, name: str, parked: dict[str, Tensor]) -> Fragment | None:
         if f"{name}.low" not in parked:
             return None
-        low, start = parked[f"{name}.low"], self._starts[f"{name}.low"]
+        low = parked[f"{name}.low"]
+        start = self._starts[f"{name}.low"]
         weight = fragments.slice_of(self._parameters[name], start, low.numel())
         return (
             join(weight, low.to(weight.device), parked[f"{name}.halfway"].to(weight.device)),

@@ -198,7 +198,8 @@ class FullyShard(Strategy):
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
         self._reshard()
-        parameters, exported = dict(self.module.named_parameters()), {}
+        parameters = dict(self.module.named_parameters())
+        exported = {}
         for name in layer.parameter_names:
             exported[name] = {"step": shards[f"{name}.step"].to("cpu", copy=True)}
             for key in MOMENTS:
@@ -210,9 +211,11 @@ class FullyShard(Strategy):
 
     def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
         self._reshard()
-        parameters, shards = dict(self.module.named_parameters()), {}
+        parameters = dict(self.module.named_parameters())
+        shards = {}
         for name in layer.parameter_names:
-            own, moments = parameters[name], state[name]
+            own = parameters[name]
+            moments = state[name]
             shards[f"{name}.step"] = moments["step"].clone()
             for key in MOMENTS:
                 shards[f"{name}.{key}"] = shard_like(
