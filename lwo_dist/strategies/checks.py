@@ -1,4 +1,4 @@
-"""What method, strategy and their settings cannot do together: refused before anything starts."""
+"""Combinations of method, strategy and settings that are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["check_config", "require_extras"]
 
 
 def check_config(config: Config) -> None:
-    """Refuse settings of a run that contradict each other or would have no effect.
+    """Refuse run settings that contradict each other or would have no effect.
 
-    What is installed here does not matter: the run may be for another machine.
+    Does not depend on the packages installed here: the run may be for another machine.
 
     Raises:
-        UserError: naming the first one.
+        UserError: naming the first such setting.
     """
     method: Method = METHODS.get(config.method)
     chosen: StrategyBuilder = STRATEGIES.get(config.strategy)
