@@ -93,7 +93,7 @@ def evaluate(
         batch_size: examples answered at once on a rank.
         max_new_tokens: maximum length of an answer.
         synced: every forward is a collective, as under FSDP2: all ranks then run the same number of
-            batches and decoding steps, some of them only to keep in step.
+            batches and decoding steps, some of them only as padding.
         before_batch: called the same number of times on every rank, so it may be a collective; an
             exception in it ends the evaluation.
     """

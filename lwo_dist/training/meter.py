@@ -1,4 +1,4 @@
-"""Measures training beside the loop: time, tokens, loss, memory, visits.
+"""Measures training alongside the loop: time, tokens, loss, memory, visits.
 
 `begin_step` and `after_step` never wait for the device; `read`, called every logging step, does.
 """

@@ -163,7 +163,7 @@ def build_engine(
 
 
 def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """A collective function that cuts a whole parameter to this rank's part of rank 0's values.
+    """A collective function that reduces a whole parameter to this rank's part of rank 0's values.
 
     This is stage 3 from the start; pass the resulting model to `build_engine` with the same
     `settings`.
