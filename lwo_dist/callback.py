@@ -15,7 +15,7 @@ __all__ = ["Callback", "RunInfo"]
 
 
 class Callback:
-    """Override the events that you need; each does nothing by default.
+    """Override the events you need; by default each does nothing.
 
     >>> class Print(Callback):
     ...     def on_switch(self, step: int, layer: str) -> None:
@@ -23,7 +23,7 @@ class Callback:
     """
 
     def on_run_start(self, info: RunInfo) -> None:
-        """Model, data and hook are ready; no step was made yet."""
+        """Model, data and hook are ready; no step has been made yet."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Every `train.logging_steps` optimizer steps, by MLflow name: `train/loss`,
@@ -36,11 +36,11 @@ class Callback:
     def on_visit(self, step: int, layer: str, metrics: Mapping[str, float]) -> None:
         """The visit of `layer` ended after `step` steps; the metrics are named `visit/...`.
 
-        Called with the metrics of a later step.
+        Reported together with the metrics of a later step.
         """
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        """`eval/<name>` of every score that the task names, and the number of held-out examples."""
+        """`eval/<name>` for every score of the task, and the number of held-out examples."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """A checkpoint was committed."""
@@ -52,4 +52,4 @@ class Callback:
         """The run was asked to stop and has saved a checkpoint; it can be resumed."""
 
     def on_run_failed(self, error: BaseException) -> None:
-        """An exception ended the run; it is raised again afterwards."""
+        """An exception ended the run; it is re-raised afterwards."""

@@ -1,6 +1,6 @@
-"""The command line: parses, calls the command, and turns what it raises into an exit code.
+"""The command line: parses arguments, runs the command, and maps exceptions to exit codes.
 
-A `UserError` is one line on stderr and exit code 2.
+A `UserError` becomes one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ _PATIENCE_S = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exceptions other than these pass through.
+    """Run one command; other exceptions propagate.
 
     Returns:
-        The exit code: 0, 2 after bad input, 75 after a stop that the same command goes on from, 130
-            after Ctrl-C;
-        `submit` ends with that of the job.
+        The exit code: 0, 2 after bad input, 75 after a stop that the same command can resume, 130
+            after Ctrl-C; for `submit`, that of the job.
     """
     try:
         arguments = _parser().parse_args(argv)
         code: int | None = arguments.run_command(arguments)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Each rank of a host finds the same fault, and torchrun ends them all when the first
-            # one exits: that must be the one that says it. Whoever is still here afterwards has a
-            # fault of its own.
+            # Every rank of a host finds the same error, and torchrun ends them all when the first
+            # one exits: that must be the one that reports it. A rank still alive after the wait has
+            # an error of its own.
             time.sleep(_PATIENCE_S)
         print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            # The command notes how to go on.
+            # The command attaches a note on how to resume.
             said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
             print(f"lwo-dist: {said}", file=sys.stderr)
         return EXIT_CODE

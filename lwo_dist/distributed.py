@@ -1,6 +1,6 @@
-"""The process group and the few collectives that the package calls itself.
+"""The process group and the few collectives that the package calls directly.
 
-Every function works without a process group: one process is then the whole world.
+Every function also works without a process group, as a world of one process.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-# torch 2.13 renames these two and warns at the old names; 2.11 has only the old ones.
+# torch 2.13 renames these two and warns about the old names; 2.11 has only the old ones.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
-# World group -> group of the same ranks for objects; the first waits for ever, the second as long
-# as training does.
+# World group -> gloo group of the same ranks. The first waits up to a day, the second for torch's
+# default timeout.
 _patient_groups: dict[Any, dist.ProcessGroup] = {}
 _cpu_groups: dict[Any, dist.ProcessGroup] = {}
 
@@ -59,17 +59,17 @@ def world_size() -> int:
 
 
 def local_device() -> torch.device:
-    """This worker's GPU, by LOCAL_RANK, or the CPU."""
+    """This worker's GPU, from LOCAL_RANK, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def init_process_group(timeout_s: int) -> torch.device:
-    """Join the group that torchrun's environment describes; keep the group that Ray Train has made.
+    """Join the group that torchrun's environment describes, or reuse the one Ray Train has created.
 
-    gloo on CPUs; nccl, bound to this worker's GPU, on GPUs. Without RANK in the environment a group
-    of one is made, because FSDP2 needs a device mesh.
+    gloo on CPUs; nccl, bound to this worker's GPU, on GPUs. Without RANK in the environment, create
+    a group of one, because FSDP2 needs a device mesh.
 
     Returns:
         The device that this worker computes on.
@@ -98,9 +98,7 @@ def barrier() -> None:
 
 
 def reduce_scatter(output: torch.Tensor, flat: torch.Tensor) -> None:
-    """Sum `flat` (world_size x n elements) over ranks; rank r keeps the r-th n elements in
-    `output`.
-    """
+    """Sum `flat` (world_size x n elements) over ranks; rank r gets the r-th part in `output`."""
     if world_size() == 1:
         output.copy_(flat)
     else:
@@ -123,7 +121,7 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def max_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """The largest of each value over ranks."""
+    """The maximum of each value over ranks."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -132,7 +130,7 @@ def max_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def gather_floats(values: list[float], device: torch.device) -> list[list[float]]:
-    """Every rank's `values`, equally many on each, in rank order."""
+    """Every rank's `values` in rank order; all ranks pass the same number of values."""
     if world_size() == 1:
         return [values]
     mine = torch.tensor(values, dtype=torch.float64, device=device)
@@ -142,10 +140,10 @@ def gather_floats(values: list[float], device: torch.device) -> list[list[float]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, small and picklable, in rank order.
+    """Every rank's `value` (small and picklable), in rank order.
 
-    torch's `all_gather_object` does the same, but not without NumPy, which the plugin alone does
-    not install.
+    Unlike torch's `all_gather_object`, this does not need NumPy, which the plugin alone does not
+    install.
     """
     if world_size() == 1:
         return [value]
@@ -174,10 +172,10 @@ def _device_of_collectives() -> torch.device:
 
 
 def broadcast_object(value: T) -> T:
-    """`value` of rank 0, on every rank; they wait for it as long as it takes.
+    """Rank 0's `value`, on every rank; the others wait up to a day.
 
-    Rank 0 may be tokenising a large repository, or exporting a large model, for longer than a
-    collective of training may last. A rank that dies meanwhile is the launcher's to notice.
+    Rank 0 may be tokenising a large repository or exporting a large model, which can exceed the
+    training timeout. If a rank dies meanwhile, the launcher has to notice.
     """
     if world_size() == 1:
         return value
@@ -189,14 +187,15 @@ def broadcast_object(value: T) -> T:
 def _patient_group() -> dist.ProcessGroup:
     world = dist.group.WORLD
     if world not in _patient_groups:
-        _patient_groups.clear()  # of a process group that has been destroyed since
+        _patient_groups.clear()  # left over from a destroyed process group
         _patient_groups[world] = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return _patient_groups[world]
 
 
 def first_reason(reason: str | None) -> str | None:
-    """The `reason` of the lowest rank that has one, on every rank; None where none has. One small
-    MAX if none has.
+    """The `reason` of the lowest rank that has one, on every rank; None if no rank has one.
+
+    Costs one small MAX reduction if there is none.
     """
     if world_size() == 1:
         return reason
@@ -211,7 +210,7 @@ def first_reason(reason: str | None) -> str | None:
 
 
 def _cpu_group() -> dist.ProcessGroup | None:
-    """The ranks on the CPU's backend: a small vote does not wait for a GPU's queue."""
+    """All ranks on the CPU backend: a small vote does not wait for a GPU's queue."""
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
         return world
@@ -222,10 +221,9 @@ def _cpu_group() -> dist.ProcessGroup | None:
 
 
 def silent_ranks(timeout_s: float) -> list[int]:
-    """After a collective has failed: the ranks that do not come to a barrier, as far as rank 0 can
-    tell; else none.
+    """The ranks that fail to reach a barrier, as far as rank 0 can tell; [] on other ranks.
 
-    Never raises: the failure that led here is the one to tell.
+    Call after a collective has failed. Never raises: the original failure is the one to report.
     """
     group = _patient_groups.get(dist.group.WORLD) if dist.is_initialized() else None
     if group is None:
@@ -240,20 +238,20 @@ def silent_ranks(timeout_s: float) -> list[int]:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """Raise what one rank raises inside on every rank, so that none is left waiting. A collective.
+    """Raise an error of one rank on all ranks, so that none is left waiting. A collective.
 
-    Where several ranks fail, the error of the lowest one is raised everywhere. Ranks wait for each
-    other as long as it takes, or until the launcher ends them where one is interrupted. There must
-    be no other collective inside, nor another such block: a rank that fails before it would leave
-    the others there.
+    If several ranks fail, the error of the lowest one is raised everywhere. Ranks wait up to a day
+    for each other, or until the launcher ends them because one was interrupted. There must be no
+    other collective inside, nor another such block: a rank that fails before it would leave the
+    others waiting there.
 
     >>> with errors_on_all_ranks():
     ...     if rank() == 0:
     ...         read_the_source()
 
     Raises:
-        UserError: a rank raised it.
-        RuntimeError: a rank raised another exception; that rank raises the exception itself.
+        UserError: some rank raised it.
+        RuntimeError: some rank raised another exception; that rank re-raises the exception itself.
     """
     own: Exception | None = None
     try:
@@ -277,7 +275,7 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 
 def on_rank_0(fn: Callable[..., T], *args: Any) -> T:
-    """`fn(*args)` of rank 0, on every rank; what it raises is raised on every rank."""
+    """Rank 0's `fn(*args)`, on every rank; an exception is raised on every rank."""
     value: Any = None
     with errors_on_all_ranks():
         if rank() == 0:
@@ -287,10 +285,10 @@ def on_rank_0(fn: Callable[..., T], *args: Any) -> T:
 
 
 def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:
-    """Compare small values, such as hashes by parameter name, with those of every other rank.
+    """Check that small values, such as hashes by parameter name, are equal on all ranks.
 
     Raises:
-        UserError: on every rank alike, naming the first key that differs.
+        UserError: on all ranks, naming the first key that differs.
     """
     everyone = gather_objects(values)
     for other_rank, other in enumerate(everyone):

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and how any exception is shown in a line."""
+"""The exception for bad input, and the one-line form of any exception."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, at most 300 characters; its type's name if it is silent.
+    """The first line of the message of `error`, at most 300 characters; its type name if empty.
 
     >>> first_line(OSError("no room\\nat all"))
     'no room'

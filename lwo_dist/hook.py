@@ -1,4 +1,4 @@
-"""The product: layer-wise optimisation in anyone's training loop.
+"""Layer-wise optimisation in any training loop.
 
     lwo = lwo_dist.attach(model, LWOConfig(lr=1e-4, steps_per_layer=50))
     for batch in batches:
@@ -6,8 +6,8 @@
         lwo.backward(loss)
         lwo.step()
 
-The hook knows the schedule and asks a strategy to do the work: `activate` a visit, `backward`,
-`step`. A switch comes right after the last optimizer step of a visit is wholly done, so every step
+The hook knows the schedule and delegates the work to a strategy: `activate` a visit, `backward`,
+`step`. A switch happens only after the last optimizer step of a visit is complete, so every step
 changes exactly the layers of its visit.
 """
 
@@ -45,16 +45,16 @@ class StepReport:
     """
 
     stepped: bool
-    """False inside an accumulation: the optimizer step comes with a later micro-batch."""
+    """False inside an accumulation: a later micro-batch triggers the optimizer step."""
     switched: bool
-    """Another layer is active now."""
+    """A different layer became active."""
     layer: str
-    """Name of the active layer of this step."""
+    """Name of the layer that was active in this step."""
     lr: float
     grad_norm: Tensor | None
     """Norm before clipping, over all ranks; None inside an accumulation."""
     skipped: Tensor | None
-    """1.0 if loss or norm was not finite and nothing was changed; None inside an accumulation."""
+    """1.0 if loss or norm was not finite and the step was skipped; None inside an accumulation."""
     bytes_sent: int
     """Bytes of weights and gradients in this step's collectives, each counted as a whole tensor."""
 
@@ -67,31 +67,32 @@ def attach(
     layers: Sequence[Layer] | None = None,
     strategy: str | StrategyBuilder | None = None,
 ) -> LWO:
-    """Train `model` layer by layer, in your own loop.
+    """Train `model` layer by layer in your own loop.
 
-    Make no optimizer, and do not wrap the model in DDP: the strategy reduces gradients itself and
-    updates the active layer.
+    Do not create an optimizer or wrap the model in DDP: the strategy reduces gradients and updates
+    the active layer.
 
     Args:
         model: a plain module with the same fp32 or fp64 weights on every rank (`replicate`), one
             wrapped by `fully_shard` (`fsdp`), or a DeepSpeed engine of ZeRO stage 1, 2 or 3
             (`deepspeed`).
-        config: the optimizer, and the schedule of the layers and of the learning rate.
+        config: the optimizer, the layer schedule and the learning-rate schedule.
         method: "lwo" trains one layer at a time; "full" trains all parameters through the same
-            hook. Or an instance of your own `Method`.
-        layers: what is trained together, instead of the layers that the method finds. Their order
-            is that of the forward pass; parameters in none of them stay as they are.
-        strategy: how layers live on the ranks; None: what fits how the model is wrapped.
+                hook. Or an instance of your own `Method`.
+            layers: the layers to train, instead of those the method finds, in the order of the
+                forward pass. Parameters in none of them stay unchanged.
+            strategy: how layers are distributed across ranks; None: chosen by how the model is
+                wrapped.
 
     Returns:
         The hook. Call its `model` for the forward pass, then `backward` and `step`.
 
     Raises:
-        UserError: what cannot be done, with reason and remedy: DDP, FSDP1, 16-bit storage (but for
+        UserError: anything unsupported, with reason and remedy: DDP, FSDP1, 16-bit storage (except
             DeepSpeed's, and FSDP2's in bf16 under a policy that reduces in fp32), reentrant
             checkpointing, meshes of more than one dimension, a model without a stack of layers,
-            initial weights that differ between ranks, a DeepSpeed engine with settings that cannot
-            be honoured, `layers` that do not fit the model.
+            initial weights that differ between ranks, DeepSpeed settings that cannot be honoured,
+            `layers` that do not fit the model.
 
     Example:
         >>> lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-4, steps_per_layer=50))
@@ -107,17 +108,17 @@ def attach(
 def prepare(
     model: nn.Module, config: LWOConfig, method: str | Method = "lwo"
 ) -> list[nn.Parameter]:
-    """Call before `deepspeed.initialize`: freezes all but what is trained first.
+    """Freeze everything except the first layer to be trained; call before `deepspeed.initialize`.
 
-    Without it the engine makes optimizer state for the whole model, which `attach` has to free
-    again.
+    Without it the engine allocates optimizer state for the whole model, which `attach` then has to
+    free.
 
     Returns:
         The parameters that are trained first, for the optimizer and `model_parameters`.
 
     Raises:
-        UserError: a model that `attach` refuses too, or a DeepSpeed that is missing or has not been
-            tested.
+        UserError: a model that `attach` would refuse too, or DeepSpeed is missing or an untested
+            version.
     """
     from .strategies.deepspeed.builder import prepare
 
@@ -131,14 +132,14 @@ class LWO:
     Attributes:
         model: call it for the forward pass.
         module: the module with the parameters: `model`, or what a DeepSpeed engine wraps.
-        layers: all trained layers in model order; `rest` is what no layer holds.
+        layers: all trained layers in model order; `rest` holds everything outside them.
         visits: the visits of a cycle, in model order; the schedule orders them.
-        step_count: optimizer steps done, skipped ones included; all that a resume needs of the
-            schedule.
+        step_count: completed optimizer steps, including skipped ones; the only schedule state a
+            resume needs.
         skipped_steps, skipped_in_a_row: 0-dim tensors; reading one synchronises.
         switch_seconds: host time spent in switches so far.
-        before_switch: called on all ranks after the last update of a visit is wholly done, before
-            its layers change; also where the same visit begins anew.
+        before_switch: called on all ranks after the last update of a visit is complete, before its
+            layers change; also when the same visit starts again.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class LWO:
         self.visits: Sequence[Visit] = check_visits(self.layers, how.visits(self.layers))
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
-        learning_rate(config, self.schedule, 0)  # a schedule that lacks its length is refused now
+        learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
         self.strategy = builder.attach(model, self.layers, config)
         self.strategy_name = builder.name
         self.step_count = 0
@@ -172,7 +173,7 @@ class LWO:
         self.switch_seconds = 0.0
         self.before_switch: Callable[[], None] = _do_nothing
         self._micro_step = 0
-        self._at_boundary: bool | None = None  # of the last backward; None after a whole step
+        self._at_boundary: bool | None = None  # of the last backward; None after a full step
         self._active = -1
         self._follow_schedule()
         if config.inactive_master == "discard":
@@ -184,11 +185,11 @@ class LWO:
         """Backward of one micro-batch.
 
         Args:
-            loss: 0-dim. With `boundary=None` its micro-batch's mean: the gradients of the
+            loss: 0-dim. With `boundary=None`, the mean of its micro-batch: the gradients of the
                 `gradient_accumulation_steps` micro-batches are averaged.
-            boundary: whether the optimizer step follows, if the caller counts by itself, as where
-                the last accumulation of an epoch is short. The gradients are then added as they
-                are: the caller has divided the loss.
+            boundary: whether the optimizer step follows, for callers that count micro-batches
+                themselves, e.g. when the last accumulation of an epoch is short. Gradients are then
+                summed as they are: the caller has already divided the loss.
 
         Raises:
             RuntimeError: `step` was not called after the last micro-batch, or after `detach`.
@@ -211,15 +212,15 @@ class LWO:
         self._at_boundary = boundary
 
     def step(self, lr: float | None = None) -> StepReport:
-        """Update the visit's layers and, at its end, switch; call it after every `backward`.
+        """Update the visit's layers and switch at its end; call it after every `backward`.
 
-        Inside an accumulation it does nothing.
+        Does nothing inside an accumulation.
 
         Args:
-            lr: the learning rate, if the caller has a scheduler; None: that of the config.
+            lr: the learning rate, if the caller has a scheduler; None: from the config.
 
         Raises:
-            RuntimeError: there was no `backward`.
+            RuntimeError: `backward` was not called.
         """
         self._refuse_detached()
         if self._at_boundary is None:
@@ -264,10 +265,10 @@ class LWO:
         self.strategy.flush()
 
     def detach(self) -> None:
-        """Give the model back: whole weights in place, flags and hooks as `attach` found them.
+        """Give the model back with whole weights, and flags and hooks as `attach` found them.
 
-        All ranks call it, right after a whole step. A DeepSpeed engine keeps the ZeRO optimizer of
-        the last visit and can run forward passes; to train on, make a new engine.
+        All ranks call it, right after a full step. A DeepSpeed engine keeps the ZeRO optimizer of
+        the last visit and can run forward passes; to continue training, create a new engine.
         """
         self._refuse_mid_accumulation("detach()")
         self.strategy.flush()
@@ -281,11 +282,11 @@ class LWO:
             enable()
         self._active = -1
 
-    # ---- where it stands
+    # ---- position
 
     @property
     def visit(self) -> Visit:
-        """What the coming step trains."""
+        """The visit that the next step trains."""
         self._refuse_detached()
         return self.visits[self._active]
 
@@ -295,20 +296,18 @@ class LWO:
 
     @property
     def step_in_visit(self) -> int:
-        """Of the coming step, from 0; -1 where there is one visit, which never ends."""
+        """Index of the next step in its visit, from 0; -1 with a single visit, which never ends."""
         if len(self.visits) == 1:
             return -1
         return self.schedule.position(self.step_count)[1]
 
     def last_changed(self, layer: Layer) -> int:
-        """Optimizer steps that were done when `layer` was last updated; 0: never, as for `rest`."""
+        """The step count after the last update of `layer`; 0 if never updated, as for `rest`."""
         places = {i for i, visit in enumerate(self.visits) if layer in visit.layers}
         return self.schedule.last_active(places, self.step_count)
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands: `step`, `active_layer` (of the coming step; its name),
-        `skipped_steps`.
-        """
+        """The position: `step`, `active_layer` (name, for the next step), `skipped_steps`."""
         return {
             "step": self.step_count,
             "active_layer": self.active_layer.name,
@@ -316,18 +315,19 @@ class LWO:
         }
 
     def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes` of now, and
+        """This rank's current `parameter_bytes`, `gradient_bytes` and `optimizer_state_bytes`, and
         `park_bytes` on the host.
 
-        Right after a switch a layer has no moments yet. On a GPU the parks of the coming layer are
-        there too in the last step of a visit, and are not counted.
+        Right after a switch a layer has no moments yet. On a GPU, the next layer's parks are also
+        on the device during the last step of a visit; they are not counted.
         """
         self._refuse_detached()
         return self.strategy.memory()
 
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the visit's layers: over all ranks each element once,
-        padding zero. Not to be changed.
+        """This rank's fp32 master shards of the visit's layers; do not modify them.
+
+        Across ranks each element appears once; padding is zero.
         """
         self._refuse_detached()
         return self.strategy.masters()
@@ -343,15 +343,14 @@ class LWO:
         """Set parameters from whole tensors by name. All ranks call it with the same tensors.
 
         Raises:
-            UserError: a name or a shape that the model does not have.
+            UserError: a name or shape that does not match the model.
         """
         refuse_strangers("weights", {name: t.shape for name, t in tensors.items()}, self.module)
         self.strategy.flush()
         self.strategy.write_layer(tensors)
 
     def read_moments(self, layer: Layer) -> Moments:
-        """AdamW's moments of a layer that has any now, active or parked, as whole CPU tensors; {}
-        else.
+        """AdamW's moments of a layer, active or parked, as whole CPU tensors; {} if it has none.
 
         All ranks call it. By parameter name: `exp_avg`, `exp_avg_sq` and the scalar `step`.
         """
@@ -359,24 +358,22 @@ class LWO:
         return self.strategy.export_state(layer)
 
     def write_moments(self, layer: Layer, moments: Moments) -> None:
-        """Give `layer` the moments of `read_moments`, of any strategy and world size; {} takes them
-        away.
+        """Set the moments of `layer`, as `read_moments` returns them; {} clears them.
 
-        All ranks call it with the same tensors. With `state: reset` only the visit's layers have
-        any.
+        They may come from any strategy and world size. All ranks call it with the same tensors.
+        With `state: reset`, moments of layers outside the current visit are dropped.
 
         Raises:
-            UserError: moments of other parameters, or of other shapes.
+            UserError: parameter names or shapes that do not match the layer.
         """
         refuse_moments(layer, moments, self.module)
         self.strategy.flush()
         self.strategy.import_state(layer, moments)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and the moments of every layer that has any; the weights are left out
-        (`read_layer`).
+        """Position and all existing moments; the weights are not included (see `read_layer`).
 
-        All ranks call it; nothing in it depends on the strategy or the world size.
+        All ranks call it; the result does not depend on the strategy or the world size.
         """
         self._refuse_mid_accumulation("state_dict()")
         moments: Moments = {}
@@ -385,12 +382,11 @@ class LWO:
         return {**self.position(), "moments": moments}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; load the weights (`write_layer`) too. Nothing is changed if it
-        does not fit.
+        """Restore `state_dict`; also load the weights (`write_layer`). Changes nothing on error.
 
         Raises:
-            UserError: it lacks something, this schedule has another layer active at that step, or
-                its moments are of another model.
+            UserError: a key is missing, the schedule has a different active layer at that step, or
+                the moments belong to another model.
         """
         self._refuse_mid_accumulation("load_state_dict()")
         by_layer = moments_by_layer(state_dict, self.layers, self.module)
@@ -404,7 +400,7 @@ class LWO:
             )
         self.step_count = step
         self.skipped_steps = torch.tensor(float(state_dict["skipped_steps"]))
-        self._active = -1  # also when the layer stays: its optimizer starts anew
+        self._active = -1  # even if the layer stays: its optimizer is rebuilt
         self._follow_schedule()
         for layer in self.layers:
             self.write_moments(layer, by_layer.get(layer.name, {}))
@@ -426,10 +422,10 @@ class LWO:
                 lines.append(f" {mark} {layer.name:<14}{numel:>16,} parameters")
         return "\n".join(lines) + ")"
 
-    # ---- inside
+    # ---- internals
 
     def _follow_schedule(self) -> bool:
-        """Make the visit of the coming step the current one; True if another layer is active."""
+        """Activate the visit of the next step; return True if the active layer changed."""
         index = self.schedule.active_layer(self.step_count)
         if index == self._active and self.step_in_visit != 0:
             return False
@@ -464,7 +460,7 @@ def _method(method: str | Method) -> Method:
 
 def _builder(model: nn.Module, strategy: str | StrategyBuilder | None) -> StrategyBuilder:
     builders: list[StrategyBuilder] = STRATEGIES.all()
-    # `replicate` drives any module, so it is asked last.
+    # `replicate` accepts any module, so it is tried last.
     fitting = next(builder for builder in reversed(builders) if builder.drives(model))
     if strategy is None:
         return fitting

@@ -1,9 +1,8 @@
-"""Which parameters are trained together: the layers of a decoder, found by structure and not by
-name.
+"""Which parameters are trained together: a decoder's layers, found by structure rather than name.
 
-The stack of transformer layers is the largest `nn.ModuleList` of the model. What lies outside of it
-belongs to `embed` or to `head`. Layers that share a parameter (tied embeddings, repeated layers)
-are one layer.
+The stack of transformer layers is the largest `nn.ModuleList` of the model. Everything outside it
+belongs to `embed` or `head`. Layers that share a parameter (tied embeddings, repeated layers) form
+one layer.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it is part of file names
 
 @dataclass(frozen=True)
 class Layer:
-    """Parameters that are trained at once."""
+    """Parameters that are trained together."""
 
     name: str
     parameter_names: tuple[str, ...]
     """As in `model.named_parameters()`: a tied parameter appears once, under its first name."""
     depth: int = 0
-    """Where backward may end: 0 for the embedding, i + 1 for transformer layer i, one more for the
-    head. 0 is always right, and costs the longest backward.
+    """Where backward may stop: 0 for the embedding, i + 1 for transformer layer i, len(stack) + 1
+    for the head. 0 is always correct and gives the longest backward.
     """
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What is trained between two switches: one layer, and perhaps others beside it."""
+    """What is trained between two switches: the active layer, and possibly others alongside it."""
 
     active: Layer
     also: tuple[Layer, ...] = ()
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All layers that the visit changes, the active one first."""
+        """All layers that the visit updates, the active one first."""
         return (self.active, *self.also)
 
     @property
@@ -62,7 +61,7 @@ class Visit:
 
     @property
     def depth(self) -> int:
-        """Where backward may end."""
+        """Where backward may stop."""
         return min(layer.depth for layer in self.layers)
 
 
@@ -73,11 +72,11 @@ def find_layers(
     train_head: bool = True,
     layers_per_group: int = 1,
 ) -> list[Layer]:
-    """The trained layers of `model` in the order of the forward pass; whatever is in none of them
-    is `rest`.
+    """The trained layers of `model` in the order of the forward pass; everything else is `rest`.
 
     Raises:
-        UserError: no stack of layers, an encoder-decoder, or half of a tied embedding and head.
+        UserError: no stack of layers, an encoder-decoder, or only half of a tied embedding and
+            head.
     """
     _, stack = find_stack(model)
     depths = parameter_depths(model)
@@ -95,11 +94,10 @@ def find_layers(
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and module of the stack of transformer layers: the `nn.ModuleList` with the most
-    parameters.
+    """Path and module of the stack of transformer layers: the `nn.ModuleList` with most parameters.
 
-    Experts of a mixture and heads of an attention are lists too, but lie inside of the stack and
-    are smaller.
+    The experts of a mixture and the heads of an attention are lists too, but they are inside the
+    stack and smaller.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(
@@ -109,11 +107,11 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     sizes = {
         name: sum(
             getattr(p, "ds_numel", p.numel()) for p in module.parameters()
-        )  # ZeRO-3 leaves 0 elements in place
+        )  # ZeRO-3 leaves tensors of 0 elements
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
-    # The first of equal sizes is the outermost: named_modules goes from the outside in.
+    # Among equal sizes the first is the outermost: named_modules yields parents before children.
     path = max(sizes, key=lambda name: sizes[name], default=None)
     if path is None or sizes[path] == 0:
         raise UserError(
@@ -128,10 +126,10 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def parameter_depths(model: nn.Module) -> dict[str, int]:
     """Parameter name -> depth: 0 below the stack, i + 1 in its layer i, len(stack) + 1 above it.
 
-    Outside the stack, embeddings and what is registered before the stack count as below it, the
-    output embedding and what is registered behind the stack as above it. A norm that a model
-    registers out of order (OPT) ends up in the other of the two layers, which costs a longer
-    backward and changes no result.
+    Outside the stack, embeddings and modules registered before the stack count as below it; the
+    output embedding and modules registered after the stack count as above it. A norm that a model
+    registers out of order (OPT) ends up in the wrong one of these two layers, which lengthens
+    backward but does not change results.
     """
     path, stack = find_stack(model)
     top = len(stack) + 1
@@ -157,11 +155,11 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
 
 
 def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
-    """Return `layers` if `model` can be trained by them.
+    """Return `layers` if they fit `model`.
 
     Raises:
-        UserError: no layer, an empty one, two of one name, a parameter that the model does not have
-            or that is in two layers.
+        UserError: no layers, an empty layer, a duplicate name, or a parameter that the model does
+            not have or that is in two layers.
     """
     names = {name for name, _ in model.named_parameters()}
     owner: dict[str, str] = {}
@@ -220,7 +218,7 @@ def check_visits(layers: Sequence[Layer], visits: Sequence[Visit]) -> list[Visit
 def rest_names(model: nn.Module, layers: Iterable[Layer]) -> list[str]:
     """Names of the parameters and persistent buffers that are in no trained layer.
 
-    The second name of a tied parameter of a trained layer is not among them.
+    Additional names of a tied parameter that is trained are not included.
     """
     trained = {name for layer in layers for name in layer.parameter_names}
     trained_ids = {id(p) for name, p in model.named_parameters() if name in trained}
@@ -241,7 +239,7 @@ def _chunks(items: range, size: int) -> list[list[int]]:
 
 
 def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
-    """Join the groups that share a parameter, in the order of their lowest depth."""
+    """Merge groups that share a parameter, ordered by their lowest depth."""
     path, _ = find_stack(model)
     depths = parameter_depths(model)
     first_name = {id(p): name for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Exact bytes: what DESIGN's formulas promise and what a rank really holds."""
+"""Memory in bytes: what the formulas predict and what a rank actually holds."""
 
 from __future__ import annotations
 
@@ -19,30 +19,28 @@ __all__ = [
 
 
 def padded_numel(numel: int, multiple: int) -> int:
-    """`numel` rounded up to a multiple, as a buffer is that every rank gets an equal share of."""
+    """`numel` rounded up to a multiple, for a buffer that is split evenly across ranks."""
     return -(-numel // multiple) * multiple
 
 
 def optimizer_state_bytes(numel: int, world_size: int, *, master: bool = False) -> int:
-    """AdamW's two fp32 moments of a layer of `numel` parameters on one of `world_size` ranks,
-    padding included.
+    """AdamW's two fp32 moments of a layer of `numel` parameters on one of `world_size` ranks.
 
-    With `master`, 4 bytes more for an fp32 copy of the weights; without, the fp32 weights are the
-    shards themselves (DESIGN section 3). The step scalars of the optimizer, 4 bytes a tensor, are
-    not counted.
+    Includes padding. With `master`, adds 4 bytes per element for an fp32 copy of the weights;
+    without it, the fp32 weights are the shards themselves. The optimizer's step scalars, 4 bytes
+    per tensor, are not counted.
     """
     return (12 if master else 8) * padded_numel(numel, world_size) // world_size
 
 
 def park_bytes(numel: int, *, moments: bool, masters: bool) -> int:
-    """Host memory that the parks of layers with `numel` elements on this rank take: 8 bytes an
-    element, and 2.
+    """Host memory of the parks of layers with `numel` elements on this rank, in bytes.
 
     Args:
-        moments: `state: keep` parks AdamW's two fp32 moments.
-        masters: with 16-bit storage, `inactive_master: host` parks what the bf16 rounding lacks.
-            Not counted: 8 bytes for each element that lies half-way between two bf16 numbers, one
-            in 65,536.
+        moments: with `state: keep`, AdamW's two fp32 moments: 8 bytes per element.
+        masters: with 16-bit storage and `inactive_master: host`, the bits lost in rounding to bf16:
+            2 bytes per element. Not counted: 8 bytes for each element halfway between two bf16
+            numbers, about one in 65,536.
     """
     return (8 * moments + 2 * masters) * numel
 
@@ -50,19 +48,18 @@ def park_bytes(numel: int, *, moments: bool, masters: bool) -> int:
 def full_fine_tuning_bytes(
     peak: float, gradient: float, state: float, active_numel: int, numel: int
 ) -> float:
-    """What full fine-tuning of `numel` parameters with the same strategy would need at least, of a
-    rank's `peak`.
+    """Lower bound for full fine-tuning of `numel` parameters, derived from a rank's `peak`.
 
-    Gradients and optimizer state, here those of a layer of `active_numel` parameters, grow with the
-    parameters they belong to, however a strategy lays them out. The activations, which full
-    fine-tuning holds for all layers, are taken as they are.
+    Gradients and optimizer state, measured for the active layer of `active_numel` parameters, scale
+    with the number of parameters under any strategy. Activations, which full fine-tuning keeps for
+    all layers, are counted as measured.
     """
     return peak + (gradient + state) * (numel / active_numel - 1)
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind `tensors` on this rank, each storage once; of a DTensor, its
-    local shard.
+    """Bytes of the storages behind `tensors` on this rank, each once; for a DTensor, its local
+    shard.
     """
     sizes: dict[int, int] = {}
     for tensor in tensors:
@@ -74,7 +71,7 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on the GPU, or resident in this process on a CPU."""
+    """Peak memory so far: allocated on the GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The optimizer of a visit: AdamW with a group for each layer."""
+"""The optimizer of a visit: AdamW with one parameter group per layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["make_adamw"]
 
 
 def make_adamw(config: LWOConfig, shards: Sequence[Sequence[Tensor]]) -> torch.optim.Optimizer:
-    """A fresh AdamW (Loshchilov and Hutter, 2019) over `shards`, a sequence for each layer.
+    """A new AdamW (Loshchilov and Hutter, 2019) over `shards`, one sequence of tensors per layer.
 
-    Fused, because that kernel can be told on the device to skip a step (`found_inf`).
+    Fused, because the fused kernel can skip a step based on a device tensor (`found_inf`).
     """
     return torch.optim.AdamW(
         [{"params": list(layer)} for layer in shards],

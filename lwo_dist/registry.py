@@ -1,7 +1,7 @@
-"""What a config chooses by name: methods, strategies and tasks, and where each is implemented.
+"""Methods, strategies and tasks that a config selects by name, and where each is implemented.
 
-A new one is a class in a file of its own and a line here. One that lives outside of the package
-needs no line: the config names it as `module:Class`, and every worker imports it from there.
+To add one, write a class in its own file and add a line here. A class outside the package needs no
+line: the config names it as `module:Class`, and every worker imports it from there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["METHODS", "STRATEGIES", "TASKS", "Registry"]
 
 
 class Registry:
-    """Names and the classes behind them. Nothing is imported before it is asked for.
+    """Names and the classes behind them. Nothing is imported until it is requested.
 
     Args:
-        key: the setting that holds the name, for messages.
-        known: name -> `module:Class`.
+        key: the setting that holds the name, used in messages.
+        known: built-in name -> `module:Class`.
     """
 
     def __init__(self, key: str, known: Mapping[str, str]):
@@ -30,14 +30,14 @@ class Registry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that the package itself knows."""
+        """Built-in names."""
         return tuple(self._known)
 
     def check(self, name: str) -> str:
-        """Return `name` if it is known or has the form `module:Class`; nothing is imported.
+        """Return `name` if it is built in or has the form `module:Class`; nothing is imported.
 
         Raises:
-            ValueError: neither.
+            ValueError: `name` is neither.
         """
         if name in self._known or all(name.partition(":")):
             return name
@@ -46,10 +46,10 @@ class Registry:
         )
 
     def get(self, name: str) -> Any:
-        """The one instance behind `name`.
+        """The single instance for `name`.
 
         Raises:
-            UserError: an unknown name, or a `module:Class` that cannot be imported or made.
+            UserError: an unknown name, or a `module:Class` that cannot be imported or instantiated.
         """
         try:
             target = self._known.get(self.check(name), name)
@@ -58,7 +58,7 @@ class Registry:
         return _instance(self.key, target)
 
     def all(self) -> list[Any]:
-        """Every implementation of the package itself, in the order of the names."""
+        """Every built-in implementation, in the order of the names."""
         return [self.get(name) for name in self.names]
 
 

@@ -1,4 +1,4 @@
-"""The composition root: a config becomes model, data, hook, trainer and callbacks.
+"""The composition root: builds model, data, hook, trainer and callbacks from a config.
 
 The driver calls `prepare` once; then every worker calls `run`. Under torchrun each rank calls
 `prepare_and_run`.
@@ -53,15 +53,14 @@ __all__ = ["prepare", "prepare_and_run", "run"]
 
 
 def prepare(config: Config) -> Config:
-    """Check what can be checked before any worker starts, and make run.json. The driver calls it
-    once.
-
+    """Check everything possible before workers start, and write run.json. Called once by the
+    driver.
     Returns:
         The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
 
     Raises:
-        UserError: a setting, the source, the storage or the batch size is wrong; nothing was
-            written then.
+        UserError: a setting, the source, the storage or the batch size is invalid; nothing was
+            written.
     """
     source = config.data.source
     if source is None:
@@ -72,7 +71,7 @@ def prepare(config: Config) -> Config:
     check_world_sizes(config)
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     config = builder.resolve(config)
-    tracking_uri(config.tracking, Path())  # refuses a password
+    tracking_uri(config.tracking, Path())  # refuse a password early
     run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
     if "://" not in source and not source.startswith("git@"):
         source = str(Path(source).expanduser().absolute())
@@ -103,7 +102,7 @@ def prepare(config: Config) -> Config:
 
 
 def prepare_and_run(config: Config) -> dict[str, Any] | None:
-    """For ranks without a driver (torchrun, Slurm): rank 0 prepares, then all of them run."""
+    """For ranks without a driver (torchrun, Slurm): rank 0 prepares, then all ranks run."""
     distributed.init_process_group(config.cluster.timeout_s)
     cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
     config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
@@ -120,18 +119,18 @@ def run(
     """Train on this worker; every worker calls it with the same prepared config.
 
     Args:
-        callbacks: rank 0's count, those of the others are ignored.
-        on_commit: called on every rank, at the same place in the loop, with each checkpoint that is
-            there.
-        stop: asked about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
+        callbacks: used on rank 0; ignored on other ranks.
+        on_commit: called on every rank, at the same place in the loop, with each committed
+            checkpoint.
+        stop: polled about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
             run.
 
     Returns:
-        On rank 0 what summary.json holds, None elsewhere.
+            The contents of summary.json on rank 0, None elsewhere.
 
-    Raises:
-        UserError: on every rank alike.
-        Stopped: on every rank alike; the next `run` goes on from its checkpoint.
+        Raises:
+            UserError: on all ranks.
+            Stopped: on all ranks; the next `run` resumes from its checkpoint.
     """
     stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
@@ -147,7 +146,7 @@ def run(
     except Stopped as stopped:
         for callback in everyone:
             callback.on_run_stopped(str(stopped))
-        # torchrun ends all ranks when the first one leaves: rank 0 reports first.
+        # torchrun ends all ranks when the first one exits, so rank 0 must report first.
         distributed.broadcast_object(None)
         raise
     except BaseException as error:
@@ -169,7 +168,7 @@ def _build(
     stop: StopRequest,
     on_commit: Callable[[int, Path], None],
 ) -> Trainer:
-    """Everything that a run is made of; every rank builds it alike."""
+    """Build everything a run consists of; the same on every rank."""
     checkpoint = find_checkpoint(config, run_folder)
     tokenizer = load_tokenizer(config.model)
     task: Task = TASKS.get(config.task)
@@ -220,7 +219,7 @@ def _build(
 def _evaluation(
     config: Config, lwo: LWO, tokenizer: Any, task: Task, data: PreparedData, device: torch.device
 ) -> Callable[[Callable[[], None]], Evaluation]:
-    """Scores the model as it is now; calls its argument before each batch."""
+    """Scores the current model; calls its argument before each batch."""
 
     def evaluate_now(before_batch: Callable[[], None]) -> Evaluation:
         return evaluate(
@@ -241,7 +240,7 @@ def _evaluation(
 
 
 def _read_data(config: Config, tokenizer: Any, task: Task) -> PreparedData:
-    # Where nodes share no folder, each makes its own examples.
+    # If nodes share no folder, each prepares its own examples.
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     shares_no_folder = is_url(config.storage) and not config.data.cache
     is_builder = distributed.rank() == 0 or (first_of_node and shares_no_folder)
@@ -249,7 +248,7 @@ def _read_data(config: Config, tokenizer: Any, task: Task) -> PreparedData:
 
 
 def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.device) -> LWO:
-    """The model, built by the strategy, with the hook attached and set to where the run stands."""
+    """The model, built by the strategy, with the hook attached at the current position."""
     method: Method = METHODS.get(config.method)
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     from_checkpoint = checkpoint is not None and not method.changes_model
@@ -281,7 +280,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
     steps = committed_steps(run_folder)
-    # The best one may have met a full disk.
+    # Saving the best one may have failed on a full disk.
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
     checkpoint = read_checkpoint(run_folder, step)
     method: Method = METHODS.get(config.method)
@@ -325,7 +324,7 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
 
 @contextmanager
 def _nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove the folders that were made on the way to an error, as far as they are empty."""
+    """On an error, remove the empty folders created on the way to it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -337,7 +336,7 @@ def _nothing_left_behind(folder: Path) -> Iterator[None]:
 
 
 def _read_record(run_folder: RunFolder) -> dict[str, Any] | None:
-    # Where the run went on on another machine, what it left is in the store only.
+    # If the run resumed on another machine, its records are only in the store.
     run_folder.fetch_small()
     return _read_json(run_folder.local / "run.json")
 

@@ -1,7 +1,7 @@
 """When each layer is active, and at which learning rate: pure functions of the step.
 
 A step is an optimizer step, counted from 0. Nothing here holds state or draws from a global
-generator, so every rank agrees without talking and a resume needs only the step.
+generator, so all ranks agree without communicating and a resume needs only the step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LayerSchedule:
         return self._order_of(cycle)[place]
 
     def position(self, step: int) -> tuple[int, int]:
-        """(visit, step inside the visit)."""
+        """(index of the visit, step within the visit)."""
         return divmod(step, self.steps_per_layer)
 
     def cycle(self, step: int) -> int:
@@ -46,9 +46,7 @@ class LayerSchedule:
         return self.steps_per_layer * self.num_layers
 
     def last_active(self, layers: Collection[int], step: int) -> int:
-        """Of the first `step` optimizer steps, how many were done when one of `layers` was last
-        active; 0: none was.
-        """
+        """Steps done when one of `layers` was last active in the first `step` steps; 0: never."""
         if not layers:
             return 0
         for visit in range((step - 1) // self.steps_per_layer, -1, -1):
@@ -57,7 +55,7 @@ class LayerSchedule:
         return 0
 
     def never_active(self, steps: int) -> list[int]:
-        """Layers that a run of `steps` steps does not reach."""
+        """Layers that a run of `steps` steps never reaches."""
         visits = -(-steps // self.steps_per_layer)
         active = {self.active_layer(visit * self.steps_per_layer) for visit in range(visits)}
         return [layer for layer in range(self.num_layers) if layer not in active]
@@ -81,10 +79,10 @@ def _cycle_order(
 
 
 def make_schedule(config: LWOConfig, layer_names: Sequence[str]) -> LayerSchedule:
-    """The schedule of `config` over the layers of these names.
+    """The schedule that `config` defines over the named layers.
 
     Raises:
-        UserError: `layer_weights` names a layer that is not there.
+        UserError: `layer_weights` names an unknown layer.
     """
     for name in config.layer_weights:
         if name not in layer_names:
@@ -102,13 +100,12 @@ def make_schedule(config: LWOConfig, layer_names: Sequence[str]) -> LayerSchedul
 
 
 def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> float:
-    """The learning rate of `step`: warm-up and decay over the run, a cycle or a visit, then the
-    visit's ramp.
+    """The learning rate of `step`: warm-up and decay over the run, cycle or visit, times the ramp.
 
-    The first step of a stretch never has rate 0, nor has the last: a warm-up of n steps starts at
-    lr/n, and a decay over N steps ends at its value for step N-1 of N. A ramp of n steps multiplies
-    by 1/n, 2/n, ... 1 at the start of each visit, because Adam's first step after a reset moves
-    every weight by the full rate.
+    Neither the first nor the last step of a span has rate 0: a warm-up of n steps starts at lr/n,
+    and a decay over N steps ends at its value for step N-1 of N. A ramp of n steps multiplies by
+    1/n, 2/n, ... 1 at the start of each visit, because Adam's first step after a reset moves every
+    weight by the full rate.
     """
     _, step_in_visit = schedule.position(step)
     length: int | None

@@ -1,12 +1,11 @@
-"""The metric points of a run as JSON lines, one file per run folder; what MLflow holds is a copy of
-this file.
+"""The metric points of a run as JSON lines, one file per run folder; MLflow holds a copy of it.
 
     metrics.jsonl        {"kind": "run" | "metrics" | "switch" | "artifact" | "model" | "end",
                           "time_ms": ..., ...}
-    metrics.sent.json    how far it has been sent, and to which MLflow run
+    metrics.sent.json    how much has been sent, and to which MLflow run
 
-Everything that MLflow is told goes through these lines, including the run's start and end. So the
-same code sends during the run and replays a week later, and a server that is down costs nothing.
+Everything sent to MLflow goes through these lines, including the run's start and end. The same code
+therefore sends during the run and replays later, and a server outage loses nothing.
 """
 
 from __future__ import annotations
@@ -62,9 +61,7 @@ class Point(NamedTuple):
 
 
 def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
-    """Yield the records from byte `offset` on, except a torn last line, left by a kill during a
-    write.
-    """
+    """Yield the records from byte `offset`, except an incomplete last line left by a kill."""
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -90,7 +87,7 @@ def points_of(record: Record) -> list[Point]:
 
 
 def count_points(path: Path, offset: int = 0) -> int:
-    """How many metric points the spool holds from byte `offset` on."""
+    """How many metric points the spool holds from byte `offset`."""
     return sum(
         len(record.fields["values"])
         for record in read_spool(path, offset)
@@ -99,8 +96,7 @@ def count_points(path: Path, offset: int = 0) -> int:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether a live process has the file open as a `Spool`. False without locks on its file
-    system.
+    """Whether a live process has the file open as a `Spool`; False on file systems without locks.
 
     Raises:
         OSError: the file cannot be opened.
@@ -118,32 +114,30 @@ def is_being_written(path: Path) -> bool:
 class Spool:
     """Appends to a run's spool. One writer at a time; each attempt of the run opens it again.
 
-    A step counts once: a resumed run that repeats steps does not write their points again, so a
-    chart never goes back.
+    Each step counts once: a resumed run that repeats steps does not write their points again, so
+    charts never go backwards.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: OSError where the folder cannot be written."""
+        """Raises: OSError if the folder cannot be written."""
         self.path = path
         self.attempts = 0
-        """How many times the run has been started, earlier ones included."""
+        """How many times the run has been started, including earlier attempts."""
         self.ended = False
-        """Whether the newest attempt has written its end."""
+        """Whether the latest attempt has written its end."""
         self.last_time_ms: int | None = None
-        """When the newest line was written."""
+        """When the last line was written."""
         self.furthest: tuple[int, int] | None = None
-        """The furthest step with metrics of the training itself, and the time in milliseconds of
-        that line.
-        """
+        """The furthest step with training metrics, and the time in milliseconds of that line."""
         self.last_value: dict[str, float] = {}
-        """Metric -> its newest value."""
+        """Metric -> its latest value."""
         self._last_step: dict[str, int] = {}
         self._stump_end = b""
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: one write call per line, in the kernel's hands at once, so a SIGKILL loses at
+        # Unbuffered: one write call per line, passed to the kernel at once, so a SIGKILL loses at
         # most that line.
         self._file = path.open("ab", buffering=0)
-        # Held by a dying attempt, or a file system without locks: appending whole lines is safe
+        # The lock may be held by a dying attempt, or unsupported: appending whole lines is safe
         # either way.
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,27 +155,27 @@ class Spool:
             )
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Write one record. Raises: OSError, a full disk for example."""
+        """Write one record. Raises: OSError, e.g. on a full disk."""
         record = {"kind": kind, "time_ms": int(time.time() * 1000), **fields}
         line = self._stump_end + json.dumps(record, allow_nan=False).encode() + b"\n"
         written = self._file.write(line)
         if written != len(line):
-            # The disk filled up within the line: the rest must not spoil the next line once there
-            # is space again.
+            # The disk filled up within the line: the remainder must not spoil the next line once
+            # there is space again.
             self._stump_end = b"\n"
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes written")
         self._stump_end = b""
         self._note(Record(kind, record["time_ms"], fields, 0))
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the points of one step, except those that an earlier attempt has written."""
+        """Write the points of one step, unless an earlier attempt has written them."""
         fresh = {
             name: float(value)
             for name, value in values.items()
             if step > self._last_step.get(name, -1)
         }
         if fresh:
-            # JSON has no NaN; "nan" and "inf" read back by float() as the numbers do.
+            # JSON has no NaN; float() converts "nan" and "inf" back.
             self.append(
                 "metrics",
                 step=step,
@@ -189,14 +183,12 @@ class Spool:
             )
 
     def append_switch(self, step: int, layer: str) -> None:
-        """Write that `layer` became active after `step` steps, unless an earlier attempt has."""
+        """Record that `layer` became active after `step` steps, unless an earlier attempt has."""
         if step > self._last_step.get("switch", -1):
             self.append("switch", step=step, layer=layer)
 
     def sync(self) -> None:
-        """Flush to the disk, so that what was written survives the machine and not only the
-        process.
-        """
+        """Flush to disk, so that the records survive a crash of the machine."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -222,11 +214,11 @@ class Spool:
 
 @dataclass
 class Sent:
-    """How far a spool has been sent. Saved beside it, and only after a success."""
+    """How much of a spool has been sent. Saved beside it, only after a success."""
 
     path: Path
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """A tag of the MLflow run, to find it again if the answer to its creation was lost."""
+    """A tag of the MLflow run, to find it again if the response to its creation was lost."""
     uri: str | None = None
     """The store that the other fields refer to, without credentials."""
     run_id: str | None = None
@@ -234,7 +226,7 @@ class Sent:
     waiting: list[str] = field(default_factory=list)
     """Files still to upload, relative to the run's folder."""
     points: int = 0
-    """Sent by this process; not kept."""
+    """Sent by this process; not saved."""
 
     @classmethod
     def load(cls, spool: Path) -> Sent:

@@ -1,4 +1,4 @@
-"""Does a saved state fit this model and these layers? Asked before anything is changed."""
+"""Checks that a saved state fits this model and these layers, before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _KEYS = ("step", "active_layer", "skipped_steps", "moments")
 def moments_by_layer(
     state: Mapping[str, Any], layers: Sequence[Layer], module: nn.Module
 ) -> dict[str, Moments]:
-    """The moments of `LWO.state_dict`, by the name of their layer.
+    """The moments of `LWO.state_dict` by layer name.
 
     Raises:
-        UserError: the state lacks a key, or its moments are of other layers or another model.
+        UserError: a key is missing, or the moments belong to other layers or another model.
     """
     missing = [key for key in _KEYS if key not in state]
     if missing:
@@ -46,7 +46,7 @@ def moments_by_layer(
 
 
 def refuse_moments(layer: Layer, moments: Moments, module: nn.Module) -> None:
-    """Raises: UserError where `moments`, unless empty, are not those of all of the layer."""
+    """Raise UserError unless `moments` is empty or covers exactly the parameters of the layer."""
     odd = sorted(set(moments) ^ set(layer.parameter_names)) if moments else []
     if odd:
         is_missing = odd[0] in layer.parameter_names
@@ -67,7 +67,7 @@ def refuse_moments(layer: Layer, moments: Moments, module: nn.Module) -> None:
 
 
 def refuse_strangers(what: str, shapes: Mapping[str, torch.Size], module: nn.Module) -> None:
-    """Raises: UserError where the module has no tensor of one of these names, or another shape."""
+    """Raise UserError for a name the module does not have, or one with a different shape."""
     own = whole_shapes(module) if shapes else {}
     for name, shape in shapes.items():
         if name not in own:
@@ -83,6 +83,6 @@ def refuse_strangers(what: str, shapes: Mapping[str, torch.Size], module: nn.Mod
 
 
 def whole_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of parameters and buffers over all ranks; a tied tensor under each of its names."""
+    """Unsharded shapes of parameters and buffers; a tied tensor appears under each of its names."""
     tensors = module.state_dict(keep_vars=True)
     return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors.items()}

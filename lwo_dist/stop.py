@@ -1,9 +1,9 @@
-"""Stopping in time: schedulers give notice before they take a machine away.
+"""Graceful stops: schedulers give notice before they reclaim a machine.
 
 SIGTERM (Slurm, Kubernetes), SIGUSR1 (`sbatch --signal`), a wall-clock limit known from the start,
-and whatever a launcher polls for, such as Ray's preemption notice. The ranks agree on it after a
-whole step; the trainer then saves and raises `Stopped`, and the process exits with EXIT_CODE: try
-again later, the run goes on from there.
+and anything a launcher polls for, such as Ray's preemption notice. The ranks agree on it after a
+full step; the trainer then saves and raises `Stopped`, and the process exits with EXIT_CODE: run it
+again later and the run resumes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# No torch here, and no psutil at the top: the command line needs `Stopped` before it needs a model,
-# and where neither is installed.
+# Import no torch here, and no psutil at the top: the command line needs `Stopped` before it needs a
+# model, and even if neither is installed.
 
 __all__ = ["EXIT_CODE", "StopNow", "StopRequest", "Stopped", "StopVote"]
 
@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):  # noqa: N818
-    """The run was asked to stop and has saved what it had. Raised on every rank alike."""
+    """The run was asked to stop and has saved its progress. Raised on all ranks."""
 
     def __init__(self, reason: str, step: int, checkpoint: Path | None):
         super().__init__(reason, step, checkpoint)
@@ -54,7 +54,7 @@ class StopNow(Exception):  # noqa: N818
 
 
 class StopRequest:
-    """Whether this process has been asked to stop, and why. Any thread may ask.
+    """Whether this process has been asked to stop, and why. Any thread may request it.
 
     Args:
         max_seconds: wall-clock limit, from the start of the process; None: no limit.
@@ -66,15 +66,14 @@ class StopRequest:
         self._reason: str | None = None
         self._polls: list[Callable[[], str | None]] = []
         self._max_seconds = max_seconds
-        # torchrun's ranks outlive a torchrun that is killed, and must not write into the run that
-        # comes after it.
+        # torchrun's ranks outlive a killed torchrun, and must not write into the run that follows.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        # On the monotonic clock, which nobody sets, the time this process began.
+        # When this process started, on the monotonic clock, which cannot be changed.
         self._started = time.monotonic() - (time.time() - psutil.Process().create_time())
 
     @property
     def reason(self) -> str | None:
-        """The first reason to stop; None: go on."""
+        """The first reason to stop; None: continue."""
         if self._max_seconds is not None and time.monotonic() - self._started > self._max_seconds:
             self.request(f"train.max_seconds = {self._max_seconds:g}")
         if self._launcher not in (None, os.getppid()):
@@ -82,17 +81,18 @@ class StopRequest:
         return self._reason
 
     def request(self, reason: str) -> None:
-        # No lock: a signal handler may come here while its own thread is in here.
+        # No lock: a signal handler may interrupt this method in its own thread.
         self._reason = self._reason or reason
 
     def add_poll(self, poll: Callable[[], str | None]) -> None:
-        """`poll` is called by every rank at the same checks, so it may be a collective; it gives a
-        reason, or None.
+        """Add a function that returns a reason or None.
+
+        Every rank calls it at the same checks, so it may be a collective.
         """
         self._polls.append(poll)
 
     def poll(self) -> str | None:
-        """Ask every poll, then give `reason`."""
+        """Call every poll, then return `reason`."""
         for found in [poll() for poll in self._polls]:
             if found is not None:
                 self.request(found)
@@ -100,11 +100,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 are requests in here, where the caller is the main thread; else they
-        are not handled.
+        """Treat SIGTERM and SIGUSR1 as requests inside; only in the main thread, else do nothing.
 
-        After a request they are ignored for good: a launcher that sees the first rank leave sends
-        SIGTERM to the others, who report, or are on their way out.
+        After a request they are ignored permanently: a launcher that sees the first rank exit sends
+        SIGTERM to the others, which are still reporting or about to exit.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -124,10 +123,10 @@ class StopRequest:
 
 
 class StopVote:
-    """Do all ranks stop now? They ask each other about once a second, not at every step.
+    """Whether all ranks stop now. They vote about once a second rather than every step.
 
     Args:
-        agree: a collective; gives a reason that some rank has, on every rank alike, or None.
+        agree: a collective; returns any rank's reason on all ranks, or None.
     """
 
     def __init__(self, request: StopRequest, agree: Callable[[str | None], str | None]):
@@ -137,30 +136,28 @@ class StopVote:
         self._next = 0
 
     def pace(self, step_seconds: float) -> None:
-        """Tell how long a step takes: the same number on every rank, because it says at which steps
-        they vote.
-        """
+        """Set the time per step, equal on all ranks, because it determines when they vote."""
         self._interval = max(1, int(1.0 / step_seconds)) if step_seconds > 0 else 1
 
     def after_step(self, step: int) -> None:
         """Call after every step.
 
         Raises:
-            StopNow: on every rank alike.
+            StopNow: on all ranks.
         """
         if step >= self._next:
             self._next = step + self._interval
             self.now()
 
     def now(self) -> None:
-        """Vote at once; every rank calls it at the same point.
+        """Vote immediately; every rank calls it at the same point.
 
         Raises:
-            StopNow: on every rank alike.
+            StopNow: on all ranks.
         """
         reason = self._agree(self._request.poll())
         if reason is not None:
             self._request.request(
                 reason
-            )  # Another rank's, perhaps; from now on it is this one's, too.
+            )  # Possibly another rank's; from now on it is also this one's.
             raise StopNow(reason)

@@ -1,10 +1,9 @@
-"""Where runs live: a folder that all workers see, or an object store with a local copy of what is
-needed.
+"""Where runs are stored: a folder visible to all workers, or an object store with a local cache.
 
 A process always reads and writes a local folder, `RunFolder.local`. For `s3://...`, `gs://...` and
-whatever else `pyarrow.fs` opens, that folder is scratch space of the node: `push` sends files to
-the store, `pull` fetches them. On a plain file system both do nothing, so callers need not know
-which of the two they have.
+anything else that `pyarrow.fs` opens, that folder is scratch space on the node: `push` sends files
+to the store, `pull` fetches them. On a plain file system both do nothing, so callers need not
+distinguish the two.
 """
 
 from __future__ import annotations
@@ -31,14 +30,12 @@ _WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker
 
 
 def is_url(storage: str) -> bool:
-    """Whether `storage` names an object store, and not a folder."""
+    """Whether `storage` names an object store rather than a folder."""
     return "://" in storage and not storage.startswith("file://")
 
 
 def storage_folder(storage: str) -> Path:
-    """The local folder of `storage`: itself, or this node's scratch space for it (below
-    LWO_SCRATCH_DIR).
-    """
+    """The local folder of `storage`: itself, or scratch space below LWO_SCRATCH_DIR."""
     if not is_url(storage):
         return Path(storage.removeprefix("file://")).expanduser().absolute()
     scratch = os.environ.get("LWO_SCRATCH_DIR") or f"{tempfile.gettempdir()}/lwo_dist-{os.getuid()}"
@@ -46,7 +43,7 @@ def storage_folder(storage: str) -> Path:
 
 
 def new_run_name(method: str) -> str:
-    """A name that no other run has, from the method, the local time and a random number.
+    """A unique run name from the method, the local time and a random number.
 
     For example `lwo-20261126-101500-9f3a`.
     """
@@ -58,10 +55,10 @@ class RunFolder:
 
     Args:
         storage: a folder, `file://` folder or URL of an object store.
-        run_name: the folder's name in it.
+        run_name: the name of the run's folder.
 
     Raises:
-        UserError: no file system of pyarrow fits the URL.
+        UserError: no pyarrow file system supports the URL.
 
     Attributes:
         local: the folder on this machine.
@@ -91,10 +88,10 @@ class RunFolder:
         return self.url or str(self.local)
 
     def folders(self, name: str) -> list[str]:
-        """Names of the folders in folder `name`, sorted; those of the store where there is one."""
+        """Names of the folders in folder `name`, sorted; from the store if there is one."""
         if self._fs is None:
             return sorted(path.name for path in (self.local / name).glob("*") if path.is_dir())
-        # An object store has no folders: they are where their files' names say.
+        # An object store has no folders; they are derived from file names.
         prefix = f"{self._base}/{name}/"
         return sorted(
             {
@@ -105,16 +102,14 @@ class RunFolder:
         )
 
     def files(self, name: str) -> list[str]:
-        """Names of all files in or below folder `name`, sorted; those of the store where there is
-        one.
-        """
+        """Names of all files in or below folder `name`, sorted; from the store if there is one."""
         if self._fs is None:
             found = [path for path in (self.local / name).rglob("*") if path.is_file()]
             return sorted(path.relative_to(self.local).as_posix() for path in found)
         return sorted(path.removeprefix(f"{self._base}/") for path in self._find(name))
 
     def push(self, names: Iterable[str]) -> None:
-        """Send local files to the store, in this order; without a store, do nothing.
+        """Send local files to the store, in this order; do nothing without a store.
 
         Raises:
             OSError
@@ -126,7 +121,7 @@ class RunFolder:
                 self._reach(lambda n=name, s=source: self._upload(n, s))  # type: ignore[misc]
 
     def pull(self, name: str) -> Path:
-        """Fetch a file from the store, even if an older copy is here. Returns its local path.
+        """Fetch a file from the store, replacing any local copy. Returns its local path.
 
         Raises:
             FileNotFoundError: the store has no such file.
@@ -144,7 +139,7 @@ class RunFolder:
         return path
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files, here and in the store, in this order. Files that do not exist are skipped.
+        """Remove files locally and in the store, in this order; missing files are skipped.
 
         Raises:
             OSError
@@ -159,15 +154,15 @@ class RunFolder:
         """Remove a folder with all its files.
 
         Args:
-            first: the file that is removed before the others, so that a removal that is cut short
-                leaves a folder without it.
+            first: a file to remove before the others, so that an interrupted removal leaves a
+                folder without it.
         """
         self.remove([f"{name}/{first}"] if first else [])
         self.remove(self.files(name))
         shutil.rmtree(self.local / name, ignore_errors=True)
 
     def push_small(self) -> None:
-        """Send all files but layers, checkpoints and model: the record of the run.
+        """Send all files except layers, checkpoints and model: the record of the run.
 
         Raises:
             OSError
@@ -179,7 +174,7 @@ class RunFolder:
             )
 
     def fetch_small(self) -> None:
-        """Fetch what `push_small` sent; files that are here stay as they are.
+        """Fetch what `push_small` sent; existing local files are kept.
 
         Raises:
             OSError
@@ -190,7 +185,7 @@ class RunFolder:
                     self.pull(name)
 
     def check_writable(self) -> None:
-        """Write and remove a file, here and in the store. Raises: UserError if that fails."""
+        """Write and remove a file, locally and in the store. Raises: UserError on failure."""
         probe = f".probe-{os.getpid()}"
         folder = self.local.parent
         try:
@@ -238,7 +233,7 @@ class RunFolder:
             shutil.copyfileobj(source, file, 16 * 2**20)
 
     def _reach(self, call: Callable[[], T]) -> T:
-        """Call the store; every failure is an OSError that names the run's URL."""
+        """Call the store; every failure becomes an OSError that names the run's URL."""
         try:
             return call()
         except FileNotFoundError:
@@ -248,10 +243,10 @@ class RunFolder:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a local file whole or not at all; it has reached the disk when this returns.
+    """Write a local file completely or not at all; it is on disk when this returns.
 
     Raises:
-        OSError: nothing was written, and an older file of that name is unchanged.
+        OSError: nothing was written; an older file of that name is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -266,7 +261,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems refuse it and keep order by themselves
+        with suppress(OSError):  # some network file systems refuse it but keep the order
             os.fsync(folder)
     finally:
         os.close(folder)

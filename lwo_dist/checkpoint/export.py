@@ -1,6 +1,4 @@
-"""A checkpoint becomes a plain Hugging Face folder with a model card, a few tensors in memory at a
-time.
-"""
+"""Export a checkpoint as a plain Hugging Face folder with a model card, a few tensors at a time."""
 
 from __future__ import annotations
 
@@ -31,26 +29,24 @@ __all__ = ["Dtype", "export_model"]
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARD_BYTES = 2 * 2**30
-"""A file of the export, and so what is in memory at once; a larger tensor has a file of its own."""
+"""Size of an export file, which bounds memory; a larger tensor gets its own file."""
 _NO_LICENCE = "not stated where it was loaded from; look there before you pass this model on"
 
 
 def export_model(
     checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32", method: Method | None = None
 ) -> Path:
-    """Write the model of a checkpoint, with tokenizer and model card, to `target`: whole there, or
-    not at all.
+    """Write a checkpoint's model, tokenizer and model card to `target`, completely or not at all.
 
-    Weights are the fp32 masters, rounded to bf16 if asked. Where transformers holds them fused (the
-    experts of a mixture) it does the writing, and they get their published names back; the model is
-    then in memory as a whole.
+    Weights are the fp32 masters, rounded to bf16 if requested. If transformers fuses them (the
+    experts of a mixture), it writes the files and restores their published names; the whole model
+    is then in memory.
 
     Args:
-        method: the method of the run; None: the one that the checkpoint names, if it is one of the
-            package's own.
+        method: the method of the run; None: the one named in the checkpoint, if it is built in.
 
     Raises:
-        UserError: the checkpoint's method is somebody's own class, which a file cannot ask for.
+        UserError: the checkpoint's method is a custom class, which a file must not import.
         OSError: `target` cannot be written.
     """
     about = checkpoint.state.get("run", {})
@@ -109,7 +105,7 @@ def _save_fused(
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """Write files of at most `_SHARD_BYTES`, or of one larger tensor, as `save_pretrained` does."""
+    """Write files of at most `_SHARD_BYTES`, or one larger tensor, like `save_pretrained`."""
     shards: list[list[str]] = []
     waiting: dict[str, Tensor] = {}
     filled = total = 0
@@ -153,7 +149,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     settings = json.loads(path.read_text())
-    settings.pop("torch_dtype", None)  # the key of transformers 4
+    settings.pop("torch_dtype", None)  # the key used by transformers 4
     path.write_text(
         json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
     )
@@ -209,7 +205,7 @@ def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> M
 def _scores_table(
     about: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """The lines of a Markdown table, a row per evaluation."""
+    """The lines of a Markdown table with one row per evaluation."""
     measured = dict.fromkeys(name for values in evaluations.values() for name in values)
     sheet = ScoreSheet.read(about, measured)
     columns = ["step", *(score.heading for score in sheet.scores), sheet.example[1]]
@@ -221,7 +217,7 @@ def _scores_table(
 
 
 def _licence(base: str, revision: str | None) -> str | None:
-    """What the base model's card says; None where it has none or says nothing."""
+    """The licence in the base model's card; None without a card or a licence."""
     try:
         folder = Path(base)
         if folder.is_dir():
@@ -229,11 +225,11 @@ def _licence(base: str, revision: str | None) -> str | None:
         else:
             card = ModelCard.load(hf_hub_download(base, "README.md", revision=revision))
         licence: str | None = card.data.get("license")
-    except Exception:  # no card, no network, a card that is no YAML: the model can do without
+    except Exception:  # no card, no network or invalid YAML: the licence is optional
         return None
     return licence
 
 
 def _short(base: str) -> str:
-    """A folder's own name: the path before it is nobody's business."""
+    """The name of a local folder only: its path should not be published."""
     return Path(base).name if Path(base).is_absolute() else base

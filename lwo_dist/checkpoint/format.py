@@ -1,15 +1,15 @@
-"""The format of a checkpoint, and how it is read. `store.py` and `writer.py` write them.
+"""The format of a checkpoint, and how to read it. `store.py` and `writer.py` write it.
 
 <run>/layers/<layer>.<step last trained>.<sha8>.safetensors          fp32 masters; immutable
-<run>/layers/<layer>.<step last trained>.<sha8>.moments.safetensors  `state: keep`: a waiting layer
+<run>/layers/<layer>.<step last trained>.<sha8>.moments.safetensors  `state: keep`; inactive layer
 <run>/checkpoints/step_000400/
     model.safetensors.index.json, config, tokenizer   parameter -> ../../layers/<file>
     active.safetensors                                moments of the active layer, by parameter
     state.json                                        written last: no state.json, no checkpoint
 
 The format is the same for all strategies and world sizes, and `from_pretrained(folder)` reads a
-checkpoint's folder as it is. state.json holds the sha256 of every other file and its own digest, so
-that any damage is found.
+checkpoint folder directly. state.json holds the sha256 of every other file and its own digest, so
+that any damage is detected.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ STATE = "state.json"
 INDEX = "model.safetensors.index.json"
 MOMENTS = "active.safetensors"
 FORMAT = 1
-"""In state.json. A reader refuses a higher one."""
+"""Stored in state.json. Readers refuse a higher version."""
 
 
 class DamagedError(ValueError):
@@ -60,14 +60,12 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint whose files are all present and whole; its weights load with
-    `from_pretrained(folder)`.
-    """
+    """A committed checkpoint, complete and intact; `from_pretrained(folder)` loads it."""
 
     folder: Path
-    """On this machine."""
+    """The local folder."""
     state: Mapping[str, Any]
-    """`step`, `active_layer`, `skipped_steps`, `moments` (waiting layer -> file of its moments),
+    """`step`, `active_layer`, `skipped_steps`, `moments` (inactive layer -> file of its moments),
     the trainer's entries, and `sha256` (file -> digest)."""
 
     @property
@@ -81,35 +79,33 @@ class Checkpoint:
         return dict(index["weight_map"])
 
     def hook_state(self) -> dict[str, Any]:
-        """The position and the active layer's moments (whole CPU tensors), as
-        `LWO.load_state_dict` takes them.
-        """
+        """Position and active moments (whole CPU tensors), for `LWO.load_state_dict`."""
         position = {key: self.state[key] for key in ("step", "active_layer", "skipped_steps")}
         return {**position, "moments": _read_moments(self.folder / MOMENTS)}
 
     def parked_moments(self) -> Iterator[tuple[str, dict[str, dict[str, Tensor]]]]:
-        """(layer, moments) of each inactive layer whose moments are kept, one at a time."""
+        """(layer, moments) of each inactive layer with stored moments, one at a time."""
         for layer, reference in self.state.get("moments", {}).items():
             yield layer, _read_moments(self.folder / reference)
 
     def weights(self) -> Iterator[dict[str, Tensor]]:
-        """fp32 masters by parameter name, a file at a time."""
+        """fp32 masters by parameter name, one file at a time."""
         for reference in sorted(set(self.weight_map.values())):
             yield load_file(self.folder / reference)
 
 
 def step_folder(step: int) -> str:
-    """Name of a checkpoint's folder, relative to the run's: `checkpoints/step_000400`."""
+    """The checkpoint's folder, relative to the run's: `checkpoints/step_000400`."""
     return f"{CHECKPOINTS}/step_{step:06d}"
 
 
 def seal(state: Mapping[str, Any]) -> bytes:
-    """state.json: the values, and a digest of them."""
+    """Serialise state.json: the values and their digest."""
     return json.dumps({**state, "digest": _digest(state)}, indent=1).encode()
 
 
 def flat_moments(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{parameter: {exp_avg, exp_avg_sq, step}} as one level, for a safetensors file."""
+    """Flatten {parameter: {exp_avg, exp_avg_sq, step}} for a safetensors file."""
     return {
         f"{name}.{kind}": t.contiguous()
         for name, kinds in moments.items()
@@ -118,7 +114,7 @@ def flat_moments(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
 
 
 def committed_steps(run: RunFolder) -> list[int]:
-    """Steps of the checkpoints that were written completely, oldest first. None is verified."""
+    """Steps of the committed checkpoints, oldest first; nothing is verified."""
     steps = []
     for name in run.folders(CHECKPOINTS):
         number = name.removeprefix("step_")
@@ -152,7 +148,7 @@ def read_checkpoint(run: RunFolder, step: int) -> Checkpoint:
 
 
 def read_state(run: RunFolder, step: int) -> dict[str, Any]:
-    """The values of a checkpoint's state.json; no other file is read.
+    """The values in a checkpoint's state.json; no other file is read.
 
     Raises:
         DamagedError: state.json is missing, truncated or changed.
@@ -169,8 +165,7 @@ def read_state(run: RunFolder, step: int) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
-    """The newest whole checkpoint; None without checkpoints. Prints a line for each damaged one
-    that it skips.
+    """The newest intact checkpoint; None without checkpoints. Prints each damaged one it skips.
 
     Raises:
         UserError: every checkpoint is damaged.
@@ -197,8 +192,8 @@ def use_copy(run: RunFolder, checkpoint: Checkpoint) -> Checkpoint:
     """Make a checkpoint that rank 0 has found available on this machine too.
 
     Raises:
-        DamagedError: a file that was fetched is damaged.
-        UserError: this machine does not see the storage folder.
+        DamagedError: a fetched file is damaged.
+        UserError: this machine cannot see the storage folder.
     """
     if run.url is not None:
         read_checkpoint(run, checkpoint.step)
@@ -211,11 +206,10 @@ def use_copy(run: RunFolder, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def prune(run: RunFolder, keep: set[int]) -> list[str]:
-    """Remove all checkpoints but those of the steps `keep`, and the layer files that none of these
-    names.
+    """Remove all checkpoints except those of the steps in `keep`, and layer files no longer used.
 
     Returns:
-        The folders and files that were removed, relative to the run's folder.
+        The removed folders and files, relative to the run's folder.
 
     Raises:
         DamagedError: a checkpoint to keep cannot be read; nothing was removed.
@@ -231,7 +225,7 @@ def prune(run: RunFolder, keep: set[int]) -> list[str]:
     removed = []
     for name in run.folders(CHECKPOINTS):
         if f"{CHECKPOINTS}/{name}" not in {step_folder(step) for step in keep}:
-            # state.json first: a folder that is half removed is then no checkpoint.
+            # state.json first, so that a half-removed folder is no longer a checkpoint.
             run.remove_folder(f"{CHECKPOINTS}/{name}", first=STATE)
             removed.append(f"{CHECKPOINTS}/{name}")
     stale = [name for name in run.files(LAYERS) if name not in named]
@@ -279,7 +273,7 @@ def _open_seal(data: bytes) -> dict[str, Any]:
 def _read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     moments: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  safe_open is no mapping
+        for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
             name, _, kind = key.rpartition(".")
             moments.setdefault(name, {})[kind] = file.get_tensor(key)
     return moments

@@ -1,4 +1,4 @@
-"""List, verify, prune and export the checkpoints of a run, for the command line."""
+"""List, verify, prune and export a run's checkpoints, for the command line."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ __all__ = ["export_run", "list_checkpoints", "prune_checkpoints", "verify_checkp
 
 
 def list_checkpoints(run: RunFolder) -> Iterator[str]:
-    """A line per checkpoint: step, active layer, main scores, files, time. Only state.json is
-    verified.
+    """One line per checkpoint: step, active layer, main scores, files, time.
+
+    Only state.json is verified.
 
     Raises:
         UserError: the run has no checkpoints.
@@ -53,10 +54,10 @@ def list_checkpoints(run: RunFolder) -> Iterator[str]:
 
 
 def verify_checkpoints(run: RunFolder) -> Iterator[str]:
-    """Read every byte of every checkpoint. A line per checkpoint: whole, or what is damaged.
+    """Read every byte of every checkpoint; one line per checkpoint: intact, or what is damaged.
 
     Raises:
-        UserError: the run has no checkpoints; after the last line: some are damaged.
+        UserError: the run has no checkpoints; or, after the last line, some are damaged.
     """
     damaged = 0
     for step in _steps(run):
@@ -76,11 +77,12 @@ def verify_checkpoints(run: RunFolder) -> Iterator[str]:
 
 
 def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
-    """Keep the newest `keep` whole checkpoints; remove the others and the files that only they
-    name. A line per removed file or folder.
+    """Keep the newest `keep` intact checkpoints and remove the others, with files only they use.
+
+    Yields one line per removed file or folder.
 
     Raises:
-        UserError: keep is below 1, no checkpoint is whole, or the run is still running.
+        UserError: `keep` is below 1, no checkpoint is intact, or the run is still running.
     """
     if keep < 1:
         raise UserError(f"--keep = {keep} must be at least 1")
@@ -106,9 +108,9 @@ def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dty
     """Write a checkpoint as a Hugging Face model folder.
 
     Args:
-        target: the folder to write; None: `model` in the run's folder, or a folder named like the
-            run in the working directory where the run is in an object store.
-        step: the checkpoint; None: the newest whole one.
+        target: the folder to write; None: `model` in the run's folder or, for a run in an object
+            store, a folder with the run's name in the working directory.
+        step: the checkpoint; None: the newest intact one.
 
     Returns:
         The folder.

@@ -1,4 +1,4 @@
-"""Going on where a run stopped, on whatever ranks and with whatever strategy."""
+"""Resume a stopped run, on any number of ranks and with any strategy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["data_record", "find_checkpoint", "refuse_other_run", "restore"]
 
 
 def find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
-    """The newest whole checkpoint, its files on every machine."""
+    """The newest intact checkpoint, with its files available on every machine."""
     if config.checkpoint.resume != "auto":
         return None
     checkpoint = distributed.on_rank_0(newest_checkpoint, place)
@@ -31,13 +31,13 @@ def find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
 
 
 def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
-    """Position, moments and masters.
+    """Restore position, moments and masters.
 
     Args:
-        has_weights: the model was made from the checkpoint.
+        has_weights: the model was built from the checkpoint.
     """
     if lwo.strategy.stores_16_bit or not has_weights:
-        # A model in 16 bits lacks the fp32 masters, which are in the same files.
+        # A model in 16 bits still lacks the fp32 masters, which are in the same files.
         for tensors in checkpoint.weights():
             lwo.write_layer(tensors)
     lwo.load_state_dict(checkpoint.hook_state())
@@ -47,7 +47,7 @@ def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
 
 
 def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
-    """What a resumed run must find unchanged: `seed`, `global_batch_size`, `fingerprint`."""
+    """What must not change when a run resumes: `seed`, `global_batch_size`, `fingerprint`."""
     return {
         "seed": config.seed,
         "global_batch_size": config.train.global_batch_size,
@@ -56,10 +56,10 @@ def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
 
 
 def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    """Raises: UserError where the checkpoint was made from another model or other data."""
+    """Raise UserError if the checkpoint was made from another model or other data."""
     base = config.model.name
     then = state["run"]["base_model"]
-    # A folder may have moved; its name stays.
+    # The folder may have moved, but its name stays the same.
     if Path(base).name != Path(then).name:
         raise UserError(
             f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name "

@@ -1,10 +1,10 @@
-"""Checkpoints that cost one layer: the step loop waits for a copy on the host, a thread of rank 0
-writes it.
+"""Checkpoints at the cost of one layer: the step loop waits only for a copy on the host, which a
+thread of rank 0 writes.
 
 save(lwo)    every rank gathers the layers trained since the last save, and the active moments
-             rank 0 hands each to its writer as it comes, and at last the checkpoint that names them
+             rank 0 passes each to its writer, and finally the checkpoint that refers to them
 poll()       whether the writer is done
-wait()       every rank learns what became of the save: committed, or why not
+wait()       tells every rank the outcome of the save: committed, or why not
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ __all__ = ["LayerStore", "Outcome"]
 
 
 class LayerStore:
-    """Writes the checkpoints of one run folder. Every rank calls; rank 0 writes.
+    """Writes the checkpoints of a run folder. All ranks call it; rank 0 writes.
 
     Args:
-        model_files: fills a folder with config and tokenizer; called on rank 0.
-        keep: how many of the newest checkpoints stay, the best one besides.
+        model_files: writes config and tokenizer to a folder; called on rank 0.
+        keep: how many of the newest checkpoints to keep, in addition to the best one.
     """
 
     def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int = 1):
         self._writer = (
             CheckpointWriter(run, model_files, keep=keep) if distributed.rank() == 0 else None
         )
-        # Equal on every rank, so that all agree on what to gather without talking.
+        # Equal on every rank, so that all agree on what to gather without communicating.
         self._captured: dict[str, int] = {}  # key of a piece -> step last trained
-        self._pending = False  # a save whose outcome `wait` has not told yet
+        self._pending = False  # a save whose outcome `wait` has not reported yet
 
     def remember(self, checkpoint: Checkpoint, lwo: LWO) -> None:
-        """Take the files of a checkpoint that training goes on from for written."""
+        """Mark the files of the resumed checkpoint as already written."""
         weight_map = checkpoint.weight_map
         parked = checkpoint.state.get("moments", {})
         written = {}
         for layer in [*lwo.layers, lwo.rest]:
             references = {weight_map.get(name) for name in layer.parameter_names}
-            # More than one: the layers were cut in another way then, and this one is written anew.
+            # More than one: the layers were divided differently then, so write this one again.
             keys = {layer.name: references.pop() if len(references) == 1 else None}
             keys[_moments_key(layer)] = parked.get(layer.name)
             for key, reference in keys.items():
@@ -66,12 +66,13 @@ class LayerStore:
             self._writer.remember(written, checkpoint.step)
 
     def save(self, lwo: LWO, extra: Mapping[str, Any], *, best_step: int = 0) -> None:
-        """Start a checkpoint of the hook's present step; `wait` comes before the next one. All
-        ranks call it.
+        """Start a checkpoint of the hook's current step. All ranks call it.
+
+        Call `wait` before the next save.
 
         Args:
-            extra: what else state.json holds.
-            best_step: the checkpoint to keep besides the newest ones.
+            extra: additional entries for state.json.
+            best_step: the checkpoint to keep in addition to the newest ones.
         """
         assert not self._pending, "wait() comes before the next save()"
         self._pending = True
@@ -92,19 +93,15 @@ class LayerStore:
                     parked[layer.name] = key
         moments = lwo.read_moments(lwo.active_layer)
         if self._writer is not None:
-            frozen = json.loads(json.dumps(extra))  # the loop goes on and changes it
+            frozen = json.loads(json.dumps(extra))  # the loop will modify it
             self._writer.commit(Save(step, position, frozen, moments, weights, parked, best_step))
 
     def poll(self) -> bool:
-        """Whether rank 0's writer is done with the save. False elsewhere and without one; no
-        collective.
-        """
+        """Whether rank 0's writer has finished the pending save; else False. No collective."""
         return self._pending and self._writer is not None and self._writer.is_done
 
     def wait(self) -> Outcome | None:
-        """The outcome of the save that `wait` has not told yet, on every rank; None without one. A
-        collective.
-        """
+        """The outcome of the pending save, on every rank; None without one. A collective."""
         if not self._pending:
             return None
         self._pending = False
@@ -113,8 +110,9 @@ class LayerStore:
     def _capture(
         self, key: str, trained: int, suffix: str, read: Callable[[], dict[str, Tensor]]
     ) -> bool:
-        """Read what is newer than the last save took (a collective) and queue its file; whether
-        there is anything.
+        """Read and queue a piece if it changed since the last save; False if there is none.
+
+        A collective.
         """
         if self._captured.get(key) == trained:
             return True

@@ -1,8 +1,7 @@
-"""The thread of rank 0 that writes host copies to the disk or an object store while training
-continues.
+"""The thread of rank 0 that writes host copies to disk or an object store during training.
 
-A save that fails (a full disk) loses nothing: its layers stay in host memory and are written with
-the next one.
+A failed save (a full disk) loses nothing: its layers stay in host memory and are written with the
+next one.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from .format import (
 
 __all__ = ["CheckpointWriter", "Outcome", "Piece", "Save"]
 
-# Limit of the host copies that wait to be written: the first save of a large model, which holds all
+# Limit of host copies waiting to be written: the first save of a large model, which contains all
 # layers, must not fill the host's memory.
 _MAX_WAITING_BYTES = 2 * 2**30
 
@@ -52,7 +51,7 @@ class Outcome:
     step: int
     folder: Path
     error: str = ""
-    """Empty: committed."""
+    """Empty if committed."""
     bytes_written: int = 0
     seconds: float = 0.0
     """From the call of `save` to the commit."""
@@ -60,9 +59,7 @@ class Outcome:
 
 @dataclass
 class Piece:
-    """A layer's weights, or the moments of an inactive layer: a file that never changes once it is
-    written.
-    """
+    """A layer's weights, or the moments of an inactive layer: an immutable file once written."""
 
     stem: str
     """<layer>.<step last trained>"""
@@ -75,7 +72,7 @@ class Piece:
 
 @dataclass
 class Save:
-    """One checkpoint on its way to the disk."""
+    """A checkpoint to be written."""
 
     step: int
     position: Mapping[str, Any]
@@ -91,8 +88,7 @@ class Save:
 
 
 class CheckpointWriter:
-    """Writes pieces, then the checkpoint that names them, one after another in the order of the
-    calls.
+    """Writes pieces, then the checkpoint that refers to them, in the order of the calls.
 
     Args:
         model_files: writes config and tokenizer to a folder; called once.
@@ -105,7 +101,7 @@ class CheckpointWriter:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "lwo-checkpoint-writer")
         self._queue: list[Future[Any]] = []
-        # Only the thread changes these while anything is queued.
+        # Only the writer thread changes these while anything is queued.
         self._unwritten: dict[str, Piece] = {}
         self._written: dict[str, tuple[str, str]] = {}  # key -> name in the run's folder, sha256
         self._committed: list[int] = []
@@ -134,7 +130,7 @@ class CheckpointWriter:
             busy.exception()
 
     def commit(self, job: Save) -> None:
-        """Queue the checkpoint that names the pieces put before."""
+        """Queue the checkpoint that refers to the pieces queued before it."""
         self._queue.append(self._thread.submit(self._commit, job))
 
     @property
@@ -142,16 +138,14 @@ class CheckpointWriter:
         return all(future.done() for future in self._queue)
 
     def outcome(self) -> Outcome:
-        """Wait until the checkpoint that was queued last is written or has failed."""
+        """Wait until the last queued checkpoint is written or has failed."""
         queue = self._queue
         self._queue = []
         outcome: Outcome = [future.result() for future in queue][-1]
         return outcome
 
     def _write(self, key: str, piece: Piece) -> str:
-        """Write a piece. Returns the error, or an empty text; after an error the piece is kept for
-        the next save.
-        """
+        """Write a piece; return the error or "". After an error, keep it for the next save."""
         if self._unwritten.get(key) is not piece:
             return ""
         try:
@@ -162,7 +156,7 @@ class CheckpointWriter:
             name = f"{LAYERS}/{piece.stem}.{digest[:8]}{piece.suffix}"
             path = self._run.local / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not (path.exists() and sha256_of(path) == digest):  # a damaged file is overwritten
+            if not (path.exists() and sha256_of(path) == digest):  # overwrite a damaged file
                 write_whole(path, data)
                 self._bytes += len(data)
             self._run.push([name])
@@ -174,7 +168,7 @@ class CheckpointWriter:
 
     def _commit(self, job: Save) -> Outcome:
         folder = self._run.local / step_folder(job.step)
-        # Pieces of an earlier save that failed, or of this one.
+        # Pieces of this save, or of an earlier one that failed.
         for key, piece in list(self._unwritten.items()):
             if error := self._write(key, piece):
                 return Outcome(job.step, folder, error)
@@ -197,7 +191,7 @@ class CheckpointWriter:
 
     def _write_checkpoint(self, job: Save, folder: Path) -> None:
         here = step_folder(job.step)
-        # What is there was left by a save that was cut short, or is damaged.
+        # An existing folder is damaged, or left over from an interrupted save.
         self._run.remove_folder(here, first=STATE)
         folder.mkdir(parents=True)
         digests = self._add_model_files(folder)
@@ -221,7 +215,7 @@ class CheckpointWriter:
             self._bytes += len(data)
         self._run.push(f"{here}/{path.name}" for path in sorted(folder.iterdir()))
         self._run.push_small()
-        # Last, because it is what makes the folder a checkpoint.
+        # Written last, because it turns the folder into a checkpoint.
         state = seal(
             {"format": FORMAT, **job.position, **job.extra, "moments": parked, "sha256": digests}
         )
@@ -230,9 +224,7 @@ class CheckpointWriter:
         self._bytes += len(state)
 
     def _add_model_files(self, folder: Path) -> dict[str, str]:
-        """Add config and tokenizer: written once, linked into every later checkpoint. Returns
-        name -> sha256.
-        """
+        """Add config and tokenizer, written once and then linked. Returns name -> sha256."""
         copies = {
             name: (self._run.local / copy, digest) for name, (copy, digest) in self._model.items()
         }
@@ -252,5 +244,5 @@ class CheckpointWriter:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # the file system does not support links
         shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how they are read."""
+"""Arguments shared by several commands, and how they are read."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The config that `add_config_arguments` asked for.
+    """The config from the arguments of `add_config_arguments`.
 
     Raises:
-        UserError: the file or an override is wrong.
+        UserError: the file or an override is invalid.
     """
     from lwo_dist.config.reading import load_config
 

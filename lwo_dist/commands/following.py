@@ -1,4 +1,4 @@
-"""Following a job on the terminal, for `submit` and `jobs logs`."""
+"""Follow a job in the terminal, for `submit` and `jobs logs`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["follow", "how_to_follow"]
 
 
 def follow(jobs: Jobs, job: str, address: str) -> int:
-    """Write the job's log to stdout, to its end. Returns its exit code.
+    """Stream the job's log to stdout until it ends. Returns the job's exit code.
 
-    Ctrl-C asks what is to become of the job, and leaves it alone where there is nobody to ask: then
-    the exit code is 130.
+    Ctrl-C asks whether to stop the job; without a terminal to ask, the job keeps running. The exit
+    code is then 130.
     """
 
     def write(text: str) -> None:
@@ -40,7 +40,7 @@ def follow(jobs: Jobs, job: str, address: str) -> int:
 
 
 def how_to_follow(address: str, job: str) -> str:
-    """Two lines: the commands that follow the job and stop it."""
+    """Two lines: the commands to follow and to stop the job."""
     where = f"--address {shlex.quote(address)}"
     return (
         f"follow it: lwo-dist jobs logs -f {where} {job}\nstop it: lwo-dist jobs stop {where} {job}"

@@ -1,4 +1,4 @@
-"""`lwo-dist replay`: send what a run could not send to MLflow."""
+"""`lwo-dist replay`: send to MLflow what a run could not send."""
 
 from __future__ import annotations
 

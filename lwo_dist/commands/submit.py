@@ -1,4 +1,4 @@
-"""`lwo-dist submit`: train on a Ray cluster that is elsewhere."""
+"""`lwo-dist submit`: train on a remote Ray cluster."""
 
 from __future__ import annotations
 

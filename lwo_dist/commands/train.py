@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_config(config)
     if "RAY_ADDRESS" not in os.environ:  # else the workers may have what the driver lacks
         require_extras(config)
-    # A moving bar garbles the log of a job; workers inherit this.
+    # A progress bar garbles a job's log; workers inherit this setting.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if under_torchrun:
         from lwo_dist.run import prepare_and_run as train
@@ -66,7 +66,7 @@ def _go_on(config: Config, stopped: Stopped) -> str:
 
 
 def _ui_command(arguments: argparse.Namespace) -> str:
-    """The command that shows the runs of this one's store."""
+    """The command that shows the runs in this run's store."""
     program = sys.argv[0] if Path(sys.argv[0]).name == "lwo-dist" else "lwo-dist"
     file = ["-c", str(arguments.config)] if arguments.config else []
     store = [

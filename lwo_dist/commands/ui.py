@@ -1,4 +1,4 @@
-"""`lwo-dist ui`: the runs in MLflow's web pages, on this machine only."""
+"""`lwo-dist ui`: browse the runs in MLflow's web UI, on this machine only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Name the page of a tracking server; for a database become MLflow's server of it."""
+    """Print the URL of a tracking server; for a database, become an MLflow server for it."""
     require("mlflow", what="lwo-dist ui")
     from lwo_dist.redaction import redact
     from lwo_dist.storage import storage_folder
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _become_server(uri: str, port: int) -> None:
-    # Two processes and 0.5 GB instead of MLflow's ten: one person looks at it. The address, which
-    # may hold a password, not on the command line, which every user of the machine can read.
+    # Two processes and 0.5 GB instead of MLflow's ten: there is only one user. The address may
+    # contain a password, so it is not on the command line, which every local user can read.
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
     environment = os.environ | {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -1,4 +1,4 @@
-"""Methods: what is trained, and when. `lwo_dist.registry.METHODS` knows them by name."""
+"""Methods: what is trained, and when. Registered by name in `lwo_dist.registry.METHODS`."""
 
 from .base import Method
 

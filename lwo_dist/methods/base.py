@@ -1,4 +1,4 @@
-"""What a method must say: how the model is prepared, its layers, its visits, what is exported."""
+"""The interface of a method: model preparation, layers, visits and export."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ __all__ = ["Method"]
 
 
 class Method(ABC):
-    """Which parameters are trained together. The hook and the trainer never ask which one it is.
+    """Which parameters are trained together. The hook and the trainer never check which one it is.
 
     A method has no state: one instance serves every model of the process.
     """
 
     name: str
-    """As in the config."""
+    """The name used in the config."""
     extras: tuple[str, ...] = ()
-    """What it needs beyond torch, as extras of the package."""
+    """The extras of the package that it needs beyond torch."""
     changes_model = False
-    """Whether `prepare` adds parameters or renames them. A checkpoint then holds more than the base
-    model, and a resumed run makes the base model first and prepares it again."""
+    """Whether `prepare` adds or renames parameters. If so, a checkpoint holds more than the base
+    model, and a resumed run builds the base model first and prepares it again."""
 
     def check(self, config: Config) -> None:
-        """Refuse settings of a run that have no effect with this method. Raises: UserError."""
+        """Refuse run settings that have no effect with this method. Raises: UserError."""
 
     def prepare(self, model: nn.Module, config: LWOConfig) -> None:
-        """Change the model in place, before it is sharded; by default nothing is changed.
+        """Change the model in place, before it is sharded; by default do nothing.
 
-        All ranks call it with the same global seed. The parameters of the base model may lie on the
-        meta device; what is added must be on the CPU, with its initial values.
+        All ranks call it with the same global seed. The base model's parameters may be on the meta
+        device; added parameters must be on the CPU, with their initial values.
         """
 
     @abstractmethod
@@ -42,21 +42,21 @@ class Method(ABC):
         """All layers that are ever trained, in the order of the forward pass.
 
         Raises:
-            UserError: the model has no such layers.
+            UserError: the model does not have the layers this method needs.
         """
 
     def visits(self, layers: Sequence[Layer]) -> list[Visit]:
-        """The visits of one cycle, in model order: by default one for each layer."""
+        """The visits of one cycle, in model order: by default one per layer."""
         return [Visit(layer) for layer in layers]
 
     def export(
         self, names: Sequence[str], read: Callable[[str], Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Name and fp32 tensor of everything in the exported model: by default as it was trained.
+        """Name and fp32 tensor of everything in the exported model; by default as trained.
 
         Args:
-            names: of all tensors in the checkpoint.
-            read: gives one of them; what was read is not kept.
+            names: all tensors in the checkpoint.
+            read: reads one of them by name; the result is not cached.
         """
         for name in names:
             yield name, read(name)

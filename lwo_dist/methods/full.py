@@ -1,4 +1,4 @@
-"""Full fine-tuning: one layer that holds every parameter, and is never switched."""
+"""Full fine-tuning: a single layer with all parameters, never switched."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FullFineTuning"]
 
 
 class FullFineTuning(Method):
-    """What LWO is compared with, through the same hook, strategies and trainer."""
+    """The baseline for LWO, using the same hook, strategies and trainer."""
 
     name = "full"
 

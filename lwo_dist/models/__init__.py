@@ -1,4 +1,4 @@
-"""A folder or a Hugging Face id becomes a tokenizer and a model."""
+"""Builds a tokenizer and a model from a folder or a Hugging Face id."""
 
 from .source import PretrainedSource, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""A model's folder: found or downloaded, its settings, its weights as one whole model."""
+"""A model's folder: found or downloaded; its settings; its weights loaded as one whole model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ _NOT_NEEDED = ["*/*", "consolidated*", "training_args*"]
 
 
 def resolve(config: ModelConfig, patterns: list[str]) -> Path:
-    """The folder with the model's files; those of a Hugging Face id are downloaded, or found in its
-    cache.
-    """
+    """The folder with the model's files; for a Hugging Face id, downloaded or from its cache."""
     folder = Path(config.name).expanduser()
     name = f"model.name {config.name!r}"
     if folder.is_dir():
@@ -94,7 +92,7 @@ def read_settings(config: ModelConfig, folder: Path) -> Any:
 
 
 def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
-    """`from_pretrained`, but what does not fit is an error: it would be left random, or out."""
+    """`from_pretrained`, but mismatched weights are errors: it would skip or randomise them."""
     with one_line(config, "weights", AGAIN):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -114,7 +112,7 @@ def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def one_line(config: ModelConfig, what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a library raises about a model's files into one line."""
+    """Turn any library error about a model's files into one line."""
     try:
         yield
     except UserError:

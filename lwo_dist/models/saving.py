@@ -1,4 +1,4 @@
-"""The files beside the weights that make a folder a Hugging Face model."""
+"""The files that, with the weights, make a folder a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["save_model_files"]
 
 
 def save_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write config, generation config and tokenizer of `model` to `folder`; no weights.
+    """Write the config, generation config and tokenizer of `model` to `folder`; no weights.
 
-    The config says float32, whatever dtype the base model was published in: the layer files of a
-    checkpoint hold fp32 masters.
+    The config says float32, whatever the published dtype: the layer files of a checkpoint hold fp32
+    masters.
 
     Raises:
         OSError

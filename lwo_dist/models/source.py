@@ -1,9 +1,9 @@
-"""A folder or a Hugging Face id becomes a tokenizer and a model.
+"""Builds a tokenizer and a model from a folder or a Hugging Face id.
 
-A strategy decides how the model comes into being (`StrategyBuilder.build`) and asks a
-`PretrainedSource` for it: whole, or empty and then filled with this rank's rows. Weights are fp32
-whatever the checkpoint holds, because they are the masters that the optimizer steps on, and compute
-has its own dtype. What one rank refuses all refuse: the others would wait for it until the
+A strategy decides how the model is created (`StrategyBuilder.build`) and requests it from a
+`PretrainedSource`: whole, or empty and then filled with this rank's rows. Weights are fp32 whatever
+the checkpoint's dtype, because they are the masters that the optimizer updates; compute has its own
+dtype. An error on one rank is raised on all, as otherwise the others would wait until the
 collectives time out.
 """
 
@@ -33,15 +33,14 @@ _SAVE_TOKENIZER = "save one there with tokenizer.save_pretrained(folder)"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, a `PreTrainedTokenizerBase`, as it was saved. No collective: any
-    process may call it.
+    """The model's saved tokenizer, a `PreTrainedTokenizerBase`. No collective.
 
     Raises:
-        UserError: no such folder or id, the hub cannot be reached, or it has no tokenizer.
+        UserError: no such folder or id, the hub is unreachable, or there is no tokenizer.
     """
     folder = resolve(config, _SETTINGS)
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
-        # transformers would make an empty one.
+        # transformers would create an empty one.
         raise UserError(f"model.name {config.name!r} has no tokenizer; {_SAVE_TOKENIZER}")
     with one_line(config, "tokenizer", _SAVE_TOKENIZER):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -53,11 +52,11 @@ class PretrainedSource:
     Args:
         config: which model.
         gradient_checkpointing: recompute activations in backward (non-reentrant).
-        prepare: the method's change of the model, before it is sharded.
+            prepare: the method's changes to the model, made before it is sharded.
 
-    Every method is a collective and raises on every rank alike:
-        UserError: no such folder or id, the hub cannot be reached, a damaged or quantised
-            checkpoint, weights that do not fit config.json, an encoder-decoder.
+        Every method is a collective and raises on all ranks:
+            UserError: no such folder or id, an unreachable hub, a damaged or quantised checkpoint,
+                weights that do not match config.json, an encoder-decoder.
     """
 
     def __init__(
@@ -86,19 +85,19 @@ class PretrainedSource:
             return self._finished(model.to(device))
 
     def empty(self) -> Any:
-        """The same with the base model's parameters on the meta device; buffers are real."""
+        """`whole` with the base model's parameters on the meta device; buffers are real."""
         with distributed.errors_on_all_ranks():
             self._folder = self._find()
             settings = read_settings(self._config, self._folder)
             model = _empty_model(self._config, self._folder, settings)
             files = weights.locate(self._config, self._folder)
-            # Before it is sharded, which changes its classes' names.
+            # Before sharding, which renames the classes.
             self._files = files if weights.is_direct(model, files) else {}
             stored = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
             own = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
             self._prepare(model)
             prepared = model.state_dict(keep_vars=True)
-            # A method may wrap modules, which renames what is in them: the tensors stay the same.
+            # A method may wrap modules, which renames their contents; the tensors stay the same.
             self._stored_names = {
                 name: name if own.get(name) == id(tensor) else stored[id(tensor)]
                 for name, tensor in prepared.items()
@@ -113,16 +112,16 @@ class PretrainedSource:
             return self._finished(model)
 
     def materialize(self, model: nn.Module, device: torch.device) -> None:
-        """Allocate this rank's shards of a model of `empty`: unfilled, but for what was added."""
+        """Allocate this rank's shards of an `empty` model; only added parameters have values."""
         model.to_empty(device=device)
-        # No checkpoint holds the rotary frequencies, and to_empty left garbage in them. Ties
-        # survive it.
+        # No checkpoint contains the rotary frequencies, and to_empty left garbage in them. Tied
+        # weights stay tied.
         for name, buffer in model.named_buffers():
             buffer.copy_(self._buffers[name])
         weights.write(model, self._added)
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
-        """Read this rank's rows of each tensor of a model of `empty`, sharded and materialized."""
+        """Read this rank's rows of each tensor of a sharded, materialised model from `empty`."""
         if self._files:
             weights.read(model, self._config, self._files, self._stored_names)
         else:
@@ -131,11 +130,10 @@ class PretrainedSource:
     def fill_partitioned(
         self, model: nn.Module, device: torch.device, partition: Callable[[nn.Parameter], None]
     ) -> None:
-        """Make the parameters of a model of `empty` real, one after the other.
+        """Materialise the parameters of a model from `empty` one at a time.
 
         Args:
-            partition: called with a whole parameter, of which it keeps this rank's part of what
-                rank 0 has there.
+            partition: called with a whole parameter; keeps this rank's part of rank 0's values.
         """
         weights.receive_partitioned(
             model,
@@ -157,7 +155,7 @@ class PretrainedSource:
     def _finished(self, model: Any) -> Any:
         if self._gradient_checkpointing:
             _enable_checkpointing(model)
-        # A cache of keys and values only costs memory in training; generate() asks for one.
+        # A key-value cache only costs memory in training; generate() requests one.
         model.config.get_text_config().use_cache = False
         return model.eval()
 
@@ -176,7 +174,7 @@ def _empty_model(config: ModelConfig, folder: Path, settings: Any) -> Any:
 
 
 def _enable_checkpointing(model: Any) -> None:
-    # transformers renames this and warns at the old name; 5.10 has only the old one.
+    # transformers renames this and warns about the old name; 5.10 has only the old one.
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
         enable = model.gradient_checkpointing_enable
@@ -187,5 +185,5 @@ def _enable_checkpointing(model: Any) -> None:
             f"{type(model).__name__} cannot recompute activations; set "
             "train.gradient_checkpointing: false"
         ) from None
-    # Inputs that require gradients would drag backward through the layers below the active one.
+    # Inputs that require gradients would extend backward to the layers below the active one.
     model.disable_input_require_grads()

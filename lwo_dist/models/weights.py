@@ -1,4 +1,4 @@
-"""Weights from safetensors files into a model, this rank's share of each tensor at a time."""
+"""Loads weights from safetensors files into a model, this rank's share of one tensor at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .hub import AGAIN, one_line, whole_model
 
 __all__ = ["are_fused", "is_direct", "locate", "read", "receive", "receive_partitioned", "write"]
 
-# Pages of a mapped file count as this process's memory while it is open: a tensor is read in pieces
-# of this size.
+# Pages of a mapped file count as this process's memory while it is open, so tensors are read in
+# pieces of this size.
 _PIECE_BYTES = 16 * 2**20
 
 
 def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file; empty where the weights are in another format."""
+    """Tensor name -> safetensors file; empty if the weights are in another format."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     with one_line(config, "weights", AGAIN):
@@ -47,17 +47,17 @@ def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
 
 
 def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
-    """Whether each tensor of the model is one of the checkpoint, under the same name.
+    """Whether each tensor of the model is in the checkpoint under the same name.
 
-    It is not where transformers fuses weights while it loads them (the experts of a mixture) or
-    renames them (GPT-2 as first published, without "transformer."), and where both names of a tied
-    tensor were saved.
+    False if transformers fuses weights while loading (the experts of a mixture) or renames them
+    (GPT-2 as first published, without "transformer."), and if both names of a tied tensor were
+    saved.
     """
     if are_fused(model):
         return False
     targets = _targets(model)
     known = {name for target in targets for name in target.names}
-    # Old checkpoints hold buffers that models now compute, such as each layer's
+    # Old checkpoints contain buffers that models now compute, such as each layer's
     # rotary_emb.inv_freq.
     computed = {_ending(name) for name, _ in model.named_buffers() if name not in known}
     saved = {name for name in files if name in known or _ending(name) not in computed}
@@ -65,7 +65,7 @@ def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
 
 
 def are_fused(model: Any) -> bool:
-    """Whether transformers holds weights fused that a published checkpoint has apart (experts)."""
+    """Whether transformers fuses weights (experts) that published checkpoints store separately."""
     return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
 
 
@@ -77,7 +77,7 @@ def read(
 
     Args:
         files: stored name -> file (`locate`).
-        stored: name in the model -> name in the checkpoint; others are left as they are.
+        stored: name in the model -> name in the checkpoint; other tensors are left as they are.
     """
     with distributed.errors_on_all_ranks(), one_line(config, "weights", AGAIN):
         for target in _targets(model, stored):
@@ -102,7 +102,7 @@ def read(
 
 @torch.no_grad()
 def write(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Copy this rank's rows of whole tensors, the same ones on every rank, into a sharded model."""
+    """Copy this rank's rows of whole tensors, the same on all ranks, into a sharded model."""
     own = model.state_dict(keep_vars=True)
     for name, tensor in whole.items():
         local, first = _local_rows(own[name])
@@ -117,9 +117,7 @@ def receive(
     stored: Mapping[str, str],
     device: torch.device,
 ) -> None:
-    """Rank 0 loads the model whole, on its host and in the dtype it is stored in, and sends it
-    piece by piece.
-    """
+    """Rank 0 loads the whole model on its host, in its stored dtype, and sends it in pieces."""
     targets = _targets(model, stored)
     whole: dict[str, Tensor] = {}
     with distributed.errors_on_all_ranks():
@@ -162,12 +160,11 @@ def receive_partitioned(
     device: torch.device,
     partition: Callable[[nn.Parameter], None],
 ) -> None:
-    """Make the parameters real one after the other: whole on every rank for a moment, from rank 0's
-    file.
+    """Materialise the parameters one at a time: each is briefly whole on every rank, from rank 0.
 
     Args:
-        files: empty where the weights are not stored as the model has them.
-        added: whole tensors of what the checkpoint does not hold.
+        files: empty if the weights are not stored as the model has them.
+        added: whole tensors that are not in the checkpoint.
     """
     whole: dict[str, Tensor] = {}
     with distributed.errors_on_all_ranks():
@@ -223,7 +220,7 @@ class _Target:
 
 
 def _targets(model: Any, stored: Mapping[str, str] | None = None) -> list[_Target]:
-    """The tensors of the model that are in `stored`; None: all, under their own names."""
+    """The model's tensors that are in `stored`; None: all, under their own names."""
     tensors = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -241,7 +238,7 @@ def _ending(name: str) -> str:
 
 
 def _stored_dtype(config: ModelConfig, files: Mapping[str, Path]) -> torch.dtype:
-    """The half precision that all weights are stored in, else fp32: loading must not round."""
+    """The half precision of all stored weights, else fp32: loading must not round."""
     found = set()
     with one_line(config, "weights", AGAIN):
         for name, path in files.items():
@@ -252,7 +249,7 @@ def _stored_dtype(config: ModelConfig, files: Mapping[str, Path]) -> torch.dtype
 
 
 def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows, writable, and the number of the first one in the whole tensor."""
+    """This rank's rows, writable, and the index of the first one in the whole tensor."""
     if isinstance(tensor, DTensor):
         _, offsets = compute_local_shape_and_global_offset(
             tensor.shape, tensor.device_mesh, tensor.placements
@@ -262,7 +259,7 @@ def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that hold at most `_PIECE_BYTES`, or one row."""
+    """Row ranges of at most `_PIECE_BYTES` each, or a single row."""
     step = max(1, _PIECE_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
     for start in range(0, len(tensor), step):
         yield start, min(start + step, len(tensor))

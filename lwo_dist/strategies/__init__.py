@@ -1,4 +1,4 @@
-"""How a layer lives on the ranks. `lwo_dist.registry.STRATEGIES` knows the builders by name."""
+"""How a layer is distributed across ranks. Builders: `lwo_dist.registry.STRATEGIES`."""
 
 from .base import MOMENTS, Moments, Strategy, StrategyBuilder, Update
 

@@ -1,4 +1,4 @@
-"""What a strategy must do, and the parts that `replicate` and `fsdp` share."""
+"""The interface of a strategy, and the parts that `replicate` and `fsdp` share."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ __all__ = [
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = dict[str, dict[str, Tensor]]
 """Parameter name -> `exp_avg` and `exp_avg_sq`, shaped like the parameter, and the scalar `step`;
-whole, on the CPU.
+whole tensors on the CPU.
 """
 
 MakeOptimizer = Callable[[Sequence[Sequence[Tensor]]], torch.optim.Optimizer]
-"""For each layer of a visit this rank's plain shards -> an optimizer with a group for each layer,
-whose update is elementwise.
+"""Takes this rank's plain shards for each layer of a visit; returns an optimizer with one parameter
+group per layer and an elementwise update.
 """
 
 
 class ModelSource(Protocol):
-    """Where a builder gets the model from: `lwo_dist.models.source` implements it.
+    """Where a builder gets the model from, implemented in `lwo_dist.models.source`.
 
-    Every method is a collective: what one rank refuses, all refuse.
+    Every method is a collective: an error on one rank is raised on all.
     """
 
     def whole(self, device: torch.device) -> Any:
-        """The model in fp32 on `device`, prepared by the method."""
+        """The fp32 model on `device`, prepared by the method."""
 
     def empty(self) -> Any:
-        """The same with the parameters of the base model on the meta device, and real buffers."""
+        """`whole` with the base model's parameters on the meta device; buffers are real."""
 
     def materialize(self, model: nn.Module, device: torch.device) -> None:
-        """Allocate what of a model of `empty` is on the meta device, unfilled."""
+        """Allocate the meta tensors of a model from `empty`, without filling them."""
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
         """Read this rank's rows of each parameter of a materialised, sharded model."""
@@ -61,25 +61,25 @@ class ModelSource(Protocol):
     def fill_partitioned(
         self, model: nn.Module, device: torch.device, partition: Callable[[nn.Parameter], None]
     ) -> None:
-        """Replace each parameter of a model of `empty` by a whole one, which `partition` cuts."""
+        """Replace each parameter of an `empty` model by a whole one, which `partition` divides."""
 
 
 class StrategyBuilder(ABC):
-    """How a strategy is chosen, configured and built. Importing one needs nothing beyond torch."""
+    """How a strategy is chosen, configured and built. Importing one needs only torch."""
 
     name: str
-    """As in the config."""
+    """The name used in the config."""
     extras: tuple[str, ...] = ()
-    """What it needs beyond torch, as extras of the package."""
+    """The extras of the package that it needs beyond torch."""
     own_settings: tuple[str, ...] = ()
     """Keys of the config that only this strategy reads, such as `fsdp.storage`."""
 
     def drives(self, model: nn.Module) -> bool:
-        """Whether a model that somebody else has wrapped is for this strategy."""
+        """Whether this strategy can train a model that the caller has already wrapped."""
         return False
 
     def module(self, model: Any) -> nn.Module:
-        """The module with the parameters, without what the strategy wraps around it."""
+        """The module with the parameters, without the strategy's wrapper."""
         bare: nn.Module = model
         return bare
 
@@ -88,24 +88,24 @@ class StrategyBuilder(ABC):
         return False
 
     def check(self, config: Config) -> None:
-        """Refuse settings of a run that cannot be honoured, before any worker starts.
+        """Refuse run settings that cannot be honoured, before any worker starts.
 
         Raises:
             UserError: with the value, the rule and the remedy.
         """
 
     def resolve(self, config: Config) -> Config:
-        """The config with all that the workers need in it, such as the contents of a file."""
+        """The config completed with everything the workers need, such as the contents of a file."""
         return config
 
     @abstractmethod
     def build(
         self, source: ModelSource, method: Method, config: Config, device: torch.device
     ) -> nn.Module:
-        """The model of a run, loaded and wrapped: what `attach` takes. A collective.
+        """Load and wrap the model of a run, ready for `attach`. A collective.
 
         Raises:
-            UserError: on every rank alike.
+            UserError: on all ranks.
         """
 
     @abstractmethod
@@ -119,7 +119,7 @@ class StrategyBuilder(ABC):
 
 @dataclass(frozen=True)
 class Update:
-    """The outcome of an optimizer step.
+    """The result of an optimizer step.
 
     The tensors are 0-dim and on the device: reading one synchronises.
     """
@@ -127,20 +127,19 @@ class Update:
     grad_norm: Tensor
     """Norm of the visit's gradient before clipping, over all ranks."""
     skipped: Tensor
-    """1.0 where loss or norm was not finite and nothing was changed, else 0.0; equal on all ranks.
-    """
+    """1.0 if loss or norm was not finite and the step was skipped, else 0.0; equal on all ranks."""
 
 
 class Strategy(ABC):
-    """How a layer lives on the ranks. Everything that communicates is called by all ranks alike.
+    """How a layer is distributed across ranks. Everything that communicates is called by all ranks.
 
-    A strategy knows a layer's moments as flat `shards` of its own making: this rank's part, key ->
-    tensor, the same keys on every rank. Those of the visit's layers are its optimizer's, those of
-    the others are parked.
+    Layer moments are kept as flat `shards` in the strategy's own layout: this rank's part by key,
+    with the same keys on every rank. Moments of the visit's layers are in its optimizer;
+    those of other layers are parked.
 
     Attributes:
         module: the module with the parameters.
-        forward_is_collective: every rank must then run equally many forward passes.
+        forward_is_collective: if so, every rank must run the same number of forward passes.
     """
 
     forward_is_collective = False
@@ -159,21 +158,21 @@ class Strategy(ABC):
 
     @abstractmethod
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
-        """Make the layers of `visit` the only trainable ones, with an optimizer for their shards.
+        """Make only the layers of `visit` trainable, with an optimizer for their shards.
 
-        The optimizer is fresh, or has the moments that a layer has parked.
+        The optimizer starts with a layer's parked moments, or with none.
         """
 
     @abstractmethod
     def deactivate(self) -> None:
-        """Drop the visit's gradients and optimizer; park its moments first, if they are kept.
+        """Drop the visit's gradients and optimizer, after parking its moments if they are kept.
 
-        Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard`
-        gives that up.
+        Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard` is
+        set.
         """
 
     def prefetch(self, visit: Visit) -> None:
-        """`visit` comes next: begin to bring its parks to where they will be needed."""
+        """Start moving the next visit's parked tensors to the device."""
         for layer in visit.layers:
             for parks in (self._parked_moments, self._parked_masters):
                 parks.prefetch(layer.name, self._shard_device())
@@ -186,53 +185,54 @@ class Strategy(ABC):
 
     @property
     def park_bytes(self) -> int:
-        """Host memory of this rank's parks."""
+        """Host memory used by this rank's parks."""
         return self._parked_moments.nbytes + self._parked_masters.nbytes
 
     @property
     def stores_16_bit(self) -> bool:
-        """Inactive weights are stored in 16 bits, so that their fp32 masters must be parked."""
+        """Whether inactive weights are stored in 16 bits, so that their fp32 masters are parked."""
         return False
 
     # ---- a step
 
     def learning_rate(self, scheduled: float) -> float:
-        """The rate of the coming step: ours, unless the wrapped model has its own scheduler."""
+        """The next step's rate: `scheduled`, unless the wrapped model has its own scheduler."""
         return scheduled
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
-        """Add the gradient of `loss`; `boundary` says that `step` follows."""
-        # 0 x loss is NaN exactly where the loss is not finite; it travels with the norm, for free.
+        """Accumulate the gradient of `loss`; `boundary` means that `step` follows."""
+        # 0 x loss is NaN exactly if the loss is not finite; it is sent with the norm at no extra
+        # cost.
         self._non_finite = self._non_finite + 0.0 * loss.detach()
         loss.backward()
 
     @abstractmethod
     def step(self, lr: float, max_norm: float) -> Update:
-        """Reduce, clip (0: do not), update, publish."""
+        """Reduce gradients, clip them (0: no clipping), update, and publish the new weights."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Finish pending work, so that the model's weights may be read or used."""
+        """Finish pending work, so that the model's weights can be read or used."""
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
         """This rank's fp32 master shards of the visit's layers.
 
-        Over all ranks each element once, padding zero.
+        Across ranks each element appears once; padding is zero.
         """
 
     # ---- weights and moments of any layer
 
     @abstractmethod
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
-        """Whole tensors on the CPU by name, exact (fp32 masters)."""
+        """Whole tensors on the CPU by name: the exact fp32 masters."""
 
     @abstractmethod
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
-        """Set parameters or buffers from whole tensors, the same ones on every rank."""
+        """Set parameters or buffers from whole tensors; every rank passes the same ones."""
 
     def export_state(self, layer: Layer) -> Moments:
-        """The moments of `layer`, whether it is active or not; {} where it has none."""
+        """The moments of `layer`, active or not; {} if it has none."""
         if self._is_active(layer):
             shards = self._shards_of_optimizer(layer)
         else:
@@ -240,11 +240,10 @@ class Strategy(ABC):
         return self._whole_moments(layer, shards) if shards else {}
 
     def import_state(self, layer: Layer, state: Moments) -> None:
-        """Put moments of `export_state` (of any strategy and world size) in place of what `layer`
-        has; {}: none.
+        """Replace the moments of `layer` with those of `export_state`; {} clears them.
 
-        Moments of a layer that is not active are parked, or dropped where `state: reset` will not
-        ask for them.
+        They may come from any strategy and world size. Moments of an inactive layer are parked, or
+        dropped under `state: reset`.
         """
         if self._is_active(layer):
             self._put_into_optimizer(layer, self._cut_moments(layer, state) if state else {})
@@ -254,19 +253,19 @@ class Strategy(ABC):
 
     @abstractmethod
     def _shards_of_optimizer(self, layer: Layer) -> dict[str, Tensor]:
-        """The moments of a layer of the visit; {} before its first step."""
+        """The moments of a layer in the visit; {} before its first step."""
 
     @abstractmethod
     def _put_into_optimizer(self, layer: Layer, shards: dict[str, Tensor]) -> None:
-        """Make `shards` the moments of a layer of the visit; {} makes them fresh."""
+        """Set the moments of a layer in the visit to `shards`; {} resets them."""
 
     @abstractmethod
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
-        """Put the shards of all ranks together: a collective."""
+        """Assemble the shards of all ranks. A collective."""
 
     @abstractmethod
     def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
-        """This rank's shards of whole moments; nothing is sent."""
+        """This rank's shards of whole moments; no communication."""
 
     @abstractmethod
     def _shard_device(self) -> torch.device:
@@ -287,18 +286,16 @@ class Strategy(ABC):
             if shards:
                 self._put_into_optimizer(layer, shards)
 
-    # ---- what it costs
+    # ---- cost
 
     @abstractmethod
     def bytes_per_step(self) -> int:
-        """Bytes of the weights and gradients in the collectives of one optimizer step, each
-        counted as the whole tensor.
-        """
+        """Bytes of weights and gradients in a step's collectives, each as a whole tensor."""
 
     @abstractmethod
     def memory(self) -> dict[str, int]:
-        """This rank's `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`, `park_bytes`,
-        as held now.
+        """This rank's current `parameter_bytes`, `gradient_bytes`, `optimizer_state_bytes`,
+        `park_bytes`.
         """
 
     def _take_non_finite(self) -> Tensor | float:
@@ -310,16 +307,15 @@ class Strategy(ABC):
 def update_shards(
     optimizer: torch.optim.Optimizer, lr: float, max_norm: float, non_finite: Tensor | float
 ) -> Update:
-    """Clip by the norm over all ranks and update this rank's shards; skip where the norm is not
-    finite.
+    """Clip by the norm over all ranks and update this rank's shards; skip if it is not finite.
 
-    The shards of all ranks together are the active layer, each element once. One scalar is sent.
-    The host never waits: as under a GradScaler, the fused optimizer reads `found_inf` on the device
-    and does nothing if it is 1.
+    Across ranks the shards form the active layer, each element once. One scalar is sent. The host
+    never waits: as under a GradScaler, the fused optimizer reads `found_inf` on the device and does
+    nothing if it is 1.
 
     Args:
-        optimizer: a fused AdamW over this rank's shards, their `.grad` set, equal in dtype.
-        max_norm: as in `torch.nn.utils.clip_grad_norm_`; 0 measures and does not clip.
+        optimizer: a fused AdamW over this rank's shards, with `.grad` set in the same dtype.
+        max_norm: as in `torch.nn.utils.clip_grad_norm_`; 0 only measures the norm.
         non_finite: NaN if the loss was not finite, else 0.
     """
     shards = [p for group in optimizer.param_groups for p in group["params"]]

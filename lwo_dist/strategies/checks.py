@@ -1,4 +1,4 @@
-"""What method, strategy and their settings cannot do together: refused before anything starts."""
+"""Combinations of method, strategy and settings that are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["check_config", "require_extras"]
 
 
 def check_config(config: Config, *, elsewhere: bool = False) -> None:
-    """Refuse settings of a run that contradict each other or would have no effect.
+    """Refuse run settings that contradict each other or would have no effect.
 
     Args:
         elsewhere: the run is for another machine, which may have a `module:Class` that is not
             here; what it would check is left to that machine.
 
     Raises:
-        UserError: naming the first one.
+        UserError: naming the first such setting.
     """
     names = {config.method, config.strategy}
     if elsewhere and not names <= {*METHODS.names, *STRATEGIES.names}:

@@ -1,4 +1,4 @@
-"""What no strategy can drive, and what costs more than it seems: said before anything trains."""
+"""Models that no strategy can train, and hidden costs to warn about before training starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["end_backward_at_active_layer", "refuse_wrapped", "warn_of_rounding"]
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse what no strategy can drive.
+    """Refuse models that no strategy can train.
 
     Raises:
         UserError: a DDP, DataParallel or FSDP1 wrapper, or checkpointing that re-enters autograd.
@@ -56,11 +56,11 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def end_backward_at_active_layer(model: nn.Module) -> bool:
-    """Undo `enable_input_require_grads`, with which backward would run through the whole frozen
-    prefix; whether there was anything to undo.
+    """Undo `enable_input_require_grads`, which makes backward run through the whole frozen prefix.
 
-    transformers enables it along with activation checkpointing, which needs it in its reentrant
-    form only. Called twice it forgets its first hooks, so they are looked for where they hang.
+    Returns whether there was anything to undo. transformers enables it along with activation
+    checkpointing, but only the reentrant form needs it. Called twice it loses track of its first
+    hooks, so they are looked up on the modules themselves.
     """
     found = False
     for module in model.modules():
@@ -75,11 +75,12 @@ def end_backward_at_active_layer(model: nn.Module) -> bool:
 
 
 def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> None:
-    """Say what `inactive_master: discard` costs: a visit moves a weight by up to lr a step, and
-    bf16 rounds it after.
+    """Warn about the cost of `inactive_master: discard`.
+
+    A visit moves a weight by up to lr per step, and bf16 rounds it afterwards.
 
     Raises:
-        UserError: the weights are stored in fp32, so that there is nothing to discard.
+        UserError: the weights are stored in fp32, so there is nothing to discard.
     """
     if not strategy.stores_16_bit:
         raise UserError(

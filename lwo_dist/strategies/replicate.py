@@ -1,6 +1,6 @@
-"""Whole weights on each rank; only the visit's gradients, moments and weights travel.
+"""Whole weights on every rank; only the visit's gradients, weights and norm are communicated.
 
-A step is three phases over one flat buffer a layer: reduce-scatter the gradients, AdamW on this
+A step has three phases over one flat buffer per layer: reduce-scatter the gradients, AdamW on this
 rank's part of the flat weights, all-gather the weights. That is 2 x the layer's bytes, where DDP
 sends 2 x the model's.
 """
@@ -32,7 +32,7 @@ from .base import (
 
 __all__ = ["Replicate", "ReplicateBuilder"]
 
-_ALIGN = 4  # elements: a parameter inside the flat buffer starts at 16 bytes, as kernels want it
+_ALIGN = 4  # elements: parameters in the flat buffer are aligned to 16 bytes for fast kernels
 
 
 class ReplicateBuilder(StrategyBuilder):
@@ -46,7 +46,7 @@ class ReplicateBuilder(StrategyBuilder):
     ) -> nn.Module:
         model: nn.Module = source.whole(device)
         if config.train.precision == "bf16":
-            # As FSDP2 does by its policy: fp32 weights and gradients, bf16 compute.
+            # Like FSDP2's policy: fp32 weights and gradients, bf16 compute.
             autocast = torch.autocast(device.type, torch.bfloat16)
             model.forward = autocast(model.forward)
         return model
@@ -56,11 +56,11 @@ class ReplicateBuilder(StrategyBuilder):
 
 
 class _FlatLayer:
-    """A layer of the visit: its flat weights and gradient, and this rank's shard of both.
+    """A layer of the visit: its flat weights and gradient, and this rank's shard of each.
 
     Args:
-        weights: [numel], padded to a multiple of the ranks; the parameters are views of it.
-        views: parameter name -> where its gradient belongs, a view of `gradient`.
+        weights: [numel], padded to a multiple of the world size; the parameters are views of it.
+        views: parameter name -> the view of `gradient` that holds its gradient.
     """
 
     def __init__(self, layer: Layer, weights: Tensor, gradient: Tensor, views: dict[str, Tensor]):
@@ -130,7 +130,7 @@ class Replicate(Strategy):
         return update
 
     def flush(self) -> None:
-        """Nothing is pending: `step` publishes before it returns."""
+        """Do nothing: `step` publishes before it returns."""
 
     def masters(self) -> list[Tensor]:
         return [flat.weight_shard.detach() for flat in self._trained.values()]
@@ -200,10 +200,9 @@ class Replicate(Strategy):
         }
 
     def _flatten(self, layer: Layer) -> Tensor:
-        """The flat weights of `layer`, of which its parameters are views: made at the first visit,
-        kept since.
+        """The flat weights of `layer`, built at its first visit; its parameters are views.
 
-        A parameter that was given other storage in the meantime (`model.to`) makes it anew.
+        Rebuilt if a parameter has received other storage in the meantime (`model.to`).
         """
         flat = self._flat_weights.get(layer.name)
         if flat is not None:
@@ -236,9 +235,9 @@ class Replicate(Strategy):
         return views
 
     def _hang_gradients(self) -> None:
-        """Make each `.grad` a view of the flat buffer; autograd then adds in place.
+        """Make each `.grad` a view of the flat buffer, into which autograd accumulates.
 
-        Again before every step, because a loop that calls `zero_grad()` takes the views away.
+        Repeated before every step, because a loop that calls `zero_grad()` removes the views.
         """
         for flat in self._trained.values():
             for name, view in flat.gradient_views.items():
@@ -262,7 +261,7 @@ class Replicate(Strategy):
 
 
 def _checksums(model: nn.Module) -> dict[str, int]:
-    """A hash of the bits of every parameter and buffer, made on its device."""
+    """A hash of the bits of every parameter and buffer, computed on its device."""
     return {
         name: int(torch.hash_tensor(tensor.detach()).item()) if tensor.numel() else 0
         for name, tensor in model.state_dict(keep_vars=True).items()

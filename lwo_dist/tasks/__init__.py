@@ -1,8 +1,8 @@
-"""What is learned. `base.Task` is the contract, `lwo_dist.registry.TASKS` finds a task by name.
+"""What is learned. `base.Task` is the interface; `lwo_dist.registry.TASKS` finds a task by name.
 
-base        the contract of a task
-scores      what a task says of its scores, for every table, chart and model card
-prepare     the examples of a task, made once and kept on disk
+base        the interface of a task
+scores      how a task describes its scores, for every table, chart and model card
+prepare     prepares a task's examples once and stores them on disk
 completion  the next line of code
-metrics     scores of text against text, and the interval of a paired difference
+metrics     text similarity scores, and the interval of a paired difference
 """

@@ -1,7 +1,7 @@
-"""The contract of a task: which examples there are, what an answer is, and how it is scored.
+"""The interface of a task: its examples, its answers and their scores.
 
-A new task is one file with a subclass of `Task`, and a line in `registry.TASKS`. One that lives
-outside of the package needs no line: `task: my_package.my_module:MyTask`.
+A new task is a subclass of `Task` in its own file, and a line in `registry.TASKS`. A task outside
+the package needs no line: `task: my_package.my_module:MyTask`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .scores import Column, Score, Scores, ScoreSheet
 __all__ = ["LOSS", "Source", "Task", "token_losses"]
 
 LOSS = Score("loss", "loss", "nats", higher_is_better=False, digits=3, headline=True)
-"""Of the reference answer, as `token_losses` gives it. Every task that learns tokens has it."""
+"""Loss of the reference answer, from `token_losses`. Every task that learns tokens has it."""
 
 
 class Source(Protocol):
@@ -31,41 +31,41 @@ class Source(Protocol):
 
     @property
     def identity(self) -> Any:
-        """JSON values that change when the examples would."""
+        """JSON values that change whenever the examples would change."""
 
     @property
     def counts(self) -> Mapping[str, Any]:
-        """Numbers for people: how much was read and skipped."""
+        """Counts for display: how much was read and skipped."""
 
 
 class Task(ABC):
-    """What is learned. The package keeps one instance of a class, made without arguments."""
+    """What is learned. The package keeps one instance per class, created without arguments."""
 
     name: ClassVar[str]
-    """Begins the names of its folders of prepared examples: letters, digits and underscores."""
+    """Prefix of its folders of prepared examples: letters, digits and underscores."""
     scores: ClassVar[tuple[Score, ...]]
-    """In the order of every table, the most telling first."""
+    """In the order of every table, most informative first."""
     example: ClassVar[tuple[str, str]] = ("example", "examples")
-    """What people call one held-out example and many; the second is a word without spaces, as
+    """Display name of one held-out example and of many; the plural has no spaces, because
     `eval/<many>` counts them."""
     version: ClassVar[int] = 1
-    """Raise it when the same source would give other examples: those prepared before are then not
-    used."""
+    """Increase it when the same source would yield different examples; existing prepared ones are
+    then not used."""
 
     @property
     def sheet(self) -> ScoreSheet:
         return ScoreSheet(self.scores, self.example)
 
     def score_named(self, name: str) -> Score:
-        """The score of this name. Raises: KeyError."""
+        """The score with this name. Raises: KeyError."""
         return {score.name: score for score in self.scores}[name]
 
     def check(self, config: Config) -> None:
-        """Refuse what cannot work, before anything is read.
+        """Refuse settings that cannot work, before anything is read.
 
         Raises:
-            UserError: `eval.metric` is not a score of this task, or an answer leaves no room for
-                its context.
+            UserError: `eval.metric` is not a score of this task, or answers leave no room for their
+                context.
         """
         names = [score.name for score in self.scores]
         if config.eval.metric not in names:
@@ -81,7 +81,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, config: DataConfig, cache: Path) -> Source:
-        """Find the data and judge it. Raises: UserError where there is none to use."""
+        """Locate and filter the data. Raises: UserError if there is none to use."""
 
     @abstractmethod
     def training_examples(
@@ -91,14 +91,15 @@ class Task(ABC):
 
     @abstractmethod
     def evaluation_examples(self, source: Any, tokenizer: Any, config: Config) -> list[EvalExample]:
-        """Up to `eval.num_lines` examples, at least two, in a fixed order; context and target
-        together have at most `train.sequence_length` tokens, the target at most
+        """Up to `eval.num_lines` examples, at least two, in a fixed order.
+
+        Context and target together have at most `train.sequence_length` tokens, the target at most
         `eval.max_new_tokens`.
         """
 
     @abstractmethod
     def end_token_ids(self, tokenizer: Any) -> list[int]:
-        """The tokens after which an answer has ended.
+        """The tokens that end an answer.
 
         Raises:
             UserError: the tokenizer has none, so it cannot be used for this task.
@@ -106,7 +107,7 @@ class Task(ABC):
 
     @abstractmethod
     def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
-        """The answer in the generated tokens, which may go on beyond its end."""
+        """The answer in the generated tokens, which may continue past its end."""
 
     @abstractmethod
     def score(
@@ -116,22 +117,20 @@ class Task(ABC):
         losses: Column,
         tokens: npt.NDArray[np.int64],
     ) -> Scores:
-        """The value of everything in `scores`: a total each, and a column where it is per example.
+        """Compute all of `scores`: a total for each, and per-example values where they exist.
 
         Args:
-            predictions: what `decode` made of each example's answer.
+            predictions: the answer to each example, from `decode`.
             losses: [examples], nats; the summed loss of each target.
             tokens: [examples], tokens of each target.
         """
 
     def context_shown(self, tokenizer: Any, example: EvalExample) -> str:
-        """The end of the context, to show beside an answer: its last three lines."""
+        """The end of the context to show beside an answer: its last three lines."""
         text = str(tokenizer.decode(list(example.context), clean_up_tokenization_spaces=False))
         return "\n".join(text.removesuffix("\n").split("\n")[-3:])
 
 
 def token_losses(losses: Column, tokens: npt.NDArray[np.int64]) -> tuple[float, Column]:
-    """`LOSS` in nats: the mean over the tokens of all examples, and [examples] the mean over each
-    one's own tokens.
-    """
+    """`LOSS` in nats: the mean over all tokens, and [examples] the mean over each one's tokens."""
     return float(losses.sum() / tokens.sum()), losses / tokens

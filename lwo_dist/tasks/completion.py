@@ -1,8 +1,8 @@
 """Line completion: given the lines before, write the next one.
 
-A file is tokenised line by line, in training and in evaluation alike, so that a line's end is
-always a token's end. Every line of a training window is an example, because each is predicted from
-the lines before it.
+Files are tokenised line by line, in training and in evaluation, so that a line always ends at a
+token boundary. Every line of a training window is an example, because each is predicted from the
+lines before it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LineCompletion(Task):
     def training_examples(
         self, source: SourceTree, tokenizer: Any, config: Config
     ) -> Iterator[TrainExample]:
-        """Windows of whole lines of one file; the end-of-text token behind it is learned, too."""
+        """Windows of whole lines from one file; the end-of-text token after them is learned too."""
         end_of_text = end_of_text_id(tokenizer)
         for file in source.train:
             lines = tokenize_lines(tokenizer, _text(file))
@@ -66,14 +66,13 @@ class LineCompletion(Task):
     def evaluation_examples(
         self, source: SourceTree, tokenizer: Any, config: Config
     ) -> list[EvalExample]:
-        """`eval.num_lines` lines with a letter or digit, spread over the held-out files, in order
-        of file and line.
+        """`eval.num_lines` lines with a letter or digit from the held-out files, by file and line.
 
-        The choice depends on the contents only: one line of each file in turn, as long as there are
-        any. A file's first line has nothing before it and is never asked for.
+        The choice depends only on the contents: one line from each file in turn until enough are
+        found. A file's first line has no context and is never used.
 
         Raises:
-            UserError: fewer than two such lines, too few for an interval of confidence.
+            UserError: fewer than two such lines, too few for a confidence interval.
         """
         chosen = _choose_lines(source, config.eval.num_lines)
         limit = config.train.sequence_length - config.eval.max_new_tokens
@@ -100,10 +99,10 @@ class LineCompletion(Task):
         return examples
 
     def end_token_ids(self, tokenizer: Any) -> list[int]:
-        """The tokens after which a line has ended: any with a "\\n" in it, and the end of the text.
+        """The tokens that end a line: any with a "\\n" in it, and the end of the text.
 
         Raises:
-            UserError: the tokenizer has no end-of-text token, or cannot write a line end.
+            UserError: the tokenizer has no end-of-text token, or cannot encode a newline.
         """
         end_of_text = end_of_text_id(tokenizer)
         texts = tokenizer.batch_decode(
@@ -118,7 +117,7 @@ class LineCompletion(Task):
         return sorted({*line_ends, end_of_text})
 
     def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
-        """The line that is written: the text up to the first "\\n" or the end of the text."""
+        """The generated line: the text up to the first "\\n" or the end of the text."""
         end_of_text = end_of_text_id(tokenizer)
         if end_of_text in token_ids:
             token_ids = token_ids[: token_ids.index(end_of_text)]
@@ -152,10 +151,9 @@ class LineCompletion(Task):
 
 
 def _choose_lines(source: SourceTree, num_lines: int) -> dict[str, list[int]]:
-    """Hash of the file -> indices of its lines to complete."""
+    """Hash of each file -> indices of its lines to complete."""
     candidates: dict[str, list[int]] = {}
-    # By hash: which files are asked, where there are fewer lines than files, has nothing to do with
-    # their names.
+    # By hash: if not every file contributes, the choice does not depend on the file names.
     for file in sorted(source.held_out, key=lambda file: file.sha256):
         lines = _text(file).split("\n")
         worth = [i for i, line in enumerate(lines) if i > 0 and any(map(str.isalnum, line))]

@@ -1,8 +1,7 @@
-"""Scores of predicted lines against reference lines, 0 to 100, and the interval of a paired
-difference.
+"""Scores of predicted against reference lines, 0 to 100, and intervals of paired differences.
 
 Exact match and edit similarity are those of line completion in CodeXGLUE (Lu et al., 2021): lines
-equal but for surrounding white space, and the `fuzz.ratio` of the two. BLEU is sacrebleu's corpus
+equal except for surrounding whitespace, and the `fuzz.ratio` of the two. BLEU is sacrebleu's corpus
 BLEU (Papineni et al., 2002; Post, 2018) with its default smoothing.
 """
 
@@ -32,9 +31,7 @@ _CHUNK = 1_000_000
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> Column:
-    """[lines], 100 where prediction and reference are equal without surrounding white space, else
-    0.
-    """
+    """[lines], 100 if prediction and reference are equal without surrounding whitespace, else 0."""
     pairs = zip(predictions, references, strict=True)
     return np.array(
         [100.0 * (prediction.strip() == reference.strip()) for prediction, reference in pairs]
@@ -42,13 +39,14 @@ def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> Colu
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of the lines that are right, in percent: the "accuracy" of line completion."""
+    """Percentage of correct lines: the "accuracy" of line completion."""
     return float(exact_matches(predictions, references).mean())
 
 
 def edit_similarities(predictions: Sequence[str], references: Sequence[str]) -> Column:
-    """[lines], 100 x (1 - insertions and deletions / characters of both), without surrounding white
-    space.
+    """[lines], 100 x (1 - insertions and deletions / characters of both).
+
+    Ignores surrounding whitespace.
     """
     pairs = zip(predictions, references, strict=True)
     return np.array(
@@ -64,15 +62,15 @@ def edit_similarity(predictions: Sequence[str], references: Sequence[str]) -> fl
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """BLEU-4 of the whole corpus of lines.
 
-    A token is a run of letters, digits and underscores, or one other character: sacrebleu's own
-    tokenisations are made for prose and leave `a.b(c)` whole.
+    A token is a run of letters, digits and underscores, or a single other character: sacrebleu's
+    own tokenisers are made for prose and keep `a.b(c)` as one token.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     tokenised = [
         [" ".join(_TOKEN.findall(line)) for line in lines] for lines in (predictions, references)
     ]
-    # effective_order: lines of fewer than four tokens each, all of them right, are 100 and not 0.
+    # effective_order: if all lines have fewer than four tokens, a perfect score is 100, not 0.
     scorer = BLEU(tokenize="none", force=True, effective_order=True)
     return min(float(scorer.corpus_score(tokenised[0], [tokenised[1]]).score), 100.0)
 
@@ -80,13 +78,13 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 def paired_interval(
     before: Sequence[float] | Column, after: Sequence[float] | Column
 ) -> tuple[float, float, float]:
-    """Mean of `after - before` over lines, and the 95 % percentile bootstrap interval of it (Efron,
-    1979).
+    """Mean of `after - before` over lines, and its 95 % percentile bootstrap interval.
 
-    The resamples are drawn with a fixed seed, so that the same scores give the same interval.
+    Bootstrap: Efron (1979). Resamples are drawn with a fixed seed, so that the same scores give the
+    same interval.
 
     Returns:
-        mean difference, low end, high end.
+        mean difference, lower bound, upper bound.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if difference.ndim != 1 or len(difference) < 2:
@@ -94,7 +92,7 @@ def paired_interval(
             f"an interval needs scores of at least 2 lines, got shape {difference.shape}"
         )
     random = np.random.RandomState(0)
-    # Some rows of resamples at a time: all at once would take 80 kB for each line.
+    # A few rows of resamples at a time: all at once would take 80 kB per line.
     rows = max(1, _CHUNK // len(difference))
     sizes = [
         (min(rows, _RESAMPLES - first), len(difference)) for first in range(0, _RESAMPLES, rows)

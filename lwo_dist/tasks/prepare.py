@@ -1,6 +1,6 @@
-"""The examples of a task: made once, by one process, and read by all.
+"""A task's examples: prepared once by one process and read by all.
 
-They lie in <cache>/datasets/<task>-<fingerprint>. The fingerprint is that of the source's contents,
+They are in <cache>/datasets/<task>-<fingerprint>. The fingerprint covers the source's contents,
 the tokenizer and the settings that examples depend on.
 """
 
@@ -25,17 +25,17 @@ __all__ = ["prepare_dataset"]
 def prepare_dataset(
     config: Config, tokenizer: Any, task: Task, *, is_builder: bool = True
 ) -> PreparedData:
-    """Make the examples of `config`, or find those that were made before. A collective.
+    """Prepare the examples of `config`, or reuse existing ones. A collective.
 
     Args:
         tokenizer: a Hugging Face tokenizer with an end-of-text token.
-        task: that of `config.task`.
-        is_builder: whether this rank reads the source; true on rank 0, and on the first rank of
-            each node where the nodes share no cache.
+        task: the task of `config.task`.
+        is_builder: whether this rank reads the source; true on rank 0 and, if nodes do not share
+            the cache, on the first rank of each node.
 
     Raises:
-        UserError: on every rank alike. The source or a setting is wrong, the cache cannot be
-            written, or a worker does not see it.
+        UserError: on all ranks. The source or a setting is invalid, the cache cannot be written, or
+            a worker cannot see it.
     """
     fingerprint = ""
     folder = Path()
@@ -49,11 +49,11 @@ def prepare_dataset(
 
 def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     task.check(config)
-    task.end_token_ids(tokenizer)  # refuses a tokenizer before the source is read
+    task.end_token_ids(tokenizer)  # refuse an unusable tokenizer before reading the source
     cache = cache_folder(config)
     source = task.read(config.data, cache)
     settings = [config.train.sequence_length, config.eval.num_lines, config.eval.max_new_tokens]
-    # config.task, not task.name: a task that extends another one may have kept its name.
+    # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,
         config.task,
@@ -82,7 +82,7 @@ def _tokenizer_identity(tokenizer: Any) -> list[Any]:
     if backend is None:
         return [*identity, sorted(tokenizer.get_vocab().items())]
     whole = json.loads(backend.to_str())
-    # What the last call of the tokenizer left behind; ours ask for neither.
+    # Left over from the tokenizer's last call; our calls use neither.
     return [
         *identity,
         {key: value for key, value in whole.items() if key not in ("truncation", "padding")},

@@ -1,9 +1,8 @@
-"""What a score is called, which way it is better, and how people see it.
+"""Names of scores, which direction is better, and how they are displayed.
 
-A task names its scores once. The results, the progress line, the report, the tables and the model
-card go through what it names, and none of them knows a score by itself. A run writes the names
-beside its numbers (`ScoreSheet.record`), so a reader of its files needs no task, and imports no
-code that a file names.
+A task declares its scores once. The results, progress line, report, tables and model card use that
+declaration, and none of them knows a specific score. A run stores it with its numbers
+(`ScoreSheet.record`), so that reading its files needs no task and imports no code named in a file.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ class Score:
     name: str
     """The metric is `eval/<name>`."""
     label: str
-    """For people, without the unit."""
+    """Display name, without the unit."""
     unit: str = ""
     higher_is_better: bool = True
     per_example: bool = True
-    """Every example has a value, so that a difference has a paired interval."""
+    """Every example has a value, so a difference has a paired interval."""
     digits: int = 2
-    """Decimals that are shown."""
+    """Number of decimals shown."""
     headline: bool = False
-    """Whether it is among the few figures at the top of a report."""
+    """Whether it is one of the few figures at the top of a report."""
     count_label: str = ""
-    """Of a share in percent: what it is the share of, such as "lines exactly right"; the summary
-    then gives the count, too."""
+    """For a percentage: what is counted, such as "lines exactly right"; the summary then also shows
+    the count."""
 
     @property
     def key(self) -> str:
@@ -48,31 +47,31 @@ class Score:
 
     @property
     def heading(self) -> str:
-        """Label and unit, for the head of a column."""
+        """Label and unit, for a column heading."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
     def show(self, value: float, sign: str = "") -> str:
-        """`value` with the score's decimals; `sign="+"` for a difference."""
+        """Format `value` with the score's decimals; `sign="+"` for a difference."""
         return f"{value:{sign}.{self.digits}f}"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one evaluation, by their names without `eval/`."""
+    """The scores of one evaluation, by name without `eval/`."""
 
     totals: Mapping[str, float]
     """Over all examples."""
     columns: Mapping[str, Column]
-    """[examples] each, of the scores that are per example."""
+    """[examples] for each score that is per example."""
 
 
 @dataclass(frozen=True)
 class ScoreSheet:
-    """The scores of a run in the order of its tables, and what they are taken over."""
+    """The scores of a run in table order, and what they are computed over."""
 
     scores: tuple[Score, ...]
     example: tuple[str, str]
-    """One example and many, such as ("line", "lines")."""
+    """Singular and plural of an example, such as ("line", "lines")."""
 
     @property
     def count_key(self) -> str:
@@ -80,17 +79,17 @@ class ScoreSheet:
         return f"eval/{self.example[1]}"
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, under the keys `scores` and `example`."""
+        """JSON values under the keys `scores` and `example`."""
         return {"scores": [asdict(score) for score in self.scores], "example": list(self.example)}
 
     @classmethod
     def read(cls, record: Mapping[str, Any], metrics: Iterable[str]) -> ScoreSheet:
-        """What `record` was written into; without it, the plain names of what was measured.
+        """The sheet stored in `record`; if there is none, the plain names of the measured scores.
 
-        Runs of version 0.1 did not write it. They completed lines.
+        Runs of version 0.1 did not store it. Their task was line completion.
 
         Args:
-            metrics: names of metrics, of which those that begin with `eval/` count.
+            metrics: names of metrics; only those that begin with `eval/` are used.
         """
         try:
             scores = tuple(Score(**fields) for fields in record["scores"])

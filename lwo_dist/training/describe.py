@@ -1,4 +1,4 @@
-"""Describe a run from its parts: what the model, the data and the device say of themselves."""
+"""Builds the description of a run from its model, data and device."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def describe_run(
     device: torch.device,
     hosts: Sequence[str] = (),
 ) -> RunInfo:
-    """Describe the run that `lwo` is about to train. No collective; the same on every rank but for
-    `host` and `run_dir`.
+    """Describe the run that `lwo` is about to train. No collective.
+
+    Equal on every rank except for `host` and `run_dir`.
 
     Args:
         run_dir: the run's folder on this machine.
-        device: what this rank computes on.
-        hosts: the hosts of all ranks, each once.
+        device: the device of this rank.
+        hosts: the distinct hosts of all ranks.
     """
     sizes = _parameter_sizes(lwo)
     return RunInfo(
@@ -54,7 +55,7 @@ def describe_run(
 
 
 def _parameter_sizes(lwo: LWO) -> dict[str, int]:
-    """Elements of each parameter; ZeRO-3 keeps the number of a sharded one in `ds_numel`."""
+    """Elements of each parameter; under ZeRO-3, `ds_numel` of a partitioned one."""
     return {
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in lwo.module.named_parameters()

@@ -1,8 +1,8 @@
-"""Scores on held-out examples: each rank answers a share of them, every rank gets all the scores.
+"""Scores on held-out examples: each rank answers a share of them, all ranks get all the scores.
 
-Batches are cut from the examples once, longest context first, and dealt out to the ranks; they are
-the same whatever the number of ranks, so the scores are too. A context is computed once: its cache
-serves both the loss of the reference and the greedy answer. What is scored, and how, is the task's.
+Batches are formed once, longest context first, and distributed over the ranks; they do not depend
+on the number of ranks, so neither do the scores. Each context is computed once: its cache serves
+both the loss of the reference and the greedy answer. The task decides what is scored, and how.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _SAMPLES = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out example and what the model made of it."""
+    """One held-out example and the model's answer."""
 
     name: str
     line: int
     context: str
-    """The end of its context, as the task shows it."""
+    """The end of its context, as shown by the task."""
     reference: str
     prediction: str
 
@@ -50,10 +50,10 @@ class Evaluation:
     """Scores of the held-out examples. Equal on every rank."""
 
     scores: dict[str, float]
-    """`eval/<name>` of everything in the task's `scores`, in their order; then the number of
-    examples, such as `eval/lines`."""
+    """`eval/<name>` for all of the task's `scores`, in their order; then the number of examples,
+    such as `eval/lines`."""
     columns: Mapping[str, Column]
-    """Name of each score that is per example -> [examples], in the order of the examples."""
+    """Name of each per-example score -> [examples], in the order of the examples."""
     tokens: npt.NDArray[np.int64]
     """[examples], tokens of each target."""
     predictions: tuple[str, ...]
@@ -63,9 +63,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Contexts, padded on the left, and behind them the targets, padded on the right:
-    [examples, width + targets].
-    """
+    """Left-padded contexts, followed by right-padded targets: [examples, width + targets]."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -88,17 +86,17 @@ def evaluate(
     device: torch.device | str = "cpu",
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Answer `examples` greedily and score the answers; a collective where `world_size` is above 1.
+    """Answer `examples` greedily and score the answers; a collective if `world_size` is above 1.
 
     Args:
-        model: a Hugging Face decoder, plain or `fully_shard`ed. Its modes and its generation_config
-            are given back as they were.
+        model: a Hugging Face decoder, plain or `fully_shard`ed. Its modes and generation_config are
+            restored afterwards.
         batch_size: examples answered at once on a rank.
-        max_new_tokens: where an answer is cut.
-        synced: every forward is a collective, as under FSDP2: all ranks then run equally many
-            batches and decoding steps, the surplus ones for nothing.
-        before_batch: called equally often on every rank, so it may be a collective; what it raises
-            ends the evaluation.
+        max_new_tokens: maximum length of an answer.
+        synced: every forward is a collective, as under FSDP2: all ranks then run the same number of
+            batches and decoding steps, some of them only as padding.
+        before_batch: called the same number of times on every rank, so it may be a collective; an
+            exception in it ends the evaluation.
     """
     ordered = sorted(range(len(examples)), key=lambda i: (-len(examples[i].context), i))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
@@ -138,9 +136,7 @@ def evaluate(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no generation settings but ours: a model's own may ask for sampling or
-    penalties.
-    """
+    """Evaluation mode with only our generation settings: the model's may sample or penalise."""
     modes = {module: module.training for module in model.modules()}
     generation_config = model.generation_config
     model.eval()
@@ -173,7 +169,7 @@ def _collate(examples: Sequence[EvalExample], pad: int, device: torch.device) ->
 def _complete(
     model: Any, batch: _Batch, config: GenerationConfig, synced: bool
 ) -> tuple[list[float], list[list[int]]]:
-    """The summed loss of each target, and the tokens written in its place."""
+    """The summed loss of each target, and the tokens generated in its place."""
     accepted = inspect.signature(model.forward).parameters
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
 
@@ -186,16 +182,13 @@ def _complete(
         inputs = {name: value for name, value in inputs.items() if name in accepted}
         return model(input_ids=batch.input_ids[:, start:end], **inputs)
 
-    # All but the last token of the context: generate() goes on from that one, and so does the loss.
-    cached = batch.width - 1
-    cache = None
+    # All but the last token of the context, from which both generate() and the loss continue.
+    cached, cache = batch.width - 1, None
     if cached:
         cache = getattr(
             forward(0, cached, use_cache=True, logits_to_keep=1), "past_key_values", None
         )
-    if not isinstance(
-        cache, Cache
-    ):  # a model with a cache of its own kind computes the context twice
+    if not isinstance(cache, Cache):  # with a custom cache class, compute the context twice
         cached = 0
         cache = None
     targets = batch.input_ids[:, batch.width :]
@@ -206,8 +199,7 @@ def _complete(
         "logits_to_keep": keep,
     }
     logits = forward(cached, batch.input_ids.shape[1] - 1, **more).logits[:, -keep:]
-    # Row by row: another copy of [examples, tokens, vocabulary] would be the largest thing in
-    # memory.
+    # Row by row: another copy of [examples, tokens, vocabulary] would dominate memory.
     losses = torch.stack(
         [
             functional.cross_entropy(row[:length].float(), target[:length], reduction="sum")
@@ -262,7 +254,7 @@ def _scored(
 
 
 def _check_whole(task: Task, found: Scores, count: int) -> None:
-    """Raises: UserError where the task did not give what its `scores` promise."""
+    """Raise UserError if the task did not return everything that its `scores` declare."""
     for score in task.scores:
         if score.name not in found.totals:
             raise UserError(
@@ -278,7 +270,7 @@ def _check_whole(task: Task, found: Scores, count: int) -> None:
 
 
 def _spread(count: int) -> Sequence[int]:
-    """At most `_SAMPLES` indices, evenly spread over `count`."""
+    """At most `_SAMPLES` indices, spread evenly over `count`."""
     if count <= _SAMPLES:
         return range(count)
     return [i * count // _SAMPLES for i in range(_SAMPLES)]

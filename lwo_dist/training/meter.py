@@ -1,6 +1,6 @@
-"""What training takes and brings, measured beside the loop: time, tokens, loss, memory, visits.
+"""Measures training alongside the loop: time, tokens, loss, memory, visits.
 
-`begin_step` and `after_step` never wait for the device; `read`, at every logging step, does.
+`begin_step` and `after_step` never wait for the device; `read`, called every logging step, does.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from .visits import Visit, Visits
 
 __all__ = ["Meter", "Reading"]
 
-_MAX_RANKS = 64  # with points of their own; MLflow's pages draw a chart for each
+_MAX_RANKS = 64  # that report points of their own; MLflow draws a chart for each
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was measured since the reading before."""
+    """What was measured since the previous reading."""
 
     metrics: dict[str, float]
-    """By the names of the README's table. Memory and the time of switches are the largest of all
-    ranks, other times are this rank's.
+    """By the names in the README's table. Memory and switch times are the maximum over ranks; other
+    times are this rank's.
     """
     visits: list[Visit]
-    """Those that have ended; `visit/...`."""
+    """Visits that have ended, as `visit/...`."""
     step_seconds: float
-    """The slowest rank's; equal on all ranks."""
+    """That of the slowest rank; equal on all ranks."""
     save_is_written: bool
-    """Some rank said so; equal on all ranks."""
+    """Whether any rank reported it; equal on all ranks."""
 
 
 class Meter:
-    """Every rank has one, and tells it of every step. It puts itself at `lwo.before_switch`.
+    """Every rank has one and reports every step to it. It registers itself as `lwo.before_switch`.
 
     Args:
-        results: the totals over restarts; the meter adds time and tokens to them.
+        results: the totals over restarts, to which the meter adds time and tokens.
         system: the load of every node.
         device: where the losses are.
+        clock: seconds, as `time.perf_counter`.
         clock: seconds, as `time.perf_counter`.
     """
 
@@ -73,7 +74,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """What the next reading is about begins now."""
+        """Start a new reading."""
         self._started = self._clock()
         self._first_step = self._lwo.step_count
         self._first_switch_seconds = self._lwo.switch_seconds
@@ -94,7 +95,7 @@ class Meter:
 
         Args:
             loss: this rank's share of the step's loss, 0-dim, on the device.
-            tokens: of the whole global batch.
+            tokens: the number in the whole global batch.
         """
         self._loss += loss
         self._tokens += tokens
@@ -103,7 +104,7 @@ class Meter:
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Training time is the loop's own: evaluations and saves are not in it."""
+        """Exclude evaluations and saves from the training time."""
         started = self._clock()
         try:
             yield
@@ -116,11 +117,11 @@ class Meter:
         """Measure the steps since the last `restart`, at least one. A collective.
 
         Args:
-            save_is_written: this rank knows that a save is done; all ranks learn of it.
+            save_is_written: whether this rank knows that a save is done; all ranks learn of it.
         """
         assert self._report is not None and self._report.grad_norm is not None
         report = self._report
-        loss = float(self._loss)  # waits for the device, so that the time is that of all its work
+        loss = float(self._loss)  # waits for the device, so that the time covers all its work
         elapsed = self._clock() - self._started
         own = {
             "loss": loss,
@@ -162,11 +163,12 @@ class Meter:
         self._memory_before_switch = self._lwo.memory()
 
     def _memory(self) -> dict[str, int]:
-        """Of this rank, while a layer trains. Right after a switch the new layer has no moments
-        yet: then what the layer before it held.
+        """Memory of this rank while a layer trains.
 
-        Not in it: the masters that a visit's change is measured against, on the host; and on a GPU
-        the parks of the coming layer, which are there in the last step of a visit.
+        Right after a switch the new layer has no moments yet: then the values of the previous
+            layer.
+        Excludes the host copy of the masters that a visit's change is measured against and, on a
+        GPU, the next layer's parks, which are on the device in the last step of a visit.
         """
         now = self._lwo.memory()
         if self._memory_before_switch and self._lwo.step_in_visit == 0:

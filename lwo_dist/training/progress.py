@@ -1,4 +1,4 @@
-"""One plain line every so many steps: it survives job logs, where a moving bar does not."""
+"""Prints a plain line every few steps, which suits job logs better than a progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Progress"]
 
 
 class Progress(Callback):
-    """Prints on rank 0; every line is whole and flushed at once."""
+    """Prints on rank 0; every line is complete and flushed immediately."""
 
     def on_run_start(self, info: RunInfo) -> None:
         self._info = info
@@ -29,7 +29,7 @@ class Progress(Callback):
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         total = self._info.config.train.steps
-        # The last stretch's pace says more of what is left than the first one's.
+        # The most recent pace predicts the remaining time better than the first one.
         left = (total - step) * metrics["time/step_seconds"]
         layer = self._info.layers[int(metrics["lwo/active_layer"])]
         skipped = (

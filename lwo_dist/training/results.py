@@ -1,4 +1,4 @@
-"""What a run has achieved so far: survives restarts in state.json and ends as summary.json."""
+"""A run's results so far: kept across restarts in state.json, finally written to summary.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Results:
 
     Args:
         folder: the run's folder.
-        metric: the name of the score of `task` by which the best checkpoint is found.
+        metric: the name of the score of `task` that selects the best checkpoint.
     """
 
     def __init__(self, folder: Path, task: Task, metric: str, *, writes: bool):
@@ -38,7 +38,7 @@ class Results:
         self.evaluations: dict[int, dict[str, float]] = {}
         self.training_seconds = 0.0
         self.blocked_seconds = 0.0
-        """For which saves held up the loop; not in `training_seconds`."""
+        """Time that saves blocked the loop; not in `training_seconds`."""
         self.tokens = 0
         self.losses: list[float] = []
         self.peaks: dict[str, float] = {}
@@ -51,9 +51,8 @@ class Results:
         self.losses.append(metrics["train/loss"])
         for name in ("memory/peak_bytes", "memory/optimizer_state_bytes"):
             self.peaks[name] = max(self.peaks.get(name, 0.0), metrics[name])
-        # What is sent differs from layer to layer; the mean over the logged stretches.
-        sent = self.peaks.get("comm/sum", 0.0)
-        count = self.peaks.get("comm/count", 0.0)
+        # The volume differs between layers: take the mean over the logged readings.
+        sent, count = self.peaks.get("comm/sum", 0.0), self.peaks.get("comm/count", 0.0)
         self.peaks |= {"comm/sum": sent + metrics["comm/bytes_per_step"], "comm/count": count + 1}
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -71,9 +70,7 @@ class Results:
 
     @property
     def best_step(self) -> int:
-        """The trained step with the best score; 0 before the first evaluation after training
-        began.
-        """
+        """The trained step with the best score; 0 before the first evaluation of a trained step."""
         score = self.task.score_named(self.metric)
         sign = 1 if score.higher_is_better else -1
 
@@ -84,8 +81,9 @@ class Results:
         return max((step for step in self.evaluations if step > 0), key=goodness, default=0)
 
     def gains(self) -> dict[str, dict[str, float]]:
-        """Of each score that is per example: the difference of the best checkpoint and before,
-        paired by example, as mean and 95 % interval; better is above 0.
+        """Difference between the best checkpoint and the base model for each per-example score.
+
+        Paired by example, as mean and 95 % interval; positive is better.
         """
         before, after = (
             json.loads(self._path(step).read_text())["lines"] for step in (0, self.best_step)
@@ -102,8 +100,10 @@ class Results:
         return gains
 
     def summary(self) -> dict[str, Any]:
-        """The measured part of summary.json. `after` are the scores of the best checkpoint, which
-        is exported; `scores` and `example` say how to show them.
+        """The measured part of summary.json.
+
+        `after` holds the scores of the best checkpoint, which is exported; `scores` and `example`
+        say how to display them.
         """
         stretch = max(1, len(self.losses) // 10)
         return {
@@ -148,7 +148,7 @@ class Results:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary for people: before and after, what it cost, where the model lies."""
+    """The summary as text: scores before and after, cost, and the path of the model."""
     before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
     sheet = ScoreSheet.read(summary["eval"], after)
     one, many = sheet.example

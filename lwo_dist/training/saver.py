@@ -1,4 +1,4 @@
-"""When a checkpoint is due, what it holds, and what became of it."""
+"""Decides when a checkpoint is due and what it contains, and reports its outcome."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Saver"]
 
 
 class Saver:
-    """Saves at the end of a visit or every so many steps; every rank has one.
+    """Saves at the end of a visit or every few steps; every rank has one.
 
     Args:
-        about: what a checkpoint says besides position, weights and results: `run`, the run that it
-            is from, and `data`, its examples.
+        about: checkpoint entries besides position, weights and results: `run`, the run it belongs
+            to, and `data`, its examples.
         callbacks: on rank 0 only; empty elsewhere.
-        on_commit: called on every rank, at the same place in the loop, for each checkpoint that is
-            there.
-        checkpoint: the folder that training resumes from; None: it starts.
+        on_commit: called on every rank, at the same place in the loop, for each committed
+            checkpoint.
+        checkpoint: the folder that training resumes from; None for a new run.
         clock: seconds, as `time.perf_counter`.
     """
 
@@ -60,7 +60,7 @@ class Saver:
 
     @property
     def is_written(self) -> bool:
-        """This rank knows that the save under way is done; no collective."""
+        """Whether this rank knows that the pending save is done; no collective."""
         return self._store.poll()
 
     def is_due(self, step: int) -> bool:
@@ -70,14 +70,14 @@ class Saver:
         _, step_in_visit = self._lwo.schedule.position(step)
         if step_in_visit != 0:
             return False
-        # Clocks differ: rank 0's counts.
+        # Clocks differ between ranks: use rank 0's.
         waited = self._clock() - self._saved_at >= 60 * self._settings.minutes
         return distributed.broadcast_object(waited)
 
     def save(self) -> None:
-        """Start a checkpoint of this step; returns as soon as the host has its copy. A collective.
+        """Start a checkpoint of this step; return once it is copied to the host. A collective.
 
-        It waits for the save before it, if that is still under way.
+        Waits for the previous save if it is still pending.
         """
         started = self._clock()
         step = self._lwo.step_count
@@ -93,7 +93,7 @@ class Saver:
         self._results.blocked_seconds += self._saved_at - started
 
     def settle(self) -> Outcome | None:
-        """Wait for the save that is under way and tell everyone what became of it. A collective."""
+        """Wait for the pending save and report its outcome on every rank. A collective."""
         outcome = self._store.wait()
         if outcome is None:
             return None
@@ -111,7 +111,7 @@ class Saver:
         return outcome
 
     def settle_last(self) -> None:
-        """`settle`, where no later checkpoint makes up for a failure.
+        """`settle` for the last save, whose failure no later checkpoint makes up for.
 
         Raises:
             UserError: the checkpoint could not be written.
@@ -124,7 +124,7 @@ class Saver:
             )
 
     def take_metrics(self) -> dict[str, float]:
-        """`checkpoint/...` once for each; and how long all saves have held up the loop."""
+        """`checkpoint/...`, once per save, and the total time that saves have blocked the loop."""
         metrics = {
             **self._metrics,
             "time/checkpoint_blocked_seconds": self._results.blocked_seconds,

@@ -1,6 +1,4 @@
-"""The load of every node and GPU, sampled beside the training and carried to rank 0 with the logged
-metrics.
-"""
+"""Samples the load of every node and GPU during training; rank 0 logs it with the metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from lwo_dist import distributed
 
 __all__ = ["SystemMetrics"]
 
-# MLflow's own names: its pages show them in a tab of their own. A node's come from its first rank.
+# MLflow's own names, which its UI shows in a separate tab. A node's come from its first rank.
 NODE = (
     "cpu_utilization_percentage",
     "system_memory_usage_megabytes",
@@ -39,13 +37,12 @@ GPU = (
 
 
 class SystemMetrics:
-    """Every rank makes one, together. A thread samples; `read` gives the means since the last
-    `read` and never waits.
+    """All ranks create one together. A thread samples; `read` returns means and never waits.
 
     Args:
-        folder: on the disk whose use is measured.
-        enabled: False: all values are NaN, and there is no thread.
-        interval_s: seconds between two samples.
+        folder: any folder on the disk whose usage is measured.
+        enabled: if False, all values are NaN and there is no thread.
+        interval_s: seconds between samples.
     """
 
     def __init__(
@@ -81,20 +78,18 @@ class SystemMetrics:
 
     @property
     def hosts(self) -> list[str]:
-        """The host of every rank, each once."""
+        """The distinct hosts of all ranks."""
         return list(dict.fromkeys(host for host, _ in self._ranks))
 
     def read(self) -> list[float]:
-        """This rank's `len(NODE) + len(GPU)` means since the last call; NaN where there was no
-        sample.
-        """
+        """This rank's `len(NODE) + len(GPU)` means since the last call; NaN without samples."""
         samples = self._samples[:]
         del self._samples[: len(samples)]
         columns = list(zip(*samples, strict=True)) or [()] * (len(NODE) + len(GPU))
         return [sum(column) / len(column) if column else math.nan for column in columns]
 
     def metrics(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
-        """`system/<host>/...` from `rows`: what each rank has `read`, in rank order."""
+        """`system/<host>/...` from `rows`, the results of `read` on each rank, in rank order."""
         found: dict[str, float] = {}
         for (host, local_rank), row in zip(self._ranks, rows, strict=True):
             names = [*NODE, *(f"gpu_{local_rank}_{name}" for name in GPU)]
@@ -111,7 +106,7 @@ def _sample(
     interval_s: float,
 ) -> None:
     while not stop.wait(interval_s):
-        with suppress(Exception):  # a driver that stops answering costs its points and nothing else
+        with suppress(Exception):  # if a driver stops responding, only its points are lost
             samples.append([value for source in sources for value in source()])
 
 
@@ -129,7 +124,7 @@ def _node_source(folder: str | os.PathLike[str]) -> Callable[[], list[float]]:
         return (counters.bytes_recv, counters.bytes_sent) if counters else (0, 0)
 
     received, sent = traffic()
-    psutil.cpu_percent()  # the first call has nothing to compare with
+    psutil.cpu_percent()  # the first call has no reference
 
     def read() -> list[float]:
         memory = psutil.virtual_memory()
@@ -149,7 +144,7 @@ def _node_source(folder: str | os.PathLike[str]) -> Callable[[], list[float]]:
 
 
 def _gpu_source(device: torch.device) -> Callable[[], list[float]] | None:
-    """None without a GPU, or without nvidia-ml-py and a driver that answers it."""
+    """None without a GPU, nvidia-ml-py or a working driver."""
     if device.type != "cuda":
         return None
     try:
@@ -167,7 +162,7 @@ def _gpu_source(device: torch.device) -> Callable[[], list[float]] | None:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         try:
             watts = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-        except pynvml.NVMLError:  # not every card reports it
+        except pynvml.NVMLError:  # not all cards report it
             watts = math.nan
         return [
             float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),

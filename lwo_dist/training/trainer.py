@@ -1,4 +1,4 @@
-"""The loop. One step, from here to the ranks:
+"""The training loop. One step, from here to the ranks:
 
     batch = global_batch(data, step)          data: a pure function of (seed, step)
     for micro_batch in batch.micro_batches:
@@ -6,9 +6,9 @@
         lwo.backward(loss)                    hook -> strategy: gradients of the active layer
         report = lwo.step()                   hook -> strategy: reduce, clip, update; may switch
 
-and around the steps:
+and between steps:
 
-    every logging_steps:  log                 the meter's reading goes to the callbacks
+        every logging_steps:  log                 the meter's reading is passed to the callbacks
     every eval.steps:     evaluate, save      the best checkpoint is kept
     every visit:          save                a copy on the host; a thread writes it
 """
@@ -40,10 +40,10 @@ __all__ = ["Trainer"]
 
 
 class Trainer:
-    """Trains to `config.train.steps`, from wherever the hook stands. Every rank runs one.
+    """Trains to `config.train.steps` from the hook's current position. Every rank runs one.
 
     Args:
-        evaluate: a collective that scores the model on the held-out lines; calls its argument
+        evaluate: a collective that scores the model on the held-out examples and calls its argument
             before each batch.
         callbacks: on rank 0 only; empty elsewhere.
     """
@@ -75,12 +75,12 @@ class Trainer:
         self.watchdog = Watchdog(config.cluster.timeout_s)
 
     def train(self) -> None:
-        """Evaluate, train, evaluate. The last step always ends in an evaluation and a checkpoint.
+        """Evaluate, train, evaluate. The last step always ends with an evaluation and a checkpoint.
 
         Raises:
-            Stopped: on every rank alike, with what was done saved.
-            CollectiveError: a rank died or hangs.
-            UserError: too many steps in a row were not finite, or the last checkpoint could not be
+            Stopped: on all ranks, after saving the progress.
+            CollectiveError: a rank has died or hangs.
+            UserError: too many consecutive non-finite steps, or the last checkpoint could not be
                 written.
         """
         self.lwo.model.train()
@@ -94,7 +94,7 @@ class Trainer:
         settings = self.config.train
         step = self.lwo.step_count
         if self._evaluation_is_due(step) and step not in self.results.evaluations:
-            self._evaluate()  # before the first step, or where a stop came before it was done
+            self._evaluate()  # before the first step, or if a stop interrupted it
         while step < settings.steps:
             report = self._train_step(step)
             step = self.lwo.step_count
@@ -122,7 +122,7 @@ class Trainer:
             self.watchdog.beat(step, self.lwo.active_layer.name)
             loss = self._summed_loss(micro_batch) / batch.label_tokens
             step_loss += loss.detach()
-            # The strategy averages over ranks and micro-batches; the sum over them is wanted.
+            # The strategy averages over ranks and micro-batches, but the sum over them is needed.
             self.lwo.backward(loss * distributed.world_size() * len(batch.micro_batches))
             report = self.lwo.step()
         self.meter.after_step(step_loss, batch.tokens, report)
@@ -140,7 +140,7 @@ class Trainer:
         )
 
     def _summed_loss(self, micro_batch: dict[str, Tensor]) -> Tensor:
-        """Sum over the label tokens of the cross-entropy, in nats and fp32."""
+        """Sum of the cross-entropy over the label tokens, in nats and fp32."""
         batch = {name: tensor.to(self.device) for name, tensor in micro_batch.items()}
         output = self.lwo.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
@@ -174,7 +174,7 @@ class Trainer:
         if reading.save_is_written:
             with self.watchdog.paused("checkpoint"):
                 self.saver.settle()
-        self.meter.restart()  # what the callbacks did is not training time
+        self.meter.restart()  # time in callbacks is not training time
 
     def _evaluation_is_due(self, step: int) -> bool:
         interval = self.config.eval.steps
@@ -200,7 +200,7 @@ class Trainer:
             self.saver.settle_last()
 
     def _stopped(self, reason: str) -> Stopped:
-        """Save what was done since the last checkpoint."""
+        """Save the progress since the last checkpoint."""
         step = self.lwo.step_count
         if step > self.saver.saved_step:
             if self.meter.steps > 0:
@@ -211,7 +211,5 @@ class Trainer:
 
 
 def _seed_dropout(seed: int, step: int) -> None:
-    """Dropout, if the model has any, is then a function of (seed, step, rank) too, and a resume
-    needs no state.
-    """
+    """Make dropout a function of (seed, step, rank), so that a resume needs no RNG state."""
     torch.manual_seed(hash((seed, step, distributed.rank())))

@@ -1,6 +1,4 @@
-"""What each visit of a layer brought and cost: the points `visit/*`, one set at the last step of a
-visit.
-"""
+"""What each visit of a layer gained and cost: the metrics `visit/*`, one set per visit."""
 
 from __future__ import annotations
 
@@ -19,23 +17,23 @@ __all__ = ["Visit", "Visits"]
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit that is over."""
+    """A finished visit."""
 
     step: int
-    """Optimizer steps of the run when it was over."""
+    """Optimizer steps of the run at its end."""
     layer: str
     metrics: dict[str, float]
-    """`visit/...`; what could not be measured is left out."""
+    """`visit/...`; values that could not be measured are missing."""
 
 
 class _Sums:
-    """Of one visit, on the device: nothing is read before the visit is reported.
+    """Sums of one visit on the device; nothing is read before the visit is reported.
 
     Attributes:
         shared: [4] float64, equal on all ranks, over the steps that were not skipped: count, sum
             of x, sum of x^2, sum of gradient norms; x = step in the visit.
         own: [3] float64, this rank's share, over the same steps: sum of y, sum of x y, with
-            y = loss; then the square of the change of the masters, NaN if it is not known.
+            y = loss; then the squared change of the masters, NaN if unknown.
     """
 
     def __init__(self, device: torch.device):
@@ -54,7 +52,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Over:
-    """A visit that is over and not reported yet."""
+    """A finished visit that has not been reported yet."""
 
     step: int
     layer: str
@@ -63,12 +61,12 @@ class _Over:
 
 
 class Visits:
-    """Follows every optimizer step, on every rank: `begin_step`, the hook's `before_switch`,
+    """Follows every optimizer step on every rank: `begin_step`, the hook's `before_switch`,
     `after_step`.
 
-    A run of one layer (full fine-tuning) has no visits. After a restart in mid-visit the rest of it
-    is measured, but for the change of its weights. Host memory: a copy of the active layer's
-    masters, this rank's shards.
+    A run with one layer (full fine-tuning) has no visits. After a restart within a visit the rest
+    of it is measured, except for the change of its weights. Host memory: a copy of this rank's
+    master shards of the active layer.
     """
 
     def __init__(self, lwo: LWO, device: torch.device, clock: Callable[[], float]):
@@ -84,7 +82,7 @@ class Visits:
 
     @property
     def masters_before(self) -> list[Tensor]:
-        """This rank's masters as the present visit found them, on the host; [] if not known."""
+        """This rank's masters at the start of the current visit, on the host; [] if unknown."""
         return self._masters_before
 
     def begin_step(self) -> None:
@@ -94,7 +92,7 @@ class Visits:
             self._masters_before = [shard.to("cpu", copy=True) for shard in self._lwo.masters()]
 
     def before_switch(self) -> None:
-        """The last update of a visit is done, and its layer is still the active one."""
+        """Call after the last update of a visit, while its layer is still active."""
         if not self._masters_before:
             return
         square = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -119,12 +117,13 @@ class Visits:
         self._started = now
 
     def pause(self, seconds: float) -> None:
-        """Take an evaluation or a save out of the current visit's time."""
+        """Exclude an evaluation or a save from the current visit's time."""
         self._started += seconds
 
     def take(self) -> list[Visit]:
-        """The visits that have ended since the last call, equal on all ranks but for the seconds,
-        which are its own. A collective if there is one, else nothing.
+        """The visits that have ended since the last call; a collective if there are any.
+
+        Equal on all ranks except for the seconds, which are this rank's.
         """
         if not self._over:
             return []
@@ -152,10 +151,9 @@ class Visits:
 
 
 def _fall(n: float, x: float, xx: float, y: float, xy: float) -> float:
-    """How far the straight line of least squares through the losses falls from the first step to
-    the last.
+    """Decrease of the least-squares line through the losses from the first step to the last.
 
-    Every step counts, so that it says more than a difference of two noisy losses. NaN below two
+    Uses every step, so it is less noisy than the difference of two losses. NaN with fewer than two
     steps.
     """
     spread = n * xx - x * x

@@ -1,7 +1,7 @@
-"""Ends a run that hangs, in bounded time, and says where: rank, host, step and layer.
+"""Ends a hanging run in bounded time and reports where: rank, host, step and layer.
 
-A collective that waits for a dead or stopped peer ends by its own timeout where the backend can do
-that. For all other hangs (a GPU kernel, a file system, a peer of NCCL) a thread of this process
+If the backend supports it, a collective that waits for a dead or stopped peer ends by its own
+timeout. For all other hangs (a GPU kernel, a file system, a peer of NCCL) a thread of this process
 ends it.
 """
 
@@ -30,25 +30,23 @@ _COLLECTIVE = re.compile(
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out; says at which rank, host, step and layer, and which ranks
-    are silent.
-    """
+    """A collective failed or timed out. Names rank, host, step, layer and unresponsive ranks."""
 
 
 class Watchdog:
-    """Use as a context around the training loop, and call `beat` as it proceeds.
+    """Use as a context around the training loop, and call `beat` as it progresses.
 
     Args:
         timeout_s: seconds that a collective may take (`cluster.timeout_s`). After half of it
-            without a beat the watchdog prints a warning; after all of it and a margin it ends the
+            without a beat the watchdog prints a warning; after all of it plus a margin it ends the
             process.
-        end: ends the process; for tests.
+        end: ends the process; replaceable in tests.
     """
 
     def __init__(self, timeout_s: float, *, end: Callable[[int], object] = os._exit):
         self._timeout_s = timeout_s
-        # The collective's own timeout, which leaves a traceback, comes first: it began after the
-        # beat.
+        # The collective's own timeout, which leaves a traceback, should fire first; it starts after
+        # the beat.
         self._limit_s = timeout_s + min(30.0, timeout_s / 2)
         self._end = end
         self._where = "before the first step"
@@ -59,20 +57,20 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="lwo-dist-watchdog", daemon=True)
 
     def beat(self, step: int, layer: str) -> None:
-        """A micro-batch of `step` (from 0) begins, or a step has been done."""
+        """A micro-batch of `step` (from 0) is starting, or a step is complete."""
         self._where = f"step {step + 1}, layer {layer}"
         self._last = time.monotonic()
         self._warned = False
 
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """No beats are expected in here: an evaluation or a save takes as long as it takes."""
+        """Expect no beats inside: evaluations and saves take as long as they take."""
         where = self._where
         if not self._pauses:
             self._where = f"{what} after {where}"
         self._pauses += 1
         yield
-        # Not after an error: then this is where it was.
+        # Not after an error: the position then shows where it happened.
         self._pauses -= 1
         self._where = where
         self._last = time.monotonic()

@@ -1,1 +1,1 @@
-"""ZeRO stages 1, 2 and 3: `builder` makes engines, `strategy` trains, `private` is their inside."""
+"""ZeRO stages 1, 2 and 3: `builder` makes engines, `strategy` trains, `private` wraps internals."""

@@ -1,4 +1,4 @@
-"""Chooses and builds DeepSpeed engines; DeepSpeed itself is imported when one is asked for."""
+"""Chooses and builds DeepSpeed engines; DeepSpeed itself is imported only when needed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DeepSpeedBuilder(StrategyBuilder):
         return config.train.precision == "bf16"
 
     def resolve(self, config: Config) -> Config:
-        """With the contents of a DeepSpeed JSON, which the workers need not see.
+        """Add the contents of the DeepSpeed JSON, so that the workers need not see the file.
 
         Raises:
             UserError: a setting that cannot be honoured or contradicts ours, at any world size.
@@ -74,23 +74,23 @@ class DeepSpeedBuilder(StrategyBuilder):
 
 
 def load_deepspeed() -> Any:
-    """`strategies.deepspeed.engine`, imported at its first use: all else works without DeepSpeed.
+    """`strategies.deepspeed.engine`, imported on first use: the rest works without DeepSpeed.
 
     Raises:
-        UserError: DeepSpeed is not installed, or in a version that has not been tested.
+        UserError: DeepSpeed is not installed, or the version is untested.
     """
     require("deepspeed", what="strategy: deepspeed")
     if not torch.cuda.is_available():
-        # Else it searches for accelerators, and warns.
+        # Otherwise it searches for accelerators and warns.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return importlib.import_module("lwo_dist.strategies.deepspeed.engine")
 
 
 def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn.Parameter]]:
-    """Freeze all but what the first visit trains; the parameters of each of its layers.
+    """Freeze everything but the first visit; return the parameters of each of its layers.
 
     Raises:
-        UserError: a model without layers, or a DeepSpeed that is missing or has not been tested.
+        UserError: a model without layers, or DeepSpeed is missing or an untested version.
     """
     load_deepspeed().check_environment()
     layers = check_layers(model, method.layers(model, config))
@@ -107,12 +107,12 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
 def make_engine(
     model: nn.Module, config: LWOConfig, deepspeed: dict[str, Any], method: Method
 ) -> Any:
-    """An engine to `attach` to, in the process group that is there.
+    """An engine for `attach`, in the existing process group.
 
     It never holds optimizer state for the whole model.
 
     Args:
-        deepspeed: a whole DeepSpeed config.
+        deepspeed: a complete DeepSpeed config.
     """
     by_layer = prepare(model, config, method)
     optimizer = make_adamw(config, by_layer)

@@ -1,6 +1,4 @@
-"""DeepSpeed engines: which ones can be driven, who sets their learning rate, and how a run makes
-its own.
-"""
+"""DeepSpeed engines: which are supported, who sets the learning rate, how a run builds its own."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ __all__ = [
 
 
 def check_engine(engine: Any, accumulation: int) -> None:
-    """Refuse an engine that cannot be trained one layer at a time.
+    """Refuse an engine that cannot be trained layer by layer.
 
     Raises:
         UserError: with reason and remedy.
@@ -82,10 +80,9 @@ def check_engine(engine: Any, accumulation: int) -> None:
 
 
 class RateOfEngine:
-    """The engine's own learning-rate scheduler, if it has one, goes on with the optimizer that it
-    was made for.
+    """Keeps the engine's own learning-rate scheduler, if any, on the optimizer it was made for.
 
-    That optimizer is emptied at the first switch and trains nothing any more: it only holds the
+    That optimizer is emptied at the first switch and no longer trains anything: it only holds the
     rate.
     """
 
@@ -126,13 +123,13 @@ class RateOfEngine:
 
 
 def warn_overruled(engine: Any, made: torch.optim.Optimizer, *, rate: bool) -> None:
-    """Say where LWOConfig wins over the engine's optimizer."""
+    """Warn where LWOConfig overrides the engine's optimizer."""
     other = []
     for key in ["betas", "eps", "weight_decay", *(["lr"] if rate else [])]:
         ours = _plain(made.defaults[key])
         theirs = {
             _plain(group.get(key, ours)): None for group in engine.basic_optimizer.param_groups
-        }  # in order
+        }  # keeps the order
         if set(theirs) != {ours}:
             other.append(f"{key} {' and '.join(map(str, theirs))} -> {ours}")
     if other:
@@ -145,14 +142,13 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
 ) -> Any:
-    """`deepspeed.initialize` in a process group that is there already, made by torchrun, Ray Train
-    or a test.
+    """`deepspeed.initialize` in an existing process group, from torchrun, Ray Train or a test.
 
     Args:
-        model: plain, or of parameters that `partitioner` has cut; its trainable parameters are
+        model: plain, or with parameters divided by `partitioner`; its trainable parameters are
             `parameters`.
         optimizer: over `parameters`.
-        settings: the whole DeepSpeed config, as `deepspeed_config.resolve` makes it.
+        settings: the complete DeepSpeed config, as `settings.resolve` returns it.
     """
     _join()
     settings = {**settings, "zero_force_ds_cpu_optimizer": False}
@@ -168,10 +164,10 @@ def build_engine(
 
 
 def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """A function that every rank calls with a whole parameter: each keeps its part of what rank 0
-    has there.
+    """A collective function that reduces a whole parameter to this rank's part of rank 0's values.
 
-    That is stage 3 from the start; a model so made goes to `build_engine` with the same `settings`.
+    This is stage 3 from the start; pass the resulting model to `build_engine` with the same
+    `settings`.
     """
     _join()
     with _refusals():
@@ -187,9 +183,7 @@ def partitioner(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What DeepSpeed itself refuses in a config, such as a misspelt key of `zero_optimization`, in
-    one line.
-    """
+    """Turn DeepSpeed's config errors (e.g. a misspelt `zero_optimization` key) into one line."""
     try:
         yield
     except (ValidationError, DeepSpeedConfigError) as error:
@@ -197,18 +191,17 @@ def _refusals() -> Iterator[None]:
 
 
 def _join() -> None:
-    """Let DeepSpeed use the process group that is there."""
+    """Let DeepSpeed use the existing process group."""
     check_environment()
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
 def check_environment() -> None:
-    """Call before DeepSpeed joins the process group: no compiler is needed, and no dead compile is
-    waited for.
+    """Avoid needing a compiler or waiting for a dead one; call before DeepSpeed joins the group.
 
     Raises:
-        UserError: a compile of one of DeepSpeed's operators was killed and left its lock.
+        UserError: a compile of a DeepSpeed operator was killed and left its lock behind.
     """
     lock = _dead_lock(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     if lock is not None:
@@ -217,15 +210,13 @@ def check_environment() -> None:
             " one would wait for it for ever; delete that file, unless another machine that shares"
             " the folder compiles now"
         )
-    # An all-reduce through shared memory on CPUs: DeepSpeed compiles it as it starts, and works
+    # An all-reduce through shared memory on CPUs: DeepSpeed compiles it at startup, but works
     # without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _dead_lock(root: Path) -> Path | None:
-    """A lock in torch's folder of compiled extensions that no process of this machine holds
-    open.
-    """
+    """A lock among torch's compiled extensions that no process on this machine holds open."""
     locks = {str(path) for path in [*root.glob("*/lock"), *root.glob("*/*/lock")]}
     if not locks:
         return None
@@ -233,7 +224,7 @@ def _dead_lock(root: Path) -> Path | None:
         try:
             locks.discard(str(link.readlink()))
         except OSError:
-            continue  # the process ended, or is another user's
+            continue  # the process has ended or belongs to another user
     return Path(min(locks)) if locks else None
 
 

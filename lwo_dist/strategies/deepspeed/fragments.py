@@ -1,6 +1,4 @@
-"""A rank's part of a parameter, wherever ZeRO cuts it: a flat tensor, and where it begins in the
-flat parameter.
-"""
+"""A rank's part of a parameter as ZeRO divides it: a flat tensor and its offset."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def total_numel(parameter: Any) -> int:
 
 
 def whole(parameter: Any, part: Fragment) -> Tensor:
-    """Put the ranks' parts together: each element is one rank's, and zero on the others."""
+    """Assemble the ranks' parts; each element is held by one rank and zero on the others."""
     tensor, start = part
     flat = torch.zeros(total_numel(parameter), device=parameter.device)
     flat[start : start + tensor.numel()] = tensor.to(flat.device)
@@ -36,9 +34,7 @@ def whole(parameter: Any, part: Fragment) -> Tensor:
 
 
 def share(parameter: Any) -> Fragment:
-    """This rank's part of a weight as it is stored while it is not active: stage 3's own, else an
-    equal share.
-    """
+    """This rank's part of an inactive weight: stage 3's own partition, otherwise an equal share."""
     stored, start = private.stored(parameter)
     if hasattr(parameter, "ds_id"):
         return stored, start
@@ -48,22 +44,20 @@ def share(parameter: Any) -> Fragment:
 
 
 def slice_of(parameter: Any, start: int, numel: int) -> Tensor:
-    """`numel` elements of the stored weight from `start` on: all of them on this rank."""
+    """`numel` elements of the stored weight from `start`; this rank must hold all of them."""
     stored, offset = private.stored(parameter)
     return stored[start - offset :][:numel]
 
 
 def put(part: Fragment, whole: Tensor) -> None:
-    """Copy what `part` covers out of the whole tensor."""
+    """Copy the range that `part` covers from the whole tensor."""
     tensor, start = part
     tensor.copy_(whole.reshape(-1)[start : start + tensor.numel()])
 
 
 @torch.no_grad()
 def own_storage(parameters: Iterable[Any]) -> None:
-    """Give each weight its own storage: a flat buffer of the whole model would live until the last
-    weight left it.
-    """
+    """Give each weight its own storage; a shared flat buffer would live as long as any of them."""
     for parameter in parameters:
         tensor = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
         if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():

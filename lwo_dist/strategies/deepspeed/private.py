@@ -1,4 +1,4 @@
-"""All that we touch of DeepSpeed's inside, in one place; checked when this module is imported.
+"""DeepSpeed's private parts that a switch relies on; most are checked when this is imported.
 
 A DeepSpeed engine has one ZeRO optimizer for its whole life. A switch replaces that optimizer and
 keeps the engine: its counters, its scheduler, and under stage 3 the object that partitions and
@@ -111,10 +111,10 @@ _COLLECTIVES = (
 
 
 def check_version(version: str, names: dict[type, list[str]]) -> None:
-    """Refuse a DeepSpeed whose inside may differ from the one that was tested.
+    """Refuse a DeepSpeed whose internals may differ from the tested version.
 
     Raises:
-        UserError: another version, or a private name that is not there.
+        UserError: another version, or a private name that is missing.
     """
     remedy = f"install one of the versions that work: deepspeed=={', '.join(TESTED_VERSIONS)}"
     if version.partition("+")[0] not in TESTED_VERSIONS:
@@ -136,14 +136,12 @@ def _has(kind: type, name: str) -> bool:
 
 
 check_version(deepspeed.__version__, _NAMES)
-# torch 2.13 renames two collectives that 0.19.8 calls, and warns at every one of them.
+# torch 2.13 renames two collectives that 0.19.8 calls, and warns at every call.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, r"torch\.distributed\.")
 
 
 def partition_function(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]], None]:
-    """What `deepspeed.zero.Init` does to each parameter that is made in it: rank 0's values, in
-    parts.
-    """
+    """What `deepspeed.zero.Init` does to each new parameter: partition rank 0's values."""
     convert: Callable[[list[nn.Parameter]], None] = deepspeed.zero.Init(
         config_dict_or_path=settings
     )._convert_to_zero_parameters
@@ -154,25 +152,24 @@ def partition_function(settings: dict[str, Any]) -> Callable[[list[nn.Parameter]
 
 
 def release(engine: Any) -> Any:
-    """Take the ZeRO optimizer out of the engine and free all that it holds, whoever else refers to
-    it.
+    """Take the ZeRO optimizer out of the engine and free all its memory, even if still referenced.
 
     Returns:
-        What `adopt` wants back: stage 3's manager of the partitioned weights, else None.
+        The argument for `adopt`: stage 3's manager of the partitioned weights, else None.
     """
     old = engine.optimizer
     inner = engine.basic_optimizer
     offload = getattr(old, "parameter_offload", None)
     with _quiet():
         if offload is not None:
-            offload.destroy = lambda: None  # the old optimizer must not take it down
+            offload.destroy = lambda: None  # the old optimizer must not destroy it
         old.destroy()
         if offload is not None:
             del offload.destroy
     for parameter in engine.module.parameters():
         parameter.grad = None
-        # Each of these leads back to the old optimizer's buffers, which would live beside the new
-        # one's.
+        # Each of these references the old optimizer's buffers, which would otherwise coexist with
+        # the new ones.
         for name in ("_z3_optimizer", "_hp_mapping", "_hp_grad", "grad_accum"):
             if name in vars(parameter):
                 setattr(parameter, name, None)
@@ -187,7 +184,7 @@ def release(engine: Any) -> Any:
 def adopt(
     engine: Any, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], offload: Any
 ) -> None:
-    """Make a ZeRO optimizer around `optimizer`, which holds the whole trainable `parameters`."""
+    """Build a ZeRO optimizer around `optimizer`, which holds the whole trainable `parameters`."""
     kind = DeepSpeedZeroOptimizer_Stage3
     original = DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload
     with _quiet():
@@ -200,12 +197,12 @@ def adopt(
     zero = engine.optimizer
     if offload is not None:
         coordinator = offload.get_param_coordinator()
-        if not coordinator.is_invalid_trace():  # it raises otherwise
+        if not coordinator.is_invalid_trace():  # raises on an invalid trace
             coordinator._invalidate_trace()
-        # Those are gathered anew after each step; a frozen one has not changed.
+        # These are gathered again after each step; frozen ones have not changed.
         zero.persistent_parameters = [p for p in offload.persistent_parameters if p.requires_grad]
     if isinstance(zero, DeepSpeedZeroOptimizer):
-        # Else a norm that is not finite would be stepped on in bf16; elsewhere it skips the step by
+        # Otherwise bf16 would step on a non-finite norm; with other dtypes ZeRO skips the step
         # itself.
         zero.check_grad_overflow = parameters[0].dtype == torch.bfloat16
     if engine._support_torch_style_backward:
@@ -214,9 +211,7 @@ def adopt(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what DeepSpeed does as it sets up: collect the whole heap, print memory, reset the
-    peak of memory.
-    """
+    """Suppress DeepSpeed's setup side effects: heap collection, memory printing, peak resets."""
     collect = gc.collect
     see_memory_usage = bf16_optimizer.see_memory_usage
     gc.collect = lambda generation=2: 0
@@ -245,7 +240,7 @@ def trained_parameters(zero: Any) -> list[nn.Parameter]:
 
 
 def masters(zero: Any) -> list[Tensor]:
-    """The flat fp32 weights that this rank steps on."""
+    """The flat fp32 weights that this rank updates."""
     for name in (
         "single_partition_of_fp32_groups",
         "fp32_groups_flat_partition",
@@ -257,21 +252,19 @@ def masters(zero: Any) -> list[Tensor]:
 
 
 def groups_of_masters(zero: Any) -> list[int]:
-    """For each of `masters` the number of its group in the inner optimizer."""
-    numbers = getattr(zero, "sub_group_to_group_id", None)  # stage 3 cuts large groups in pieces
+    """For each of `masters`, the index of its parameter group in the inner optimizer."""
+    numbers = getattr(zero, "sub_group_to_group_id", None)  # stage 3 splits large groups
     count = len(masters(zero))
     return [number if numbers is None else numbers[number] for number in range(count)]
 
 
 def flat_weights(zero: Any) -> list[Tensor]:
-    """Stages 1 and 2: the whole flat weights of the active layer, of which its parameters are
-    views.
-    """
+    """Stages 1 and 2: the active layer's whole flat weights; its parameters are views of them."""
     return [*getattr(zero, "bit16_groups_flat", []), *getattr(zero, "bf16_groups_flat", [])]
 
 
 def gradient_buffers(zero: Any) -> list[Tensor]:
-    """Gradients and the buffers that they are reduced in, as held now."""
+    """Current gradients and the buffers they are reduced in."""
     found = [p.grad for p in trained_parameters(zero) if p.grad is not None]
     found += list(getattr(zero, "fp32_groups_gradients_flat", []))
     found += [m.grad for m in masters(zero) if m.grad is not None]
@@ -289,8 +282,7 @@ def fragment(zero: Any, parameter: Any, key: str | None = None) -> tuple[Tensor,
     """This rank's part of an active parameter's master, or of its moment `key`.
 
     Returns:
-        A flat view to read and write, perhaps empty, and where it begins in the flattened
-        parameter.
+        A flat view to read and write, possibly empty, and its offset in the flattened parameter.
     """
     if hasattr(parameter, "ds_id"):
         part, _ = zero._get_fp32_opt_state_partition(
@@ -304,9 +296,7 @@ def fragment(zero: Any, parameter: Any, key: str | None = None) -> tuple[Tensor,
 
 
 def stored(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's part of a weight as it is stored, in the form of `fragment`: partitioned by stage
-    3, else whole.
-    """
+    """This rank's part of a stored weight, like `fragment`: stage 3's partition, else whole."""
     if hasattr(parameter, "ds_id"):
         return _unpadded(parameter.ds_tensor.data, parameter)
     return parameter.detach().view(-1), 0
@@ -318,21 +308,20 @@ def _unpadded(part: Tensor, parameter: Any) -> tuple[Tensor, int]:
 
 
 def link_moments(zero: Any) -> None:
-    """Let `fragment` find all moments that the inner optimizer has now.
+    """Let `fragment` find all current moments of the inner optimizer.
 
-    Stages 1 and 2 link them once, in their first step, when only the first group has any.
+    Stages 1 and 2 link them only once, in their first step, when only the first group has any.
     """
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
-# ---- what is sent
+# ---- communication volume
 
 
 class SentBytes:
-    """Counts the payload of DeepSpeed's collectives, each as its whole tensor, from the last
-    `reset` on.
+    """Counts the payload of DeepSpeed's collectives since `reset`, each as its whole tensor.
 
     Scalars (norms) and integers (checks) are left out. All engines of a process share one count.
     """

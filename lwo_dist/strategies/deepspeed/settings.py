@@ -1,8 +1,7 @@
-"""From our settings and the user's DeepSpeed JSON to one DeepSpeed config; what cannot be honoured
-is refused by name.
+"""Merges our settings and the user's DeepSpeed JSON into one DeepSpeed config.
 
-DeepSpeed itself is not imported here: a wrong setting is found on the driver, before any worker
-starts.
+Settings that cannot be honoured are refused by name. DeepSpeed itself is not imported here, so a
+wrong setting is found on the driver, before any worker starts.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ DEFAULT_STAGE = 3
 _ADAMS = ("adam", "adamw", "fusedadam", "deepspeedcpuadam")
 _NVME = "swapping to NVMe is not supported; set device: cpu or none"
 _PLAIN = "leave it out: one layer at a time has not been tested with it"
-# Path in the config -> the values that are fine, or the ones that are not, and the remedy for the
-# others.
+# Path in the config -> (allowed values, remedy for any other value).
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp16.enabled": ((False, None, "auto"), "use bf16, or fp32: there is no loss scaling here"),
     "amp.enabled": ((False, None), "use bf16, or fp32: there is no loss scaling here"),
@@ -56,11 +54,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def read_config(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The user's DeepSpeed config, from a JSON file or a mapping; values that say "auto" are left
-    out.
+    """The user's DeepSpeed config, from a JSON file or a mapping; "auto" values are dropped.
 
     Raises:
-        UserError: an unreadable file, malformed JSON, or something else than a mapping in it.
+        UserError: an unreadable file, malformed JSON, or JSON that is not a mapping.
     """
     if isinstance(value, str):
         try:
@@ -80,7 +77,7 @@ def read_config(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def refuse_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse what layer-wise optimisation cannot honour in a DeepSpeed config.
+    """Refuse DeepSpeed settings that layer-wise optimisation cannot honour.
 
     Raises:
         UserError: naming the first such setting.
@@ -109,11 +106,11 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
 def resolve(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config of a run with `strategy: deepspeed`.
 
-    The user's settings stay; what they leave open is filled in. `optimizer` is taken out: LWOConfig
-    is the optimizer.
+    The user's settings are kept and missing ones filled in. `optimizer` is removed: LWOConfig
+    defines the optimizer.
 
     Raises:
-        UserError: a setting that cannot be honoured, or that contradicts ours.
+        UserError: a setting that cannot be honoured or contradicts ours.
     """
     settings = copy.deepcopy(read_config(config.deepspeed))
     refuse_settings(settings)
@@ -141,7 +138,7 @@ def resolve(config: Config, world_size: int) -> dict[str, Any]:
     if train.precision == "bf16":  # as train.precision promises: reductions stay fp32
         settings.setdefault("communication_data_type", "fp32")
         settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    # 0.19.8 clips at 1.0 where this is absent.
+    # 0.19.8 clips at 1.0 if this is absent.
     settings.setdefault("gradient_clipping", lwo.max_grad_norm)
     settings.setdefault("steps_per_print", 2**31)
     _warn_overruled((settings.pop("optimizer", None) or {}).get("params") or {}, lwo)
@@ -167,7 +164,7 @@ def _warn_overruled(theirs: Mapping[str, Any], lwo: LWOConfig) -> None:
 
 
 def _agree(settings: dict[str, Any], key: str, ours: Any, name: str, default: Any = None) -> None:
-    """Fill `key` in, or refuse a value that contradicts ours."""
+    """Set `key` if it is missing, or refuse a value that contradicts ours."""
     theirs = settings.get(key)
     if theirs is not None and ours is not None and theirs != ours:
         raise UserError(

@@ -1,10 +1,8 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3: one engine for the whole run, whose ZeRO optimizer is replaced
-at the switch.
+"""DeepSpeed ZeRO stages 1, 2 and 3: one engine per run; a switch replaces its ZeRO optimizer.
 
-Who wins where both speak: the engine's learning-rate scheduler, if it has one, over `lr` and its
-schedule; a `gradient_clipping` written in the DeepSpeed config over `max_grad_norm`; LWOConfig over
-the engine's own optimizer (rate, betas, epsilon, weight decay). Each is warned about where the two
-differ.
+Precedence: the engine's learning-rate scheduler, if any, overrides `lr` and its schedule; a
+`gradient_clipping` in the DeepSpeed config overrides `max_grad_norm`; LWOConfig overrides the
+engine's own optimizer (rate, betas, epsilon, weight decay). A warning is logged if they differ.
 """
 
 from __future__ import annotations
@@ -36,17 +34,16 @@ __all__ = ["DeepSpeedZero"]
 
 
 class DeepSpeedZero(Strategy):
-    """ZeRO steps on a master of its own, in fp32 too: 12 bytes of state a parameter / world size.
+    """ZeRO updates a master copy, even in fp32: 12 bytes of state a parameter / world size.
 
-    With bf16 weights the master of a layer that is not active is parked on the host, this rank's
-    part.
+    With bf16 weights, this rank's part of an inactive layer's master is parked on the host.
     """
 
     # [Note: Where a park was cut]
-    # ZeRO decides how a layer is cut when it becomes active, and cuts it alike each time. What it
-    # has cut is parked as it is. What is written while the layer is not active is cut by
-    # `fragments.share`, which stages 1 and 2 do not agree with: `_written` names those parks, and a
-    # collective puts them together before they are cut anew.
+    # ZeRO decides how a layer is divided when it becomes active, and divides it the same way each
+    # time. ZeRO's own parts are parked as they are. State written while a layer is inactive is
+    # divided by `fragments.share`, which differs from stages 1 and 2: `_written` names those parks,
+    # and a collective assembles them before they are divided again.
 
     def __init__(self, engine: Any, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(engine.module, layers, config)
@@ -61,7 +58,7 @@ class DeepSpeedZero(Strategy):
         self._clipping: float | None = written.get("gradient_clipping")
         self._warned = False
         self._own_bucket = "reduce_bucket_size" not in written.get("zero_optimization", {})
-        # Key of a shard -> where it begins in the flattened parameter.
+        # Key of a shard -> its offset in the flattened parameter.
         self._starts: dict[str, int] = {}
         self._written: set[str] = set()  # keys of parks, see [Note: Where a park was cut]
         self._sent = private.SentBytes()
@@ -86,12 +83,12 @@ class DeepSpeedZero(Strategy):
         if first:
             fragments.own_storage(self._parameters.values())
         if self._own_bucket:
-            # All gradients of the visit go out together; the default of 5e8 elements is allocated
-            # at every switch.
+            # All gradients of the visit are reduced together; the default buckets of 5e8 elements
+            # would be allocated at every switch.
             numel = sum(fragments.total_numel(parameter) for parameter in trained)
             self._config.zero_config.reduce_bucket_size = numel
-        # The optimizer may live on the host (offload) without being DeepSpeed's own, which a
-        # compiler must build.
+        # The optimizer may be on the host (offload) without being DeepSpeed's own, which needs a
+        # compiler.
         self._config.zero_force_ds_cpu_optimizer = False
         private.adopt(self._engine, optimizer, trained, offload)
         self._visit = visit
@@ -106,10 +103,10 @@ class DeepSpeedZero(Strategy):
         for name in self._visit.parameter_names:
             if self._parameters[name].dtype != torch.float32:
                 self._park_master(name, self._part(name))
-        # The ZeRO optimizer itself goes when the next one comes: the engine cannot be without one.
+        # The ZeRO optimizer itself is freed at the next switch: the engine always needs one.
 
     def detach(self) -> None:
-        """The engine keeps the ZeRO optimizer of the last visit: to train on, make a new engine."""
+        """The engine keeps the last ZeRO optimizer; to continue training, make a new engine."""
         self._count_hook.remove()
 
     def learning_rate(self, scheduled: float) -> float:
@@ -123,8 +120,8 @@ class DeepSpeedZero(Strategy):
             )
         self._before_backward = False
         engine.set_gradient_accumulation_boundary(boundary)
-        # Times 1.0, or times NaN if the loss is not finite: the norm is then NaN on all ranks, and
-        # ZeRO skips the step. The hook has divided by the accumulation.
+        # Multiply by 1.0, or by NaN if the loss is not finite: the norm is then NaN on all ranks,
+        # and ZeRO skips the step. The hook has divided by the accumulation steps.
         engine.backward(loss * (1.0 + 0.0 * loss.detach()), scale_wrt_gas=False)
         if not boundary:
             engine.step()  # counts the micro-batch
@@ -151,11 +148,11 @@ class DeepSpeedZero(Strategy):
         return ours if self._clipping is None else self._clipping
 
     def flush(self) -> None:
-        """Nothing is pending: `step` publishes before it returns."""
+        """Do nothing: `step` publishes before it returns."""
 
     def masters(self) -> list[Tensor]:
         assert self._visit is not None
-        # By parameter, not the flat tensors: stage 3 pads those with garbage.
+        # By parameter, not the flat tensors, which stage 3 pads with garbage.
         return [self._part(name)[0] for name in self._visit.parameter_names]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
@@ -167,7 +164,7 @@ class DeepSpeedZero(Strategy):
         for name, tensor in tensors.items():
             target = own[name]
             fragments.put(private.stored(target), tensor)
-            if getattr(target, "ds_id", None) is not None and target.numel():  # gathered now
+            if getattr(target, "ds_id", None) is not None and target.numel():  # currently gathered
                 target.detach().copy_(tensor)
             if self._is_trained(name):
                 fragments.put(self._part(name), tensor)
@@ -197,8 +194,8 @@ class DeepSpeedZero(Strategy):
         state = private.inner_optimizer(zero).state
         if not state and not shards:
             return
-        # In place, because ZeRO refers to these tensors; zeros at step 0 are what a fresh optimizer
-        # starts from. ZeRO finds the moments of all layers of a visit, or of none.
+        # In place, because ZeRO refers to these tensors; zeros at step 0 match a fresh optimizer.
+        # ZeRO finds the moments of all layers of a visit, or of none.
         for flat in private.masters(zero):
             for key in MOMENTS:
                 state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False))
@@ -250,9 +247,7 @@ class DeepSpeedZero(Strategy):
         return private.masters(self._engine.optimizer)[0].device
 
     def bytes_per_step(self) -> int:
-        """What was sent since the first forward of the coming step, or of the last one if it has
-        not begun.
-        """
+        """Bytes sent in the step that has begun, or in the last one if none has."""
         return self._sent.total if distributed.world_size() > 1 else 0
 
     def memory(self) -> dict[str, int]:
@@ -261,7 +256,7 @@ class DeepSpeedZero(Strategy):
         weights = [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_id"))]
         masters = private.masters(zero)
         gradients = private.gradient_buffers(zero)
-        if not gradients:  # between steps: what the reduction will leave here
+        if not gradients:  # between steps: the size that the reduction will produce
             gradients = (
                 masters
                 if self._engine.zero_optimization_stage() == 2
@@ -290,7 +285,7 @@ class DeepSpeedZero(Strategy):
         return private.fragment(self._engine.optimizer, self._parameters[name], key)
 
     def _park_master(self, name: str, master: Fragment, *, written: bool = False) -> None:
-        """Park what the bf16 rounding of this rank's part lacks."""
+        """Park the bits of this rank's part lost in rounding to bf16."""
         if self._parks_masters:
             low, halfway = split(master[0])
             self._starts[f"{name}.low"] = master[1]
@@ -311,7 +306,7 @@ class DeepSpeedZero(Strategy):
         )
 
     def _unpark_masters(self, layer: Layer) -> None:
-        """Give the new masters the bits that 16-bit weights lack."""
+        """Restore the exact masters of 16-bit weights from their parked bits."""
         parked = self._parked_masters.take(layer.name, self._shard_device())
         for name in layer.parameter_names:
             master = self._parked_master(name, parked)
@@ -319,7 +314,7 @@ class DeepSpeedZero(Strategy):
                 self._put_cut(f"{name}.low", self._parameters[name], master[0], self._part(name))
 
     def _put_cut(self, key: str, parameter: Any, parked: Tensor, part: Fragment) -> None:
-        """Copy a park to where ZeRO wants it, cut anew where it was cut by us."""
+        """Copy a park to where ZeRO needs it, dividing it again if we divided it."""
         if key in self._written:
             self._written.remove(key)
             fragments.put(part, fragments.whole(parameter, (parked, self._starts[key])))

@@ -1,1 +1,1 @@
-"""FSDP2: `builder` shards a model of ours, `strategy` trains any sharded one, `shards` cuts."""
+"""FSDP2: `builder` shards our models, `strategy` trains sharded models, `shards` splits tensors."""

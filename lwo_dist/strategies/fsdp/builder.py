@@ -1,4 +1,4 @@
-"""Builds a sharded model from the meta device: no rank ever holds it whole."""
+"""Builds a sharded model from the meta device, so that no device ever holds it whole."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FSDPBuilder(StrategyBuilder):
         self, source: ModelSource, method: Method, config: Config, device: torch.device
     ) -> nn.Module:
         model: nn.Module = source.empty()
-        if config.fsdp.storage == "bf16":  # parameters only: buffers stay as the model makes them
+        if config.fsdp.storage == "bf16":  # parameters only: buffers keep the model's dtype
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
         shard_model(model, precision=config.train.precision, device_type=device.type)
@@ -57,11 +57,11 @@ class FSDPBuilder(StrategyBuilder):
 def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     """Wrap each transformer layer and the root with `fully_shard`, over all ranks, in place.
 
-    Works on a model on the meta device too: materialise it afterwards. The embedding, the final
-    norm and the head stay in the root's group, where a tied matrix is held once.
+    Also works for a model on the meta device, to be materialised afterwards. The embedding, final
+    norm and head stay in the root's group, so that a tied matrix is held once.
 
     Args:
-        precision: compute dtype, "fp32" or "bf16"; gradients are reduced in fp32 either way.
+        precision: compute dtype, "fp32" or "bf16"; gradients are always reduced in fp32.
     """
     mesh = init_device_mesh(device_type, (distributed.world_size(),))
     policy = MixedPrecisionPolicy()

@@ -1,4 +1,4 @@
-"""This rank's part of sharded parameters, and all that we touch of FSDP2's inside, in one place."""
+"""This rank's part of sharded parameters, and helpers for FSDP2's private parameter groups."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def refuse_unsupported(model: nn.Module, modules: Iterable[FSDPModule]) -> None:
     """Refuse what `fsdp` cannot train exactly.
 
     Raises:
-        UserError: unsharded parameters, other meshes than one data-parallel dimension, gradients
-            reduced in 16 bits, weights stored in 16 bits, unless it is bf16 and the policy computes
-            in that.
+        UserError: unsharded parameters, a mesh other than one data-parallel dimension, gradients
+            reduced in 16 bits, or weights stored in 16 bits, unless in bf16 with a policy that
+            computes in bf16.
     """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
@@ -78,26 +78,24 @@ def refuse_unsupported(model: nn.Module, modules: Iterable[FSDPModule]) -> None:
 
 
 def fsdp_groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's parameter groups of a module: private. torch 2.13 has a list of them, torch 2.11
-    one.
-    """
+    """FSDP2's private parameter groups of a module: a list in torch 2.13, one in 2.11."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     return groups if groups is not None else [g for g in [state._fsdp_param_group] if g is not None]
 
 
 def own_parameters(model: nn.Module, module: FSDPModule) -> set[str]:
-    """Names of the parameters in `module`'s group: below it, and below no nearer FSDP module."""
+    """Names of the parameters in `module`'s group: those whose nearest FSDP module is `module`."""
     own = {id(item.sharded_param) for group in fsdp_groups(module) for item in group.fsdp_params}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 @torch.no_grad()
 def replace_shards(modules: Iterable[FSDPModule], shards: Mapping[nn.Parameter, Tensor]) -> None:
-    """Give parameters other local shards, of another dtype too, as `module.to(dtype)` does for a
-    whole module.
+    """Replace the local shards of parameters, possibly with another dtype.
 
-    The parameters stay the same objects. FSDP2 must be told their dtypes anew (`_init_mp_dtypes`).
+    Like `module.to(dtype)`, but for single parameters, which stay the same objects. FSDP2 must
+    then be told their dtypes again (`_init_mp_dtypes`).
     """
     for module in modules:
         for item in [item for group in fsdp_groups(module) for item in group.fsdp_params]:
@@ -121,7 +119,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def as_shard_of(parameter: Tensor, local: Tensor) -> DTensor:
-    """`local` as this rank's part of a tensor that is placed like `parameter`."""
+    """Wrap `local` as this rank's part of a tensor that is placed like `parameter`."""
     assert isinstance(parameter, DTensor)
     return DTensor.from_local(
         local,
@@ -133,7 +131,7 @@ def as_shard_of(parameter: Tensor, local: Tensor) -> DTensor:
 
 
 def shard_like(tensor: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:
-    """This rank's part, in `dtype`, of the whole `tensor`, placed like `own`; nothing is sent."""
+    """This rank's part of the whole `tensor`, in `dtype`, placed like `own`; no communication."""
     tensor = tensor.to(device=own.device, dtype=dtype)
     if not isinstance(own, DTensor):
         return tensor
@@ -145,8 +143,6 @@ def shard_like(tensor: Tensor, own: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def padded_rows(parameter: Tensor) -> int:
-    """Elements of a parameter whose rows are padded to a multiple of the ranks, as FSDP2 sends
-    it.
-    """
+    """Elements of a parameter with rows padded to a multiple of the ranks, as FSDP2 sends it."""
     rows = parameter.shape[0] if parameter.dim() else 1
     return parameter.numel() // max(rows, 1) * padded_numel(rows, distributed.world_size())

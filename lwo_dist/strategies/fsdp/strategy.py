@@ -1,9 +1,9 @@
-"""FSDP2: every layer's weights are sharded over the ranks, and gathered for compute.
+"""FSDP2: every layer's weights are sharded across ranks, and gathered for compute.
 
 FSDP2 reduces only gradients of trainable parameters and takes `requires_grad` from the sharded
-parameter at each gather, so a switch needs no rebuilding. The optimizer works on the plain local
-shards, which are the fp32 masters. Where the weights are stored in bf16, the active layer's are
-cast to fp32 for the time of its visit.
+parameter at each gather, so a switch does not rebuild anything. The optimizer works on the plain
+local shards, which are the fp32 masters. If the weights are stored in bf16, the active layer's are
+cast to fp32 for the duration of its visit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["FullyShard"]
 
 
 class FullyShard(Strategy):
-    """LWO on a `fully_shard`ed model, wrapped by us or by its owner."""
+    """LWO on a `fully_shard`ed model, wrapped by us or by the caller."""
 
     forward_is_collective = True
 
@@ -53,8 +53,8 @@ class FullyShard(Strategy):
         super().__init__(model, layers, config)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._reshard()
-        # Where every layer reaches down to the bottom (`full`), nothing is ever prefix, stack or no
-        # stack.
+        # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
+        # with or without a stack.
         self._depths = parameter_depths(model) if any(layer.depth for layer in layers) else {}
         refuse_unsupported(model, self._modules)
         buffers = {
@@ -70,12 +70,12 @@ class FullyShard(Strategy):
         self._micro_batches_of_step = 1
 
     # [Note: The switch sequence]
-    # A switch comes only between optimizer steps, and starts with a reshard: after a forward
+    # A switch happens only between optimizer steps, and starts with a reshard: after a forward
     # without backward (evaluation) the root stays gathered, `parameters()` are then temporaries,
-    # and a flag set on them is lost without an error. The flags are flipped on the sharded
-    # parameters; the dtypes of the newly trainable groups are set, because FSDP2 fixes them once
-    # and ignores what is frozen then; and the groups of the prefix are told that backward does not
-    # need them, else the prefetch gathers one of them in vain.
+    # and a flag set on them is silently lost. The flags are set on the sharded parameters; the
+    # dtypes of newly trainable groups are set, because FSDP2 determines them once and ignores
+    # frozen parameters; and the groups of the prefix are marked as not needed in backward, as
+    # otherwise the prefetch gathers one of them for nothing.
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
         self._reshard()
         parameters = dict(self.module.named_parameters())
@@ -93,7 +93,7 @@ class FullyShard(Strategy):
             for group in fsdp_groups(module):
                 group._init_mp_dtypes()
         self._visit = visit
-        # Empty where a parameter has fewer rows than there are ranks: every rank then goes through
+        # Empty if a parameter has fewer rows than there are ranks, so that every rank goes through
         # the same steps.
         self._shards = {
             name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()
@@ -130,7 +130,7 @@ class FullyShard(Strategy):
     def backward(self, loss: Tensor, boundary: bool) -> None:
         root = self.module
         assert isinstance(root, FSDPModule)
-        # Inside an accumulation the gradient stays whole on each rank, and is reduced once.
+        # Inside an accumulation each rank keeps the whole gradient, which is reduced once.
         root.set_requires_gradient_sync(boundary)
         self._micro_batches += 1
         super().backward(loss, boundary)
@@ -148,7 +148,7 @@ class FullyShard(Strategy):
         return update
 
     def flush(self) -> None:
-        """Register the shards again: a forward without backward leaves the root gathered."""
+        """Reshard: a forward without backward leaves the root gathered."""
         self._reshard()
 
     def masters(self) -> list[Tensor]:
@@ -257,7 +257,7 @@ class FullyShard(Strategy):
         )
 
     def _park_master(self, layer: str, masters: dict[str, Tensor]) -> None:
-        """Park what the bf16 rounding of this rank's `masters` lacks."""
+        """Park the bits of this rank's `masters` lost in rounding to bf16."""
         if self._parks_masters and masters:
             lacking: dict[str, Tensor] = {}
             for name, master in masters.items():
@@ -284,7 +284,7 @@ class FullyShard(Strategy):
         parameters = list(self.module.parameters())
         moments = [t for state in self._optimizer.state.values() for t in state.values() if t.dim()]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:  # between steps: what the reduction will leave here
+        if not gradients:  # between steps: the size that the reduction will produce
             gradients = list(self._shards.values())
         return {
             "parameter_bytes": local_bytes(parameters),
@@ -294,12 +294,12 @@ class FullyShard(Strategy):
         }
 
     def _reshard(self) -> None:
-        for module in self._modules:  # `reshard` does not go down by itself
+        for module in self._modules:  # `reshard` is not recursive
             module.reshard()
 
 
 def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
-    """The fp32 master of this rank's bf16 shard `weight`: exact if its low bits are parked."""
+    """The fp32 master of this rank's bf16 shard `weight`; exact if its low bits are parked."""
     if f"{name}.low" not in parked:
         return weight.float()
     return join(
