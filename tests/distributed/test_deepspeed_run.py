@@ -206,9 +206,10 @@ def after_switches(
             training.train_step(lwo, step % 24)
             if step % 24 == 23:  # the same place of the cycle of six
                 gc.collect()
-                tensors.append(
-                    sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
-                )
+                # Not the float64 sum of `train_step`: gloo's thread may still hold the last one.
+                alive = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+                tensors.append(sum(tensor.dtype != torch.float64 for tensor in alive))
+                del alive
                 modules = list(lwo.module.modules())
                 hooks.append(
                     sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
