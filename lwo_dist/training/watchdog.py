@@ -20,7 +20,7 @@ from types import TracebackType
 
 from lwo_dist import distributed
 from lwo_dist.errors import UserError, first_line
-from lwo_dist.stop import StopNow
+from lwo_dist.stop import StopNow, Stopped
 
 __all__ = ["CollectiveError", "Watchdog"]
 
@@ -92,7 +92,7 @@ class Watchdog:
         tb: TracebackType | None,
     ) -> None:
         self._over.set()
-        if not isinstance(error, Exception) or isinstance(error, UserError | StopNow):
+        if not isinstance(error, Exception) or isinstance(error, UserError | StopNow | Stopped):
             return
         if isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)):
             silent = distributed.silent_ranks(min(5.0, self._timeout_s))
