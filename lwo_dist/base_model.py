@@ -49,7 +49,7 @@ _LEFT_OUT = {
     "pydoc_data",
 }
 _LEFT_OUT |= {"site-packages", "test", "tests", "turtledemo"}
-_FEWEST_FILES = 100
+_MIN_FILES = 100
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _standard_library() -> list[str]:
         except UnicodeDecodeError:
             continue
     texts = [text for text in texts if text.strip()]
-    if len(texts) < _FEWEST_FILES:
+    if len(texts) < _MIN_FILES:
         raise UserError(
             f"tiny-code is made from the standard library, but {root} holds only {len(texts)} of"
             " its sources; use a Python that has them, or set model.name to a folder or a Hugging"

@@ -303,8 +303,8 @@ class LWO:
 
     def last_changed(self, layer: Layer) -> int:
         """The step count after the last update of `layer`; 0 if never updated, as for `rest`."""
-        places = {i for i, visit in enumerate(self.visits) if layer in visit.layers}
-        return self.schedule.last_active(places, self.step_count)
+        indices = {i for i, visit in enumerate(self.visits) if layer in visit.layers}
+        return self.schedule.last_active(indices, self.step_count)
 
     def position(self) -> dict[str, Any]:
         """The position: `step`, `active_layer` (name, for the next step), `skipped_steps`."""

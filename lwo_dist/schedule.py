@@ -31,8 +31,8 @@ class LayerSchedule:
 
     def active_layer(self, step: int) -> int:
         visit, _ = self.position(step)
-        cycle, place = divmod(visit, self.num_layers)
-        return self._order_of(cycle)[place]
+        cycle, position = divmod(visit, self.num_layers)
+        return self._order_of(cycle)[position]
 
     def position(self, step: int) -> tuple[int, int]:
         """(index of the visit, step within the visit)."""
@@ -110,23 +110,23 @@ def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> floa
     _, step_in_visit = schedule.position(step)
     length: int | None
     if config.lr_schedule_over == "visit":
-        place = step_in_visit
+        offset = step_in_visit
         length = config.steps_per_layer
     elif config.lr_schedule_over == "cycle":
-        place = step % schedule.steps_per_cycle
+        offset = step % schedule.steps_per_cycle
         length = schedule.steps_per_cycle
     else:
-        place = step
+        offset = step
         length = config.max_steps
-    rate = config.lr * _shape(config, place, length)
+    rate = config.lr * _shape(config, offset, length)
     if config.visit_ramp_steps:
         rate *= min(1.0, (step_in_visit + 1) / config.visit_ramp_steps)
     return rate
 
 
-def _shape(config: LWOConfig, place: int, length: int | None) -> float:
-    if place < config.warmup_steps:
-        return (place + 1) / config.warmup_steps
+def _shape(config: LWOConfig, offset: int, length: int | None) -> float:
+    if offset < config.warmup_steps:
+        return (offset + 1) / config.warmup_steps
     if config.lr_scheduler_type == "constant":
         return 1.0
     if length is None:
@@ -134,7 +134,7 @@ def _shape(config: LWOConfig, place: int, length: int | None) -> float:
             f"lr_scheduler_type: {config.lr_scheduler_type} over the run needs its length; set"
             " max_steps, or lr_schedule_over: cycle or visit"
         )
-    done = min(1.0, (place - config.warmup_steps) / max(1, length - config.warmup_steps))
+    done = min(1.0, (offset - config.warmup_steps) / max(1, length - config.warmup_steps))
     return (
         1.0 - done
         if config.lr_scheduler_type == "linear"

@@ -18,15 +18,15 @@ from .format import Checkpoint, newest_checkpoint, use_copy
 __all__ = ["data_record", "find_checkpoint", "refuse_other_run", "restore"]
 
 
-def find_checkpoint(config: Config, place: RunFolder) -> Checkpoint | None:
+def find_checkpoint(config: Config, run_folder: RunFolder) -> Checkpoint | None:
     """The newest intact checkpoint, with its files available on every machine."""
     if config.checkpoint.resume != "auto":
         return None
-    checkpoint = distributed.on_rank_0(newest_checkpoint, place)
+    checkpoint = distributed.on_rank_0(newest_checkpoint, run_folder)
     if checkpoint is not None:
         with distributed.errors_on_all_ranks():
             if distributed.rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
-                use_copy(place, checkpoint)
+                use_copy(run_folder, checkpoint)
     return checkpoint
 
 

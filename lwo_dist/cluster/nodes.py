@@ -31,7 +31,7 @@ Node = Mapping[str, float]
 
 
 def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str, float]:
-    """What one worker takes. Raises UserError where the fewest workers do not fit: Ray would wait
+    """What one worker takes. Raises UserError where min_workers do not fit: Ray would wait
     for ever.
     """
     on_gpu: dict[str, float] = {"CPU": 1, "GPU": 1, **cluster.resources_per_worker}
@@ -40,8 +40,8 @@ def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str,
         wanted = on_gpu if room(nodes, on_gpu) >= cluster.min_workers else on_cpu
     else:
         wanted = on_gpu if cluster.use_gpu else on_cpu
-    places = room(nodes, wanted)
-    if places < cluster.min_workers:
+    slots = room(nodes, wanted)
+    if slots < cluster.min_workers:
         offer = ", ".join(
             f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in wanted
         )
@@ -49,7 +49,7 @@ def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str,
         lower = (
             "set cluster.use_gpu=false" if "GPU" in wanted else "lower cluster.resources_per_worker"
         )
-        remedy = f"set it to at most {places}" if places else lower
+        remedy = f"set it to at most {slots}" if slots else lower
         number = (
             cluster.num_workers
             if isinstance(cluster.num_workers, int)
@@ -94,7 +94,7 @@ def nodes_of_cluster(without: Collection[str] = ()) -> list[Node]:
 
 
 def placement_groups() -> dict[str, str]:
-    """This job's placement groups, which hold places for workers: id -> state, such as PENDING or
+    """This job's placement groups, which hold slots for workers: id -> state, such as PENDING or
     CREATED.
     """
     import ray

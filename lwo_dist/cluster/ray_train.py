@@ -50,7 +50,7 @@ _DRIVER_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray Train looks at its workers every 2 s by default, and each checkpoint waits for a look.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # For so long a run asks for its places before it asks again, or, if elastic, for fewer. Ray's
+    # For so long a run asks for its slots before it asks again, or, if elastic, for fewer. Ray's
     # default is 60.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }

@@ -24,7 +24,7 @@ __all__ = ["watched_waiting"]
 
 _LOOK_S = 1.0
 _FIRST_LINE_S = 15.0  # A run that finds room says nothing; then the times between the lines double.
-# A node that goes takes a part of the places along, while workers on others may still be saving.
+# A node that goes takes a part of the slots along, while workers on others may still be saving.
 _PATIENCE_S = 10.0
 _OVER = b"\0"  # No signal has this number.
 
@@ -87,7 +87,7 @@ class _Watch(threading.Thread):
                 return
             ends = ends or signal.SIGINT in came
             waits = _waits()
-            if waits is None:  # Ray Train asks for the places again, from time to time.
+            if waits is None:  # Ray Train asks for the slots again, from time to time.
                 continue
             if not waits:
                 began = None
@@ -118,7 +118,7 @@ class _Watch(threading.Thread):
 
 
 def _waits() -> bool | None:
-    """Whether places were asked for that are not there; None: nothing is asked for now."""
+    """Whether slots were asked for that are not there; None: nothing is asked for now."""
     try:
         states = set(placement_groups().values())
     except Exception:  # Ray is going, or busy. The main thread will see it.
@@ -127,17 +127,17 @@ def _waits() -> bool | None:
 
 
 def _line(config: Config, resources: Mapping[str, float], waited: float) -> str:
-    places = room(nodes_of_cluster(), resources)
-    fewest = config.cluster.min_workers
+    slots = room(nodes_of_cluster(), resources)
+    min_workers = config.cluster.min_workers
     takes = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
     why = (
         "which others use"
-        if places >= fewest
+        if slots >= min_workers
         else "add nodes, or stop it and go on with fewer workers"
     )
     return (
-        f"waiting for room for {fewest} worker(s) of {takes} for {waited:.0f} s; the nodes that are"
-        f" alive have room for {places}, {why}"
+        f"waiting for room for {min_workers} worker(s) of {takes} for {waited:.0f} s; the nodes "
+        f"that are alive have room for {slots}, {why}"
     )
 
 

@@ -17,7 +17,7 @@ class ClusterConfig(Settings):
     num_workers: int | tuple[int, int] = Field(
         1,
         description=(
-            "worker processes, one per GPU where there are GPUs; [fewest, most]: as many as there"
+            "worker processes, one per GPU where there are GPUs; [min, max]: as many as there"
             " is room"
         ),
     )
@@ -34,7 +34,7 @@ class ClusterConfig(Settings):
     elastic_resize_monitor_interval_s: float = Field(
         60.0,
         gt=0,
-        description="num_workers: [fewest, most] only; how often to look for room for more",
+        description="num_workers: [min, max] only; how often to look for room for more",
     )
     env: dict[str, str] = Field(
         default_factory=dict, description="environment variables for the workers; no secrets"
@@ -46,7 +46,7 @@ class ClusterConfig(Settings):
         both = list(value) if isinstance(value, list | tuple) else [value, value]
         if len(both) != 2 or any(type(n) is not int or n < 1 for n in both) or both[0] > both[1]:
             raise ValueError(
-                f"{value!r} must be a number of workers, 1 or more, or [fewest, most], for example"
+                f"{value!r} must be a number of workers, 1 or more, or [min, max], for example"
                 " [2, 4]"
             )
         return value if isinstance(value, int) else tuple(both)

@@ -116,17 +116,17 @@ _COLUMNS = {
 
 def _completions(completions: Table) -> str:
     columns, rows = completions
-    place = {name: columns.index(name) for name in columns}
+    column = {name: columns.index(name) for name in columns}
     shown = []
     for row in rows:
         context, reference, before, after = (
-            row[place[name]] for name in ("context", "reference", "before", "after")
+            row[column[name]] for name in ("context", "reference", "before", "after")
         )
         marks = [
             f"<mark>{html.escape(text)}</mark>" if text == reference else html.escape(text)
             for text in (before, after)
         ]
-        where = f"{row[place['file']]}:{row[place['line']]}"
+        where = f"{row[column['file']]}:{row[column['line']]}"
         shown.append(
             f"<tr><td colspan=3 class=context><small>{html.escape(where)}</small>"
             f"<pre>{html.escape(context)}</pre></td></tr><tr"
