@@ -6,7 +6,7 @@
 # --all: also the tests that take minutes each.
 #
 # Without pytest arguments there are two parts, each with pytest's own closing line: first the tests
-# that do without Ray and hosts of their own, two at a time, then the others, one at a time. With
+# that do without Ray, two at a time, then those with it, one at a time. With
 # arguments, such as files or -k, there is one part, one test at a time.
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
@@ -31,7 +31,7 @@ cd -- "$root"
 if (($#)); then
   exec "$python" -m pytest ${marked[@]+"${marked[@]}"} "$@"
 fi
-alone=(tests/cluster tests/k8s)
+alone=(tests/cluster)
 failed=()
 two_at_a_time=(--numprocesses=2 --dist=loadfile "${alone[@]/#/--ignore=}")
 "$python" -m pytest ${marked[@]+"${marked[@]}"} "${two_at_a_time[@]}" || failed+=(first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from lwo_dist.cluster import nodes, ray_train
+from lwo_dist.cluster import nodes, ray_train, worker
 from lwo_dist.cluster.failures import Failures, cannot_connect
 from lwo_dist.cluster.worker import Interrupted
 from lwo_dist.config import ClusterConfig, Config
@@ -98,6 +100,24 @@ def test_a_user_error_ends_the_run_whatever_max_failures_says() -> None:
         Failures(-1).after_exception(None, {0: RuntimeError("peer is gone"), 1: error})
     with pytest.raises(UserError, match="no model there"):
         ray_train._raise_user_error(ControllerError(error))
+
+
+def test_a_worker_s_traceback_comes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray sends the exception without it; the long form is `test_ray_train.py`'s."""
+
+    def fails(*_: Any) -> None:
+        Path("/dev/null/evaluations").mkdir()
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(worker, "run_on_worker", fails)
+    with pytest.raises(OSError) as raised:
+        ray_train._train_loop(CONFIG)()
+    sent = pickle.loads(pickle.dumps(raised.value))
+    error = WorkerGroupError("failed in training", {0: sent})
+    ray_train._raise_user_error(error)
+    (note,) = error.__notes__
+    assert re.search(r"rank 0 on .*: Traceback", note)
+    assert "in fails" in note and "/dev/null/evaluations" in note
 
 
 def test_a_restart_is_said_once(

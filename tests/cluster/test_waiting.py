@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lwo_dist.cluster import waiting
+from lwo_dist.config import ClusterConfig, Config
+from lwo_dist.stop import Stopped, StopRequest
 from tests.cluster.launching import command, followed, make_inputs, summary_of
 from tests.cluster.raylets import Raylets, raylets
+
+CONFIG = Config(run_name="r", cluster=ClusterConfig(num_workers=2))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,84 @@ def _others_work(own: dict[str, str]) -> Iterator[None]:
         driver.communicate("")
 
 
+def slots(monkeypatch: pytest.MonkeyPatch, *states: str) -> None:
+    """Ray's placement groups are in these states, one after the other, then in the last one."""
+    left = list(states)
+
+    def groups() -> dict[str, str]:
+        return {"group": left.pop(0) if len(left) > 1 else left[0]}
+
+    monkeypatch.setattr(waiting, "placement_groups", groups)
+    monkeypatch.setattr(waiting, "nodes_of_cluster", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr(waiting, "_LOOK_S", 0.01)
+    monkeypatch.setattr(waiting, "_FIRST_LINE_S", 0.05)
+    monkeypatch.setattr(waiting, "_PATIENCE_S", 0.0)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """In the main thread, where signals arrive; as Ray's controller, it does not listen itself."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_run_that_waits_says_so_and_one_that_finds_room_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The short form of the three below, without Ray."""
+    slots(monkeypatch, "PENDING")
+    said: list[str] = []
+
+    def has_said() -> bool:
+        said.append(capsys.readouterr().out)
+        return "waiting for room" in "".join(said)
+
+    with waiting.watched_waiting(CONFIG, {"CPU": 1}, StopRequest()):
+        wait_for(has_said)
+    assert "waiting for room for 2 worker(s) of 1 CPU for 0 s; the nodes that are" in "".join(said)
+    assert "have room for 2, which others use" in "".join(said)
+    slots(monkeypatch, "CREATED")
+    with waiting.watched_waiting(CONFIG, {"CPU": 1}, StopRequest()):
+        looks = time.monotonic() + 0.2
+        wait_for(lambda: time.monotonic() > looks)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("asks", ["ctrl-c", "stop"])
+def test_ctrl_c_and_a_stop_bring_ray_out_of_its_wait(
+    asks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray hears only the third Ctrl-C; a stop becomes three, and ends with a checkpoint."""
+    slots(monkeypatch, "PENDING")
+    came = []
+
+    def rays_handler(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) == 3:
+            raise KeyboardInterrupt
+
+    stop = StopRequest()
+    stopped = Stopped("SIGTERM", 7, None)
+    monkeypatch.setattr(waiting, "_stopped", lambda config, reason: stopped)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with (
+            pytest.raises(KeyboardInterrupt if asks == "ctrl-c" else Stopped),
+            waiting.watched_waiting(CONFIG, {"CPU": 1}, stop),
+        ):
+            signal.signal(signal.SIGINT, rays_handler)
+            if asks == "ctrl-c":
+                os.kill(os.getpid(), signal.SIGINT)
+            else:
+                stop.request("SIGTERM")
+            wait_for(lambda: False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(came) == 3
+
+
+@pytest.mark.long  # a minute
 def test_ctrl_c_is_heard_while_a_run_waits(
     folder: Path, cluster: tuple[Raylets, dict[str, str]]
 ) -> None:

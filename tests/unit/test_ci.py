@@ -17,7 +17,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").iterdir())
 TWO_AT_A_TIME = "--numprocesses=2 --dist=loadfile"
-ALONE = "tests/cluster tests/k8s"
+ALONE = "tests/cluster"
 
 
 # ---- launch/test.sh
