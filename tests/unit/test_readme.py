@@ -54,7 +54,7 @@ RUN_BY = {
     "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": (
         "tests/cluster/test_kills.py"
     ),
-    "lwo-dist replay runs/NAME": "tests/cluster/test_mlflow.py",
+    "lwo-dist replay runs/NAME": "tests/servers/test_mlflow.py",
     "pip install .": "tests/unit/test_alone.py",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-import socket
 
 import pytest
 
@@ -57,14 +56,6 @@ def storage(first_use, tmp_path_factory):
     folder = tmp_path_factory.mktemp("storage")
     shutil.copy(first_use[0] / "mlflow.db", folder)
     return folder
-
-
-@pytest.fixture
-def dead_uri():
-    """An address where connections are refused for as long as the test runs."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")

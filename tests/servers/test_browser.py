@@ -1,7 +1,7 @@
 """What people see: MLflow's pages in headless Chromium (Debian: apt install chromium
 chromium-driver).
 
-pytest -m long tests/cluster/test_browser.py    LWO_SCREENSHOTS=FOLDER keeps what was seen
+pytest -m long tests/servers/test_browser.py    LWO_SCREENSHOTS=FOLDER keeps what was seen
 """
 
 from __future__ import annotations
