@@ -107,8 +107,11 @@ def default_cache_folder(storage: str | Path) -> Path:
     return Path(os.environ.get("LWO_CACHE_DIR") or Path(storage) / "cache").expanduser()
 
 
+_print = partial(print, flush=True)  # A job's log is a file: it shows each line at once.
+
+
 def ensure_base_model(
-    cache_folder: Path, *, recipe: Recipe | None = None, log: Callable[[str], None] = print
+    cache_folder: Path, *, recipe: Recipe | None = None, log: Callable[[str], None] = _print
 ) -> Path:
     """The folder of tiny-code, as `save_pretrained` writes one; it is made if `cache_folder` does
     not have it.
