@@ -23,7 +23,7 @@ from lwo_dist.cluster import ray_train
 from lwo_dist.cluster.nodes import resources_per_worker
 from lwo_dist.config import ClusterConfig, Config
 from lwo_dist.errors import UserError
-from tests.cluster.launching import REPOSITORY, STEPS, make_inputs
+from tests.cluster.launching import STEPS, make_inputs, torchrun
 from tests.cluster.launching import command as _command
 from tests.cluster.launching import environment as _environment
 from tests.cluster.launching import run as _run
@@ -206,17 +206,8 @@ def test_ctrl_c_ends_the_run_and_leaves_the_cluster(folder: Path, cluster: dict[
 
 
 def _torchrun(folder: Path, run_name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    train = _command(folder, run_name, *overrides)[4:]
     (folder / "home").mkdir(exist_ok=True)
-    return _run([*launcher, str(REPOSITORY / "launch" / "train.py"), *train], _environment(folder))
+    return _run(torchrun(folder, run_name, *overrides), _environment(folder))
 
 
 def test_torchrun_trains_without_ray(folder: Path) -> None:
