@@ -315,7 +315,7 @@ def test_overlays_differ_where_they_say_so() -> None:
 def test_mlflow_knows_its_own_names() -> None:
     objects = render("base")
     (mlflow,) = [
-        container for name, container in containers(objects) if name.startswith("Deployment")
+        container for name, container in containers(objects) if name.endswith("container mlflow")
     ]
     (argument,) = [word for word in mlflow["args"] if word.startswith("--allowed-hosts=")]
     # As mlflow/server/fastapi_security.py compares them.
