@@ -14,6 +14,7 @@ import yaml
 
 from lwo_dist.config.reading import load_config
 
+from .listeners import listeners, missing_policies
 from .manifests import K8S, Object, containers, pods
 
 __all__ = ["POLICY_RULES"]
@@ -26,6 +27,29 @@ _SECRET_NAME = re.compile(r"token|secret|passw|credential|(?<!flask)[-_]key", re
 _SECRET_TEXT = re.compile(
     r"://[^/\s:]+:(?!\$\()[^/\s@]+@|hf_\w{10}|AKIA\w{16}|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
+
+
+# What a rule here looks at; another kind would get past all of them.
+_KINDS = {
+    "ConfigMap",
+    "Deployment",
+    "Namespace",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "PodDisruptionBudget",
+    "RayJob",
+    "Service",
+    "ServiceAccount",
+    "StatefulSet",
+}
+# Secret -> the parts that get it. Ray's token is KubeRay's to hand out.
+_SECRETS_FOR = {
+    "lwo-dist-mlflow": {"mlflow"},
+    "lwo-dist-mlflow-training": {"mlflow", "head", "worker"},
+    "lwo-dist-hub": {"head", "worker"},
+    "lwo-dist-s3": {"head", "worker"},
+    "lwo-dist-postgres": {"mlflow", "postgres"},
+}
 
 
 def _of_kind(objects: list[Object], kind: str) -> list[Object]:
@@ -57,11 +81,13 @@ def capabilities_dropped(objects: list[Object]) -> Iterator[str]:
 
 
 def seccomp(objects: list[Object]) -> Iterator[str]:
+    usual = {"type": "RuntimeDefault"}
     for name, pod in pods(objects):
-        if pod["spec"].get("securityContext", {}).get("seccompProfile") != {
-            "type": "RuntimeDefault"
-        }:
+        if pod["spec"].get("securityContext", {}).get("seccompProfile") != usual:
             yield f"{name}: seccompProfile must be RuntimeDefault"
+    for name, container in containers(objects):
+        if container.get("securityContext", {}).get("seccompProfile", usual) != usual:
+            yield f"{name}: another seccompProfile than the pod's"
 
 
 def read_only_root(objects: list[Object]) -> Iterator[str]:
@@ -129,6 +155,51 @@ def no_api_token(objects: list[Object]) -> Iterator[str]:
             or pod["spec"].get("automountServiceAccountToken") is not False
         ):
             yield f"{name}: a service account of ours, whose token is not mounted"
+        for volume in pod["spec"].get("volumes", []):
+            sources = volume.get("projected", {}).get("sources", [])
+            if any("serviceAccountToken" in source for source in sources):
+                yield f"{name}: a token of the API in volume {volume['name']}"
+
+
+def no_service_links(objects: list[Object]) -> Iterator[str]:
+    """Else the addresses of all Services of the namespace are in every pod's environment."""
+    for name, pod in pods(objects):
+        if pod["spec"].get("enableServiceLinks") is not False:
+            yield f"{name}: enableServiceLinks must be false"
+
+
+def known_kinds(objects: list[Object]) -> Iterator[str]:
+    for thing in objects:
+        if thing["kind"] not in _KINDS:
+            yield f"{thing['kind']} {thing['metadata']['name']}: no rule looks at this kind"
+
+
+def secrets_where_needed(objects: list[Object]) -> Iterator[str]:
+    for name, pod in pods(objects):
+        part = pod["metadata"]["labels"].get(PART)
+        for secret in sorted(_secrets_of(pod)):
+            if part not in _SECRETS_FOR.get(secret, set()):
+                yield f"{name}: Secret {secret} is not for {part}"
+    for name, container in containers(objects):
+        keys = {(ref["name"], ref.get("key", "")) for ref in _secret_refs(container)}
+        if {("lwo-dist-mlflow", "password"), ("lwo-dist-mlflow", "")} & keys and not name.endswith(
+            "container users"
+        ):
+            yield f"{name}: the admin's password of MLflow is for the init container that sets it"
+
+
+def _secrets_of(pod: Object) -> set[str]:
+    spec = pod["spec"]
+    every = [*spec.get("initContainers", []), *spec["containers"]]
+    found = {ref["name"] for container in every for ref in _secret_refs(container)}
+    for volume in spec.get("volumes", []):
+        sources = [*volume.get("projected", {}).get("sources", []), volume]
+        found |= {
+            source["secret"].get("secretName") or source["secret"]["name"]
+            for source in sources
+            if "secret" in source
+        }
+    return found
 
 
 def restricted_namespace(objects: list[Object]) -> Iterator[str]:
@@ -164,10 +235,17 @@ def probed(objects: list[Object]) -> Iterator[str]:
 
 
 def images_pinned(objects: list[Object]) -> Iterator[str]:
+    """Images of others by tag and digest. Ours is built by the reader, so that its digest cannot be
+    known here.
+    """
     for name, container in containers(objects):
-        _, _, tag = container["image"].rpartition("/")[2].partition(":")
+        image = container["image"]
+        repository, _, digest = image.partition("@")
+        path, _, tag = repository.rpartition("/")[2].partition(":")
         if tag in ("", "latest"):
-            yield f"{name}: image {container['image']} has no fixed tag"
+            yield f"{name}: image {image} has no fixed tag"
+        if path != "lwo-dist" and not re.fullmatch("sha256:[0-9a-f]{64}", digest):
+            yield f"{name}: image {image} has no digest"
 
 
 def one_version_of_ray(objects: list[Object]) -> Iterator[str]:
@@ -273,6 +351,23 @@ def network_closed(objects: list[Object]) -> Iterator[str]:
                     yield f"NetworkPolicy {name}: {direction} that names nobody opens it to all"
 
 
+def listeners_named(objects: list[Object]) -> Iterator[str]:
+    """Whoever may reach a port is in README.md's table, and nobody else may."""
+    yield from missing_policies(objects)
+    readme = (K8S / "README.md").read_text()
+    for part, ports in listeners(objects).items():
+        for port in sorted(ports):
+            if not re.search(rf"(?m)^\| {part}\b[^|]*\| [^|]*\b{port}\b", readme):
+                yield f"{part}:{port}: README.md's table of what listens does not name it"
+
+
+def services_are_internal(objects: list[Object]) -> Iterator[str]:
+    for service in _of_kind(objects, "Service"):
+        spec = service["spec"]
+        if spec.get("type", "ClusterIP") != "ClusterIP" or spec.get("externalIPs"):
+            yield f"Service {service['metadata']['name']}: opens a port outside the cluster"
+
+
 def selectors_match(objects: list[Object]) -> Iterator[str]:
     """Services, budgets and policies select pods that there are."""
     parts = {pod["metadata"]["labels"].get(PART) for _, pod in pods(objects)}
@@ -367,6 +462,9 @@ POLICY_RULES: tuple[Rule, ...] = (
     shared_memory,
     nothing_of_the_host,
     no_api_token,
+    no_service_links,
+    known_kinds,
+    secrets_where_needed,
     restricted_namespace,
     resources_set,
     probed,
@@ -377,6 +475,8 @@ POLICY_RULES: tuple[Rule, ...] = (
     token_on,
     references_resolve,
     network_closed,
+    listeners_named,
+    services_are_internal,
     selectors_match,
     head_kept,
     resumes,

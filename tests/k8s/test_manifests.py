@@ -22,6 +22,9 @@ HEAD = "RayJob.spec.rayClusterSpec.headGroupSpec"
 POD = f"{HEAD}.template.spec"
 WORKER = "RayJob.spec.rayClusterSpec.workerGroupSpecs.0"
 MLFLOW = "Deployment.spec.template.spec"
+SUBMITTER = "RayJob.spec.submitterPodTemplate.spec"
+POSTGRES = "StatefulSet.spec.template.spec.containers.0"
+DIGEST = f"sha256:{'0123456789abcdef' * 4}"
 BACKEND = f"{MLFLOW}.containers.0.env.MLFLOW_BACKEND_STORE_URI"
 
 
@@ -63,6 +66,27 @@ def forget(kind: str, name: str) -> Callable[[list[Object]], None]:
     def change(objects: list[Object]) -> None:
         thing = next(o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name)
         objects.remove(thing)
+
+    return change
+
+
+def secret_for(container: str, secret: str, key: str) -> Callable[[list[Object]], None]:
+    """One more variable for `container`, with a key of a Secret."""
+
+    def change(objects: list[Object]) -> None:
+        place, at = _at(objects, container)
+        reference = {"secretKeyRef": {"name": secret, "key": key}}
+        place[at]["env"].append({"name": "MORE", "valueFrom": reference})
+
+    return change
+
+
+def open_to(policy: str, side: str, *rules: Object) -> Callable[[list[Object]], None]:
+    """One rule more in a NetworkPolicy."""
+
+    def change(objects: list[Object]) -> None:
+        place, at = _at(objects, f"NetworkPolicy/{policy}.spec")
+        place[at].setdefault(side, []).extend(rules)
 
     return change
 
@@ -118,6 +142,14 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
         put(f"{POD}.containers.0.securityContext.capabilities.add", ["SYS_PTRACE"]),
     ),
     ("seccomp", put(f"{POD}.securityContext.seccompProfile.type", "Unconfined")),
+    (
+        "seccomp",
+        put(f"{POD}.containers.0.securityContext.seccompProfile", {"type": "Unconfined"}),
+    ),
+    (
+        "seccomp",
+        put(f"{MLFLOW}.initContainers.0.securityContext.seccompProfile", {"type": "Unconfined"}),
+    ),
     ("read_only_root", put(f"{POD}.containers.0.securityContext.readOnlyRootFilesystem", False)),
     ("room_to_write", put(f"{POD}.containers.0.volumeMounts.tmp.mountPath", "/temporary")),
     ("room_to_write", put(f"{POD}.containers.0.env.HOME.value", "/var/somebody")),
@@ -130,6 +162,48 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("nothing_of_the_host", put(f"{POD}.containers.0.ports.0.hostPort", 6379)),
     ("no_api_token", drop("ServiceAccount.automountServiceAccountToken")),
     ("no_api_token", put(f"{POD}.serviceAccountName", "default")),
+    ("no_api_token", drop(f"{MLFLOW}.automountServiceAccountToken")),
+    (
+        "no_api_token",
+        put(
+            f"{POD}.volumes.tmp",
+            {"name": "tmp", "projected": {"sources": [{"serviceAccountToken": {"path": "t"}}]}},
+        ),
+    ),
+    ("no_service_links", drop(f"{POD}.enableServiceLinks")),
+    ("no_service_links", put("StatefulSet.spec.template.spec.enableServiceLinks", True)),
+    ("known_kinds", put("PodDisruptionBudget.kind", "CronJob")),
+    ("known_kinds", put("PodDisruptionBudget.kind", "RoleBinding")),
+    ("secrets_where_needed", secret_for(f"{POD}.containers.0", "lwo-dist-mlflow", "username")),
+    ("secrets_where_needed", secret_for(f"{MLFLOW}.containers.0", "lwo-dist-mlflow", "password")),
+    (
+        "secrets_where_needed",
+        put(f"{MLFLOW}.containers.0.envFrom", [{"secretRef": {"name": "lwo-dist-mlflow"}}]),
+    ),
+    (
+        "secrets_where_needed",
+        put(
+            f"{WORKER}.template.spec.volumes.tmp",
+            {"name": "tmp", "secret": {"secretName": "lwo-dist-mlflow"}},
+        ),
+    ),
+    (
+        "secrets_where_needed",
+        put(
+            f"{WORKER}.template.spec.volumes.tmp",
+            {"name": "tmp", "projected": {"sources": [{"secret": {"name": "lwo-dist-mlflow"}}]}},
+        ),
+    ),
+    ("secrets_where_needed", secret_for(f"{SUBMITTER}.containers.0", "lwo-dist-hub", "token")),
+    ("secrets_where_needed", secret_for(f"{MLFLOW}.initContainers.0", "lwo-dist-hub", "token")),
+    (
+        "secrets_where_needed",
+        put(f"{SUBMITTER}.containers.0.envFrom", [{"secretRef": {"name": "lwo-dist-s3"}}]),
+    ),
+    (
+        "secrets_where_needed",
+        secret_for(f"{POD}.containers.0", "lwo-dist-postgres", "password"),
+    ),
     (
         "restricted_namespace",
         put("Namespace.metadata.labels", {"pod-security.kubernetes.io/enforce": "baseline"}),
@@ -142,11 +216,13 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ),
     ("probed", drop(f"{MLFLOW}.containers.0.readinessProbe")),
     ("probed", drop("StatefulSet.spec.template.spec.containers.0.livenessProbe")),
-    (
-        "images_pinned",
-        put("StatefulSet.spec.template.spec.containers.0.image", "registry:5000/postgres"),
-    ),
-    ("images_pinned", put("StatefulSet.spec.template.spec.containers.0.image", "postgres:latest")),
+    ("images_pinned", put(f"{POSTGRES}.image", f"registry:5000/postgres@{DIGEST}")),
+    ("images_pinned", put(f"{POSTGRES}.image", f"postgres:latest@{DIGEST}")),
+    ("images_pinned", put(f"{POSTGRES}.image", "postgres:17.11-bookworm")),
+    ("images_pinned", put(f"{POSTGRES}.image", f"postgres:17.11-bookworm@{DIGEST[:-1]}")),
+    ("images_pinned", put(f"{MLFLOW}.initContainers.0.image", "busybox:1.37")),
+    ("images_pinned", put(f"{POD}.containers.0.image", "other/lwo-dist-extra:1.0")),
+    ("images_pinned", put(f"{POD}.containers.0.image", "lwo-dist:latest")),
     ("one_version_of_ray", put("RayJob.spec.rayClusterSpec.rayVersion", "2.59.0")),
     (
         "one_version_of_ray",
@@ -200,6 +276,49 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ),
     ("network_closed", forget("NetworkPolicy", "default-deny")),
     ("network_closed", drop("NetworkPolicy/mlflow.spec.ingress.0.from")),
+    ("listeners_named", forget("NetworkPolicy", "ray")),
+    ("listeners_named", forget("NetworkPolicy", "dashboard")),
+    ("listeners_named", forget("NetworkPolicy", "submitter")),
+    ("listeners_named", forget("NetworkPolicy", "mlflow")),
+    ("listeners_named", forget("NetworkPolicy", "postgres")),
+    ("listeners_named", forget("NetworkPolicy", "mlflow-to-postgres")),
+    # A new listener that nobody thought of, however it is said.
+    (
+        "listeners_named",
+        put(f"{MLFLOW}.containers.0.ports", [{"name": "http", "containerPort": 5001}]),
+    ),
+    ("listeners_named", put(f"{MLFLOW}.containers.0.args.4", "--port=5001")),
+    ("listeners_named", put(f"{HEAD}.rayStartParams.ray-client-server-port", "10011")),
+    ("listeners_named", put(f"{MLFLOW}.containers.0.livenessProbe.httpGet.port", 9000)),
+    # A door too wide.
+    ("listeners_named", drop("NetworkPolicy/mlflow.spec.ingress.0.ports")),
+    ("listeners_named", put("NetworkPolicy/mlflow.spec.ingress.0.from.0.podSelector", {})),
+    ("listeners_named", put("NetworkPolicy/mlflow.spec.ingress.0.ports.0.endPort", 6000)),
+    ("listeners_named", put("NetworkPolicy/mlflow.spec.ingress.0.ports.0.protocol", "UDP")),
+    ("listeners_named", put("NetworkPolicy/postgres.spec.ingress.0.ports.0.port", 5433)),
+    ("listeners_named", put("NetworkPolicy/dashboard.spec.ingress.0.from.1.namespaceSelector", {})),
+    ("listeners_named", drop("NetworkPolicy/dashboard.spec.ingress.0.from.1.podSelector")),
+    ("listeners_named", open_to("mlflow", "ingress", {"ports": [{"port": 22}]})),
+    (
+        "listeners_named",
+        open_to("postgres", "ingress", {"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}),
+    ),
+    (
+        "listeners_named",
+        open_to(
+            "submitter",
+            "egress",
+            {
+                "to": [{"podSelector": {"matchLabels": {"lwo-dist/part": "mlflow"}}}],
+                "ports": [{"port": 5000}],
+            },
+        ),
+    ),
+    ("listeners_named", drop("NetworkPolicy/https.spec.egress.0.to.0.ipBlock.except")),
+    ("listeners_named", put("NetworkPolicy/https.spec.podSelector", {})),
+    ("services_are_internal", put("Service.spec.type", "NodePort")),
+    ("services_are_internal", put("Service/lwo-dist-postgres.spec.type", "LoadBalancer")),
+    ("services_are_internal", put("Service.spec.externalIPs", ["192.0.2.1"])),
     ("selectors_match", put("Service.spec.selector", {"lwo-dist/part": "mlfow"})),
     (
         "selectors_match",
