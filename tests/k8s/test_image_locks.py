@@ -10,9 +10,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from lwo_dist.extras import EXTRAS as MODULES
+
 from .manifests import REPOSITORY
 
-EXTRAS = ("run", "ray", "mlflow", "deepspeed", "lora", "server")
+# `server` is for MLflow's server, which is no code of ours.
+EXTRAS = ("run", "ray", "mlflow", "deepspeed", "server")
 TORCH_LINKS = "--find-links https://download.pytorch.org/whl/cpu/torch/"
 # What torch brings for CUDA, which nobody but it asks for.
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
@@ -82,6 +85,49 @@ def what_is_asked_for_is_there(texts: Texts) -> Iterator[str]:
             yield f"{name} is not needed in the image"
 
 
+def nothing_is_there_unused(texts: Texts) -> Iterator[str]:
+    """Our code imports each extra of the image, and each package is one of an extra or needed by
+    one, by way of others too.
+    """
+    if tuple(re.findall(r"--extra (\w+)", texts["script"])) != EXTRAS:
+        yield f"lock.sh: other extras than {', '.join(EXTRAS)}"
+    for extra in re.findall(r"--extra (\w+)", texts["script"]):
+        modules = MODULES.get(extra, ())
+        if extra != "server" and not any(
+            re.search(rf"(?m)^\s*(import|from) {module}\b", texts["code"]) for module in modules
+        ):
+            yield f"lock.sh: no code of ours imports what the extra {extra} brings"
+    for file in ("cpu", "cuda"):
+        parents = _parents(texts[file])
+        needed = _asked(texts)
+        while more := {name for name in parents.keys() - needed if parents[name] & needed}:
+            needed |= more
+        yield from (
+            f"{file}: nothing in the image needs {name}" for name in parents.keys() - needed
+        )
+
+
+def _asked(texts: Texts) -> set[str]:
+    """Names of what pyproject.toml asks for in the image."""
+    project = tomllib.loads(texts["project"])["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def _parents(text: str) -> dict[str, set[str]]:
+    """Name -> what asks for it, as uv notes it below each pin."""
+    found: dict[str, set[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if pin := re.match(r"([\w.-]+)==", line):
+            name = canonicalize_name(pin[1])
+            found[name] = set()
+        elif name and (parent := re.match(r"    # +(?:via )?(?!via$|-c )(\S.*)", line)):
+            found[name].add(canonicalize_name(parent[1]))
+    return found
+
+
 def nothing_of_a_builder(texts: Texts) -> Iterator[str]:
     for file in ("build", "cpu", "cuda"):
         for line in texts[file].splitlines():
@@ -98,10 +144,16 @@ RULES: dict[str, Callable[[Texts], Iterator[str]]] = {
         locks_follow_the_constraints,
         both_variants_are_one,
         what_is_asked_for_is_there,
+        nothing_is_there_unused,
         nothing_of_a_builder,
     )
 }
 
+# As it lay in the image.
+PEFT = (
+    f"peft==0.21.2 \\\\\n    --hash=sha256:{'0' * 64}\n"
+    "    # via\n    #   lwo-dist (pyproject.toml)\n"
+)
 BROKEN = [
     ("all_have_hashes", "cpu", r"(?m)^ray==.*\n(    --hash.*\n)+", "ray==2.60.0\n"),
     ("all_have_hashes", "cuda", r"(?m)^ray==", "ray>="),
@@ -115,11 +167,15 @@ BROKEN = [
     ("locks_follow_the_constraints", "constraints", r"(?m)^deepspeed==.*$", "deepspeed==0.1"),
     ("locks_follow_the_constraints", "constraints", r"(?m)^ray==.*\n", ""),
     ("both_variants_are_one", "cpu", r"(?m)^torch==([\d.]+)\+cpu", r"torch==\1"),
-    ("both_variants_are_one", "cpu", r"(?m)^peft==[\d.]+", "peft==0.20.0"),
-    ("both_variants_are_one", "cpu", r"(?m)^peft==.*\n(    --hash.*\n)+", ""),
-    ("what_is_asked_for_is_there", "cpu", r"(?m)^peft==.*\n(    --hash.*\n)+", ""),
+    ("both_variants_are_one", "cpu", r"(?m)^accelerate==[\d.]+", "accelerate==1.10.0"),
+    ("both_variants_are_one", "cpu", r"(?m)^accelerate==.*\n(    --hash.*\n)+", ""),
+    ("what_is_asked_for_is_there", "cpu", r"(?m)^accelerate==.*\n(    --hash.*\n)+", ""),
     ("what_is_asked_for_is_there", "project", r'"mlflow>=[\d.]+"', '"mlflow>=99"'),
     ("what_is_asked_for_is_there", "cpu", r"(?m)^ray==", "boto3=="),
+    ("nothing_is_there_unused", "script", "--extra server", "--extra server --extra lora"),
+    ("nothing_is_there_unused", "cpu", r"(?m)^ray==", f"{PEFT}ray=="),
+    ("nothing_is_there_unused", "project", r"(?m)^deepspeed = .*", "deepspeed = []"),
+    ("nothing_is_there_unused", "code", r"(import|from) deepspeed\b", "import another"),
     ("nothing_of_a_builder", "cpu", r"download\.pytorch\.org", "mirror.example"),
     ("nothing_of_a_builder", "cuda", r"-c launch/constraints", "-c /data/launch/constraints"),
     ("nothing_of_a_builder", "build", r"(?m)^#    \./launch/image/lock\.sh$", "#"),
@@ -133,7 +189,9 @@ def texts() -> Texts:
         name: launch / "image" / f"requirements-{name}.txt" for name in ("build", "cpu", "cuda")
     }
     files |= {"constraints": launch / "constraints.txt", "project": REPOSITORY / "pyproject.toml"}
-    return {name: file.read_text() for name, file in files.items()}
+    files["script"] = launch / "image" / "lock.sh"
+    code = "\n".join(file.read_text() for file in (REPOSITORY / "lwo_dist").rglob("*.py"))
+    return {name: file.read_text() for name, file in files.items()} | {"code": code}
 
 
 def test_the_locks_keep_every_rule(texts: Texts) -> None:
