@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "datasets",
         "matplotlib",
         "numpy",
+        "obstore",
         "psutil",
         "pyarrow",
         "pynvml",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import distributed
+from . import distributed, lease
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback
 from .checkpoint.export import export_model
@@ -60,7 +61,7 @@ def prepare(config: Config) -> Config:
 
     Raises:
         UserError: a setting, the source, the storage or the batch size is invalid; nothing was
-            written.
+            written. Or another process writes this run.
     """
     source = config.data.source
     if source is None:
@@ -92,9 +93,11 @@ def prepare(config: Config) -> Config:
             model = config.model.model_copy(update={"name": str(base)})
             config = config.model_copy(update={"model": model})
     run_folder.local.mkdir(exist_ok=True)
+    claim = lease.take(run_folder, force=config.checkpoint.take_over)
     run_folder.fetch_small()
     record = _read_json(run_folder.local / "run.json") or {"run_name": run_name, "attempts": 0}
     record["attempts"] += 1
+    record["holder"] = claim.holder
     record["mlflow_run_id"] = create_run(config, run_folder.local.parent, run_name)
     write_whole(run_folder.local / "run.json", json.dumps(record, indent=1).encode())
     run_folder.push(["run.json"])
@@ -106,7 +109,10 @@ def prepare_and_run(config: Config) -> dict[str, Any] | None:
     distributed.init_process_group(config.cluster.timeout_s)
     cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
     config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
-    return run(config)
+    if distributed.rank() != 0:
+        return run(config)
+    with lease.renewed(RunFolder(config.storage, str(config.run_name))):
+        return run(config)
 
 
 def run(
@@ -115,6 +121,7 @@ def run(
     *,
     on_commit: Callable[[int, Path], None] = lambda step, folder: None,
     stop: StopRequest | None = None,
+    holder: str | None = None,
 ) -> dict[str, Any] | None:
     """Train on this worker; every worker calls it with the same prepared config.
 
@@ -124,34 +131,44 @@ def run(
             checkpoint.
         stop: polled about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
             run.
+        holder: the process that called `prepare`, if it did so on another machine.
 
     Returns:
-            The contents of summary.json on rank 0, None elsewhere.
+        The contents of summary.json on rank 0, None elsewhere.
 
-        Raises:
-            UserError: on all ranks.
-            Stopped: on all ranks; the next `run` resumes from its checkpoint.
+    Raises:
+        UserError: on all ranks; LostRunError on rank 0 if another process has taken the run over.
+        Stopped: on all ranks; the next `run` resumes from its checkpoint.
     """
     stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
     main = distributed.rank() == 0
     run_folder = RunFolder(config.storage, str(config.run_name))
     record = distributed.on_rank_0(_read_record, run_folder)
+    assert record is not None, "prepare() comes before run()"
+    with distributed.errors_on_all_ranks():
+        claim = lease.join(run_folder, holder or record["holder"]) if main else None
+    may_write = claim.check if claim is not None else _nothing
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
-        trainer = _build(config, run_folder, device, everyone, stop, on_commit)
-        with stop.listening():
+        trainer = _build(config, run_folder, device, everyone, stop, on_commit, may_write)
+        with stop.listening(), _watched(claim, stop):
             trainer.train()
+        distributed.on_rank_0(may_write)
         summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
+    except lease.LostRunError:
+        raise  # how the run ends is for the other process to say
     except Stopped as stopped:
+        distributed.on_rank_0(may_write)
         for callback in everyone:
             callback.on_run_stopped(str(stopped))
         # torchrun ends all ranks when the first one exits, so rank 0 must report first.
         distributed.broadcast_object(None)
         raise
     except BaseException as error:
-        for callback in everyone:
-            callback.on_run_failed(error)
+        if claim is None or not claim.is_lost():
+            for callback in everyone:
+                callback.on_run_failed(error)
         raise
     for callback in everyone:
         callback.on_run_end(summary)
@@ -167,6 +184,7 @@ def _build(
     callbacks: Sequence[Callback],
     stop: StopRequest,
     on_commit: Callable[[int, Path], None],
+    may_write: Callable[[], None],
 ) -> Trainer:
     """Build everything a run consists of; the same on every rank."""
     checkpoint = find_checkpoint(config, run_folder)
@@ -178,7 +196,10 @@ def _build(
     lwo = _make_hook(config, checkpoint, device)
     results = Results(run_folder.local, task, config.eval.metric, writes=distributed.rank() == 0)
     store = LayerStore(
-        run_folder, partial(save_model_files, lwo.module, tokenizer), keep=config.checkpoint.keep
+        run_folder,
+        partial(save_model_files, lwo.module, tokenizer),
+        keep=config.checkpoint.keep,
+        may_write=may_write,
     )
     if checkpoint is not None:
         store.remember(checkpoint, lwo)
@@ -320,6 +341,33 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
             f"(lwo.steps_per_layer = {config.lwo.steps_per_layer})",
             flush=True,
         )
+
+
+@contextmanager
+def _watched(claim: lease.Lease | None, stop: StopRequest) -> Iterator[None]:
+    """Inside, ask the run to stop once the claim is lost: the next save would be refused."""
+    if claim is None:
+        yield
+        return
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(lease.RENEW_S):
+            if claim.is_lost():
+                stop.request("the loss of the run to another process")
+                return
+
+    thread = threading.Thread(target=watch, name="lwo-dist-claim", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextmanager

@@ -9,6 +9,7 @@ distinguish the two.
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import os
 import secrets
@@ -26,6 +27,8 @@ __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "write_whole
 T = TypeVar("T")
 
 _LARGE_FOLDERS = ("layers", "checkpoints", "model")
+_LEASE_FOLDER = "lease"  # each file is written on its own, and a copy would be out of date
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
 
@@ -69,6 +72,7 @@ class RunFolder:
         self.local = storage_folder(storage) / run_name
         self.url = f"{storage.rstrip('/')}/{run_name}" if is_url(storage) else None
         self._fs: Any = None
+        self._objects: Any = None  # the same folder, for conditional writes; opened when needed
         self._base = ""
         if self.url is not None:
             opened = _open(storage, run_name)
@@ -138,6 +142,50 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
         return path
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that does not exist yet, whole; it is in the storage when this returns.
+
+        Returns:
+            False if the storage has a file of that name; it is unchanged.
+
+        Raises:
+            OSError
+        """
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._fs is None:
+            return _create_whole(path, data)
+        if not self._reach(lambda: self._put_new(name, data)):
+            return False
+        write_whole(path, data)
+        return True
+
+    def read(self, name: str) -> bytes | None:
+        """What the storage has under `name` now, not a copy of it; None if there is no such file.
+
+        Raises:
+            OSError
+        """
+        try:
+            if self._fs is None:
+                return (self.local / name).read_bytes()
+            return self._reach(lambda: self._read(name))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write or replace a small file in the storage.
+
+        Raises:
+            OSError
+        """
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(data)
+        temporary.rename(path)
+        self.push([name])
+
     def remove(self, names: Iterable[str]) -> None:
         """Remove files locally and in the store, in this order; missing files are skipped.
 
@@ -201,7 +249,8 @@ class RunFolder:
         try:
             self.local.mkdir(exist_ok=True)
             (self.local / probe).touch()
-            self.push([probe])
+            self.create(probe, b"first")
+            twice = self.create(probe, b"second")
             self.remove([probe])
         except OSError as error:
             raise UserError(
@@ -211,6 +260,12 @@ class RunFolder:
             ) from None
         finally:
             (self.local / probe).unlink(missing_ok=True)
+        if twice:
+            raise UserError(
+                f"storage = {self.url}: this store ignores the condition of a write"
+                " (If-None-Match), so two runs of one name could overwrite each other; give a"
+                " store that knows it, or a folder"
+            )
 
     def _find(self, name: str) -> list[str]:
         from pyarrow.fs import FileSelector, FileType
@@ -220,6 +275,23 @@ class RunFolder:
         )
         found = self._reach(lambda: self._fs.get_file_info(selector))
         return [info.path for info in found if info.type == FileType.File]
+
+    def _read(self, name: str) -> bytes:
+        with self._fs.open_input_stream(f"{self._base}/{name}") as source:
+            data: bytes = source.read()
+        return data
+
+    def _put_new(self, name: str, data: bytes) -> bool:
+        """A conditional write, which pyarrow does not have."""
+        import obstore
+
+        if self._objects is None:
+            self._objects = _open_conditional(str(self.url), getattr(self._fs, "region", None))
+        try:
+            obstore.put(self._objects, name, data, mode="create")
+        except obstore.exceptions.AlreadyExistsError:
+            return self._read(name) == data  # a request that was sent twice is ours
+        return True
 
     def _upload(self, name: str, source: Any) -> None:
         with self._fs.open_output_stream(f"{self._base}/{name}") as target:
@@ -259,7 +331,11 @@ def write_whole(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems refuse it but keep the order
             os.fsync(folder)
@@ -267,10 +343,47 @@ def write_whole(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def _create_whole(path: Path, data: bytes) -> bool:
+    """`write_whole` for a file that must not exist; False if it does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_whole(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS may send a request twice: then the link is ours.
+            return temporary.stat().st_nlink > 1
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with suppress(FileExistsError), path.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                return True
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
 def _is_small(name: str) -> bool:
     if name.endswith(".tmp"):
         return False
-    return name.partition("/")[0] not in (*_LARGE_FOLDERS, *_WRITTEN_BY_RAY)
+    return name.partition("/")[0] not in (*_LARGE_FOLDERS, _LEASE_FOLDER, *_WRITTEN_BY_RAY)
+
+
+def _open_conditional(url: str, region: str | None) -> Any:
+    from obstore.store import from_url
+
+    scheme, _, rest = url.partition("://")
+    region_of: dict[str, Any] = {"region": region} if scheme == "s3" and region else {}
+    return from_url(
+        f"{'gs' if scheme == 'gcs' else scheme}://{rest}",
+        client_options={"allow_http": True},  # only for an endpoint that says so
+        **region_of,
+    )
 
 
 def _open(storage: str, run_name: str) -> tuple[Any, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-__all__ = ["RanksError", "run_ranks"]
+__all__ = ["RanksError", "fork_server", "run_ranks"]
 
 # What a rank needs is imported once, in the server that it is forked from. Ranks that use DeepSpeed
 # have a server of their own: where all else runs, DeepSpeed is not imported behind its back.
@@ -60,7 +60,7 @@ def run_ranks(
             then.
     """
     context = multiprocessing.get_context("forkserver")
-    server = _server(_PRELOAD_DEEPSPEED if deepspeed else _PRELOAD)
+    server = fork_server(_PRELOAD_DEEPSPEED if deepspeed else _PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         environment = dict(os.environ)
@@ -86,7 +86,8 @@ def run_ranks(
 
 
 @functools.cache
-def _server(preload: str) -> forkserver.ForkServer:
+def fork_server(preload: str = _PRELOAD) -> forkserver.ForkServer:
+    """The server that processes are forked from, with what they need imported."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload([preload])
     environment = {

@@ -23,7 +23,7 @@ FLOORS = [
     {"registry", "extras", "redaction"},
     {"config"},
     {"layers", "distributed", "memory", "storage", "spool", "stop"},
-    {"schedule", "optimizer", "run_info"},
+    {"schedule", "optimizer", "run_info", "lease"},
     {"methods", "callback"},
     {"strategies"},
     {"state"},

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,14 @@ def use_copy(run: RunFolder, checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def prune(run: RunFolder, keep: set[int]) -> list[str]:
+def prune(
+    run: RunFolder, keep: set[int], *, may_remove: Callable[[], None] = lambda: None
+) -> list[str]:
     """Remove all checkpoints except those of the steps in `keep`, and layer files no longer used.
+
+    Args:
+        may_remove: called when it is known what to remove, which is then older than the call; may
+            raise.
 
     Returns:
         The removed folders and files, relative to the run's folder.
@@ -222,15 +228,16 @@ def prune(run: RunFolder, keep: set[int]) -> list[str]:
         named |= {
             posixpath.normpath(posixpath.join(folder, reference)) for reference in state["sha256"]
         }
-    removed = []
-    for name in run.folders(CHECKPOINTS):
-        if f"{CHECKPOINTS}/{name}" not in {step_folder(step) for step in keep}:
-            # state.json first, so that a half-removed folder is no longer a checkpoint.
-            run.remove_folder(f"{CHECKPOINTS}/{name}", first=STATE)
-            removed.append(f"{CHECKPOINTS}/{name}")
+    kept = {step_folder(step) for step in keep}
+    folders = [f"{CHECKPOINTS}/{name}" for name in run.folders(CHECKPOINTS)]
+    folders = [name for name in folders if name not in kept]
     stale = [name for name in run.files(LAYERS) if name not in named]
+    may_remove()
+    for name in folders:
+        # state.json first, so that a half-removed folder is no longer a checkpoint.
+        run.remove_folder(name, first=STATE)
     run.remove(stale)
-    return removed + stale
+    return folders + stale
 
 
 def _files_of(run: RunFolder, checkpoint: str) -> list[str]:

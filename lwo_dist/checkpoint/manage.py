@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
+from lwo_dist import lease
 from lwo_dist.errors import UserError
 from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
@@ -151,3 +152,4 @@ def _refuse_running(run: RunFolder) -> None:
     spool = run.local / SPOOL_NAME
     if spool.is_file() and is_being_written(spool):
         raise UserError(f"{run} is still running and prunes by itself; wait until it ends")
+    lease.refuse_held(run)

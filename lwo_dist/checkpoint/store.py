@@ -35,11 +35,22 @@ class LayerStore:
     Args:
         model_files: writes config and tokenizer to a folder; called on rank 0.
         keep: how many of the newest checkpoints to keep, in addition to the best one.
+        may_write: called on rank 0 before every change of a checkpoint; raises LostRunError if
+            another process writes the run now.
     """
 
-    def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int = 1):
+    def __init__(
+        self,
+        run: RunFolder,
+        model_files: Callable[[Path], None],
+        *,
+        keep: int = 1,
+        may_write: Callable[[], None] = lambda: None,
+    ):
         self._writer = (
-            CheckpointWriter(run, model_files, keep=keep) if distributed.rank() == 0 else None
+            CheckpointWriter(run, model_files, keep=keep, may_write=may_write)
+            if distributed.rank() == 0
+            else None
         )
         # Equal on every rank, so that all agree on what to gather without communicating.
         self._captured: dict[str, int] = {}  # key of a piece -> step last trained
@@ -101,7 +112,11 @@ class LayerStore:
         return self._pending and self._writer is not None and self._writer.is_done
 
     def wait(self) -> Outcome | None:
-        """The outcome of the pending save, on every rank; None without one. A collective."""
+        """The outcome of the pending save, on every rank; None without one. A collective.
+
+        Raises:
+            UserError: another process writes the run now (LostRunError on rank 0).
+        """
         if not self._pending:
             return None
         self._pending = False

@@ -93,10 +93,20 @@ class CheckpointWriter:
     Args:
         model_files: writes config and tokenizer to a folder; called once.
         keep: how many of the newest checkpoints to keep, in addition to the best one.
+        may_write: called before every change of a checkpoint; raises LostRunError if another
+            process writes the run now.
     """
 
-    def __init__(self, run: RunFolder, model_files: Callable[[Path], None], *, keep: int):
+    def __init__(
+        self,
+        run: RunFolder,
+        model_files: Callable[[Path], None],
+        *,
+        keep: int,
+        may_write: Callable[[], None] = lambda: None,
+    ):
         self._run = run
+        self._may_write = may_write
         self._model_files = model_files
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "lwo-checkpoint-writer")
@@ -138,7 +148,11 @@ class CheckpointWriter:
         return all(future.done() for future in self._queue)
 
     def outcome(self) -> Outcome:
-        """Wait until the last queued checkpoint is written or has failed."""
+        """Wait until the last queued checkpoint is written or has failed.
+
+        Raises:
+            LostRunError: another process writes the run now; nothing was committed.
+        """
         queue = self._queue
         self._queue = []
         outcome: Outcome = [future.result() for future in queue][-1]
@@ -156,6 +170,7 @@ class CheckpointWriter:
             name = f"{LAYERS}/{piece.stem}.{digest[:8]}{piece.suffix}"
             path = self._run.local / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._may_write()
             if not (path.exists() and sha256_of(path) == digest):  # overwrite a damaged file
                 write_whole(path, data)
                 self._bytes += len(data)
@@ -179,7 +194,7 @@ class CheckpointWriter:
         self._committed.append(job.step)
         kept = {*self._committed[-self._keep :], *({job.best_step} & {*self._committed})}
         try:
-            prune(self._run, kept)
+            prune(self._run, kept, may_remove=self._may_write)
             self._committed = [step for step in self._committed if step in kept]
         except (OSError, ValueError) as error:
             print(
@@ -192,6 +207,7 @@ class CheckpointWriter:
     def _write_checkpoint(self, job: Save, folder: Path) -> None:
         here = step_folder(job.step)
         # An existing folder is damaged, or left over from an interrupted save.
+        self._may_write()
         self._run.remove_folder(here, first=STATE)
         folder.mkdir(parents=True)
         digests = self._add_model_files(folder)
@@ -210,17 +226,22 @@ class CheckpointWriter:
             (MOMENTS, save(flat_moments(job.moments))),
             (INDEX, json.dumps(index, indent=1).encode()),
         ):
+            self._may_write()
             write_whole(folder / name, data)
             digests[name] = hashlib.sha256(data).hexdigest()
             self._bytes += len(data)
         self._run.push(f"{here}/{path.name}" for path in sorted(folder.iterdir()))
         self._run.push_small()
-        # Written last, because it turns the folder into a checkpoint.
+        # Written last, because it turns the folder into a checkpoint; and created, never
+        # overwritten, because a process that has lost the run may be just as far.
         state = seal(
             {"format": FORMAT, **job.position, **job.extra, "moments": parked, "sha256": digests}
         )
-        write_whole(folder / STATE, state)
-        self._run.push([f"{here}/{STATE}"])
+        self._may_write()
+        if not self._run.create(f"{here}/{STATE}", state):
+            raise OSError(f"another process has committed {here}")
+        # Whoever took the run over in this very moment may not have seen the seal.
+        self._may_write()
         self._bytes += len(state)
 
     def _add_model_files(self, folder: Path) -> dict[str, str]:

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from lwo_dist import lease
 from lwo_dist.config import Config
 from lwo_dist.errors import UserError
 from lwo_dist.stop import Stopped, StopRequest
-from lwo_dist.storage import storage_folder
+from lwo_dist.storage import RunFolder, storage_folder
 
 from .nodes import (
     joined_ray,
@@ -88,6 +89,8 @@ def train(config: Config) -> dict[str, Any]:
         from lwo_dist.run import prepare
 
         config = prepare(config)
+        run_folder = RunFolder(config.storage, str(config.run_name))
+        stack.enter_context(lease.renewed(run_folder))
         if not joins:
             stack.enter_context(local_ray(nodes[0]))
         threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
@@ -105,7 +108,8 @@ def train(config: Config) -> dict[str, Any]:
 
             # Workers that were killed could not tell MLflow.
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            end_run(config, storage_folder(config.storage), str(config.run_name), status)
+            if lease.is_ours(run_folder):
+                end_run(config, storage_folder(config.storage), str(config.run_name), status)
             _raise_user_error(error)
             raise
 
@@ -237,12 +241,14 @@ def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
     # on its pages.
     environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
 
+    holder = lease.this_process()["holder"]
+
     def train_loop_per_worker() -> Any:
         os.environ.update(environment)
         from .worker import run_on_worker
 
         try:
-            return run_on_worker(config, flag)
+            return run_on_worker(config, flag, holder)
         except Exception as error:
             # Ray sends the exception without its traceback, and shows 1,000 characters of that.
             now = datetime.now(UTC).isoformat(timespec="milliseconds")

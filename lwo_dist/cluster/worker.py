@@ -74,8 +74,12 @@ def forwarded(stop: StopRequest) -> Iterator[Any]:
         thread.join()
 
 
-def run_on_worker(config: Config, flag: Any) -> Any:
-    """`run` in Ray Train's worker: its summary on rank 0, or Interrupted on every rank."""
+def run_on_worker(config: Config, flag: Any, holder: str | None = None) -> Any:
+    """`run` in Ray Train's worker: its summary on rank 0, or Interrupted on every rank.
+
+    Args:
+        holder: the driver, which holds the run.
+    """
     from lwo_dist.run import run
 
     from .gauges import RayGauges
@@ -87,7 +91,13 @@ def run_on_worker(config: Config, flag: Any) -> Any:
     if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1").lower() not in ("0", "false"):
         stop.add_poll(lambda: _preemption(preempted))
     try:
-        return run(config, [RayGauges()], on_commit=partial(_report, config), stop=stop)
+        return run(
+            config,
+            [RayGauges()],
+            on_commit=partial(_report, config),
+            stop=stop,
+            holder=holder,
+        )
     except Stopped as stopped:
         return Interrupted(stopped, tuple(preempted))
 

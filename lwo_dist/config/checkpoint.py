@@ -30,3 +30,6 @@ class CheckpointConfig(Settings):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: go on where a run of this run_name stopped"
     )
+    take_over: bool = Field(
+        False, description="take the run from a process that still writes it; that one then stops"
+    )

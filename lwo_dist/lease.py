@@ -1,0 +1,283 @@
+"""One writer a run: a claim with a number, and signs of life from the process that holds it.
+
+    <run>/lease/000003.json          a claim; created once, never changed: the highest one is valid
+    <run>/lease/<holder>.alive       renewed every few seconds by the holder, removed at its end
+
+A run is written by one attempt at a time. The process that was started by hand (the driver, or rank
+0 under torchrun) holds the run: it takes a claim, and renews the sign of life until it ends. Rank 0
+of each group of workers takes a further claim in the holder's name. The number of the claim is the
+fence: a claim with a higher number ends all earlier ones, and whoever finds one stops before it
+commits, prunes or ends anything. A checkpoint's seal is created, never overwritten, so that no step
+is committed twice.
+
+No clocks are compared: a holder is dead if its process is gone from this machine, or if its sign of
+life did not change for EXPIRES_S of our own time. On a file system a claim is a hard link, which is
+atomic on local disks and NFS; in an object store it is a conditional write.
+
+The scheme is that of Gray and Cheriton, "Leases" (SOSP 1989), with the claims' numbers as fencing
+tokens (Burrows, "The Chubby lock service", OSDI 2006, section 2.4: sequencers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import getpass
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .storage import RunFolder
+
+__all__ = [
+    "Lease",
+    "LostRunError",
+    "is_ours",
+    "join",
+    "refuse_held",
+    "renewed",
+    "take",
+    "this_process",
+]
+
+RENEW_S = 5.0
+EXPIRES_S = 30.0
+_LOOK_S = 0.5
+_FOLDER = "lease"
+
+
+class LostRunError(UserError):
+    """Another process writes the run now; this one must not touch it any more."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A claim to the run: the right to write it until there is a higher one."""
+
+    run: RunFolder
+    number: int
+    holder: str
+    """The process in whose name the claim was made."""
+
+    def check(self) -> None:
+        """Return if the claim is still valid.
+
+        Raises:
+            LostRunError: there is a later claim.
+            OSError: the storage cannot be reached.
+        """
+        if self.run.read(_claim_name(self.number + 1)) is not None:
+            newest = _newest(self.run)
+            raise _lost(self.run, newest[1] if newest else {})
+
+    def is_lost(self) -> bool:
+        """Whether there is a later claim; False if the storage cannot be reached."""
+        try:
+            self.check()
+        except LostRunError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+@functools.cache
+def this_process() -> dict[str, Any]:
+    """Host, user, pid and start time; and `machine`, equal for processes that see each other's
+    pids.
+    """
+    import psutil
+
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        machine = f"{socket.gethostname()} {psutil.boot_time():.0f}"
+    return _process(psutil.Process(), machine)
+
+
+def _process(process: Any, machine: str) -> dict[str, Any]:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's uid without a name
+        user = str(os.getuid())
+    known = {"pid": process.pid, "started": process.create_time(), "machine": machine}
+    holder = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    return {"holder": holder, "host": socket.gethostname(), "user": user, **known}
+
+
+def take(run: RunFolder, *, force: bool = False) -> Lease:
+    """Claim the run for this process, unless another one that is alive holds it.
+
+    Prints a line if it has to wait to see whether the holder is alive, for at most `EXPIRES_S`.
+
+    Args:
+        force: take it from a holder that is alive.
+
+    Raises:
+        UserError: the run is held by another process.
+    """
+    me = this_process()
+    while True:
+        newest = _newest(run)
+        number, claim = newest or (0, {})
+        if claim.get("holder") not in (None, me["holder"]) and not force:
+            _wait_until_dead(run, claim)
+        run.write(_beat_name(me["holder"]), _beat())
+        if (lease := _claim(run, number + 1, me)) is not None:
+            return lease
+        # Another process was quicker; it may be alive, so look again.
+
+
+def join(run: RunFolder, holder: str) -> Lease:
+    """A further claim in the name of `holder`, for a new group of workers; ends the one before.
+
+    Raises:
+        LostRunError: another process has claimed the run since.
+    """
+    while True:
+        newest = _newest(run)
+        if newest is None or newest[1]["holder"] != holder:
+            raise _lost(run, newest[1] if newest else {})
+        number, claim = newest
+        lease = _claim(run, number + 1, {**claim, "rank_0": this_process()})
+        if lease is not None:
+            return lease
+
+
+@contextlib.contextmanager
+def renewed(run: RunFolder) -> Iterator[None]:
+    """Renew this process's sign of life inside, and remove it at the end: the run is free then."""
+    beat = _beat_name(this_process()["holder"])
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(RENEW_S):
+            with contextlib.suppress(OSError):  # the storage may be back in time
+                run.write(beat, _beat())
+
+    thread = threading.Thread(target=renew, name="lwo-dist-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            run.remove([beat])
+
+
+def refuse_held(run: RunFolder) -> None:
+    """Return if no live process holds the run; waits like `take`.
+
+    Raises:
+        UserError: the run is held.
+    """
+    newest = _newest(run)
+    if newest is not None and newest[1]["holder"] != this_process()["holder"]:
+        _wait_until_dead(run, newest[1])
+
+
+def is_ours(run: RunFolder) -> bool:
+    """Whether the newest claim was made in this process's name; False if that cannot be read."""
+    try:
+        newest = _newest(run)
+    except OSError:
+        return False
+    return newest is not None and newest[1]["holder"] == this_process()["holder"]
+
+
+def _claim(run: RunFolder, number: int, claimant: dict[str, Any]) -> Lease | None:
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    record = json.dumps({**claimant, "since": since}, indent=1).encode()
+    made = run.create(_claim_name(number), record)
+    return Lease(run, number, claimant["holder"]) if made else None
+
+
+def _newest(run: RunFolder) -> tuple[int, dict[str, Any]] | None:
+    """Number and contents of the newest claim."""
+    names = [name.rpartition("/")[2].partition(".") for name in run.files(_FOLDER)]
+    numbers = [int(stem) for stem, _, ending in names if stem.isdigit() and ending == "json"]
+    if not numbers:
+        return None
+    data = run.read(_claim_name(max(numbers)))
+    try:
+        claim = json.loads(data or b"")
+        assert isinstance(claim["holder"], str)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        claim = {"holder": ""}
+    return max(numbers), claim
+
+
+def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
+    beat = _beat_name(claim["holder"])
+    last = run.read(beat)
+    if last is None or _has_died(claim):
+        return
+    print(
+        f"{_who(claim)} has claimed the run {run.local.name}; waiting up to {EXPIRES_S:.0f} s for a"
+        " sign of life",
+        flush=True,
+    )
+    give_up = time.monotonic() + EXPIRES_S
+    while time.monotonic() < give_up:
+        time.sleep(_LOOK_S)
+        now = run.read(beat)
+        if now is None:
+            return
+        if now != last:
+            raise UserError(
+                f"run_name = {run.local.name}: {_who(claim)} has been writing this run since"
+                f" {claim.get('since', 'an unknown time')}; wait until it ends, choose another"
+                " run_name, or take the run over with checkpoint.take_over=true"
+            )
+
+
+def _has_died(claim: dict[str, Any]) -> bool:
+    """Whether the process can be seen from here and is gone."""
+    import psutil
+
+    if claim.get("machine") != this_process()["machine"]:
+        return False
+    try:
+        process = psutil.Process(claim["pid"])
+        if process.create_time() != claim["started"]:
+            return True
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def _lost(run: RunFolder, claim: dict[str, Any]) -> LostRunError:
+    return LostRunError(
+        f"run_name = {run.local.name}: {_who(claim)} took this run over at"
+        f" {claim.get('since', 'an unknown time')}; this process stops and leaves the run to it"
+    )
+
+
+def _who(claim: dict[str, Any]) -> str:
+    user = claim.get("user", "somebody")
+    return f"process {claim.get('pid', '?')} of {user} on {claim.get('host', '?')}"
+
+
+def _claim_name(number: int) -> str:
+    return f"{_FOLDER}/{number:06d}.json"
+
+
+def _beat_name(holder: str) -> str:
+    return f"{_FOLDER}/{holder}.alive"
+
+
+def _beat() -> bytes:
+    return os.urandom(8).hex().encode()

@@ -1,0 +1,171 @@
+"""One writer a run: of two drivers one trains, and what is left of a killed one can no longer
+commit. On a disk and in an object store.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from lwo_dist import lease
+from lwo_dist.checkpoint.format import committed_steps, read_checkpoint
+from lwo_dist.storage import RunFolder
+from tests import contenders
+from tests.distributed import test_object_store
+
+bucket = test_object_store.bucket
+STEPS = 12
+
+
+@pytest.fixture(params=["disk", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path)
+    # moto's servers of one process share their buckets.
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    yield folder
+
+
+def check_commits(storage: str, notes: Path, claims: int) -> None:
+    """Every step was committed once, by attempts that followed each other, and is whole."""
+    made = contenders.commits(notes)
+    steps = [step for step, _ in made]
+    assert steps == list(range(1, len(made) + 1)) and len(made) >= STEPS
+    numbers = [claim for _, claim in made]
+    assert numbers == sorted(numbers) and len(set(numbers)) == claims
+    run = RunFolder(storage, "r")
+    assert committed_steps(run) == steps
+    assert [read_checkpoint(run, step).state["attempt"] for step in steps] == numbers
+
+
+def finish(notes: Path, *drivers: ForkServerProcess) -> None:
+    (notes / "finish").write_text("\n")
+    for driver in drivers:
+        driver.join(contenders.DEADLINE_S)
+        assert driver.exitcode == 0
+
+
+def two_drivers(storage: str, notes: Path, rng: random.Random) -> None:
+    first = contenders.start(storage, notes, "a", STEPS)
+    time.sleep(rng.choice((0, rng.uniform(0, 0.5))))  # the result is the same for every delay
+    second = contenders.start(storage, notes, "b", STEPS)
+    for process in (first[1], second[1]):
+        process.join(contenders.DEADLINE_S)
+    finish(notes, first[0], second[0])
+    errors = [error for error in (contenders.error(notes, name) for name in "ab") if error]
+    assert len(errors) == 1
+    assert re.fullmatch(
+        r"run_name = r: process \d+ of \S+ on \S+ has been writing this run since [\d: +-]+; wait"
+        r" until it ends, choose another run_name, or take the run over with"
+        r" checkpoint.take_over=true",
+        errors[0],
+    )
+    check_commits(storage, notes, claims=1)
+
+
+def an_orphaned_worker(storage: str, notes: Path, rng: random.Random) -> None:
+    driver, orphan = contenders.start(storage, notes, "a", 1000)
+    contenders.wait_for(notes / "commits.log", lines=rng.randint(1, 4))
+    os.kill(int(driver.pid or 0), signal.SIGKILL)
+    driver.join()
+    heir, worker = contenders.start(storage, notes, "b", STEPS)
+    for process in (worker, orphan):
+        process.join(contenders.DEADLINE_S)
+    finish(notes, heir)
+    assert contenders.error(notes, "b") == ""
+    assert re.fullmatch(
+        r"run_name = r: process \d+ of \S+ on \S+ took this run over at [\d: +-]+; this process"
+        r" stops and leaves the run to it",
+        contenders.error(notes, "a"),
+    )
+    check_commits(storage, notes, claims=2)
+
+
+@pytest.mark.parametrize("scene", [two_drivers, an_orphaned_worker])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 20))]
+)
+def test_a_run_has_one_writer(storage: str, notes: Path, seed: int, scene: object) -> None:
+    assert callable(scene)
+    scene(storage, notes, random.Random(seed))
+
+
+def test_a_driver_that_is_alive_can_be_relieved_by_force(storage: str, notes: Path) -> None:
+    driver, worker = contenders.start(storage, notes, "a", 1000)
+    contenders.wait_for(notes / "commits.log", lines=2)
+    run = RunFolder(storage, "r")
+    claim = lease.take(run, force=True)
+    worker.join(contenders.DEADLINE_S)
+    assert "took this run over" in contenders.error(notes, "a")
+    finish(notes, driver)
+    claim.check()
+    lease.refuse_held(run)  # ours
+
+
+def test_a_run_that_has_ended_is_free_at_once(storage: str, notes: Path) -> None:
+    driver, worker = contenders.start(storage, notes, "a", 1)
+    worker.join(contenders.DEADLINE_S)
+    finish(notes, driver)
+    run = RunFolder(storage, "r")
+    lease.refuse_held(run)
+    assert lease.take(run).number == 3
+
+
+def test_a_group_of_workers_ends_the_one_before(tmp_path: Path) -> None:
+    """Ray starts workers again while the network still hides the old ones."""
+    run = RunFolder(str(tmp_path), "r")
+    holder = lease.take(run).holder
+    old, new = lease.join(run, holder), lease.join(run, holder)
+    new.check()
+    with pytest.raises(lease.LostRunError):
+        old.check()
+    assert old.is_lost() and not new.is_lost() and lease.is_ours(run)
+
+
+def test_a_holder_on_another_machine_is_dead_when_its_sign_of_life_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(str(tmp_path), "r")
+    monkeypatch.setattr(lease, "this_process", lambda: ELSEWHERE)
+    lease.take(run)
+    monkeypatch.undo()
+    monkeypatch.setattr(lease, "EXPIRES_S", 0.2)
+    monkeypatch.setattr(lease, "_LOOK_S", 0.05)
+    assert lease.take(run).number == 2
+    with pytest.raises(lease.LostRunError, match="took this run over"):
+        lease.join(run, ELSEWHERE["holder"])
+
+
+def test_a_process_that_has_taken_over_is_not_ended_by_the_one_before(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path), "r")
+    claim = lease.take(run)
+    name = "lease/000002.json"
+    assert run.create(name, b"half a cla")  # its writer died in the middle
+    assert claim.is_lost()
+    assert not run.create(name, b"mine")
+    assert lease.take(run).number == 3
+    assert run.read(name) == b"half a cla"
+
+
+ELSEWHERE = {
+    "holder": "0123456789abcdef",
+    "host": "another",
+    "user": "somebody",
+    "pid": 1,
+    "started": 0.0,
+    "machine": "another boot",
+}
