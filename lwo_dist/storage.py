@@ -249,8 +249,8 @@ class RunFolder:
         try:
             self.local.mkdir(exist_ok=True)
             (self.local / probe).touch()
-            self.create(probe, b"first")
-            twice = self.create(probe, b"second")
+            self.push([probe])
+            overwrites = self.create(probe, b"not empty")
             self.remove([probe])
         except OSError as error:
             raise UserError(
@@ -260,7 +260,7 @@ class RunFolder:
             ) from None
         finally:
             (self.local / probe).unlink(missing_ok=True)
-        if twice:
+        if overwrites:
             raise UserError(
                 f"storage = {self.url}: this store ignores the condition of a write"
                 " (If-None-Match), so two runs of one name could overwrite each other; give a"
