@@ -2,8 +2,9 @@
 
     python tests/benchmarks/secret_rule.py [--files 100000] [--rounds 3] [--json FILE]
 
-The files are those of the standard library of up to 20 kB, each with a line of its own, so that none
-is a duplicate. The tree is read with the rule and without it in turn; the ratio is that of the medians.
+The files are those of the standard library of up to 20 kB, each with a line of its own, so that
+none is a duplicate. The tree is read with the rule and without it in turn; the ratio is that of the
+medians.
 """
 
 from __future__ import annotations
