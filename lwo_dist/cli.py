@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # one exits: that must be the one that reports it. A rank still alive after the wait has
             # an error of its own.
             time.sleep(_PATIENCE_S)
-        print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
+        from .redaction import redact
+
+        print(f"lwo-dist: {redact(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -28,6 +28,7 @@ from .config import Config
 from .data import PreparedData, check_world_sizes
 from .data.cache import cache_folder
 from .errors import UserError
+from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
 from .models import PretrainedSource, load_tokenizer
@@ -74,7 +75,7 @@ def prepare(config: Config) -> Config:
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuse a password early
     run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
-    if "://" not in source and not source.startswith("git@"):
+    if not is_repository_url(source):
         source = str(Path(source).expanduser().absolute())
     data = config.data.model_copy(update={"source": source})
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
@@ -194,7 +195,13 @@ def _build(
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
-    results = Results(run_folder.local, task, config.eval.metric, writes=distributed.rank() == 0)
+    results = Results(
+        run_folder.local,
+        task,
+        config.eval.metric,
+        writes=distributed.rank() == 0,
+        with_samples=config.tracking.log_completions,
+    )
     store = LayerStore(
         run_folder,
         partial(save_model_files, lwo.module, tokenizer),

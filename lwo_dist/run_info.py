@@ -11,14 +11,15 @@ import getpass
 import json
 import os
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import Config
-from .redaction import is_secret_name, redact, redact_values
+from .git import GitError, Repository
+from .redaction import redact, redact_values
+from .secret_rule import is_secret_name
 from .versions import version_of, versions
 
 __all__ = [
@@ -180,14 +181,11 @@ def git_commit(folder: Path | None = None) -> str | None:
 
     `-dirty` follows where tracked files differ from it. None without git or outside a work tree.
     """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        repository = Repository.around(folder or Path())
+        return repository.commit() if repository else None
+    except (OSError, GitError):
         return None
-    return done.stdout.strip()
 
 
 def _job_metadata() -> dict[str, str]:

@@ -21,9 +21,11 @@ from urllib.parse import urlsplit
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError, first_line
+from lwo_dist.git import is_repository_url
 from lwo_dist.run_info import job_metadata
 from lwo_dist.storage import new_run_name
 from lwo_dist.strategies.checks import check_config
+from lwo_dist.units import printable
 
 from .packing import CONFIG_NAME, pack, refuse_credentials
 
@@ -96,7 +98,7 @@ class Jobs:
         """
         settings, run_name = _checked(config, overrides)
         arguments = [*overrides, *([] if settings.run_name else [f"run_name={run_name}"])]
-        refuse_credentials({override: override for override in arguments})
+        refuse_credentials({f"the override of {o.partition('=')[0]}": o for o in arguments})
         running = [
             job
             for job in self._all()
@@ -111,7 +113,7 @@ class Jobs:
         with tempfile.TemporaryDirectory(prefix="lwo-dist-job-") as name:
             left_out = pack(folder, config.read_text() if config else "{}\n", Path(name))
             if left_out:
-                print(f"left out: {', '.join(left_out)}", file=sys.stderr)
+                print(f"left out: {', '.join(map(printable, left_out))}", file=sys.stderr)
             with self._asking():
                 job: str = self._client.submit_job(
                     entrypoint=shlex.join(command),
@@ -252,7 +254,7 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
         raise UserError(
             "data.source is not set; give a git URL, or an absolute path on the cluster"
         )
-    if "://" not in source and not source.startswith(("git@", "/")):
+    if not is_repository_url(source) and not source.startswith("/"):
         raise UserError(
             f"data.source = {source}: a path on this machine; give a git URL, or an absolute path"
             " on the cluster"

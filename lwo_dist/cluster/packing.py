@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lwo_dist.errors import UserError
-from lwo_dist.redaction import credentials_in, holds_private_key, looks_secret
+from lwo_dist.git import GitError, Repository
+from lwo_dist.redaction import credentials_in
+from lwo_dist.secret_rule import find_secret, is_secret_file
 
 __all__ = ["CONFIG_NAME", "pack", "refuse_credentials"]
 
@@ -52,20 +53,20 @@ def pack(folder: Path, config: str, target: Path) -> list[str]:
         What was left out: `file (reason)` each.
 
     Raises:
-        UserError: there is more than Ray accepts, or a file holds a credential of the environment.
+        UserError: there is more than Ray accepts, the config holds a secret, a file holds a
+            credential of the environment, or git fails.
     """
     left_out: list[str] = []
     total = 0
     credentials = credentials_in(os.environ)
     for name in _files(folder):
         path = folder / name
-        reason = _reason(folder, path)
+        reason = _reason(folder, name)
         if reason is None:
             data = path.read_bytes()
-            if holds_private_key(data):
-                reason = "a private key"
-            else:
-                _refuse(data, name, credentials)
+            _refuse(data, name, credentials)
+            if secret := find_secret(data):
+                reason = f"secret: {secret}"
         if reason is not None:
             left_out.append(f"{name} ({reason})")
             continue
@@ -76,15 +77,15 @@ def pack(folder: Path, config: str, target: Path) -> list[str]:
                 " add what the job does not need to .gitignore, or submit from a smaller folder"
             )
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
+        (target / name).write_bytes(data)
         shutil.copymode(path, target / name)
-    _refuse(config.encode(), "the config", credentials)
+    refuse_credentials({"the config": config})
     (target / CONFIG_NAME).write_text(config)
     return left_out
 
 
 def refuse_credentials(texts: Mapping[str, str]) -> None:
-    """Refuse texts that hold a credential of the environment.
+    """Refuse texts that hold a secret, or a credential of the environment.
 
     Args:
         texts: name for the message -> text.
@@ -92,36 +93,42 @@ def refuse_credentials(texts: Mapping[str, str]) -> None:
     Raises:
         UserError
     """
+    credentials = credentials_in(os.environ)
     for name, text in texts.items():
-        _refuse(text.encode(), name, credentials_in(os.environ))
+        _refuse(text.encode(), name, credentials)
+        if secret := find_secret(text.encode()):
+            raise UserError(
+                f"{name} holds a secret ({secret}), which everyone on the cluster could read; set"
+                " it in the cluster's environment instead"
+            )
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names relative to `folder`, sorted; none outside a git work tree."""
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
+    """Names relative to `folder`, sorted; none outside a git work tree or without git."""
     try:
-        done = subprocess.run(command, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        repository = Repository.around(folder)
+        names = repository.names(folder, untracked=True) if repository else []
+    except FileNotFoundError:
         return
-    for name in sorted({os.fsdecode(name) for name in done.stdout.split(b"\0") if name}):
+    except GitError as error:
+        raise UserError(
+            f"{folder}: git ls-files failed: {error}; mend it, or submit from another folder"
+        ) from None
+    for name in names:
         if (folder / name).is_file():  # Not a submodule, nor what was deleted since.
             yield name
 
 
-def _reason(folder: Path, path: Path) -> str | None:
+def _reason(folder: Path, name: str) -> str | None:
+    path = folder / name
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "a name that is not UTF-8"
     if not path.resolve().is_relative_to(folder.resolve()):
         return "a link to elsewhere"
-    if looks_secret(path.name):
-        return "looks like a secret"
+    if is_secret_file(name):
+        return "secret: by its name"
     if any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in _DATA_FILES):
         return "data"
     if path.stat().st_size > MAX_FILE_BYTES:

@@ -6,7 +6,13 @@ from pydantic import Field
 
 from .base import Settings
 
-__all__ = ["DataConfig"]
+__all__ = ["NO_PASSWORD", "DataConfig"]
+
+NO_PASSWORD = (
+    "give the URL without it, and the password to git: by a credential helper, GIT_ASKPASS, or an"
+    " ssh key"
+)
+"""What to do about a password in `source`."""
 
 
 class DataConfig(Settings):

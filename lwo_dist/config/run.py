@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from lwo_dist.redaction import refuse_password
 from lwo_dist.registry import METHODS, STRATEGIES, TASKS, Registry
 
 from .base import Settings
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
+from .data import NO_PASSWORD as NO_SOURCE_PASSWORD
 from .data import DataConfig
 from .evaluation import EvalConfig
 from .fsdp import FSDPConfig
 from .lwo import LWOConfig
 from .model import ModelConfig
+from .tracking import NO_PASSWORD as NO_TRACKING_PASSWORD
 from .tracking import TrackingConfig
 from .train import TrainConfig
 
@@ -63,3 +66,15 @@ class Config(Settings):
     def _check_choice(cls, value: str, info: ValidationInfo) -> str:
         registry = {"method": METHODS, "strategy": STRATEGIES, "task": TASKS}[str(info.field_name)]
         return registry.check(value)
+
+    @model_validator(mode="after")
+    def _refuse_passwords(self) -> Self:
+        refuse_password("data.source", self.data.source or "", NO_SOURCE_PASSWORD)
+        refuse_password("tracking.uri", self.tracking.uri or "", NO_TRACKING_PASSWORD)
+        refuse_password(
+            "storage",
+            self.storage,
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your store reads, in the"
+            " environment of all workers instead",
+        )
+        return self

@@ -6,7 +6,13 @@ from pydantic import Field
 
 from .base import Settings
 
-__all__ = ["TrackingConfig"]
+__all__ = ["NO_PASSWORD", "TrackingConfig"]
+
+NO_PASSWORD = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead, or the"
+    " whole address in MLFLOW_TRACKING_URI"
+)
+"""What to do about a password in `uri`."""
 
 
 class TrackingConfig(Settings):
@@ -25,4 +31,11 @@ class TrackingConfig(Settings):
     )
     log_model: bool = Field(True, description="log the exported model as an MLflow model")
     register_as: str | None = Field(None, description="also register that model under this name")
+    log_completions: bool = Field(
+        True,
+        description=(
+            "show source lines and completions in the report, MLflow and evaluations/; false:"
+            " scores only"
+        ),
+    )
     system_metrics: bool = Field(True, description="log the load of every node and GPU")

@@ -2,9 +2,11 @@
 side they are.
 
 Files are judged by their text alone, so any text language will do. What is skipped is counted by
-reason. The split is by file: a file is held out if the hash of its content says so, hence it
-neither moves when others come or go nor when it is renamed, and equal contents can never be on both
-sides.
+reason: files with a secret, files that stand for others, links and whatever else is no file among
+it. Nothing outside the folder is opened.
+
+The split is by file: a file is held out if the hash of its content says so, hence it neither moves
+when others come or go nor when it is renamed, and equal contents can never be on both sides.
 """
 
 from __future__ import annotations
@@ -12,19 +14,30 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lwo_dist.config import DataConfig
 from lwo_dist.errors import UserError
+from lwo_dist.git import is_repository_url
 from lwo_dist.redaction import without_credentials
+from lwo_dist.secret_rule import find_secret, is_secret_file
 
-from .repository import clone_repository, is_repository_url, tracked_files
+from .repository import clone_repository, tracked_files
 
-__all__ = ["SourceFile", "SourceTree", "read_source_tree", "read_text"]
+__all__ = [
+    "Skipped",
+    "SourceFile",
+    "SourceTree",
+    "divide",
+    "find_files",
+    "read_source_tree",
+    "read_text",
+]
 
 # Other people's code, or no code: judged below the source only, which may itself lie inside such a
 # folder.
@@ -85,6 +98,12 @@ _GENERATED = re.compile(
 MEAN_LINE_LENGTH = 100
 LONGEST_LINE = 1000
 
+# The first bytes of a small file that git keeps instead of a large one.
+_POINTERS = {
+    "Git LFS pointer": (b"version https://git-lfs.", b"version https://hawser."),
+    "git-annex pointer": (b"/annex/objects/",),
+}
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -95,6 +114,17 @@ class SourceFile:
     """The path below the source, with forward slashes."""
     sha256: str
     """Of the text as `read_text` gives it, in UTF-8."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not read, or a whole folder."""
+
+    name: str
+    """The path below the source, with forward slashes."""
+    reason: str
+    detail: str = ""
+    """What exactly was found, such as "GitHub token, line 12"; never a secret itself."""
 
 
 @dataclass(frozen=True)
@@ -137,51 +167,82 @@ def read_source_tree(config: DataConfig, cache: Path) -> SourceTree:
         UserError: no source, no such folder, git is missing or failed, or fewer than two usable
             files.
     """
+    root, files, skipped = find_files(config, cache)
+    train, held_out = divide(config, files, skipped)
+    counts = dict(sorted(Counter(skip.reason for skip in skipped).items()))
+    return SourceTree(without_credentials(str(config.source)), root, train, held_out, counts)
+
+
+def find_files(config: DataConfig, cache: Path) -> tuple[Path, list[SourceFile], Sequence[Skipped]]:
+    """The folder of `config.source`, its usable files, and what is skipped in it, by name.
+
+    Raises:
+        UserError: no source, no such folder, git is missing or failed.
+    """
     if not config.source:
         raise UserError(
             "data.source is not set; give a folder of source files or a git repository (folder or"
             " URL)"
         )
-    source = without_credentials(config.source)
     root = Path(config.source).expanduser()
-    if is_repository_url(config.source):
+    if is_repository_url(config.source) or _is_bare_repository(root):
         root = clone_repository(config.source, cache)
     elif not root.is_dir():
         problem = "is a file" if root.is_file() else "does not exist"
         raise UserError(
-            f"data.source = {source}: {problem}; give a folder of source files or a git repository"
+            f"data.source = {without_credentials(config.source)}: {problem}; give a folder of"
+            " source files or a git repository"
         )
-    skipped: Counter[str] = Counter()
+    skipped: list[Skipped] = []
     tracked = tracked_files(root) if config.use_git else None
     names = _prune(tracked, skipped) if tracked else _walk(root, skipped)
+    judge = _Judge(root, config)
     files: dict[str, SourceFile] = {}
     for name in sorted(names):
-        file, reason = _judge(root, name, config)
-        if file is not None and file.sha256 in files:
-            file = None
-            reason = "duplicate"
-        if file is None:
-            skipped[reason] += 1
+        found = judge(name)
+        if isinstance(found, SourceFile) and found.sha256 in files:
+            found = Skipped(found.name, "duplicate", f"of {files[found.sha256].name}")
+        if isinstance(found, Skipped):
+            skipped.append(found)
         else:
-            files[file.sha256] = file
+            files[found.sha256] = found
+    return root, list(files.values()), sorted(skipped, key=lambda skip: skip.name)
+
+
+def divide(
+    config: DataConfig, files: list[SourceFile], skipped: Sequence[Skipped]
+) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...]]:
+    """The files to train on, and those held out. Raises: UserError for fewer than two files."""
     if len(files) < 2:
-        counts = (
-            ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "nothing there"
-        )
+        counts = sorted(Counter(skip.reason for skip in skipped).items())
+        shown = ", ".join(f"{n} {reason}" for reason, n in counts) or "nothing there"
         raise UserError(
-            f"data.source = {source}: {len(files) or 'no'} usable file{'' if files else 's'}"
-            f" (skipped: {counts}); give a source with at least 2 text files of different content,"
-            " and see data.extensions"
+            f"data.source = {without_credentials(str(config.source))}: {len(files) or 'no'} usable"
+            f" file{'' if files else 's'} (skipped: {shown}); give a source with at least 2 text"
+            " files of different content, and see data.extensions"
         )
-    train, held_out = _split(list(files.values()), config.held_out_fraction)
-    return SourceTree(source, root, train, held_out, dict(sorted(skipped.items())))
+    return _split(files, config.held_out_fraction)
 
 
 def read_text(path: Path) -> str | None:
     """The text of a file: UTF-8, lines ended by "\\n", the last line too, no byte order mark; None
     if it is binary.
+
+    Raises:
+        OSError: it cannot be read, is a link or no regular file; nothing is waited for.
     """
-    data = path.read_bytes()
+    return _text_of(_read_regular(path))
+
+
+def _read_regular(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file")
+        return file.read()
+
+
+def _text_of(data: bytes) -> str | None:
     if b"\0" in data:
         return None
     try:
@@ -192,28 +253,73 @@ def read_text(path: Path) -> str | None:
     return text if not text or text.endswith("\n") else text + "\n"
 
 
-def _judge(root: Path, name: str, config: DataConfig) -> tuple[SourceFile | None, str]:
-    path = root / name
-    if path.name.lower() in LOCK_FILES:
-        return None, "lock file"
-    if config.extensions is not None:
-        endings = tuple("." + ending.lower().lstrip(".") for ending in config.extensions)
-        if not path.name.lower().endswith(endings):
-            return None, "extension"
-    if path.is_symlink() or not path.is_file():
-        return None, "not a regular file"
-    try:
-        if path.stat().st_size > config.max_file_bytes:
-            return None, "huge"
-        text = read_text(path)
-    except OSError:
-        return None, "unreadable"
-    reason = "binary" if text is None else _unusable(text)
-    if text is None or reason:
-        return None, reason
-    # A name that is no UTF-8 could not be written to Arrow.
-    printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return SourceFile(path, printable, hashlib.sha256(text.encode()).hexdigest()), ""
+class _Judge:
+    """Decides about one file after the other."""
+
+    def __init__(self, root: Path, config: DataConfig):
+        self._root = root
+        self._real_root = os.path.realpath(root)
+        self._limit = config.max_file_bytes
+        self._endings = (
+            None
+            if config.extensions is None
+            else tuple("." + ending.lower().lstrip(".") for ending in config.extensions)
+        )
+        self._folders = {"": True}
+
+    def __call__(self, name: str) -> SourceFile | Skipped:
+        path = self._root / name
+        # A name that is no UTF-8 could not be written to Arrow.
+        printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        found = self._judge(path, name)
+        if isinstance(found, str):
+            return SourceFile(path, printable, found)
+        return Skipped(printable, *found)
+
+    def _judge(self, path: Path, name: str) -> str | tuple[str, ...]:
+        """The SHA-256 of the text, or the reason to skip it, with the detail."""
+        if is_secret_file(name):
+            return "secret", "by its name"
+        if path.name.lower() in LOCK_FILES:
+            return ("lock file",)
+        if self._endings is not None and not path.name.lower().endswith(self._endings):
+            return ("extension",)
+        if not self._is_inside(name.rpartition("/")[0]):
+            return ("a link to elsewhere",)
+        try:
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode) and not self._leads_inside(path):
+                return ("a link to elsewhere",)
+            if not stat.S_ISREG(status.st_mode):
+                return ("not a regular file",)
+            if status.st_size > self._limit:
+                return ("huge",)
+            data = _read_regular(path)
+        except FileNotFoundError:  # tracked, and not there
+            return ("not a regular file",)
+        except OSError:
+            return ("unreadable",)
+        for reason, beginnings in _POINTERS.items():
+            if data.startswith(beginnings):
+                return (reason,)
+        text = _text_of(data)
+        if text is None:
+            return ("binary",)
+        if secret := find_secret(data):
+            return "secret", str(secret)
+        if reason := _unusable(text):
+            return (reason,)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _is_inside(self, folder: str) -> bool:
+        """Whether no part of the path of `folder`, relative to the root, is a link."""
+        if folder not in self._folders:
+            above = self._is_inside(folder.rpartition("/")[0])
+            self._folders[folder] = above and not (self._root / folder).is_symlink()
+        return self._folders[folder]
+
+    def _leads_inside(self, link: Path) -> bool:
+        return Path(os.path.realpath(link)).is_relative_to(self._real_root)
 
 
 def _unusable(text: str) -> str:
@@ -227,22 +333,34 @@ def _unusable(text: str) -> str:
     return ""
 
 
-def _walk(root: Path, skipped: Counter[str]) -> list[str]:
+def _walk(root: Path, skipped: list[Skipped]) -> list[str]:
     names = []
-    for folder, folders, files in os.walk(root, onerror=lambda _: skipped.update(["unreadable"])):
+
+    def unreadable(error: OSError) -> None:
+        folder = os.path.relpath(error.filename or root, root)
+        skipped.append(Skipped(folder, "unreadable"))
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        below = Path(folder).relative_to(root)
         for name in list(folders):
-            if reason := "hidden folder" if name.startswith(".") else _pruned(name):
+            path = (below / name).as_posix()
+            if (root / path).is_symlink():
                 folders.remove(name)
-                skipped[reason] += 1
+                names.append(path)
+            elif reason := "hidden folder" if name.startswith(".") else _pruned(name):
+                folders.remove(name)
+                skipped.append(Skipped(path, reason))
         for name in files:
-            if name.startswith("."):  # such as .env, which may hold a password
-                skipped["hidden file"] += 1
+            path = (below / name).as_posix()
+            # The name of a secret file says more about it than that it is hidden.
+            if name.startswith(".") and not is_secret_file(path):
+                skipped.append(Skipped(path, "hidden file"))
             else:
-                names.append((Path(folder) / name).relative_to(root).as_posix())
+                names.append(path)
     return names
 
 
-def _prune(names: list[str], skipped: Counter[str]) -> list[str]:
+def _prune(names: list[str], skipped: list[Skipped]) -> list[str]:
     kept = []
     folders = {}
     for name in names:
@@ -252,8 +370,8 @@ def _prune(names: list[str], skipped: Counter[str]) -> list[str]:
         if depth is None:
             kept.append(name)
         else:
-            folders[parts[: depth + 1]] = reasons[depth]
-    skipped.update(folders.values())
+            folders["/".join(parts[: depth + 1])] = reasons[depth]
+    skipped += [Skipped(folder, reason) for folder, reason in folders.items()]
     return kept
 
 
@@ -283,3 +401,7 @@ def _split(
         for side in (by_hash[limit:], by_hash[:limit])
     )
     return train, held_out
+
+
+def _is_bare_repository(folder: Path) -> bool:
+    return folder.name.endswith(".git") and (folder / "HEAD").is_file()

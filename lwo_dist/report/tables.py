@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lwo_dist.redaction import redact_values
+
 __all__ = [
     "FOLDER",
     "Table",
@@ -56,14 +58,16 @@ def completions_table(
     after = evaluations[best_step if best_step in evaluations else max(evaluations)]["samples"]
     written = {(sample["name"], sample["line"]): sample["prediction"] for sample in after}
     return columns, [
-        [
-            s["name"],
-            s["line"],
-            s["context"],
-            s["reference"],
-            s["prediction"],
-            written[s["name"], s["line"]],
-        ]
+        redact_values(
+            [
+                s["name"],
+                s["line"],
+                s["context"],
+                s["reference"],
+                s["prediction"],
+                written[s["name"], s["line"]],
+            ]
+        )
         for s in before
         if (s["name"], s["line"]) in written
     ]

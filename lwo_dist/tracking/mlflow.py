@@ -18,8 +18,9 @@ import yaml
 
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config, TrackingConfig
+from lwo_dist.config.tracking import NO_PASSWORD
 from lwo_dist.errors import UserError
-from lwo_dist.redaction import holds_password, redact
+from lwo_dist.redaction import redact, refuse_password
 from lwo_dist.run_info import RunInfo, public_config, run_parameters, run_tags
 from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
 
@@ -44,12 +45,7 @@ def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
     Raises:
         UserError: `tracking.uri` holds a password; configurations are kept and shown.
     """
-    if tracking.uri and holds_password(tracking.uri):
-        raise UserError(
-            f"tracking.uri = {redact(tracking.uri)} was given with a password; set"
-            " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead, or"
-            " the whole address in MLFLOW_TRACKING_URI"
-        )
+    refuse_password("tracking.uri", tracking.uri or "", NO_PASSWORD)
     return (
         tracking.uri
         or os.environ.get("MLFLOW_TRACKING_URI")

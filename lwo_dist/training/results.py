@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lwo_dist.redaction import redact_values
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.metrics import paired_interval
 from lwo_dist.tasks.scores import Score, ScoreSheet
@@ -28,13 +29,17 @@ class Results:
     Args:
         folder: the run's folder.
         metric: the name of the score of `task` that selects the best checkpoint.
+        with_samples: write source lines and completions, too.
     """
 
-    def __init__(self, folder: Path, task: Task, metric: str, *, writes: bool):
+    def __init__(
+        self, folder: Path, task: Task, metric: str, *, writes: bool, with_samples: bool = True
+    ):
         self.folder = folder
         self.task = task
         self.metric = metric
         self._writes = writes
+        self._with_samples = with_samples
         self.evaluations: dict[int, dict[str, float]] = {}
         self.training_seconds = 0.0
         self.blocked_seconds = 0.0
@@ -62,7 +67,9 @@ class Results:
         path = self._path(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = {name: column.round(6).tolist() for name, column in evaluation.columns.items()}
-        samples = [vars(sample) for sample in evaluation.samples]
+        samples = [redact_values(vars(sample)) for sample in evaluation.samples]
+        if not self._with_samples:
+            samples = []
         text = json.dumps({"scores": evaluation.scores, "lines": lines, "samples": samples})
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text)

@@ -305,6 +305,76 @@ def test_ui_says_what_it_cannot_open(
     assert message in said and "secret" not in said
 
 
+@pytest.mark.parametrize("command", ["train", "data", "submit"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.source=https://me:hunter2@host/code.git",
+        "data.source=me:hunter2@host:code.git",
+        "tracking.uri=https://me:hunter2@mlflow",
+        "storage=s3://AKIA:hunter2@bucket",
+        "storage=s3://bucket?access_key=AKIA&secret_key=hunter2",
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_an_address_with_a_password_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    setting: str,
+    in_file: bool,
+) -> None:
+    from lwo_dist.cluster import jobs
+
+    monkeypatch.setattr(
+        jobs.Jobs, "__init__", lambda *_, **__: None
+    )  # No cluster: refused before one is asked.
+    arguments = [setting]
+    if in_file:
+        key, _, value = setting.partition("=")
+        nested = f"{key.partition('.')[0]}: {{{key.partition('.')[2]}: '{value}'}}"
+        (tmp_path / "c.yaml").write_text(nested if "." in key else f"{key}: '{value}'")
+        arguments = ["-c", str(tmp_path / "c.yaml")]
+    if command == "submit":
+        arguments += ["--address", "http://127.0.0.1:1"]
+    assert cli.main([command, *arguments]) == 2
+    said = capsys.readouterr()
+    assert "was given with a password" in said.err and len(said.err.splitlines()) == 1
+    assert "hunter2" not in said.err + said.out
+
+
+def test_data_says_what_a_source_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(10):
+        (source / f"file_{i}.py").write_text(f"x = {i}\n")
+    token = f"ghp_{'a1' * 18}"
+    (source / "deploy.py").write_text(f"\nTOKEN = '{token}'\n")
+    (source / "red\x1b[31m.pem").write_text("x")
+    arguments = ["data", f"data.source={source}", f"storage={tmp_path / 'runs'}"]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["train", "held out", "skipped"]
+    assert sum(int(line.split()[-2]) for line in lines[:2]) == 10
+    assert lines[2] == "skipped: 2 secret"
+    assert cli.main([*arguments, "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[:2] == [
+        "deploy.py: secret (GitHub token, line 2)",
+        "red\\x1b[31m.pem: secret (by its name)",
+    ]
+    assert token not in out and out.splitlines()[2:] == lines
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_message_shows_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    token = f"glpat-{'a1' * 10}"
+    assert cli.main(["train", f"data.sorce={token}", f"{token}"]) == 2
+    said = capsys.readouterr().err
+    assert "glpat-***" in said and token not in said
+
+
 def test_replay_says_what_it_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

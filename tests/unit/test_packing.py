@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from lwo_dist.cli import main
 from lwo_dist.cluster import packing
 from lwo_dist.cluster.jobs import Jobs, _is_loopback, _token
-from lwo_dist.cluster.packing import CONFIG_NAME, pack
+from lwo_dist.cluster.packing import CONFIG_NAME, pack, refuse_credentials
 from lwo_dist.errors import UserError
 
 TOKEN = "0123456789abcdef" * 4
@@ -54,12 +55,15 @@ def test_code_goes_along_and_what_git_ignores_does_not(tmp_path: Path, target: P
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        (".env", "A=1", "looks like a secret"),
-        (".env.local", "A=1", "looks like a secret"),
-        ("deploy/server.PEM", "x", "looks like a secret"),
-        ("id_rsa", "x", "looks like a secret"),
-        (".netrc", "x", "looks like a secret"),
-        ("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
+        (".env", "A=1", "secret: by its name"),
+        (".env.local", "A=1", "secret: by its name"),
+        ("deploy/server.PEM", "x", "secret: by its name"),
+        ("id_rsa", "x", "secret: by its name"),
+        (".netrc", "x", "secret: by its name"),
+        ("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "secret: private key, line 1"),
+        (".npmrc", "x", "secret: by its name"),
+        ("infra/terraform.tfstate", "{}", "secret: by its name"),
+        ("app.py", f"\nx = 'hf_{'a' * 34}'", "secret: Hugging Face token, line 2"),
         ("weights/model.safetensors", "x", "data"),
         ("train.jsonl", "{}", "data"),
         ("big.txt", "x" * (packing.MAX_FILE_BYTES + 1), "over 10 MiB"),
@@ -108,6 +112,32 @@ def test_a_credential_of_the_environment_is_never_sent(
     monkeypatch.setenv("SOME_API_TOKEN", TOKEN)
     with pytest.raises(UserError, match=f"^{where} holds the value of SOME_API_TOKEN"):
         pack(_tree(tmp_path / "source", files), config, target)
+
+
+def test_a_token_in_the_config_or_an_override_is_never_sent(tmp_path: Path, target: Path) -> None:
+    token = f"hf_{'a' * 34}"
+    source = _tree(tmp_path / "source", {"code.py": ""})
+    with pytest.raises(UserError, match=r"^the config holds a secret \(Hugging Face token, line 2"):
+        pack(source, f"cluster:\n  env: {{HF_TOKEN: {token}}}\n", target)
+    assert not (target / CONFIG_NAME).exists()
+    with pytest.raises(UserError, match="^an override holds a secret") as error:
+        refuse_credentials({"an override": f"cluster.env.HF_TOKEN={token}"})
+    assert token not in str(error.value)
+
+
+def test_names_that_ray_cannot_pack_stay(tmp_path: Path, target: Path) -> None:
+    source = _tree(tmp_path / "source", {"code.py": ""})
+    (source / os.fsdecode(b"caf\xe9.py")).write_text("x = 1")
+    assert pack(source, "", target) == [
+        f"{os.fsdecode(bytes([99, 97, 102, 233]))}.py (a name that is not UTF-8)"
+    ]
+
+
+def test_git_that_fails_sends_nothing(tmp_path: Path, target: Path) -> None:
+    source = _tree(tmp_path / "source", {"code.py": ""})
+    (source / ".git" / "index").write_text("nonsense")
+    with pytest.raises(UserError, match="git ls-files failed: .*; mend it, or submit from another"):
+        pack(source, "", target)
 
 
 def test_more_than_ray_takes(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

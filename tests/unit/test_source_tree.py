@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from lwo_dist.config import DataConfig
 from lwo_dist.data.cache import build_once
-from lwo_dist.data.source_tree import SourceTree, read_source_tree
+from lwo_dist.data.source_tree import SourceTree, find_files, read_source_tree, read_text
 from lwo_dist.errors import UserError
 from tests.code_samples import code, write_tree
 
@@ -74,7 +76,18 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         ("node_modules/a.py", b"x = 1\n", "vendored folder"),
         ("deep/__pycache__/a.py", b"x = 1\n", "build folder"),
         (".tox/a.py", b"x = 1\n", "hidden folder"),
-        (".env", b"PASSWORD=1\n", "hidden file"),
+        (".hidden.py", b"x = 1\n", "hidden file"),
+        (".env", b"PASSWORD=1\n", "secret"),
+        ("server.pem", b"x = 1\n", "secret"),
+        ("config/id_rsa.py.key", b"x = 1\n", "secret"),
+        ("app.py", f"TOKEN = 'ghp_{'a1' * 18}'\n".encode(), "secret"),
+        ("wide_app.py", f"x = 1\n{'y' * 1001} ghp_{'a1' * 18}\n".encode(), "secret"),
+        (
+            "large.py",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "Git LFS pointer",
+        ),
+        ("annex.py", b"/annex/objects/SHA256E-s12--4d7a.py\n", "git-annex pointer"),
     ],
 )
 def test_skipped_and_counted(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -107,7 +120,79 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (root / "loop").symlink_to(root)
     tree = read(root, tmp_path)
     assert len(names(tree)) == 12
-    assert tree.skipped == {"not a regular file": 1}
+    assert tree.skipped == {"a link to elsewhere": 1, "not a regular file": 1}
+
+
+def test_no_link_leads_out_of_the_tree(tmp_path: Path) -> None:
+    outside = write_tree(tmp_path / "outside", files=3)
+    (outside / "file_1.py").write_text("outside = 1\n")
+    root = repository(tmp_path / "tree")
+    # Tracked as files; then their folder becomes a link, as a hostile archive may bring it.
+    (root / "lib").mkdir()
+    for name in ("file_1.py", "file_2.py"):
+        (root / "lib" / name).write_text(f"x = '{name}'\n")
+    git(root, "add", ".")
+    shutil.rmtree(root / "lib")
+    (root / "lib").symlink_to(outside)
+    (root / "passwd").symlink_to("/etc/passwd")
+    (root / "etc").symlink_to("/etc")
+    git(root, "add", "passwd", "etc")
+    for use_git in (True, False):
+        tree = read(root, tmp_path, use_git=use_git)
+        assert len(names(tree)) == 12
+        assert set(tree.skipped) <= {"a link to elsewhere", "hidden folder"}
+        assert tree.skipped["a link to elsewhere"] >= 3
+        assert not any("outside" in file.path.read_text() for file in tree.train + tree.held_out)
+
+
+def test_special_files_hold_nobody(tmp_path: Path) -> None:
+    root = repository(tmp_path / "tree")
+    (root / "pipe.py").write_text("x = 1\n")
+    git(root, "add", "pipe.py")
+    (root / "pipe.py").unlink()
+    os.mkfifo(root / "pipe.py")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(root / "s.py"))
+        for use_git, count in ((True, 1), (False, 2)):
+            tree = read(root, tmp_path, use_git=use_git)
+            assert len(names(tree)) == 12
+            assert tree.skipped["not a regular file"] == count
+    with pytest.raises(OSError):
+        read_text(root / "pipe.py")
+
+
+def test_an_index_may_not_name_what_lies_outside(tmp_path: Path) -> None:
+    root = repository(tmp_path / "tree")
+    (tmp_path / "outside.py").write_text("outside = 1\n")
+    (root / "aa").mkdir()
+    for name in ("aa/outside.py", "bbbbb/config"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(f"x = '{name}'\n")
+    git(root, "add", ".")
+    index = root / ".git" / "index"
+    body = index.read_bytes()[:-20].replace(b"aa/outside.py", b"../outside.py")
+    body = body.replace(b"bbbbb/config", b"/.git/config")
+    index.write_bytes(body + hashlib.sha1(body).digest())
+    tree = read(root, tmp_path)
+    assert len(names(tree)) == 12
+    assert not any("outside" in name or "config" in name for name in names(tree))
+
+
+def test_a_secret_is_on_neither_side_and_said_without_its_value(tmp_path: Path) -> None:
+    root = repository(tmp_path / "tree")
+    token = "glpat-" + "a1" * 10
+    (root / "deploy.py").write_text(f"import os\n\nTOKEN = '{token}'\n")
+    (root / ".npmrc").write_text("registry=https://registry.example\n")
+    (root / ".env.example").write_text("TOKEN=\n")
+    git(root, "add", ".")
+    tree = read(root, tmp_path)
+    assert tree.skipped == {"secret": 2}
+    assert ".env.example" in names(tree)
+    _, _, skipped = find_files(DataConfig(source=str(root)), tmp_path)
+    assert [(skip.name, skip.detail) for skip in skipped] == [
+        (".npmrc", "by its name"),
+        ("deploy.py", "GitLab token, line 3"),
+    ]
 
 
 def test_only_below_the_source_is_a_folder_judged(tmp_path: Path) -> None:
@@ -259,15 +344,33 @@ def test_bare_repository_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///nowhere/at/all.git", "https://user:secret@localhost:1/team/code.git"]
+    "url", ["file:///nowhere/at/all.git", "https://user@localhost:1/team/code.git"]
 )
 def test_failed_clone_leaves_nothing(tmp_path: Path, url: str) -> None:
     with pytest.raises(
         UserError, match=r"git clone failed: .+; check the URL, the network"
     ) as error:
         read(url, tmp_path / "cache")
-    assert "secret" not in one_line(error)
+    one_line(error)
     assert list((tmp_path / "cache" / "sources").iterdir()) == []
+
+
+def test_a_url_with_a_password_is_not_cloned(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="https://host/a.git was given with a password") as error:
+        read("https://user:hunter2@host/a.git", tmp_path / "cache")
+    assert "hunter2" not in one_line(error)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_password_in_an_older_clone_goes(tmp_path: Path) -> None:
+    url = f"file://{repository(tmp_path / 'tree')}"
+    root = read(url, tmp_path / "cache").root
+    git(root, "remote", "set-url", "origin", "https://me:hunter2@host/a.git")
+    git(root, "remote", "add", "other", "ssh://git@host/a.git")
+    read(url, tmp_path / "cache")
+    text = (root / ".git" / "config").read_text()
+    assert "https://host/a.git" in text and "ssh://git@host/a.git" in text
+    assert "hunter2" not in text
 
 
 def test_unwritable_cache(tmp_path: Path) -> None:

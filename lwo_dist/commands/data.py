@@ -1,0 +1,47 @@
+"""`lwo-dist data`: what a source gives to learn from, and what is skipped in it."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from lwo_dist.extras import require
+
+from .arguments import Subparsers, add_config_arguments, read_config
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "data", help="count the files that a source gives, and those that are skipped"
+    )
+    parser.description = (
+        "Read data.source as a run does: how many files are trained on, how many held out, how many"
+        " skipped and why. Nothing is trained; a URL is cloned into the cache."
+    )
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--explain", action="store_true", help="name every skipped file, and what was found in it"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    require("run", what="lwo-dist data")
+    from lwo_dist.data.cache import cache_folder
+    from lwo_dist.data.source_tree import divide, find_files
+    from lwo_dist.units import printable
+
+    config = read_config(arguments)
+    _, files, skipped = find_files(config.data, cache_folder(config))
+    if arguments.explain:
+        for skip in skipped:
+            detail = f" ({skip.detail})" if skip.detail else ""
+            print(printable(f"{skip.name}: {skip.reason}{detail}"))
+    train, held_out = divide(config.data, files, skipped)
+    counts = Counter(skip.reason for skip in skipped)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+    print(f"train: {len(train)} files")
+    print(f"held out: {len(held_out)} files")
+    print(f"skipped: {reasons or 'nothing'}")

@@ -1,0 +1,301 @@
+"""Git, run so that nothing of a strange repository runs along, and that no server holds us forever.
+
+The configuration of a repository can name programs: a file system monitor, hooks, filters,
+helpers of transports. It is never used: git gets a private directory with a configuration of ours,
+and of the repository only the index, the objects and the refs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["GitError", "Repository", "clone", "is_repository_url"]
+
+_LOCAL_SECONDS = 120
+_SILENT_SECONDS = 300
+"""How long a clone may write no progress."""
+_CLONE_SECONDS = 3600
+_TICK_SECONDS = 0.2
+
+# They would point git at another repository; a hook's processes inherit them.
+_REDIRECTIONS = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_PREFIX",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_NAMESPACE",
+)
+_OPTIONS = {
+    "core.fsmonitor": "false",
+    "core.hooksPath": os.devnull,
+    "submodule.recurse": "false",
+    # Less than a byte a second for half a minute: give up.
+    "http.lowSpeedLimit": "1",
+    "http.lowSpeedTime": "30",
+}
+_POINTER_BYTES = 4096
+_REPOSITORY_URL = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://|[^\s/:@-][^\s/:@]*@(?:[^\s/:@\[]+|\[[\da-fA-F:]+\]):(?!//)"
+)
+
+
+class GitError(Exception):
+    """Git failed, or there is no repository where one is named; the reason in one line."""
+
+
+def is_repository_url(source: str) -> bool:
+    """Whether `source` is an address that git clones: a URL, or `user@host:path`."""
+    return _REPOSITORY_URL.match(source) is not None
+
+
+def clone(source: str, folder: Path) -> None:
+    """Clone the newest commit of `source`, without history, submodules and large files, into the
+    empty or absent `folder`.
+
+    Args:
+        source: a URL, or the folder of a repository.
+
+    Raises:
+        GitError: no such repository, no network, no access, or no progress for 5 minutes.
+        FileNotFoundError: git is not installed.
+    """
+    local = source if not is_repository_url(source) else _path_of(source)
+    if local is None:
+        _clone(source, folder)
+    else:
+        with Repository.at(Path(local))._private_dir() as private:
+            (private / "objects").symlink_to(Repository.at(Path(local)).common_dir / "objects")
+            _clone(str(private), folder)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on this machine, of which only the index, the objects and the refs are read."""
+
+    git_dir: Path
+    """HEAD and index."""
+    common_dir: Path
+    """Objects and refs, which the work trees of a repository share."""
+    top: Path
+    """The work tree; of a bare repository, the repository."""
+
+    @classmethod
+    def around(cls, folder: Path) -> Repository | None:
+        """The repository in whose work tree `folder` is; None if it is in none.
+
+        Raises:
+            GitError: there is a `.git` that leads to no repository.
+        """
+        inside = folder.resolve()
+        top = next((path for path in (inside, *inside.parents) if (path / ".git").exists()), None)
+        return None if top is None else cls.at(top)
+
+    @classmethod
+    def at(cls, folder: Path) -> Repository:
+        """The repository whose work tree begins at `folder`, or a bare one. Raises: GitError."""
+        folder = folder.resolve()
+        entry = folder / ".git"
+        git_dir = folder if not entry.exists() else entry
+        if git_dir.is_file():
+            git_dir = _pointed_at(git_dir, "gitdir:")
+        common = git_dir / "commondir"
+        common_dir = _pointed_at(common, "") if common.exists() else git_dir
+        if not (git_dir / "HEAD").is_file() or not (common_dir / "objects").is_dir():
+            raise GitError(f"{git_dir} is no git repository")
+        return cls(git_dir, common_dir, folder)
+
+    def names(self, folder: Path, *, untracked: bool = False) -> list[str]:
+        """The paths below `folder`, relative to it, that git tracks; with `untracked` also those
+        that it does not ignore.
+
+        The files may be missing, and parts of their paths links. What no index of git's own making
+        names is left out: paths that lead up, and git's own folder.
+
+        Raises:
+            GitError
+            FileNotFoundError: git is not installed.
+        """
+        others = ("--others", "--exclude-standard") if untracked else ()
+        listed = self._git("-C", str(folder.resolve()), "ls-files", "-z", "--cached", *others)
+        names = {os.fsdecode(name) for name in listed.split(b"\0") if name}
+        return sorted(name for name in names if not _leads_astray(name))
+
+    def commit(self) -> str:
+        """The commit checked out; `-dirty` follows where tracked files differ from it.
+
+        Raises:
+            GitError
+            FileNotFoundError: git is not installed.
+        """
+        where = ("-C", str(self.top))
+        commit = self._git(*where, "rev-parse", "--verify", "HEAD").decode().strip()
+        # What is changed in a submodule is asked of a git that reads the submodule's configuration.
+        quick = ("--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+        return commit + ("-dirty" if self._git(*where, "status", *quick) else "")
+
+    def _git(self, *arguments: str) -> bytes:
+        with self._private_dir() as private:
+            environment = {
+                "GIT_DIR": str(private),
+                "GIT_WORK_TREE": str(self.top),
+                "GIT_INDEX_FILE": str(self.git_dir / "index"),
+                "GIT_OBJECT_DIRECTORY": str(self.common_dir / "objects"),
+                "GIT_OPTIONAL_LOCKS": "0",
+                "GIT_NO_LAZY_FETCH": "1",
+                "GIT_ALLOW_PROTOCOL": "none",
+            }
+            try:
+                return _run(arguments, environment, silent_s=_LOCAL_SECONDS, limit_s=_LOCAL_SECONDS)
+            except GitError as error:
+                raise GitError(str(error).replace(str(private), str(self.git_dir))) from None
+
+    @contextmanager
+    def _private_dir(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="lwo-dist-git-") as name:
+            private = Path(name)
+            head = (self.git_dir / "HEAD").read_bytes()[:_POINTER_BYTES]
+            (private / "HEAD").write_bytes(head)
+            (private / "config").write_text(
+                "[core]\nrepositoryformatversion = 1\nbare = false\n"
+                f"[extensions]\nobjectFormat = {self._object_format()}\n"
+            )
+            for shared in ("refs", "packed-refs", "info", "shallow"):
+                if (self.common_dir / shared).exists():
+                    (private / shared).symlink_to(self.common_dir / shared)
+            for part in self.git_dir.glob("sharedindex.*"):
+                (private / part.name).symlink_to(part)
+            yield private
+
+    def _object_format(self) -> str:
+        config = self.common_dir / "config"
+        if not config.is_file():
+            return "sha1"
+        asked = ("--file", str(config), "--no-includes", "--default", "sha1")
+        known = _run(
+            ["config", *asked, "--get", "extensions.objectformat"],
+            {"GIT_DIR": os.devnull},
+            silent_s=_LOCAL_SECONDS,
+            limit_s=_LOCAL_SECONDS,
+        )
+        return "sha256" if known.strip().lower() == b"sha256" else "sha1"
+
+
+def _clone(source: str, folder: Path) -> None:
+    ssh = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30"
+    environment = {
+        "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", ssh),
+        "GIT_ALLOW_PROTOCOL": "https:http:ssh:git:file",
+        # No question that nobody can answer.
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_LFS_SKIP_SMUDGE": "1",
+    }
+    options = ("--progress", "--depth=1", "--no-tags", "--no-local", "--no-recurse-submodules")
+    _run(
+        ["clone", *options, "--template=", "--", source, str(folder)],
+        environment,
+        silent_s=_SILENT_SECONDS,
+        limit_s=_CLONE_SECONDS,
+    )
+
+
+def _path_of(url: str) -> str | None:
+    """The folder of a file URL."""
+    parts = urlsplit(url)
+    return unquote(parts.path) if parts.scheme == "file" else None
+
+
+def _leads_astray(name: str) -> bool:
+    path = f"/{name.lower()}/"
+    return "/../" in path or "/.git/" in path or "//" in path
+
+
+def _pointed_at(file: Path, prefix: str) -> Path:
+    """The folder that the small text file names, relative to the folder it is in."""
+    try:
+        text = file.read_bytes()[:_POINTER_BYTES] if file.is_file() else b""
+    except OSError as error:
+        raise GitError(f"{file}: {error.strerror}") from None
+    name = os.fsdecode(text).strip()
+    if not name.startswith(prefix) or not name.removeprefix(prefix).strip():
+        raise GitError(f"{file} names no git repository")
+    return (file.parent / name.removeprefix(prefix).strip()).resolve()
+
+
+def _run(
+    arguments: Sequence[str], environment: Mapping[str, str], *, silent_s: float, limit_s: float
+) -> bytes:
+    """What git writes to stdout. Raises: GitError, FileNotFoundError."""
+    inherited = {key: value for key, value in os.environ.items() if key not in _REDIRECTIONS}
+    options = [word for key, value in _OPTIONS.items() for word in ("-c", f"{key}={value}")]
+    process = subprocess.Popen(
+        ["git", *options, *arguments],
+        # Messages in our language.
+        env={**inherited, "LC_ALL": "C", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Ssh and the helpers that git starts have to end with it.
+        start_new_session=True,
+    )
+    with process:
+        try:
+            out, err = _read(process, silent_s, limit_s)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise GitError(_reason(err))
+    return out
+
+
+def _read(process: subprocess.Popen[bytes], silent_s: float, limit_s: float) -> tuple[bytes, bytes]:
+    """All that git writes to stdout and stderr."""
+    assert process.stdout is not None and process.stderr is not None
+    read: dict[int, list[bytes]] = {process.stdout.fileno(): [], process.stderr.fileno(): []}
+    started = heard = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        for descriptor in read:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map():
+            # What ssh leaves in the background may keep the pipes open.
+            ended = process.poll() is not None
+            ready = selector.select(0 if ended else _TICK_SECONDS)
+            for key, _ in ready:
+                if data := os.read(key.fd, 2**16):
+                    read[key.fd].append(data)
+                else:
+                    selector.unregister(key.fd)
+            now = time.monotonic()
+            heard = now if ready else heard
+            if ended and not ready:
+                break
+            if now - heard > silent_s:
+                raise GitError(f"no progress for {silent_s:g} s")
+            if now - started > limit_s:
+                raise GitError(f"not done after {limit_s:g} s")
+    out, err = (b"".join(parts) for parts in read.values())
+    return out, err
+
+
+def _reason(stderr: bytes) -> str:
+    lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    told = next(
+        (line for line in lines if line.startswith(("fatal:", "error:"))),
+        lines[-1] if lines else "no message",
+    )
+    return " ".join(told.removeprefix("fatal:").removeprefix("error:").split())

@@ -1,0 +1,282 @@
+"""Git runs nothing that a repository names, waits for nobody forever, and knows what a URL is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lwo_dist import git as git_module
+from lwo_dist.cluster.packing import pack
+from lwo_dist.config import DataConfig
+from lwo_dist.data.source_tree import read_source_tree
+from lwo_dist.errors import UserError
+from lwo_dist.git import GitError, Repository, clone, is_repository_url
+from lwo_dist.run_info import git_commit
+from tests.code_samples import write_tree
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    command = ["git", *who, *arguments]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def repository(root: Path) -> Path:
+    write_tree(root)
+    git(root, "init", "-q", "-b", "main")
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", "first")
+    return root
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> tuple[Path, Path]:
+    """A program, and the file that it leaves when it has run."""
+    ran = tmp_path / "ran"
+    script = tmp_path / "program"
+    script.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    script.chmod(0o755)
+    return script, ran
+
+
+def _monitor(root: Path, script: Path) -> None:
+    git(root, "config", "core.fsmonitor", str(script))
+
+
+def _included(root: Path, script: Path) -> None:
+    (root / "innocent.cfg").write_text(f"[core]\n\tfsmonitor = {script}\n")
+    git(root, "config", "include.path", "../innocent.cfg")
+
+
+def _filter(root: Path, script: Path) -> None:
+    git(root, "config", "filter.x.clean", str(script))
+    git(root, "config", "filter.x.required", "true")
+    (root / ".gitattributes").write_text("* filter=x\n")
+    for file in root.glob("*.py"):  # so that git has to compare the contents
+        os.utime(file, (1, 1))
+
+
+def _hooks(root: Path, script: Path) -> None:
+    for name in ("post-index-change", "fsmonitor-watchman", "reference-transaction"):
+        (root / ".git" / "hooks" / name).write_bytes(script.read_bytes())
+        (root / ".git" / "hooks" / name).chmod(0o755)
+    git(root, "config", "core.fsmonitor", ".git/hooks/fsmonitor-watchman")
+
+
+def _lazy_fetch(root: Path, script: Path) -> None:
+    git(root, "sparse-checkout", "set", "--cone", "--sparse-index", "nothing")
+    git(root, "config", "extensions.partialClone", "origin")
+    git(root, "config", "remote.origin.url", str(root))
+    git(root, "config", "remote.origin.promisor", "true")
+    git(root, "config", "remote.origin.uploadpack", str(script))
+    tree = git(root, "rev-parse", "HEAD:sub")
+    (root / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+
+
+def _submodule(root: Path, script: Path) -> None:
+    inner = repository(root / "inner")
+    git(root, "add", "inner")
+    git(root, "commit", "-q", "-m", "second")
+    _monitor(inner, script)
+    _filter(inner, script)
+
+
+HOSTILE = [_monitor, _included, _filter, _hooks, _lazy_fetch, _submodule]
+
+
+@pytest.mark.parametrize("spoil", HOSTILE)
+def test_no_program_of_a_repository_runs(
+    tmp_path: Path, program: tuple[Path, Path], spoil: Callable[[Path, Path], None]
+) -> None:
+    script, ran = program
+    root = repository(tmp_path / "tree")
+    spoil(root, script)
+    ran.unlink(missing_ok=True)
+    (tmp_path / "target").mkdir()
+    try:
+        tree = read_source_tree(DataConfig(source=str(root)), tmp_path / "cache")
+        assert len(tree.train) + len(tree.held_out) >= 8
+        pack(root, "", tmp_path / "target")
+    except UserError:  # where a tree of the repository is missing
+        assert spoil is _lazy_fetch
+    git_commit(root)
+    assert not ran.exists()
+    # An ordinary git does run it.
+    for command in (["status"], ["describe", "--always", "--dirty"], ["ls-files"]):
+        subprocess.run(["git", *command], cwd=root, capture_output=True, timeout=60)
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_no_program_runs_when_a_local_repository_is_cloned(
+    tmp_path: Path, program: tuple[Path, Path], bare: bool
+) -> None:
+    script, ran = program
+    root = repository(tmp_path / "tree")
+    if bare:
+        git(tmp_path, "clone", "-q", "--bare", str(root), "bare.git")
+        root = tmp_path / "bare.git"
+    for key in ("core.fsmonitor", "uploadpack.packObjectsHook", "core.sshCommand"):
+        git(root, "config", key, str(script))
+    source = str(root) if bare else f"file://{root}"
+    tree = read_source_tree(DataConfig(source=source), tmp_path / "cache")
+    assert len(tree.train) + len(tree.held_out) == 12
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("url", ["ext::sh -c 'touch ran'", "ext://sh", "fd::17", "-upload-pack=x"])
+def test_no_helper_of_a_transport_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    (tmp_path / "config").write_text("[protocol]\n\tallow = always\n")
+    with pytest.raises((GitError, UserError)):
+        clone(url, tmp_path / "folder")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_asked_of_a_work_tree(tmp_path: Path) -> None:
+    root = repository(tmp_path / "tree")
+    (root / ".gitignore").write_text("*.log\n")
+    (root / "new.py").write_text("")
+    (root / "new.log").write_text("")
+    (root / ".git" / "info" / "exclude").write_text("new.txt\n")
+    (root / "new.txt").write_text("")
+    found = Repository.around(root / "sub")
+    assert found is not None and found.top == root
+    assert len(found.names(root)) == 12
+    assert set(found.names(root, untracked=True)) - set(found.names(root)) == {
+        ".gitignore",
+        "new.py",
+    }
+    assert found.names(root / "sub") == ["file_0.py", "file_3.py", "file_6.py", "file_9.py"]
+    assert Repository.around(tmp_path) is None
+
+
+@pytest.mark.parametrize("how", ["worktree", "sha256", "split index", "packed", "submodule"])
+def test_every_kind_of_repository_is_understood(tmp_path: Path, how: str) -> None:
+    root = tmp_path / "tree"
+    if how == "sha256":
+        write_tree(root)
+        git(root, "init", "-q", "--object-format=sha256")
+        git(root, "add", ".")
+        git(root, "commit", "-q", "-m", "first")
+    else:
+        repository(root)
+    if how == "worktree":
+        git(root, "worktree", "add", "-q", str(tmp_path / "other"))
+        root = tmp_path / "other"
+    elif how == "split index":
+        git(root, "update-index", "--split-index")
+    elif how == "packed":
+        git(root, "gc", "-q")
+    elif how == "submodule":
+        command = ("-c", "protocol.file.allow=always", "submodule", "-q", "add", str(root), "inner")
+        git(repository(tmp_path / "outer"), *command)
+        root = tmp_path / "outer" / "inner"
+    found = Repository.around(root)
+    assert found is not None
+    assert len(found.names(root)) == 12
+    assert found.commit() == git(root, "rev-parse", "HEAD")
+    (root / "file_1.py").write_text("changed = 1\n")
+    assert found.commit() == git(root, "rev-parse", "HEAD") + "-dirty"
+
+
+def test_nothing_is_written_into_the_repository(tmp_path: Path) -> None:
+    root = repository(tmp_path / "tree")
+    for file in root.glob("*.py"):
+        os.utime(file, (1, 1))
+    before = {path: path.stat().st_mtime_ns for path in (root / ".git").rglob("*")}
+    found = Repository.around(root)
+    assert found is not None
+    found.names(root, untracked=True)
+    found.commit()
+    assert {path: path.stat().st_mtime_ns for path in (root / ".git").rglob("*")} == before
+
+
+@pytest.mark.parametrize("pointer", ["", "gitdir: ", "gitdir: ../nowhere", "nonsense\n"])
+def test_a_git_file_that_leads_nowhere(tmp_path: Path, pointer: str) -> None:
+    (tmp_path / ".git").write_text(pointer)
+    with pytest.raises(GitError, match="git repository"):
+        Repository.around(tmp_path)
+    with pytest.raises(UserError, match="mend it, or read all files with data.use_git=false"):
+        read_source_tree(DataConfig(source=str(tmp_path)), tmp_path)
+
+
+@pytest.fixture
+def silent_server() -> Iterator[int]:
+    """Accepts connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme", ["git", "http", "ssh"])
+def test_a_silent_server_holds_nobody(
+    tmp_path: Path, silent_server: int, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setattr(git_module, "_SILENT_SECONDS", 1)
+    monkeypatch.setenv("GIT_SSH_COMMAND", "sleep 1000; :")
+    url = f"{scheme}://127.0.0.1:{silent_server}/code.git"
+    with pytest.raises(UserError, match=r"git clone failed: no progress for 1 s; check the URL"):
+        read_source_tree(DataConfig(source=url), tmp_path / "cache")
+    assert list((tmp_path / "cache" / "sources").iterdir()) == []
+
+
+def test_a_server_that_drips_is_given_up_at_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(git_module, "_CLONE_SECONDS", 1)
+    monkeypatch.setenv("GIT_SSH_COMMAND", "while echo still there >&2; do sleep 0.1; done; :")
+    with pytest.raises(GitError, match="not done after 1 s"):
+        clone("ssh://host/code.git", tmp_path / "code")
+
+
+def test_a_fifo_in_the_way_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(git_module, "_LOCAL_SECONDS", 1)
+    root = repository(tmp_path / "tree")
+    (root / ".git" / "index").unlink()
+    os.mkfifo(root / ".git" / "index")
+    with pytest.raises(UserError, match="git ls-files failed: no progress for 1 s"):
+        read_source_tree(DataConfig(source=str(root)), tmp_path)
+    (root / ".git" / "HEAD").unlink()
+    os.mkfifo(root / ".git" / "HEAD")
+    with pytest.raises(UserError, match="is no git repository"):
+        read_source_tree(DataConfig(source=str(root)), tmp_path)
+
+
+def test_what_ssh_leaves_in_the_background_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_SSH_COMMAND", "sleep 100 </dev/null >/dev/null & exit 1; :")
+    with pytest.raises(GitError, match="Could not read from remote"):
+        clone("ssh://host/code.git", tmp_path / "code")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("https://host/a.git", True),
+        ("ssh://git@host:22/a", True),
+        ("git@host:a/b.git", True),
+        ("first.last@host.example:a", True),
+        ("me+x@host:a", True),
+        ("DOMAIN\\me@host:a", True),
+        ("me@[::1]:a", True),
+        ("/shared/code", False),
+        ("code", False),
+        ("./me@host:a", False),
+        ("a/me@host:b", False),
+        ("me@host", False),
+        ("C:\\code", False),
+        ("-oProxyCommand=x@host:a", False),
+    ],
+)
+def test_what_a_url_is(source: str, expected: bool) -> None:
+    assert is_repository_url(source) is expected
