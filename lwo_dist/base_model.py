@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from .access import share_as_made
 from .errors import UserError
 
 __all__ = ["Recipe", "default_cache_folder", "ensure_base_model"]
@@ -139,6 +140,7 @@ def ensure_base_model(
                 unfinished = folder.with_suffix(".unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 _build(recipe, unfinished, log)
+                share_as_made(unfinished)
                 unfinished.rename(folder)
     except OSError as error:
         raise UserError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,7 @@ __all__ = [
     "gather_objects",
     "init_process_group",
     "local_device",
+    "loopback_only",
     "max_over_ranks",
     "on_rank_0",
     "rank",
@@ -83,6 +85,8 @@ def init_process_group(timeout_s: int) -> torch.device:
     options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            os.environ.update(loopback_only())
         dist.init_process_group(backend, timeout=timeout, **options)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -90,6 +94,16 @@ def init_process_group(timeout_s: int) -> torch.device:
             backend, store=store, rank=0, world_size=1, timeout=timeout, **options
         )
     return device
+
+
+def loopback_only() -> dict[str, str]:
+    """Environment in which gloo and NCCL listen for this machine only, unless it names interfaces.
+
+    For ranks that are all on one machine. Neither asks who connects.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: loopback for name in names if loopback and name not in os.environ}
 
 
 def barrier() -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import distributed, lease
+from .access import share, share_as_made, umask_of
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback
 from .checkpoint.export import export_model
@@ -41,7 +42,7 @@ from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tasks.base import Task
 from .tasks.prepare import prepare_dataset
-from .tracking.mlflow import MLflowCallback, create_run, tracking_uri
+from .tracking.mlflow import DATABASE, MLflowCallback, create_run, tracking_uri
 from .training.describe import describe_run
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
@@ -81,6 +82,7 @@ def prepare(config: Config) -> Config:
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
     config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
     run_folder = RunFolder(storage, run_name)
+    storage_is_new = not run_folder.local.parent.exists()
     with _nothing_left_behind(run_folder.local.parent):
         run_folder.check_writable()
         if config.checkpoint.resume == "never" and committed_steps(run_folder):
@@ -102,6 +104,9 @@ def prepare(config: Config) -> Config:
     record["mlflow_run_id"] = create_run(config, run_folder.local.parent, run_name)
     write_whole(run_folder.local / "run.json", json.dumps(record, indent=1).encode())
     run_folder.push(["run.json"])
+    if config.access == "group" and storage_is_new:
+        share(run_folder.local.parent)
+    _share_run(config, run_folder)
     return config
 
 
@@ -109,10 +114,12 @@ def prepare_and_run(config: Config) -> dict[str, Any] | None:
     """For ranks without a driver (torchrun, Slurm): rank 0 prepares, then all ranks run."""
     distributed.init_process_group(config.cluster.timeout_s)
     cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
-    config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
-    if distributed.rank() != 0:
-        return run(config)
-    with lease.renewed(RunFolder(config.storage, str(config.run_name))):
+    with ExitStack() as stack:
+        stack.enter_context(umask_of(config.access))
+        config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
+        if distributed.rank() == 0:
+            run_folder = RunFolder(config.storage, str(config.run_name))
+            stack.enter_context(lease.renewed(run_folder))
         return run(config)
 
 
@@ -175,6 +182,7 @@ def run(
         callback.on_run_end(summary)
     if main:
         run_folder.push_small()
+        _share_run(config, run_folder)
     return summary if main else None
 
 
@@ -330,6 +338,12 @@ def _finish(
     )
     write_whole(run_folder.local / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _share_run(config: Config, run_folder: RunFolder) -> None:
+    share_as_made(run_folder.local)
+    if config.access == "group":
+        share(run_folder.local.parent / DATABASE)  # SQLite makes it for its owner's writing only.
 
 
 def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:

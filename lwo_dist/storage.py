@@ -14,12 +14,12 @@ import hashlib
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .access import private_folder, scratch_folder
 from .errors import UserError, first_line
 
 __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "write_whole"]
@@ -38,11 +38,29 @@ def is_url(storage: str) -> bool:
 
 
 def storage_folder(storage: str) -> Path:
-    """The local folder of `storage`: itself, or scratch space below LWO_SCRATCH_DIR."""
+    """The local folder of `storage`: itself, or scratch space below LWO_SCRATCH_DIR, made here.
+
+    Raises:
+        UserError: the scratch space is somebody else's, or others may use it.
+    """
     if not is_url(storage):
         return Path(storage.removeprefix("file://")).expanduser().absolute()
-    scratch = os.environ.get("LWO_SCRATCH_DIR") or f"{tempfile.gettempdir()}/lwo_dist-{os.getuid()}"
-    return Path(scratch) / hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:12]
+    name = hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:12]
+    return private_folder(_scratch() / name)
+
+
+def _scratch() -> Path:
+    chosen = os.environ.get("LWO_SCRATCH_DIR")
+    if not chosen:
+        return scratch_folder()
+    folder = Path(chosen).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"LWO_SCRATCH_DIR = {chosen}: {error.strerror}; give a folder that can be written"
+        ) from None
+    return folder
 
 
 def new_run_name(method: str) -> str:

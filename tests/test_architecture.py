@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 # module or a package below lwo_dist; lwo_dist/README.md says what each is for.
 FLOORS = [
     {"errors", "units", "versions", "secret_rule", "git"},
-    {"registry", "extras", "redaction"},
+    {"registry", "extras", "redaction", "access"},
     {"config"},
     {"layers", "distributed", "memory", "storage", "spool", "stop"},
     {"schedule", "optimizer", "run_info", "lease"},
@@ -44,6 +44,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms of the plugin: with torch and pydantic installed, and nothing else, they all work.
 CORE = {
+    "access",
     "callback",
     "config",
     "distributed",

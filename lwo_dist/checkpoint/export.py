@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from lwo_dist.access import share_as_made
 from lwo_dist.errors import UserError
 from lwo_dist.methods import Method
 from lwo_dist.models import weights
@@ -68,6 +69,7 @@ def export_model(
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
         if about:
             _card(checkpoint.state, about, dtype).save(temporary / "README.md")
+        share_as_made(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
     finally:

@@ -9,6 +9,7 @@ when the time is over.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ __all__ = ["leave"]
 
 _DRIVERS = ("lwo-dist", "lwo_dist.cli", "launch/train.py")
 _WORKER = "RayTrainWorker"
+_GCS = "--gcs-address="
 
 
 def leave(seconds: float) -> bool:
@@ -83,7 +85,10 @@ def _workers() -> list[psutil.Process]:
 def _drain(seconds: float) -> None:
     import ray
 
-    address = os.environ.get("RAY_ADDRESS") or "auto"
+    address = os.environ.get("RAY_ADDRESS") or _own_address()
+    if address is None:
+        print("no Ray of these workers was found; set RAY_ADDRESS", file=sys.stderr)
+        return
     ray.init(address=address, log_to_driver=False)
     node = ray.get_runtime_context().get_node_id()
     gcs = ray.get_runtime_context().gcs_address
@@ -98,6 +103,20 @@ def _drain(seconds: float) -> None:
     ]
     reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the node goes"]
     subprocess.run([*command, *reason, f"--deadline-remaining-seconds={int(seconds)}"], check=True)
+
+
+def _own_address() -> str | None:
+    """The address that the workers' raylet was started with.
+
+    Ray itself would also believe a file in /tmp, or a process of another user, and send the token
+    there.
+    """
+    for worker in _workers():
+        with contextlib.suppress(psutil.Error):
+            for word in (word for parent in worker.parents() for word in _words(parent)):
+                if word.startswith(_GCS):
+                    return word.removeprefix(_GCS)
+    return None
 
 
 def _gone(left: Callable[[], list[psutil.Process]], deadline: float) -> bool:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shlex
+import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import psutil
+
+from lwo_dist.access import private_folder, scratch_folder
 from lwo_dist.config import ClusterConfig
-from lwo_dist.errors import UserError
+from lwo_dist.errors import UserError, first_line
 
 __all__ = [
     "Node",
@@ -28,6 +36,12 @@ __all__ = [
 
 Node = Mapping[str, float]
 """What a node offers: CPU, GPU, memory (bytes), ... -> amount."""
+
+_START_ATTEMPTS = 3
+_PREFIX = "r"
+# A socket's path has at most 107 bytes; Ray's take up to 68 of them below the folder it is given.
+_MAX_FOLDER = 107 - 68 - len("/r12345678/r")
+_ABANDONED_SECONDS = 24 * 3600
 
 
 def resources_per_worker(cluster: ClusterConfig, nodes: list[Node]) -> dict[str, float]:
@@ -147,34 +161,107 @@ def joined_ray() -> Iterator[list[Node]]:
 
 @contextlib.contextmanager
 def local_ray(machine: Node) -> Iterator[None]:
+    """A Ray of this process's own, in a folder that nobody else can enter.
+
+    Raises:
+        UserError: Ray did not start in `_START_ATTEMPTS` attempts, or has no place for its sockets.
+    """
     import ray
 
-    # Else Ray's own actors look for "the" Ray of the machine, and complain where there are two.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    with _temporary_folder() as folder:
+        _start_ray(machine, folder)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+
+
+def _start_ray(machine: Node, folder: Path) -> None:
     # Ray starts workers through a shell and does not quote a path with spaces.
     python = shlex.quote(sys.executable)
-    ray.init(
-        address="local",
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        num_cpus=int(machine["CPU"]),
-        num_gpus=int(machine["GPU"]),
-        runtime_env={} if python == sys.executable else {"py_executable": python},
-        logging_level=logging.WARNING,
-        **_short_temp_dir(),
-    )
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        # Else Ray's own actors look for "the" Ray of the machine, and complain where there are two.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        before = set(psutil.Process().children())
+        try:
+            _init_ray(
+                address="local",
+                dashboard_host="127.0.0.1",
+                dashboard_port=port,
+                num_cpus=int(machine["CPU"]),
+                num_gpus=int(machine["GPU"]),
+                runtime_env={} if python == sys.executable else {"py_executable": python},
+                logging_level=logging.WARNING,
+                _temp_dir=str(folder),
+            )
+        except Exception as error:
+            # Ray gives a node 30 s to start, which a busy machine may exceed, and leaves it behind.
+            for child in set(psutil.Process().children()) - before:
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+                    child.wait(10)
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+            if attempt == _START_ATTEMPTS:
+                raise UserError(
+                    f"a local Ray did not start in {attempt} attempts ({first_line(error)}); try"
+                    " again when this machine is less busy, or start the ranks with torchrun"
+                ) from error
+            print(f"Ray did not start ({first_line(error)}); trying again", flush=True)
+        else:
+            return
+
+
+def _init_ray(**settings: Any) -> None:
+    import ray
+
     try:
-        yield
-    finally:
+        ray.init(**settings)
+    except BaseException:
         ray.shutdown()
-        del os.environ["RAY_API_SERVER_ADDRESS"]
+        raise
 
 
-def _short_temp_dir() -> dict[str, str]:
-    # Ray puts sockets about 70 characters below this folder, and a socket's path has at most 107
-    # bytes.
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return {} if len(os.fsencode(folder)) <= 35 else {"_temp_dir": "/tmp/ray"}
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """An empty folder for Ray, removed at the end.
+
+    Ray opens its own folders to everybody, whatever the umask; the folder around them is closed.
+    """
+    chosen = os.environ.get("RAY_TMPDIR")
+    around = Path(chosen) if chosen else scratch_folder()
+    if len(os.fsencode(around)) > _MAX_FOLDER:
+        chosen, around = None, private_folder(Path("/tmp", f"lwo_dist-{os.getuid()}"))
+    if chosen is None:
+        _clear_abandoned(around)
+    try:
+        around.mkdir(parents=True, exist_ok=True)
+        closed = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=around))
+    except OSError as error:
+        raise UserError(
+            f"RAY_TMPDIR = {around}: {error.strerror}; give a folder that can be written"
+        ) from None
+    lock = os.open(closed, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield closed / "r"
+    finally:
+        shutil.rmtree(closed, ignore_errors=True)
+        os.close(lock)
+
+
+def _clear_abandoned(around: Path) -> None:
+    """Remove what drivers that were killed have left: a day old, and locked by nobody."""
+    for folder in around.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _ABANDONED_SECONDS:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

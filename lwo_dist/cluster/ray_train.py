@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lwo_dist import lease
+from lwo_dist.access import umask_of
 from lwo_dist.config import Config
+from lwo_dist.distributed import loopback_only
 from lwo_dist.errors import UserError
 from lwo_dist.stop import Stopped, StopRequest
 from lwo_dist.storage import RunFolder, storage_folder
@@ -56,9 +58,12 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 _LOCAL_ENVIRONMENT = {
-    # A token of this run's own, below: nobody else on the machine gets in, and no file is made in
-    # the home folder.
+    # A token of this run's own, below, and no file of it in the home folder. Ray asks for it on
+    # every port but /metrics.
     "RAY_AUTH_MODE": "token",
+    # Ray's name for "only this machine": its default where there are no clusters, and everywhere
+    # the only way to have its processes listen on 127.0.0.1.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Preemption is a matter of cloud nodes; its watcher prints a warning at every start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
@@ -84,6 +89,7 @@ def train(config: Config) -> dict[str, Any]:
     joins = _set_environment()
     stop = StopRequest(config.train.max_seconds)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(umask_of(config.access))
         nodes = stack.enter_context(joined_ray()) if joins else [this_machine()]
         resources = resources_per_worker(config.cluster, nodes)
         from lwo_dist.run import prepare
@@ -186,7 +192,8 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
 
     cluster = config.cluster
     use_gpu = "GPU" in resources
-    worker_environment = dict(cluster.env)
+    local = threads is not None
+    worker_environment = (loopback_only() if local else {}) | cluster.env
     if "OMP_NUM_THREADS" in os.environ or threads is not None:
         worker_environment.setdefault(
             "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads))
@@ -248,7 +255,8 @@ def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
         from .worker import run_on_worker
 
         try:
-            return run_on_worker(config, flag, holder)
+            with umask_of(config.access):
+                return run_on_worker(config, flag, holder)
         except Exception as error:
             # Ray sends the exception without its traceback, and shows 1,000 characters of that.
             now = datetime.now(UTC).isoformat(timespec="milliseconds")

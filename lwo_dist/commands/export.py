@@ -29,8 +29,10 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     require("run", what="lwo-dist export")
+    from lwo_dist.access import access_of, umask_of
     from lwo_dist.checkpoint.manage import export_run
     from lwo_dist.storage import RunFolder
 
     folder = RunFolder.at(arguments.run)
-    print(f"model: {export_run(folder, arguments.to, arguments.step, arguments.dtype)}")
+    with umask_of(access_of(folder.local)):
+        print(f"model: {export_run(folder, arguments.to, arguments.step, arguments.dtype)}")

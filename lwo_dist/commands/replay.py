@@ -23,6 +23,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     require("mlflow", what="lwo-dist replay")
+    from lwo_dist.access import access_of, umask_of
     from lwo_dist.tracking.mlflow import replay
 
-    print(f"sent {replay(arguments.spool, arguments.uri)} metric points")
+    folder = arguments.spool if arguments.spool.is_dir() else arguments.spool.parent
+    with umask_of(access_of(folder)):
+        print(f"sent {replay(arguments.spool, arguments.uri)} metric points")

@@ -1,4 +1,4 @@
-"""`lwo-dist ui`: browse the runs in MLflow's web UI, on this machine only."""
+"""`lwo-dist ui`: browse the runs in MLflow's web UI, on this machine only and without a login."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        "ui", help="open the runs in MLflow's web pages, on this machine only"
+        "ui",
+        help="open the runs in MLflow's web pages, on this machine only",
+    )
+    parser.description = (
+        "Open the runs in MLflow's web pages. They have no login: every user of this machine can"
+        " read and change the runs while they are open."
     )
     add_config_arguments(parser)
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
@@ -53,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
             " as in training"
         )
     print(
-        f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}; Ctrl-C ends it",
+        f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}, without a login, to"
+        " every user of this machine; Ctrl-C ends it",
         flush=True,
     )
     _become_server(uri, arguments.port)
@@ -67,4 +73,5 @@ def _become_server(uri: str, port: int) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_BACKEND_STORE_URI": uri,
     }
+    os.umask(0o077)
     os.execve(sys.executable, [sys.executable, *command, "--port", str(port)], environment)

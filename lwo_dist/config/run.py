@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from lwo_dist.access import Access
 from lwo_dist.redaction import refuse_password
 from lwo_dist.registry import METHODS, STRATEGIES, TASKS, Registry
 
@@ -50,6 +51,10 @@ class Config(Settings):
     )
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="unset: made from the date"
+    )
+    access: Access = Field(
+        "private",
+        description="who else on a machine may read what a run writes: nobody, or its Unix group",
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

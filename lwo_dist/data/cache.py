@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from lwo_dist.access import share_as_made
 from lwo_dist.config import Config
 from lwo_dist.errors import UserError
 from lwo_dist.storage import storage_folder
@@ -47,6 +48,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         building.mkdir(parents=True)
         _clear_abandoned(target.parent)
         build(building)
+        share_as_made(building)
         try:
             building.rename(target)
         except OSError:

@@ -29,7 +29,18 @@ from .mlflow_store import MLflowStore
 from .restarts import Restarts
 from .sender import Sender, reason, send_spool, unsent
 
-__all__ = ["MLflowCallback", "create_run", "end_run", "experiment_page", "replay", "tracking_uri"]
+__all__ = [
+    "DATABASE",
+    "MLflowCallback",
+    "create_run",
+    "end_run",
+    "experiment_page",
+    "replay",
+    "tracking_uri",
+]
+
+DATABASE = "mlflow.db"
+"""Beside the runs, where no tracking server is named."""
 
 CALL_TIMEOUT_S = 5
 REPLAY_TIMEOUT_S = 30  # nobody's training waits for a replay, and a slow server is better than none
@@ -49,7 +60,7 @@ def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
     return (
         tracking.uri
         or os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{storage.absolute()}/mlflow.db"
+        or f"sqlite:///{storage.absolute()}/{DATABASE}"
     )
 
 

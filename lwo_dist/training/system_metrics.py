@@ -34,6 +34,7 @@ GPU = (
     "memory_usage_percentage",
     "power_usage_watts",
 )
+MAX_HOSTS = 16
 
 
 class SystemMetrics:
@@ -89,7 +90,13 @@ class SystemMetrics:
         return [sum(column) / len(column) if column else math.nan for column in columns]
 
     def metrics(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
-        """`system/<host>/...` from `rows`, the results of `read` on each rank, in rank order."""
+        """`system/<host>/...` from `rows`, the results of `read` on each rank, in rank order.
+
+        Above `MAX_HOSTS` hosts: `system/hosts/<name>_min`, `_mean` and `_max` over all hosts and
+        GPUs, so that their number does not grow with the cluster.
+        """
+        if len(self.hosts) > MAX_HOSTS:
+            return _over_hosts(rows)
         found: dict[str, float] = {}
         for (host, local_rank), row in zip(self._ranks, rows, strict=True):
             names = [*NODE, *(f"gpu_{local_rank}_{name}" for name in GPU)]
@@ -97,6 +104,17 @@ class SystemMetrics:
                 if not math.isnan(value):
                     found[f"system/{host}/{name}"] = value
         return found
+
+
+def _over_hosts(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    names = [*NODE, *(f"gpu_{name}" for name in GPU)]
+    for name, column in zip(names, zip(*rows, strict=True), strict=True):
+        if values := [value for value in column if not math.isnan(value)]:
+            found[f"system/hosts/{name}_min"] = min(values)
+            found[f"system/hosts/{name}_mean"] = sum(values) / len(values)
+            found[f"system/hosts/{name}_max"] = max(values)
+    return found
 
 
 def _sample(

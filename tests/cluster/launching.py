@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ __all__ = [
     "command",
     "environment",
     "followed",
+    "free_port",
     "make_inputs",
     "overrides",
     "run",
@@ -82,7 +84,7 @@ def torchrun(folder: Path, run_name: str, *more: str, script: Path | None = None
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--standalone",
+        f"--master-port={free_port()}",
         "--nproc-per-node",
         "2",
     ]
@@ -91,6 +93,12 @@ def torchrun(folder: Path, run_name: str, *more: str, script: Path | None = None
         str(script or REPOSITORY / "launch" / "train.py"),
         *overrides(folder, run_name, *more),
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def run(

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from lwo_dist.cluster import drain as module
@@ -92,6 +93,31 @@ def test_a_node_with_workers_only_is_drained(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_drain", drain)
     assert leave(60)
     assert drained == [60]
+
+
+def test_the_address_is_that_of_the_workers_own_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The raylet is a parent of the worker; another user's, or a file in /tmp, is nobody.
+    worker = "import time; print('up', flush=True); time.sleep(600)"
+    raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'Worker'])"
+    command = [sys.executable, "-c", raylet, worker, "--gcs-address=10.0.0.1:6379"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        children = psutil.Process(process.pid).children()
+        monkeypatch.setattr(module, "_workers", lambda: children)
+        assert module._own_address() == "10.0.0.1:6379"
+        monkeypatch.setattr(module, "_workers", lambda: [])
+        assert module._own_address() is None
+        for child in children:
+            child.kill()
+
+
+def test_no_ray_is_asked_where_none_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(module, "_workers", lambda: [])
+    module._drain(1)
+    assert "no Ray of these workers was found" in capsys.readouterr().err
 
 
 _DRAINS = """

@@ -27,6 +27,7 @@ from tests.cluster.launching import STEPS, make_inputs, torchrun
 from tests.cluster.launching import command as _command
 from tests.cluster.launching import environment as _environment
 from tests.cluster.launching import run as _run
+from tests.listening import Watch, listed
 
 SECRET = "hf_a_secret_of_the_test"
 
@@ -46,7 +47,11 @@ def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path
     spaced.symlink_to(sys.prefix)
     python = str(spaced / "bin" / Path(sys.executable).name)
     command = _command(folder, "local", "cluster.env.OMP_NUM_THREADS='1'")
+    watch = Watch()
     result = _run([python, *command[1:]], _environment(folder, TMPDIR=str(deep)))
+    # The dashboard may still be starting when so short a run ends.
+    optional = {("dashboard", "127.0.0.1"), ("monitor", "127.0.0.1")}
+    assert watch.stop() | optional == listed("lwo-dist train")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     summary = json.loads((folder / "runs" / "local" / "summary.json").read_text())
@@ -212,7 +217,9 @@ def _torchrun(folder: Path, run_name: str, *overrides: str) -> subprocess.Comple
 
 def test_torchrun_trains_without_ray(folder: Path) -> None:
     # The number of workers is torchrun's to say.
+    watch = Watch()
     result = _torchrun(folder, "torchrun", "cluster.num_workers=1")
+    assert watch.stop() == listed("torchrun")
     assert result.returncode == 0, result.stderr
     assert (
         json.loads((folder / "runs" / "torchrun" / "summary.json").read_text())["world_size"] == 2

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lwo_dist.distributed import gather_floats
-from lwo_dist.training.system_metrics import NODE, SystemMetrics
+from lwo_dist.training.system_metrics import GPU, MAX_HOSTS, NODE, SystemMetrics
 from lwo_dist.training.visits import Visit
 from tests import oracle
 from tests.distributed.training import attach, follow, train_step, weights
@@ -111,3 +111,30 @@ def test_every_node_is_sampled_once_and_told_on_rank_0(tmp_path: Any) -> None:
     assert 0 < metrics["system/b/system_memory_usage_percentage"] < 100
     assert metrics["system/a/disk_available_megabytes"] > 0
     assert run_ranks(sample, 2, str(tmp_path), ["a", "b"], [0, 0], False)[0] == ({}, ["a", "b"])
+
+
+@pytest.mark.parametrize("hosts", [MAX_HOSTS, MAX_HOSTS + 1, 125])
+def test_the_number_of_names_does_not_grow_with_the_cluster(hosts: int, tmp_path: Any) -> None:
+    system = SystemMetrics(torch.device("cpu"), tmp_path, enabled=False)
+    system._ranks = [(f"host{host}", gpu) for host in range(hosts) for gpu in range(8)]
+    node = lambda host, gpu: float(host) if gpu == 0 else math.nan  # noqa: E731
+    rows = [
+        [node(int(name.removeprefix("host")), gpu)] * len(NODE) + [float(gpu)] * len(GPU)
+        for name, gpu in system._ranks
+    ]
+    metrics = system.metrics(rows)
+    if hosts <= MAX_HOSTS:
+        assert len(metrics) == hosts * (len(NODE) + 8 * len(GPU))
+        return
+    assert len(metrics) == 3 * (len(NODE) + len(GPU))
+    cpu = [
+        metrics[f"system/hosts/cpu_utilization_percentage_{of}"] for of in ("min", "mean", "max")
+    ]
+    assert cpu == [0, (hosts - 1) / 2, hosts - 1]
+    gpu = [
+        metrics[f"system/hosts/gpu_utilization_percentage_{of}"] for of in ("min", "mean", "max")
+    ]
+    assert gpu == [0, 3.5, 7]
+    # Without a GPU, and without samples, there are no names.
+    blank = [[math.nan] * len(row) for row in rows]
+    assert system.metrics(blank) == {}

@@ -258,7 +258,11 @@ def test_ui_runs_mlflow_on_this_machine_only(
     (storage / "mlflow.db").touch()
     commands = []
     monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    capsys.readouterr()
     assert cli.main(["ui", f"storage={storage}", "--port", "5005"]) == 0
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "without a login, to every user of this machine" in said
     path, command, environment = commands[0]
     assert path == command[0] == sys.executable
     assert command[1:4] == ["-m", "mlflow", "server"]
@@ -274,6 +278,7 @@ def test_ui_keeps_a_password_off_the_command_line(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hunter2@db/mlflow")
     commands: list[Any] = []
     monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
     assert cli.main(["ui"]) == 0
     [(_, command, environment)] = commands
     assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:hunter2@db/mlflow"

@@ -24,7 +24,7 @@ PAGES = sorted(
         *(REPOSITORY / "lwo_dist").rglob("README.md"),
     ]
 )
-LINKED = [*PAGES, "launch/README.md", "k8s/README.md"]
+LINKED = [*PAGES, "launch/README.md", "launch/SECURITY.md", "k8s/README.md"]
 
 # Every command of the pages -> the test that runs it.
 RUN_BY = {
@@ -37,7 +37,7 @@ RUN_BY = {
     "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
-    "torchrun --nproc-per-node 2 launch/train.py "
+    "torchrun --master-port 29500 --nproc-per-node 2 launch/train.py "
     "-c launch/configs/debug_cpu.yaml data.source=DIR": "tests/cluster/test_ray_train.py",
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",

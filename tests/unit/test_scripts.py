@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,71 @@ def test_bad_input(
     assert script.returncode == 2
     assert message in err
     assert (place / "log").read_text() == ""
+
+
+def _pretend_link(folder: Path) -> None:
+    folder.symlink_to("/")
+
+
+def _pretend_open(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o755)
+
+
+def _pretend_others(folder: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root: a folder of another user")
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 54321, 54321)
+
+
+@pytest.mark.parametrize("take", [_pretend_link, _pretend_open, _pretend_others, Path.touch])
+def test_a_temporary_folder_that_is_taken_is_not_used(
+    place: Path, take: Callable[[Path], None]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
+        folder = Path(short, f"lwo_dist-{os.getuid()}")
+        take(folder)
+        with _start(place, "head", TMPDIR=short) as script:
+            _, err = script.communicate(timeout=PATIENCE_S)
+    assert script.returncode == 2
+    (line,) = err.splitlines()
+    assert (
+        f"{folder} is not a folder that only you can enter (" in line and "set RAY_TMPDIR" in line
+    )
+    assert (place / "log").read_text() == ""
+
+
+def test_ray_s_files_lie_in_a_folder_for_this_user_alone(place: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
+        with _start(place, "head", TMPDIR=short) as script:
+            line, _ = _wait_for(place, "up")
+            script.send_signal(signal.SIGTERM)
+            script.communicate(timeout=PATIENCE_S)
+        folder = Path(short, f"lwo_dist-{os.getuid()}")
+        assert f"--temp-dir={folder}/ray" in line
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_nothing_recommends_a_rendezvous_that_unpickles() -> None:
+    """torchrun's c10d, which it also chooses for --standalone, and where no port is given."""
+    root = LAUNCH.parent
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others"]
+    listed = subprocess.run([*command, "--exclude-standard"], capture_output=True, text=True)
+    pages = (".md", ".sh", ".sbatch", ".yaml", ".yml", ".py", ".toml", "Dockerfile")
+    # This file, and the one that says why not.
+    names = set(listed.stdout.split("\0")) - {"tests/unit/test_scripts.py", "launch/SECURITY.md"}
+    found = []
+    for name in sorted(name for name in names if name.endswith(pages)):
+        text = (root / name).read_text()
+        for number, line in enumerate(text.splitlines(), 1):
+            starts = re.search(r'torchrun[` ]+--n|"torch\.distributed\.run",', line)
+            following = " ".join(text.splitlines()[number - 1 : number + 3])
+            if re.search(r"rdzv[-_]|--standalone", line) or (
+                starts and not re.search(r"master-port", following)
+            ):
+                found.append(f"{name}:{number}: {line.strip()}")
+    assert len(names) > 100 and found == []
 
 
 def _sbatch(place: Path, code: int, *arguments: str) -> subprocess.CompletedProcess[str]:

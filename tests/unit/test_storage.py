@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ def test_the_local_folder_of_a_storage(tmp_path: Path, monkeypatch: pytest.Monke
     assert storage_folder("s3://bucket/runs/") == scratch
     assert storage_folder("s3://bucket/other") != scratch
     monkeypatch.delenv("LWO_SCRATCH_DIR")
-    assert storage_folder("s3://bucket/runs").name == scratch.name
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert storage_folder("s3://bucket/runs") == (
+        tmp_path / f"lwo_dist-{os.getuid()}" / scratch.name
+    )
 
 
 @pytest.mark.usefixtures("store")
