@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import UserError
+from .errors import UserError, printable
 from .stop import EXIT_CODE, Stopped
 
 __all__ = ["main"]
@@ -39,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             # one exits: that must be the one that reports it. A rank still alive after the wait has
             # an error of its own.
             time.sleep(_PATIENCE_S)
-        print(f"lwo-dist: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lwo-dist: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             # The command attaches a note on how to resume.
             said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
-            print(f"lwo-dist: {said}", file=sys.stderr)
+            print(f"lwo-dist: {printable(said)}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
         return 130
