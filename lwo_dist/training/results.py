@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lwo_dist.storage import write_whole
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.metrics import paired_interval
 from lwo_dist.tasks.scores import Score, ScoreSheet
@@ -64,9 +65,7 @@ class Results:
         lines = {name: column.round(6).tolist() for name, column in evaluation.columns.items()}
         samples = [vars(sample) for sample in evaluation.samples]
         text = json.dumps({"scores": evaluation.scores, "lines": lines, "samples": samples})
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.rename(path)
+        write_whole(path, text.encode())
 
     @property
     def best_step(self) -> int:
