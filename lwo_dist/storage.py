@@ -281,8 +281,8 @@ class RunFolder:
                 try:
                     if not self.path(name).exists():
                         self.pull(name)
-                except (FileExistsError, NotADirectoryError):
-                    self._warn(name)  # below a name that is also a file
+                except (FileNotFoundError, FileExistsError, NotADirectoryError):
+                    self._warn(name)  # a marker of a folder, or below a name that is also a file
 
     def check_writable(self) -> None:
         """Write and remove a file, locally and in the store. Raises: UserError on failure."""
