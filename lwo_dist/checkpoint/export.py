@@ -118,7 +118,7 @@ def _method_of(about: Mapping[str, Any]) -> Method:
 def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=True):
             # Without it, the config could name a kernel of the hub, which is code, too.
             model = AutoModelForCausalLM.from_config(
                 settings, trust_remote_code=trust_remote_code, attn_implementation="eager"

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
-from lwo_dist.errors import DamagedError, UserError
+from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.scores import ScoreSheet
@@ -100,7 +100,11 @@ def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
             f"no checkpoint of {run} is whole, so nothing was removed; remove the folder to start"
             " anew"
         )
-    for name in prune(run, set(whole)):
+    try:
+        removed = prune(run, set(whole))
+    except OSError as error:
+        raise UserError(f"{run} could not be pruned: {first_line(error)}") from None
+    for name in removed:
         yield f"removed {name}"
 
 
@@ -150,7 +154,10 @@ def export_run(
 
 
 def _steps(run: RunFolder) -> list[int]:
-    steps = committed_steps(run)
+    try:
+        steps = committed_steps(run)
+    except OSError as error:
+        raise UserError(f"{run} cannot be read: {first_line(error)}") from None
     if not steps:
         raise UserError(f"{run} has no checkpoints; give the folder of a run, <storage>/<run_name>")
     return steps
