@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import UserError
+from .errors import UserError, printable
 from .stop import EXIT_CODE, Stopped
 
 __all__ = ["main"]
@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(_PATIENCE_S)
         from .redaction import redact
 
-        print(f"lwo-dist: {redact(' '.join(str(error).split()))}", file=sys.stderr)
+        message = redact(" ".join(str(error).split()))
+        print(f"lwo-dist: {printable(message)}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             # The command attaches a note on how to resume.
             said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
-            print(f"lwo-dist: {said}", file=sys.stderr)
+            print(f"lwo-dist: {printable(said)}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
         return 130

@@ -1,8 +1,8 @@
-"""The exception for bad input, and the one-line form of any exception."""
+"""The exceptions for bad input, and the one-line form of any exception."""
 
 from __future__ import annotations
 
-__all__ = ["UserError", "first_line"]
+__all__ = ["DamagedError", "UserError", "first_line", "printable"]
 
 
 class UserError(ValueError):
@@ -10,6 +10,10 @@ class UserError(ValueError):
 
     The command line prints it and exits with 2.
     """
+
+
+class DamagedError(UserError):
+    """A file of a run that is damaged, or not what its format allows; the message names both."""
 
 
 def first_line(error: BaseException) -> str:
@@ -20,3 +24,16 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def printable(text: str) -> str:
+    """`text` on one line with control characters escaped: a terminal obeys none of it.
+
+    Names and values from files, buckets and servers may hold any character.
+
+    >>> printable("step \\x1b[2J")
+    'step \\\\x1b[2J'
+    """
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )

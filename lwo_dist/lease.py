@@ -26,6 +26,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -35,7 +36,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, printable
 from .storage import RunFolder
 
 __all__ = [
@@ -53,6 +54,7 @@ RENEW_S = 5.0
 EXPIRES_S = 30.0
 _LOOK_S = 0.5
 _FOLDER = "lease"
+_MAX_CLAIM_BYTES = 10_000
 
 
 class LostRunError(UserError):
@@ -209,13 +211,14 @@ def _newest(run: RunFolder) -> tuple[int, dict[str, Any]] | None:
     numbers = [int(stem) for stem, _, ending in names if stem.isdigit() and ending == "json"]
     if not numbers:
         return None
-    data = run.read(_claim_name(max(numbers)))
+    data = run.read(_claim_name(max(numbers))) or b""
     try:
-        claim = json.loads(data or b"")
-        assert isinstance(claim["holder"], str)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        claim = {"holder": ""}
-    return max(numbers), claim
+        claim = json.loads(data[:_MAX_CLAIM_BYTES])
+        sound = re.fullmatch(r"[0-9a-f]{16}", claim["holder"]) is not None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    # A claim that its writer did not finish, or that something else wrote, is of nobody alive.
+    return max(numbers), claim if sound else {"holder": "nobody"}
 
 
 def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
@@ -237,7 +240,7 @@ def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
         if now != last:
             raise UserError(
                 f"run_name = {run.local.name}: {_who(claim)} has been writing this run since"
-                f" {claim.get('since', 'an unknown time')}; wait until it ends, choose another"
+                f" {_since(claim)}; wait until it ends, choose another"
                 " run_name, or take the run over with checkpoint.take_over=true"
             )
 
@@ -255,20 +258,25 @@ def _has_died(claim: dict[str, Any]) -> bool:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-    except (psutil.Error, KeyError, TypeError, ValueError):
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return False
 
 
 def _lost(run: RunFolder, claim: dict[str, Any]) -> LostRunError:
     return LostRunError(
         f"run_name = {run.local.name}: {_who(claim)} took this run over at"
-        f" {claim.get('since', 'an unknown time')}; this process stops and leaves the run to it"
+        f" {_since(claim)}; this process stops and leaves the run to it"
     )
 
 
 def _who(claim: dict[str, Any]) -> str:
     user = claim.get("user", "somebody")
-    return f"process {claim.get('pid', '?')} of {user} on {claim.get('host', '?')}"
+    who = f"process {claim.get('pid', '?')} of {user} on {claim.get('host', '?')}"
+    return printable(who[:200])
+
+
+def _since(claim: dict[str, Any]) -> str:
+    return printable(str(claim.get("since", "an unknown time"))[:40])
 
 
 def _claim_name(number: int) -> str:

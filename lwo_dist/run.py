@@ -37,7 +37,7 @@ from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
 from .stop import Stopped, StopRequest, StopVote
-from .storage import RunFolder, is_url, new_run_name, storage_folder, write_whole
+from .storage import RunFolder, is_url, make_folder, new_run_name, storage_folder, write_whole
 from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tasks.base import Task
@@ -95,7 +95,7 @@ def prepare(config: Config) -> Config:
             base = ensure_base_model(default_cache_folder(run_folder.local.parent))
             model = config.model.model_copy(update={"name": str(base)})
             config = config.model_copy(update={"model": model})
-    run_folder.local.mkdir(exist_ok=True)
+    make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
     run_folder.fetch_small()
     record = _read_json(run_folder.local / "run.json") or {"run_name": run_name, "attempts": 0}
@@ -320,7 +320,13 @@ def _finish(
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
     checkpoint = read_checkpoint(run_folder, step)
     method: Method = METHODS.get(config.method)
-    export = export_model(checkpoint, run_folder.local / "model", method=method)
+    export = export_model(
+        checkpoint,
+        run_folder.path("model"),
+        method=method,
+        trust_remote_code=config.model.trust_remote_code,
+        base=(config.model.name, config.model.revision),
+    )
     summary = {
         "run_name": config.run_name,
         "method": config.method,

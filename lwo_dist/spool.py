@@ -37,6 +37,8 @@ __all__ = [
 
 SPOOL_NAME = "metrics.jsonl"
 
+_MAX_LINE_BYTES = 16 * 2**20
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,18 +63,47 @@ class Point(NamedTuple):
 
 
 def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
-    """Yield the records from byte `offset`, except an incomplete last line left by a kill."""
+    """Yield the records from byte `offset`, except an incomplete last line left by a kill.
+
+    A line that no `Spool` writes is a record of the kind "damaged".
+    """
     with path.open("rb") as file:
         file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
+        while line := file.readline(_MAX_LINE_BYTES):
             offset += len(line)
-            try:
-                fields = json.loads(line)
-                yield Record(fields.pop("kind"), fields.pop("time_ms"), fields, offset)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                yield Record("damaged", 0, {}, offset)
+            is_long = not line.endswith(b"\n")
+            while is_long and (rest := file.readline(_MAX_LINE_BYTES)):
+                line = b""
+                offset += len(rest)
+                is_long = not rest.endswith(b"\n")
+            if is_long:
+                return
+            yield _record(line, offset)
+
+
+def _record(line: bytes, end: int) -> Record:
+    try:
+        fields = json.loads(line)
+        record = Record(fields.pop("kind"), fields.pop("time_ms"), fields, end)
+        return record if _is_sound(record) else Record("damaged", 0, {}, end)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return Record("damaged", 0, {}, end)
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether the fields that this module and the senders rely on have their types."""
+    fields = record.fields
+    if not isinstance(record.kind, str) or not isinstance(record.time_ms, int):
+        return False
+    if record.kind == "metrics":
+        for value in fields["values"].values():
+            float(value)
+        return isinstance(fields["step"], int)
+    if record.kind == "switch":
+        return isinstance(fields["step"], int) and isinstance(fields["layer"], str)
+    if record.kind in ("artifact", "model"):
+        return isinstance(fields["path"], str)
+    return True
 
 
 def points_of(record: Record) -> list[Point]:
@@ -134,6 +165,8 @@ class Spool:
         self._last_step: dict[str, int] = {}
         self._stump_end = b""
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            raise OSError(f"{path} is a link; a run writes no file elsewhere")
         # Unbuffered: one write call per line, passed to the kernel at once, so a SIGKILL loses at
         # most that line.
         self._file = path.open("ab", buffering=0)
@@ -234,14 +267,13 @@ class Sent:
         sent = cls(spool.with_suffix(".sent.json"))
         try:
             values = json.loads(sent.path.read_text())
-            sent.key = str(values["key"])
-            sent.uri = values["uri"]
-            sent.run_id = values["run_id"]
-            sent.offset = int(values["offset"])
-            sent.waiting = list(values["waiting"])
+            key, offset = str(values["key"]), max(0, int(values["offset"]))
+            uri, run_id = (_text_or_none(values[name]) for name in ("uri", "run_id"))
+            sent.waiting = [str(name) for name in values["waiting"]]
+            sent.key, sent.uri, sent.run_id, sent.offset = key, uri, run_id, offset
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
             logger.warning(
                 "%s cannot be read; sending %s from its start (MLflow drops what it has)",
                 sent.path,
@@ -265,3 +297,9 @@ class Sent:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(keep, indent=1))
         draft.replace(self.path)
+
+
+def _text_or_none(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError("neither a text nor null")

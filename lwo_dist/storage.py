@@ -14,21 +14,34 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .access import private_folder, scratch_folder
-from .errors import UserError, first_line
+from .errors import DamagedError, UserError, first_line, printable
 
-__all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "write_whole"]
+__all__ = [
+    "RunFolder",
+    "contained",
+    "is_plain",
+    "is_url",
+    "make_folder",
+    "new_run_name",
+    "storage_folder",
+    "sync",
+    "write_whole",
+]
 
 T = TypeVar("T")
 
 _LARGE_FOLDERS = ("layers", "checkpoints", "model")
 _LEASE_FOLDER = "lease"  # each file is written on its own, and a copy would be out of date
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+_MAX_NAME_LENGTH = 1024
+_MAX_NAME_PARTS = 16
+_MAX_PART_BYTES = 255  # what file systems allow
 _WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
 
@@ -71,8 +84,49 @@ def new_run_name(method: str) -> str:
     return f"{method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
+def is_plain(name: str) -> bool:
+    """Whether `name` is a relative path with `/` that stays in its folder and can be printed.
+
+    >>> is_plain("layers/embed.000003.safetensors"), is_plain("../run.json"), is_plain("/run.json")
+    (True, False, False)
+    """
+    parts = name.split("/")
+    return (
+        len(name) <= _MAX_NAME_LENGTH
+        and len(parts) <= _MAX_NAME_PARTS
+        and name.isprintable()
+        and "\\" not in name
+        and all(part not in ("", ".", "..") for part in parts)
+        and all(len(part.encode()) <= _MAX_PART_BYTES for part in parts)
+    )
+
+
+def contained(folder: Path, name: str, *, may_be_link: bool = False) -> Path:
+    """The path of `name` in `folder`; it need not exist.
+
+    Args:
+        may_be_link: accept a name that is itself a link, to remove it.
+
+    Raises:
+        DamagedError: `name` is not plain, or a part of it is a link, which may lead anywhere.
+    """
+    if not is_plain(name):
+        raise DamagedError(f"{name[:100]!r} is not a name that a run's folder may hold")
+    path = folder
+    parts = name.split("/")
+    for number, part in enumerate(parts, 1):
+        path = path / part
+        if path.is_symlink() and not (may_be_link and number == len(parts)):
+            raise DamagedError(f"{path.relative_to(folder)} is a link; links are not followed")
+    return path
+
+
 class RunFolder:
     """One run's folder. File names are relative to it, with `/` between their parts.
+
+    A run may come from anybody, so every name is checked before it is used (`path`): what is not a
+    plain relative path, and what leads through a link, is refused, and left out of listings with a
+    warning.
 
     Args:
         storage: a folder, `file://` folder or URL of an object store.
@@ -92,6 +146,7 @@ class RunFolder:
         self._fs: Any = None
         self._objects: Any = None  # the same folder, for conditional writes; opened when needed
         self._base = ""
+        self._has_warned = False
         if self.url is not None:
             opened = _open(storage, run_name)
             self._fs = opened[0]
@@ -109,26 +164,63 @@ class RunFolder:
     def __str__(self) -> str:
         return self.url or str(self.local)
 
+    def path(self, name: str) -> Path:
+        """The local path of `name`; it need not exist.
+
+        Raises:
+            DamagedError: `name` is not plain, or leads through a link.
+        """
+        return contained(self.local, name)
+
+    def file(self, name: str) -> Path:
+        """The local path of a file, which need not exist.
+
+        Raises:
+            DamagedError: `name` is not plain, leads through a link, or is a folder or a pipe.
+        """
+        path = self.path(name)
+        if path.exists() and not path.is_file():
+            raise DamagedError(f"{name} is not a regular file")
+        return path
+
+    def refuse_links(self) -> None:
+        """Refuse a folder with links in it, through which a resumed run would write elsewhere.
+
+        Raises:
+            UserError: naming the first link.
+        """
+        for path in _walk(self.local):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a link, and a run's folder holds none; put what it leads to in its"
+                    " place, or choose another run_name"
+                )
+
     def folders(self, name: str) -> list[str]:
         """Names of the folders in folder `name`, sorted; from the store if there is one."""
         if self._fs is None:
-            return sorted(path.name for path in (self.local / name).glob("*") if path.is_dir())
+            entries = _entries(self.path(name))
+            found = [entry.name for entry in entries if entry.is_dir() or entry.is_symlink()]
+            sound = self._sound(f"{name}/{entry}" for entry in found)
+            return sorted(path.removeprefix(f"{name}/") for path in sound)
         # An object store has no folders; they are derived from file names.
-        prefix = f"{self._base}/{name}/"
-        return sorted(
-            {
-                path.removeprefix(prefix).partition("/")[0]
-                for path in self._find(name)
-                if prefix in path
-            }
-        )
+        inner = [path.removeprefix(f"{name}/") for path in self.files(name)]
+        return sorted({path.partition("/")[0] for path in inner if "/" in path})
 
     def files(self, name: str) -> list[str]:
         """Names of all files in or below folder `name`, sorted; from the store if there is one."""
         if self._fs is None:
-            found = [path for path in (self.local / name).rglob("*") if path.is_file()]
-            return sorted(path.relative_to(self.local).as_posix() for path in found)
-        return sorted(path.removeprefix(f"{self._base}/") for path in self._find(name))
+            folder = self.path(name) if name else self.local
+            found = (path for path in _walk(folder) if path.is_symlink() or path.is_file())
+            return sorted(self._sound(path.relative_to(self.local).as_posix() for path in found))
+        prefix = f"{self._base}/"
+        # Something else than what was asked for is as odd as an odd name.
+        return sorted(
+            self._sound(
+                path.removeprefix(prefix) if path.startswith(prefix) else f"/{path}"
+                for path in self._find(name)
+            )
+        )
 
     def push(self, names: Iterable[str]) -> None:
         """Send local files to the store, in this order; do nothing without a store.
@@ -139,17 +231,18 @@ class RunFolder:
         if self._fs is None:
             return
         for name in names:
-            with (self.local / name).open("rb") as source:
+            with self.path(name).open("rb") as source:
                 self._reach(lambda n=name, s=source: self._upload(n, s))  # type: ignore[misc]
 
     def pull(self, name: str) -> Path:
         """Fetch a file from the store, replacing any local copy. Returns its local path.
 
         Raises:
+            DamagedError: `name` is not plain, or leads to something else than a file.
             FileNotFoundError: the store has no such file.
             OSError: the store cannot be reached.
         """
-        path = self.local / name
+        path = self.file(name)
         if self._fs is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -169,8 +262,8 @@ class RunFolder:
         Raises:
             OSError
         """
-        path = self.local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.path(name)
+        make_folder(path.parent)
         if self._fs is None:
             return _create_whole(path, data)
         if not self._reach(lambda: self._put_new(name, data)):
@@ -186,7 +279,7 @@ class RunFolder:
         """
         try:
             if self._fs is None:
-                return (self.local / name).read_bytes()
+                return self.file(name).read_bytes()
             return self._reach(lambda: self._read(name))
         except FileNotFoundError:
             return None
@@ -197,7 +290,7 @@ class RunFolder:
         Raises:
             OSError
         """
-        path = self.local / name
+        path = self.file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(data)
@@ -211,7 +304,7 @@ class RunFolder:
             OSError
         """
         for name in names:
-            (self.local / name).unlink(missing_ok=True)
+            contained(self.local, name, may_be_link=True).unlink(missing_ok=True)
             if self._fs is not None:
                 with suppress(FileNotFoundError):
                     self._reach(lambda n=name: self._fs.delete_file(f"{self._base}/{n}"))  # type: ignore[misc]
@@ -223,9 +316,12 @@ class RunFolder:
             first: a file to remove before the others, so that an interrupted removal leaves a
                 folder without it.
         """
+        folder = contained(self.local, name, may_be_link=True)
+        if folder.is_symlink():
+            folder.unlink()  # not what it leads to
         self.remove([f"{name}/{first}"] if first else [])
         self.remove(self.files(name))
-        shutil.rmtree(self.local / name, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def push_small(self) -> None:
         """Send all files except layers, checkpoints and model: the record of the run.
@@ -234,10 +330,9 @@ class RunFolder:
             OSError
         """
         if self._fs is not None:
-            found = [path for path in self.local.rglob("*") if path.is_file()]
-            self.push(
-                name for path in found if _is_small(name := path.relative_to(self.local).as_posix())
-            )
+            found = (path for path in _walk(self.local) if _is_regular(path))
+            names = (path.relative_to(self.local).as_posix() for path in found)
+            self.push(name for name in self._sound(names) if _is_small(name))
 
     def fetch_small(self) -> None:
         """Fetch what `push_small` sent; existing local files are kept.
@@ -247,8 +342,13 @@ class RunFolder:
         """
         if self._fs is not None:
             for name in self.files(""):
-                if _is_small(name) and not (self.local / name).exists():
-                    self.pull(name)
+                if not _is_small(name):
+                    continue
+                try:
+                    if not self.path(name).exists():
+                        self.pull(name)
+                except (FileNotFoundError, FileExistsError, NotADirectoryError):
+                    self._warn(name)  # a marker of a folder, or below a name that is also a file
 
     def check_writable(self) -> None:
         """Write and remove a file, locally and in the store. Raises: UserError on failure."""
@@ -283,6 +383,23 @@ class RunFolder:
                 f"storage = {self.url}: this store ignores the condition of a write"
                 " (If-None-Match), so two runs of one name could overwrite each other; give a"
                 " store that knows it, or a folder"
+            )
+
+    def _sound(self, names: Iterable[str]) -> Iterator[str]:
+        """The names that may be used; the first one that may not is warned of."""
+        for name in names:
+            if is_plain(name) and not (self._fs is None and (self.local / name).is_symlink()):
+                yield name
+            else:
+                self._warn(name)
+
+    def _warn(self, name: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            print(
+                f"warning: {self}: ignored {printable(name[:100])!r}, which is a link or has an odd"
+                " name, and others like it",
+                flush=True,
             )
 
     def _find(self, name: str) -> list[str]:
@@ -340,7 +457,8 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of an interrupted write; or a link to elsewhere
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -349,16 +467,58 @@ def write_whole(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it; their entries are on disk when this returns.
+
+    Raises:
+        OSError
+    """
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on disk.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    opened = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems refuse it but keep the order
-            os.fsync(folder)
+        # Some network file systems refuse it for folders but keep the order.
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder; links are named and not followed."""
+    waiting = [folder]
+    while waiting:
+        for entry in _entries(waiting.pop()):
+            path = Path(entry.path)
+            yield path
+            is_shallow = len(path.relative_to(folder).parts) < _MAX_NAME_PARTS
+            if is_shallow and entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _create_whole(path: Path, data: bytes) -> bool:
@@ -382,7 +542,7 @@ def _create_whole(path: Path, data: bytes) -> bool:
             return False
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync(path.parent)
     return True
 
 

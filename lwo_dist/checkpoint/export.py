@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lwo_dist.access import share_as_made
-from lwo_dist.errors import UserError
+from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.methods import Method
 from lwo_dist.models import weights
 from lwo_dist.registry import METHODS
+from lwo_dist.storage import is_plain, sync
 from lwo_dist.tasks.scores import ScoreSheet
 
-from .format import INDEX, MOMENTS, STATE, Checkpoint
+from .format import Checkpoint
+from .schema import INDEX, check_record, read_json, reading
 
 __all__ = ["Dtype", "export_model"]
 
@@ -35,7 +37,13 @@ _NO_LICENCE = "not stated where it was loaded from; look there before you pass t
 
 
 def export_model(
-    checkpoint: Checkpoint, target: Path, *, dtype: Dtype = "fp32", method: Method | None = None
+    checkpoint: Checkpoint,
+    target: Path,
+    *,
+    dtype: Dtype = "fp32",
+    method: Method | None = None,
+    trust_remote_code: bool = False,
+    base: tuple[str, str | None] | None = None,
 ) -> Path:
     """Write a checkpoint's model, tokenizer and model card to `target`, completely or not at all.
 
@@ -45,36 +53,57 @@ def export_model(
 
     Args:
         method: the method of the run; None: the one named in the checkpoint, if it is built in.
+        trust_remote_code: run the Python code that comes with the model, if it needs any.
+        base: name and revision of the base model, whose licence the card repeats; None: those in
+            the checkpoint, if they are of the hub. A file must not choose a folder to read.
 
     Raises:
-        UserError: the checkpoint's method is a custom class, which a file must not import.
+        DamagedError: the checkpoint's files do not make a model.
+        UserError: the checkpoint's method is a custom class, which a file must not import; or the
+            model needs code of its own, and `trust_remote_code` is not set.
         OSError: `target` cannot be written.
     """
-    about = checkpoint.state.get("run", {})
+    about = checkpoint.state.get("run") or {}
+    if about:
+        check_record(checkpoint.state, "results")
     method = method or _method_of(about)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for path in checkpoint.folder.iterdir():
-            if path.name not in (STATE, INDEX, MOMENTS) and path.is_file():
-                shutil.copyfile(path, temporary / path.name)
+        for name in checkpoint.state["sha256"]:
+            if "/" not in name and name != INDEX and not name.endswith(".safetensors"):
+                shutil.copyfile(checkpoint.folder / name, temporary / name)
         files = {name: checkpoint.folder / ref for name, ref in checkpoint.weight_map.items()}
         tensors = method.export(list(files), lambda name: _read(files[name], name))
-        model = _empty_model(checkpoint.folder, about.get("trust_remote_code", False))
+        model = _empty_model(checkpoint.folder, trust_remote_code)
         if weights.are_fused(model):
             _save_fused(model, tensors, temporary, _DTYPES[dtype])
         else:
             _write_shards(tensors, temporary, _DTYPES[dtype])
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
         if about:
-            _card(checkpoint.state, about, dtype).save(temporary / "README.md")
+            licence = _licence(*base) if base else _hub_licence(about)
+            _card(checkpoint.state, about, dtype, licence).save(temporary / "README.md")
         share_as_made(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, once all of it is on disk; an older one gives way last."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _method_of(about: Mapping[str, Any]) -> Method:
@@ -89,13 +118,33 @@ def _method_of(about: Mapping[str, Any]) -> Method:
 
 
 def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=True):
+            # Without it, the config could name a kernel of the hub, which is code, too.
+            model = AutoModelForCausalLM.from_config(
+                settings, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            )
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # of any kind: the files may hold anything
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the model needs Python code that comes with it ({_code_of(folder)}); read it in"
+                f" {folder}, then give --trust-remote-code to run it"
+            ) from None
+        raise DamagedError(
+            f"{folder}: transformers cannot make a model of its config.json ({first_line(error)})"
+        ) from error
     return model
+
+
+def _code_of(folder: Path) -> str:
+    settings = read_json(folder / "config.json")
+    classes = settings.get("auto_map") if isinstance(settings, dict) else None
+    named = classes.values() if isinstance(classes, dict) else []
+    return ", ".join(sorted({str(name) for name in named}))[:300] or "named in config.json"
 
 
 def _save_fused(
@@ -140,7 +189,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: to
 
 
 def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
+    with reading(f"{path.name}, {name}"), safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
 
@@ -157,9 +206,10 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     )
 
 
-def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> ModelCard:
+def _card(
+    state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype, licence: str | None
+) -> ModelCard:
     base = about["base_model"]
-    licence = _licence(about["base_model"], about.get("revision"))
     data = ModelCardData(
         base_model=None if Path(base).is_absolute() else base,
         license=licence,
@@ -216,6 +266,15 @@ def _scores_table(
         shown = [score.show(values[score.key]) for score in sheet.scores]
         rows.append([step, *shown, f"{values[sheet.count_key]:.0f}"])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _hub_licence(about: Mapping[str, Any]) -> str | None:
+    """That of the base model which a checkpoint names, if it is an id of the hub."""
+    revision = about.get("revision")
+    is_id = is_plain(about["base_model"]) and not Path(about["base_model"]).exists()
+    if not is_id or (revision is not None and not is_plain(revision)):
+        return None
+    return _licence(about["base_model"], revision)
 
 
 def _licence(base: str, revision: str | None) -> str | None:

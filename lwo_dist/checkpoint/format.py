@@ -9,7 +9,7 @@
 
 The format is the same for all strategies and world sizes, and `from_pretrained(folder)` reads a
 checkpoint folder directly. state.json holds the sha256 of every other file and its own digest, so
-that any damage is detected.
+that any damage is detected. Neither says who wrote it: `schema.py` says what is believed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import posixpath
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lwo_dist.errors import UserError
+from lwo_dist.errors import DamagedError, UserError, printable
 from lwo_dist.storage import RunFolder
+
+from .schema import (
+    INDEX,
+    LAYERS,
+    MOMENTS,
+    STATE,
+    check_depth,
+    check_state,
+    file_of,
+    read_json,
+    reading,
+    weight_map_of,
+)
 
 __all__ = [
     "CHECKPOINTS",
@@ -46,16 +59,8 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
-LAYERS = "layers"
-STATE = "state.json"
-INDEX = "model.safetensors.index.json"
-MOMENTS = "active.safetensors"
 FORMAT = 1
 """Stored in state.json. Readers refuse a higher version."""
-
-
-class DamagedError(ValueError):
-    """A damaged checkpoint; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,12 @@ class Checkpoint:
 
     @property
     def weight_map(self) -> dict[str, str]:
-        """Parameter name -> file, relative to the checkpoint's folder."""
-        index = json.loads((self.folder / INDEX).read_text())
-        return dict(index["weight_map"])
+        """Parameter name -> file, relative to the checkpoint's folder.
+
+        Raises:
+            DamagedError
+        """
+        return weight_map_of(read_json(self.folder / INDEX), self.state["sha256"])
 
     def hook_state(self) -> dict[str, Any]:
         """Position and active moments (whole CPU tensors), for `LWO.load_state_dict`."""
@@ -89,9 +97,11 @@ class Checkpoint:
             yield layer, _read_moments(self.folder / reference)
 
     def weights(self) -> Iterator[dict[str, Tensor]]:
-        """fp32 masters by parameter name, one file at a time."""
+        """fp32 masters by parameter name, one file at a time. Raises: DamagedError."""
         for reference in sorted(set(self.weight_map.values())):
-            yield load_file(self.folder / reference)
+            with reading(reference):
+                tensors = load_file(self.folder / reference)
+            yield tensors
 
 
 def step_folder(step: int) -> str:
@@ -117,13 +127,9 @@ def committed_steps(run: RunFolder) -> list[int]:
     """Steps of the committed checkpoints, oldest first; nothing is verified."""
     steps = []
     for name in run.folders(CHECKPOINTS):
-        number = name.removeprefix("step_")
-        if (
-            name.startswith("step_")
-            and number.isdigit()
-            and f"{CHECKPOINTS}/{name}/{STATE}" in _files_of(run, name)
-        ):
-            steps.append(int(number))
+        number = re.fullmatch(r"step_([0-9]{6,15})", name)
+        if number and f"{CHECKPOINTS}/{name}/{STATE}" in _files_of(run, name):
+            steps.append(int(number[1]))
     return sorted(steps)
 
 
@@ -138,13 +144,18 @@ def read_checkpoint(run: RunFolder, step: int) -> Checkpoint:
     state = read_state(run, step)
     try:
         for reference, digest in state["sha256"].items():
-            _check(run, posixpath.normpath(posixpath.join(name, reference)), digest)
+            _check(run, file_of(name, reference), digest)
+        _refuse_unsealed(run, name, state["sha256"])
+        folder = run.path(name)
+        weight_map = weight_map_of(read_json(folder / INDEX), state["sha256"])
+        if "config.json" in state["sha256"]:
+            check_depth(read_json(folder / "config.json"), len(weight_map))
     except FileNotFoundError as error:
         missing = os.path.relpath(error.filename, run.local) if error.filename else str(error)
         raise DamagedError(f"{missing} is missing") from None
     except OSError as error:
         raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from None
-    return Checkpoint(run.local / name, state)
+    return Checkpoint(folder, state)
 
 
 def read_state(run: RunFolder, step: int) -> dict[str, Any]:
@@ -156,7 +167,7 @@ def read_state(run: RunFolder, step: int) -> dict[str, Any]:
     """
     name = f"{step_folder(step)}/{STATE}"
     try:
-        state = _open_seal(run.pull(name).read_bytes())
+        state = _open_seal(read_json(run.pull(name)))
     except OSError as error:
         raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from None
     if state["step"] != step:
@@ -177,7 +188,8 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
         except DamagedError as error:
             damaged.append(str(error))
             print(
-                f"checkpoint {run}/{step_folder(step)} is damaged ({error}); using the one before",
+                f"checkpoint {run}/{step_folder(step)} is damaged ({printable(str(error))}); using"
+                " the one before",
                 flush=True,
             )
     if damaged:
@@ -225,9 +237,7 @@ def prune(
     for step in keep:
         folder = step_folder(step)
         state = read_state(run, step)
-        named |= {
-            posixpath.normpath(posixpath.join(folder, reference)) for reference in state["sha256"]
-        }
+        named |= {file_of(folder, reference) for reference in state["sha256"]}
     kept = {step_folder(step) for step in keep}
     folders = [f"{CHECKPOINTS}/{name}" for name in run.folders(CHECKPOINTS)]
     folders = [name for name in folders if name not in kept]
@@ -245,11 +255,22 @@ def _files_of(run: RunFolder, checkpoint: str) -> list[str]:
 
 
 def _check(run: RunFolder, name: str, digest: str) -> None:
-    path = run.local / name
+    path = run.file(name)
     if run.url is not None and not (path.is_file() and sha256_of(path) == digest):
         run.pull(name)
     if sha256_of(path) != digest:
         raise DamagedError(f"{name} does not have the sha256 of {STATE}")
+
+
+def _refuse_unsealed(run: RunFolder, name: str, sealed: Mapping[str, str]) -> None:
+    """`from_pretrained` would read a file that state.json does not name, too."""
+    for path in run.path(name).iterdir():
+        if path.name in sealed or path.name == STATE or path.name.startswith("."):
+            continue
+        if path.is_symlink() or path.is_file():
+            if run.url is None:
+                raise DamagedError(f"{name}/{path.name} is a file that {STATE} does not name")
+            path.unlink()  # this machine's copy of an earlier attempt's
 
 
 def sha256_of(path: Path) -> str:
@@ -261,25 +282,29 @@ def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _open_seal(data: bytes) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads(data)
-        digest = state.pop("digest")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise DamagedError(f"{STATE} is not whole") from None
-    if state.get("format", 0) > FORMAT:
+def _open_seal(state: Any) -> dict[str, Any]:
+    if not isinstance(state, dict) or "digest" not in state:
+        raise DamagedError(f"{STATE} is not whole")
+    digest = state.pop("digest")
+    version = state.get("format", 0)
+    if not isinstance(version, int):
+        raise DamagedError(f"{STATE} is not whole: its format is no number")
+    if version > FORMAT:
         raise UserError(
-            f"{STATE} has format {state['format']}; this lwo_dist reads up to {FORMAT}: install a"
+            f"{STATE} has format {str(version)[:20]}; this lwo_dist reads up to {FORMAT}: install a"
             " newer one"
         )
-    if _digest(state) != digest:
+    with reading(STATE):
+        intact = _digest(state) == digest
+    if not intact:
         raise DamagedError(f"{STATE} does not have its own digest")
+    check_state(state)
     return state
 
 
 def _read_moments(path: Path) -> dict[str, dict[str, Tensor]]:
     moments: dict[str, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file:
+    with reading(path.name), safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
             name, _, kind = key.rpartition(".")
             moments.setdefault(name, {})[kind] = file.get_tensor(key)

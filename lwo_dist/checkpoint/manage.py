@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lwo_dist import lease
-from lwo_dist.errors import UserError
+from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.scores import ScoreSheet
@@ -15,8 +15,6 @@ from lwo_dist.units import human_bytes
 
 from .export import Dtype, export_model
 from .format import (
-    STATE,
-    DamagedError,
     committed_steps,
     newest_checkpoint,
     prune,
@@ -24,6 +22,7 @@ from .format import (
     read_state,
     step_folder,
 )
+from .schema import STATE, check_record
 
 __all__ = ["export_run", "list_checkpoints", "prune_checkpoints", "verify_checkpoints"]
 
@@ -39,15 +38,16 @@ def list_checkpoints(run: RunFolder) -> Iterator[str]:
     for step in _steps(run):
         try:
             state = read_state(run, step)
+            check_record(state)
         except DamagedError as error:
             yield f"step {step}  damaged: {error}"
             continue
         written = (run.local / step_folder(step) / STATE).stat().st_mtime
         when = datetime.datetime.fromtimestamp(written).isoformat(" ", "seconds")
-        scores = state.get("results", {}).get("evaluations", {}).get(str(step), {})
+        scores = (state.get("results") or {}).get("evaluations", {}).get(str(step), {})
         shown = [
             f"held-out {score.heading} {score.show(scores[score.key])}"
-            for score in ScoreSheet.read(state.get("run", {}), scores).scores
+            for score in ScoreSheet.read(state.get("run") or {}, scores).scores
             if score.headline and score.key in scores
         ]
         parts = [f"layer {state['active_layer']}", *shown, f"{len(state['sha256'])} files", when]
@@ -101,17 +101,29 @@ def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
             f"no checkpoint of {run} is whole, so nothing was removed; remove the folder to start"
             " anew"
         )
-    for name in prune(run, set(whole)):
+    try:
+        removed = prune(run, set(whole))
+    except OSError as error:
+        raise UserError(f"{run} could not be pruned: {first_line(error)}") from None
+    for name in removed:
         yield f"removed {name}"
 
 
-def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dtype) -> Path:
+def export_run(
+    run: RunFolder,
+    target: Path | None,
+    step: int | None,
+    dtype: Dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write a checkpoint as a Hugging Face model folder.
 
     Args:
         target: the folder to write; None: `model` in the run's folder or, for a run in an object
             store, a folder with the run's name in the working directory.
         step: the checkpoint; None: the newest intact one.
+        trust_remote_code: run the Python code that comes with the model, if it needs any.
 
     Returns:
         The folder.
@@ -130,11 +142,12 @@ def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dty
         ) from None
     assert checkpoint is not None
     if target is None:
-        target = run.local / "model" if run.url is None else Path(run.local.name)
+        target = run.path("model") if run.url is None else Path(run.local.name)
     if target.exists() and not (target / "config.json").is_file():
         raise UserError(f"--to = {target} exists and is not a model; give a new folder")
     try:
-        return export_model(checkpoint, target.absolute(), dtype=dtype)
+        target = target.resolve() if target.is_symlink() else target.absolute()
+        return export_model(checkpoint, target, dtype=dtype, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise UserError(
             f"--to = {target}: {error.strerror or error}; give a folder with enough space"
@@ -142,14 +155,17 @@ def export_run(run: RunFolder, target: Path | None, step: int | None, dtype: Dty
 
 
 def _steps(run: RunFolder) -> list[int]:
-    steps = committed_steps(run)
+    try:
+        steps = committed_steps(run)
+    except OSError as error:
+        raise UserError(f"{run} cannot be read: {first_line(error)}") from None
     if not steps:
         raise UserError(f"{run} has no checkpoints; give the folder of a run, <storage>/<run_name>")
     return steps
 
 
 def _refuse_running(run: RunFolder) -> None:
-    spool = run.local / SPOOL_NAME
+    spool = run.file(SPOOL_NAME)
     if spool.is_file() and is_being_written(spool):
         raise UserError(f"{run} is still running and prunes by itself; wait until it ends")
     lease.refuse_held(run)

@@ -9,17 +9,23 @@ from typing import Any
 from lwo_dist import distributed
 from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
-from lwo_dist.errors import UserError
+from lwo_dist.errors import DamagedError, UserError
 from lwo_dist.hook import LWO
 from lwo_dist.storage import RunFolder
 
 from .format import Checkpoint, newest_checkpoint, use_copy
+from .schema import STATE, check_record
 
 __all__ = ["data_record", "find_checkpoint", "refuse_other_run", "restore"]
 
 
 def find_checkpoint(config: Config, run_folder: RunFolder) -> Checkpoint | None:
-    """The newest intact checkpoint, with its files available on every machine."""
+    """The newest intact checkpoint, with its files available on every machine.
+
+    Raises:
+        UserError: no checkpoint is intact; or the run's folder holds links.
+    """
+    distributed.on_rank_0(run_folder.refuse_links)
     if config.checkpoint.resume != "auto":
         return None
     checkpoint = distributed.on_rank_0(newest_checkpoint, run_folder)
@@ -43,6 +49,8 @@ def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
     lwo.load_state_dict(checkpoint.hook_state())
     layers = {layer.name: layer for layer in lwo.layers}
     for name, moments in checkpoint.parked_moments():
+        if name not in layers:
+            raise DamagedError(f"{STATE} has moments of {name[:100]!r}, which is no layer")
         lwo.write_moments(layers[name], moments)
 
 
@@ -56,7 +64,10 @@ def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
 
 
 def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    """Raise UserError if the checkpoint was made from another model or other data."""
+    """Raise UserError if the checkpoint was made from another model or other data, or is not
+    what a run writes.
+    """
+    check_record(state, "run", "data", "results")
     base = config.model.name
     then = state["run"]["base_model"]
     # The folder may have moved, but its name stays the same.

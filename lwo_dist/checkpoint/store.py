@@ -10,7 +10,6 @@ wait()       tells every rank the outcome of the save: committed, or why not
 from __future__ import annotations
 
 import json
-import posixpath
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from lwo_dist.layers import Layer
 from lwo_dist.storage import RunFolder
 
 from .format import Checkpoint, flat_moments, step_folder
+from .schema import file_of
 from .writer import CheckpointWriter, Outcome, Piece, Save
 
 __all__ = ["LayerStore", "Outcome"]
@@ -68,9 +68,7 @@ class LayerStore:
             keys[_moments_key(layer)] = parked.get(layer.name)
             for key, reference in keys.items():
                 if reference is not None:
-                    name = posixpath.normpath(
-                        posixpath.join(step_folder(checkpoint.step), reference)
-                    )
+                    name = file_of(step_folder(checkpoint.step), reference)
                     written[key] = name, checkpoint.state["sha256"][reference]
                     self._captured[key] = lwo.last_changed(layer)
         if self._writer is not None:

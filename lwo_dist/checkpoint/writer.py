@@ -1,5 +1,8 @@
 """The thread of rank 0 that writes host copies to disk or an object store during training.
 
+Whatever a checkpoint names, folders included, is on disk before its state.json, and that before an
+older checkpoint is removed: a machine that loses power keeps one of them.
+
 A failed save (a full disk) loses nothing: its layers stay in host memory and are written with the
 next one.
 """
@@ -21,14 +24,11 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from lwo_dist.storage import RunFolder, write_whole
+from lwo_dist.errors import DamagedError, first_line, printable
+from lwo_dist.storage import RunFolder, make_folder, sync, write_whole
 
 from .format import (
     FORMAT,
-    INDEX,
-    LAYERS,
-    MOMENTS,
-    STATE,
     committed_steps,
     flat_moments,
     prune,
@@ -36,6 +36,7 @@ from .format import (
     sha256_of,
     step_folder,
 )
+from .schema import INDEX, LAYERS, MOMENTS, STATE
 
 __all__ = ["CheckpointWriter", "Outcome", "Piece", "Save"]
 
@@ -168,15 +169,15 @@ class CheckpointWriter:
             )
             digest = hashlib.sha256(data).hexdigest()
             name = f"{LAYERS}/{piece.stem}.{digest[:8]}{piece.suffix}"
-            path = self._run.local / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = self._run.path(name)
+            make_folder(path.parent)
             self._may_write()
             if not (path.exists() and sha256_of(path) == digest):  # overwrite a damaged file
                 write_whole(path, data)
                 self._bytes += len(data)
             self._run.push([name])
-        except OSError as error:
-            return f"{piece.stem}{piece.suffix}: {error.strerror or error}"
+        except (OSError, DamagedError) as error:
+            return f"{piece.stem}{piece.suffix}: {_reason(error)}"
         self._written[key] = name, digest
         del self._unwritten[key]
         return ""
@@ -189,8 +190,8 @@ class CheckpointWriter:
                 return Outcome(job.step, folder, error)
         try:
             self._write_checkpoint(job, folder)
-        except OSError as error:
-            return Outcome(job.step, folder, error.strerror or str(error))
+        except (OSError, DamagedError) as error:
+            return Outcome(job.step, folder, _reason(error))
         self._committed.append(job.step)
         kept = {*self._committed[-self._keep :], *({job.best_step} & {*self._committed})}
         try:
@@ -198,7 +199,9 @@ class CheckpointWriter:
             self._committed = [step for step in self._committed if step in kept]
         except (OSError, ValueError) as error:
             print(
-                f"warning: old checkpoints in {self._run} could not be removed: {error}", flush=True
+                f"warning: old checkpoints in {self._run} could not be removed:"
+                f" {printable(first_line(error))}",
+                flush=True,
             )
         written = self._bytes
         self._bytes = 0
@@ -209,7 +212,9 @@ class CheckpointWriter:
         # An existing folder is damaged, or left over from an interrupted save.
         self._may_write()
         self._run.remove_folder(here, first=STATE)
-        folder.mkdir(parents=True)
+        make_folder(self._run.path(here).parent)
+        folder.mkdir()
+        sync(folder.parent)
         digests = self._add_model_files(folder)
 
         def reference(key: str) -> str:
@@ -256,6 +261,8 @@ class CheckpointWriter:
         else:
             self._model_files(folder)
             found = {path.name: sha256_of(path) for path in folder.iterdir() if path.is_file()}
+            for name in found:
+                sync(folder / name)
             self._bytes += sum((folder / name).stat().st_size for name in found)
         here = folder.relative_to(self._run.local).as_posix()
         self._model = {name: (f"{here}/{name}", digest) for name, digest in found.items()}
@@ -267,3 +274,8 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # the file system does not support links
         shutil.copyfile(source, target)
+        sync(target)
+
+
+def _reason(error: OSError | DamagedError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)

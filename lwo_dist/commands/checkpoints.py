@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
 from .arguments import Subparsers, add_run_argument
@@ -36,4 +37,4 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         lines = manage.prune_checkpoints(folder, arguments.keep)
     for line in lines:
-        print(line, flush=True)
+        print(printable(line), flush=True)

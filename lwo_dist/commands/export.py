@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
 from .arguments import Subparsers, add_run_argument
@@ -24,6 +25,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the model, if it needs any; read it first",
+    )
     return parser
 
 
@@ -35,4 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder = RunFolder.at(arguments.run)
     with umask_of(access_of(folder.local)):
-        print(f"model: {export_run(folder, arguments.to, arguments.step, arguments.dtype)}")
+        model = export_run(
+            folder,
+            arguments.to,
+            arguments.step,
+            arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    print(f"model: {printable(str(model))}")

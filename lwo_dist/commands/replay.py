@@ -17,7 +17,11 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "spool", type=Path, metavar="SPOOL", help="the spool in the run's folder, or that folder"
     )
-    parser.add_argument("--uri", help="MLflow tracking URI; unset: where the run meant to send to")
+    parser.add_argument(
+        "--uri",
+        help="MLflow tracking URI; unset: MLFLOW_TRACKING_URI or the database beside the run,"
+        " whichever the run was for",
+    )
     return parser
 
 

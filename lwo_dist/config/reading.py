@@ -15,6 +15,11 @@ from .run import Config
 
 __all__ = ["load_config"]
 
+_MAX_BYTES = 2**20
+_MAX_NODES = 10_000
+_MAX_DEPTH = 20
+_MAX_SHOWN = 200  # characters of a value that a message repeats
+
 
 def load_config(
     path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()
@@ -42,13 +47,19 @@ def load_config(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        values = _parse(data.decode())
     except OSError as error:
         raise UserError(
             f"config file {path}: {error.strerror}; give the path of a YAML file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    except _TooMuchError as error:
+        raise UserError(f"config file {path} {error}") from None
+    except _NOT_YAML as error:
+        raise UserError(
+            f"config file {path} is not YAML: {' '.join(str(error).split())[:_MAX_SHOWN]}"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -59,11 +70,42 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class _TooMuchError(Exception):
+    """Why a text is more than a config can need; begins with a verb."""
+
+
+# PyYAML lets through what its conversions raise, such as ValueError for the date 2026-99-99.
+_NOT_YAML = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def _parse(text: str) -> Any:
+    """The values of a YAML text.
+
+    Its events are counted first: a few aliases of aliases can stand for more values than fit in
+    memory, and a deep nesting exhausts the stack.
+    """
+    if len(text) > _MAX_BYTES:
+        raise _TooMuchError(f"has more than {_MAX_BYTES} bytes")
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise _TooMuchError(f"has the alias *{event.anchor}; repeat the value in its place")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise _TooMuchError(f"is nested more than {_MAX_DEPTH} deep")
+        if number > _MAX_NODES:
+            raise _TooMuchError(f"has more than {_MAX_NODES} values")
+    return yaml.safe_load(text)
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} must read key=value, for example lwo.lr=1e-4")
     *groups, name = key.split(".")
+    if len(groups) > _MAX_DEPTH:
+        raise UserError(f"override {override[:_MAX_SHOWN]!r} has more than {_MAX_DEPTH} groups")
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
@@ -72,16 +114,22 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 " of keys"
             )
     try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        values[name] = _parse(text)
+    except _TooMuchError as error:
+        raise UserError(f"override {override[:_MAX_SHOWN]!r} {error}") from None
+    except _NOT_YAML:
+        raise UserError(
+            f"override {override[:_MAX_SHOWN]!r}: {text[:_MAX_SHOWN]!r} is not a YAML value; quote"
+            " it"
+        ) from None
 
 
 def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
     for key, value in values.items():
         field = model.model_fields.get(str(key))
         if field is None:
-            hint = _nearest_key(str(key), model, prefix)
+            key = str(key)[:_MAX_SHOWN]
+            hint = _nearest_key(key, model, prefix)
             mend = (
                 f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
             )
@@ -90,7 +138,7 @@ def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{prefix}{key} = {value!r} must be a group of keys:"
+                    f"{prefix}{key} = {repr(value)[:_MAX_SHOWN]} must be a group of keys:"
                     f" {', '.join(annotation.model_fields)}"
                 )
             _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
@@ -119,7 +167,7 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    location = ".".join(str(part) for part in first["loc"])
+    location = ".".join(str(part)[:_MAX_SHOWN] for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
     if first["type"] == "value_error":
         return f"{location}: {message}" if location else message
@@ -132,5 +180,5 @@ def _one_line(error: ValidationError) -> str:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             field = field.annotation
         else:
-            return f"{location} = {first['input']!r}: {message} ({description})"
-    return f"{location} = {first['input']!r}: {message}"
+            return f"{location} = {repr(first['input'])[:_MAX_SHOWN]}: {message} ({description})"
+    return f"{location} = {repr(first['input'])[:_MAX_SHOWN]}: {message}"

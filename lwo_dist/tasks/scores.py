@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter
 
 __all__ = ["Column", "Score", "ScoreSheet", "Scores"]
 
@@ -32,7 +33,7 @@ class Score:
     higher_is_better: bool = True
     per_example: bool = True
     """Every example has a value, so a difference has a paired interval."""
-    digits: int = 2
+    digits: Annotated[int, Field(ge=0, le=12)] = 2
     """Number of decimals shown."""
     headline: bool = False
     """Whether it is one of the few figures at the top of a report."""
@@ -92,10 +93,15 @@ class ScoreSheet:
             metrics: names of metrics; only those that begin with `eval/` are used.
         """
         try:
-            scores = tuple(Score(**fields) for fields in record["scores"])
-            one, many = record["example"]
+            scores = tuple(_SCORES.validate_python(record["scores"]))
+            one, many = _EXAMPLE.validate_python(record["example"])
             return cls(scores, (one, many))
         except (KeyError, TypeError, ValueError):
             names = [name.removeprefix("eval/") for name in metrics if name.startswith("eval/")]
             plain = [Score(name, name, digits=3, headline=True) for name in names]
             return cls(tuple(score for score in plain if score.name != "lines"), ("line", "lines"))
+
+
+_STRICT = ConfigDict(strict=True)
+_SCORES = TypeAdapter(list[Score])
+_EXAMPLE = TypeAdapter(list[str], config=_STRICT)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lwo_dist.redaction import redact
 from lwo_dist.report import write_report
 from lwo_dist.spool import Spool
 
 from .sender import reason
 
-__all__ = ["append_end", "end_dead_run", "replay_hint"]
+__all__ = ["append_end", "end_dead_run", "known_store", "replay_hint"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,24 @@ def end_dead_run(spool_path: Path, status: str) -> None:
         spool.close()
 
 
-def replay_hint(spool_path: Path) -> str:
-    """The command that sends the rest of a spool, for the end of a message."""
-    return f"send it with: lwo-dist replay {shlex.quote(str(spool_path))}"
+def known_store(spool_path: Path, named: str) -> str | None:
+    """The store that a spool names, if it is the environment's or lies beside the runs; else None.
+
+    Its URL, perhaps with a password, comes from the environment, and never from the spool, whose
+    run may come from anybody: it would receive the environment's credentials.
+    """
+    beside = f"sqlite:///{spool_path.absolute().parents[1]}/mlflow.db"
+    known = (os.environ.get("MLFLOW_TRACKING_URI"), beside)
+    return next((uri for uri in known if uri and redact(uri) == named), None)
+
+
+def replay_hint(spool_path: Path, uri: str) -> str:
+    """The command that sends the rest of a spool, for the end of a message.
+
+    Args:
+        uri: the store that the run was for, without credentials.
+    """
+    command = f"lwo-dist replay {shlex.quote(str(spool_path))}"
+    if known_store(spool_path, uri) is None:
+        command += f" --uri {shlex.quote(uri)}"
+    return f"send it with: {command}"

@@ -23,8 +23,9 @@ from lwo_dist.errors import UserError
 from lwo_dist.redaction import redact, refuse_password
 from lwo_dist.run_info import RunInfo, public_config, run_parameters, run_tags
 from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
+from lwo_dist.storage import RunFolder
 
-from .close import append_end, end_dead_run, replay_hint
+from .close import append_end, end_dead_run, known_store, replay_hint
 from .mlflow_store import MLflowStore
 from .restarts import Restarts
 from .sender import Sender, reason, send_spool, unsent
@@ -134,7 +135,8 @@ def end_run(config: Config, storage: Path, run_name: str, status: str) -> None:
         sent.address(redact(uri), None)
         send_spool(path, MLflowStore(uri, storage, CALL_TIMEOUT_S), sent)
     except Exception as error:
-        logger.warning("MLflow at %s: %s; %s", redact(uri), reason(error), replay_hint(path))
+        hint = replay_hint(path, redact(uri))
+        logger.warning("MLflow at %s: %s; %s", redact(uri), reason(error), hint)
 
 
 def replay(spool: Path, uri: str | None = None) -> int:
@@ -145,13 +147,15 @@ def replay(spool: Path, uri: str | None = None) -> int:
 
     Args:
         spool: the spool, or the folder of its run.
-        uri: the store to send to; None: the one that the run was for.
+        uri: the store to send to; None: the one that the run was for, if it is that of
+            MLFLOW_TRACKING_URI or the database beside the run.
 
     Returns:
         The number of metric points that were sent.
 
     Raises:
-        UserError: there is no such spool, the run is still running, or the store cannot be reached.
+        UserError: there is no such spool, the run is still running, its folder holds links, it was
+            for a store that only its own files name, or the store cannot be reached.
     """
     path = spool / SPOOL_NAME if spool.is_dir() else spool
     if not path.is_file():
@@ -160,15 +164,17 @@ def replay(spool: Path, uri: str | None = None) -> int:
         raise UserError(
             f"{path} belongs to a run that is still running and sends it itself; wait until it ends"
         )
+    RunFolder.at(str(path.absolute().parent)).refuse_links()
     sent = Sent.load(path)
     if uri is None:
         first = next((record.fields for record in read_spool(path) if record.kind == "run"), {})
-        uri = sent.uri or first.get("uri")
-        environment = os.environ.get("MLFLOW_TRACKING_URI")
-        if uri is None or (
-            environment and redact(environment) == uri
-        ):  # the same store, perhaps with its password
-            uri = environment
+        named = sent.uri or first.get("uri")
+        uri = known_store(path, named) if named else os.environ.get("MLFLOW_TRACKING_URI")
+        if named and uri is None:
+            raise UserError(
+                f"{path} is for MLflow at {redact(str(named))[:300]}, which only the run's files"
+                " name; if you know it, give it with --uri, or in MLFLOW_TRACKING_URI"
+            )
     if uri is None:
         raise UserError(f"{path} does not name an MLflow server; give its address with --uri")
     sent.address(redact(uri), None)
@@ -178,7 +184,7 @@ def replay(spool: Path, uri: str | None = None) -> int:
     except Exception as error:
         raise UserError(
             f"MLflow at {redact(uri)}: {reason(error)}; it lacks {unsent(path, sent)}; when it is"
-            f" up, {replay_hint(path)}"
+            f" up, {replay_hint(path, redact(uri))}"
         ) from None
     return sent.points
 
@@ -328,7 +334,7 @@ class MLflowCallback(Callback):
                     "MLflow lacks %s (%s); %s",
                     unsent(spool.path, sender.sent),
                     why,
-                    replay_hint(spool.path),
+                    replay_hint(spool.path, str(sender.sent.uri)),
                 )
 
     def _complain(self, problem: str) -> None:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from lwo_dist.errors import DamagedError, printable
 from lwo_dist.redaction import redact
 from lwo_dist.spool import Point, Record, Sent, points_of, read_spool
+from lwo_dist.storage import contained
 
 __all__ = ["Sender", "Store", "reason", "send_spool", "unsent"]
 
@@ -91,7 +93,14 @@ def send_spool(
 
 
 def _upload(spool: Path, store: Store, run_id: str, name: str) -> None:
-    file = spool.parent / name
+    try:
+        file = contained(spool.parent, name)
+        # A run may come from anybody, and must not name other files of this machine.
+        for part in file.rglob("*"):
+            contained(file, part.relative_to(file).as_posix())
+    except DamagedError as error:
+        logger.warning("%s; not uploaded to MLflow", printable(str(error)))
+        return
     if not file.exists():
         logger.warning("%s is gone; not uploaded to MLflow", file)
     elif file.is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lwo_dist.redaction import redact_values
+from lwo_dist.storage import write_whole
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.metrics import paired_interval
 from lwo_dist.tasks.scores import Score, ScoreSheet
@@ -71,9 +72,7 @@ class Results:
         if not self._with_samples:
             samples = []
         text = json.dumps({"scores": evaluation.scores, "lines": lines, "samples": samples})
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.rename(path)
+        write_whole(path, text.encode())
 
     @property
     def best_step(self) -> int:

@@ -51,7 +51,7 @@ def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
         f"MLflow lacks {POINTS} metric points, {len(FILES)} files, the state of the run (Connection"
         " refused)"
     )
-    assert lines[-1].endswith(f"send it with: lwo-dist replay {spool}")
+    assert lines[-1].endswith(f"send it with: lwo-dist replay {spool} --uri {server.uri}")
     with pytest.raises(
         UserError,
         match=(
@@ -59,17 +59,17 @@ def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
             r" of the run; when"
         ),
     ):
-        replay(spool)
+        replay(spool, server.uri)
 
     server.start()
-    assert replay(spool) == count_points(spool) == POINTS
+    assert replay(spool, server.uri) == count_points(spool) == POINTS
     client, run_id = client_of(server.uri), Sent.load(spool).run_id
     assert_equal_to_spool(client, run_id, spool)
     run = client.get_run(run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "late")
     assert run.data.params["train.steps"] == "100"
     assert artifacts(client, run_id) >= FILES
-    assert replay(spool) == 0
+    assert replay(spool, server.uri) == 0
 
 
 def test_a_server_that_is_frozen_for_a_while(server, tmp_path, caplog, monkeypatch):
@@ -290,7 +290,7 @@ def test_files_that_cannot_be_uploaded_hold_up_nothing(tmp_path, storage, caplog
     assert client.get_run(callback.run_id).info.status == "FINISHED"
     assert f"MLflow lacks {len(FILES)} files (config.yaml could not be uploaded: " in caplog.text
     (tmp_path / "mlartifacts").unlink()
-    assert replay(spool) == 0
+    assert replay(spool, config.tracking.uri) == 0
     assert artifacts(client, callback.run_id) >= {"config.yaml", "pictures/memory.png"}
 
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lwo_dist.checkpoint.format import STATE, newest_checkpoint, step_folder
+from lwo_dist.checkpoint.format import newest_checkpoint, step_folder
+from lwo_dist.checkpoint.schema import STATE
 from lwo_dist.checkpoint.store import LayerStore
 from lwo_dist.errors import UserError
 from tests import stores

@@ -237,3 +237,19 @@ def test_the_lock_of_a_killed_compile_is_named_and_a_living_one_is_not(
         UserError, match=r"cpu_adam/lock was left by a compile .* that was killed.*delete that file"
     ):
         deepspeed.check_environment()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a":' * 5000, "nested more than 20 deep"),
+        ('{"a":' * 30 + "1" + "}" * 30, "nested more than 20 deep"),
+        (" " * 2**20 + "{}", "has more than 1048576 bytes"),
+    ],
+)
+def test_a_hostile_json_file_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as refused:
+        read_config(str(path))
+    assert len(str(refused.value)) < 2000

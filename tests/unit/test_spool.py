@@ -195,3 +195,41 @@ def test_an_offset_beyond_the_end_means_from_the_start(tmp_path):
     sent.save()
     os.truncate(path, 0)
     assert Sent.load(path).offset == 0
+
+
+# ---- a spool that somebody made up
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"kind": "metrics", "time_ms": 1, "step": "x", "values": {}}',
+        b'{"kind": "metrics", "time_ms": 1, "step": 1, "values": {"a": "b"}}',
+        b'{"kind": "metrics", "time_ms": 1, "step": 1, "values": {"a": 1%s}}' % (b"0" * 4000),
+        b'{"kind": "metrics", "time_ms": 1}',
+        b'{"kind": "switch", "time_ms": 1, "step": 1}',
+        b'{"kind": "artifact", "time_ms": 1, "path": ["a"]}',
+        b'{"kind": ["run"], "time_ms": 1}',
+        b'{"kind": "run", "time_ms": "now"}',
+        b"[" * 100_000,
+        b'"%s"' % (b"x" * (17 * 2**20)),
+    ],
+    ids=range(10),
+)
+def test_a_line_that_no_spool_writes_is_damaged_and_spoils_no_other(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b"\n")
+    with path.open("ab") as file:
+        file.write(b'{"kind": "metrics", "time_ms": 1, "step": 2, "values": {"a": 1.0}}\n')
+    assert [record.kind for record in read_spool(path)] == ["damaged", "metrics"]
+    spool = Spool(path)  # as a resumed run does
+    spool.append_metrics(3, {"a": 2.0})
+    assert points(path) == [(2, "a", 1.0), (3, "a", 2.0)]
+
+
+def test_a_spool_that_is_a_link_is_not_written(tmp_path):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "metrics.jsonl").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="is a link"):
+        Spool(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "elsewhere").read_text() == "mine"

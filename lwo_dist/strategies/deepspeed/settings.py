@@ -20,6 +20,8 @@ from lwo_dist.errors import UserError
 __all__ = ["DEFAULT_STAGE", "read_config", "refuse_settings", "resolve"]
 
 DEFAULT_STAGE = 3
+_MAX_BYTES = 2**20
+_MAX_DEPTH = 20
 _ADAMS = ("adam", "adamw", "fusedadam", "deepspeedcpuadam")
 _NVME = "swapping to NVMe is not supported; set device: cpu or none"
 _PLAIN = "leave it out: one layer at a time has not been tested with it"
@@ -60,20 +62,34 @@ def read_config(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
         UserError: an unreadable file, malformed JSON, or JSON that is not a mapping.
     """
     if isinstance(value, str):
+        name = f"deepspeed = {value}"
         try:
-            value = json.loads(Path(value).expanduser().read_text())
+            with Path(value).expanduser().open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise UserError(f"{name} has more than {_MAX_BYTES} bytes")
+            value = json.loads(data)
+            _refuse_nesting(value, 0)
         except OSError as error:
-            raise UserError(
-                f"deepspeed = {value}: {error.strerror}; give a JSON file, or a mapping"
-            ) from None
+            raise UserError(f"{name}: {error.strerror}; give a JSON file, or a mapping") from None
+        except RecursionError:
+            raise UserError(f"{name} is nested more than {_MAX_DEPTH} deep") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"deepspeed = {value} is not JSON: {error}") from None
+            raise UserError(f"{name} is not JSON: {error}") from None
         if not isinstance(value, dict):
             raise UserError(
                 f"the deepspeed config holds a {type(value).__name__}; it must be a mapping of keys"
                 " to values"
             )
     return _without_auto(dict(value or {}))
+
+
+def _refuse_nesting(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise RecursionError
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_nesting(item, depth + 1)
 
 
 def refuse_settings(settings: Mapping[str, Any]) -> None:

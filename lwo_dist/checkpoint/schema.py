@@ -1,0 +1,224 @@
+"""What the files of a checkpoint may hold. They may come from anybody, whole or made up.
+
+A state.json that matches its own digest proves nothing about who wrote it: the digest has no key.
+So types, sizes and names are checked before anything uses them; what fails is a `DamagedError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from lwo_dist.errors import DamagedError, first_line, printable
+from lwo_dist.storage import is_plain
+
+__all__ = [
+    "check_depth",
+    "check_record",
+    "check_state",
+    "file_of",
+    "read_json",
+    "reading",
+    "weight_map_of",
+]
+
+LAYERS = "layers"
+STATE = "state.json"
+INDEX = "model.safetensors.index.json"
+MOMENTS = "active.safetensors"
+
+MAX_BYTES = 128 * 2**20
+"""Of a JSON file; state.json holds the loss of every step, some 20 bytes each."""
+_MAX_ENTRIES = 1_000_000
+_MAX_LAYERS = 1000
+"""More need as many weights: transformers would build them for hours, from one number."""
+
+# Files that a loader would prefer to ours, or follow to another model.
+_FOREIGN_NAMES = ("adapter_config.json", STATE)
+_FOREIGN_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_UP = "../../layers/"
+
+Text = Annotated[str, StringConstraints(max_length=4000)]
+Step = Annotated[int, Field(ge=0, le=10**15)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Optimisation(_Strict):
+    lr: float
+    lr_scheduler_type: Text
+    steps_per_layer: Step
+    order: Text
+
+
+class _Training(_Strict):
+    global_batch_size: Step
+    sequence_length: Step
+    precision: Text
+
+
+class _Run(_Strict):
+    run_name: Text
+    method: Text
+    task: Text
+    base_model: Text
+    revision: Text | None = None
+    source: Text
+    data: dict[Text, Step]
+    lwo: _Optimisation
+    train: _Training
+    versions: dict[Text, Text]
+
+
+class _Data(_Strict):
+    seed: int
+    global_batch_size: Step
+    fingerprint: Text
+
+
+class _Results(_Strict):
+    evaluations: dict[
+        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")], dict[Text, float]
+    ]
+    training_seconds: float
+    blocked_seconds: float
+    tokens: Step
+    losses: list[float]
+    peaks: dict[Text, float]
+
+
+class _State(_Strict):
+    step: Step
+    active_layer: Text
+    skipped_steps: float
+    moments: dict[Text, Text]
+    sha256: dict[Text, Sha256] = Field(max_length=_MAX_ENTRIES)
+
+
+class _Record(_Strict):
+    """The trainer's entries."""
+
+    run: _Run | None = None
+    data: _Data | None = None
+    results: _Results | None = None
+
+
+_WEIGHT_MAP = TypeAdapter(
+    Annotated[dict[Text, Text], Field(max_length=_MAX_ENTRIES)], config=ConfigDict(strict=True)
+)
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless what every checkpoint holds has its types and names files of it."""
+    with reading(STATE):
+        _State.model_validate(state)
+    for reference in state["sha256"]:
+        file_of("", reference)
+    for name in (INDEX, MOMENTS):
+        if name not in state["sha256"]:
+            raise DamagedError(f"{STATE} does not name {name}")
+    for reference in state["moments"].values():
+        if reference not in state["sha256"]:
+            raise DamagedError(f"{STATE} has no sha256 of the moments in {reference[:100]!r}")
+
+
+def check_record(state: Mapping[str, Any], *needed: str) -> None:
+    """Raise DamagedError unless the trainer's entries have their types.
+
+    Args:
+        needed: those that must be there, of `run`, `data` and `results`.
+    """
+    with reading(STATE):
+        _Record.model_validate(state)
+    for name in needed:
+        if state.get(name) is None:
+            raise DamagedError(f"{STATE} has no {name}")
+
+
+def weight_map_of(index: Any, sealed: Mapping[str, str]) -> dict[str, str]:
+    """The weight map of an index: parameter -> file, each one of the `sealed` safetensors files.
+
+    Raises:
+        DamagedError
+    """
+    with reading("the index"):
+        weight_map = _WEIGHT_MAP.validate_python(index["weight_map"])
+    for reference in {*weight_map.values()}:
+        if reference not in sealed or not reference.endswith(".safetensors"):
+            raise DamagedError(f"the index names {reference[:100]!r}, which is no weight file")
+    return weight_map
+
+
+def file_of(folder: str, reference: str) -> str:
+    """The name of a checkpoint's file in the run's folder: its own, or one of `layers/`.
+
+    Args:
+        folder: the checkpoint's, relative to the run's.
+
+    Raises:
+        DamagedError: `reference` is none of these.
+    """
+    file = reference.removeprefix(_UP)
+    is_layer = file != reference
+    if (
+        not is_plain(file)
+        or "/" in file
+        or file.startswith(".")
+        or file in _FOREIGN_NAMES
+        or file.endswith(_FOREIGN_SUFFIXES)
+        or (is_layer and not file.endswith(".safetensors"))
+    ):
+        raise DamagedError(f"{STATE} names {reference[:100]!r}, which is no file of a checkpoint")
+    return f"{LAYERS if is_layer else folder}/{file}"
+
+
+def check_depth(settings: Any, weights: int) -> None:
+    """Raise DamagedError if a config.json asks for far more layers than there are weights."""
+    limit = max(_MAX_LAYERS, weights)
+    waiting = [settings]
+    while waiting:
+        value = waiting.pop()
+        for key, item in value.items() if isinstance(value, dict) else ():
+            waiting.append(item)
+            counts_layers = re.fullmatch(r"n_layers?|num_(\w+_)?layers?", key)
+            if counts_layers and isinstance(item, int | float) and not item <= limit:
+                raise DamagedError(f"config.json: {key} = {str(item)[:20]} for {weights} weights")
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file of at most `MAX_BYTES`.
+
+    Raises:
+        DamagedError
+        OSError
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DamagedError(f"{path.name} has more than {MAX_BYTES} bytes")
+    with reading(path.name):
+        return json.loads(data)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what libraries raise over wrong contents into a DamagedError that names `what`."""
+    try:
+        yield
+    except (DamagedError, OSError):
+        raise
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = printable(".".join(str(part)[:100] for part in first["loc"]))
+        raise DamagedError(f"{what} is not whole: {where}: {first['msg']}") from None
+    except Exception as error:
+        raise DamagedError(f"{what} is not whole: {printable(first_line(error))}") from None
