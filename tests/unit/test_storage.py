@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.store import LocalStore
 from pyarrow.fs import LocalFileSystem
 
 from lwo_dist import storage
@@ -20,6 +21,8 @@ from lwo_dist.storage import RunFolder, is_url, new_run_name, storage_folder, wr
 
 class FakeStore:
     """An object store in a folder: a file needs no folder to be made before it."""
+
+    region = None
 
     def __init__(self) -> None:
         self._fs = LocalFileSystem()
@@ -46,6 +49,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStore:
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path / "node"))
     monkeypatch.setattr(
         storage, "_open", lambda url, run_name: (fake, f"{tmp_path}/bucket/runs/{run_name}")
+    )
+    monkeypatch.setattr(
+        storage,
+        "_open_conditional",
+        lambda url, region: LocalStore(tmp_path / url.partition("://")[2], mkdir=True),
     )
     return fake
 
