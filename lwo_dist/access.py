@@ -22,6 +22,7 @@ __all__ = [
     "access_of",
     "private_folder",
     "scratch_folder",
+    "scratch_path",
     "share",
     "share_as_made",
     "umask_of",
@@ -109,11 +110,16 @@ def private_folder(path: Path) -> Path:
 
 
 def scratch_folder() -> Path:
-    """A folder on this machine for this user alone: `lwo_dist-<uid>` in the temporary folder.
+    """A folder on this machine for this user alone, at `scratch_path`, made if it is not there.
 
     Raises: UserError, as `private_folder`.
     """
-    return private_folder(Path(tempfile.gettempdir(), f"lwo_dist-{os.getuid()}"))
+    return private_folder(scratch_path())
+
+
+def scratch_path() -> Path:
+    """`lwo_dist-<uid>` in the temporary folder."""
+    return Path(tempfile.gettempdir(), f"lwo_dist-{os.getuid()}")
 
 
 def _name(uid: int) -> str:

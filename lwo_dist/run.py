@@ -32,12 +32,20 @@ from .errors import UserError
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
-from .models import PretrainedSource, load_tokenizer
+from .models import PretrainedSource, licence_of, load_tokenizer
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
 from .stop import Stopped, StopRequest, StopVote
-from .storage import RunFolder, is_url, make_folder, new_run_name, storage_folder, write_whole
+from .storage import (
+    RunFolder,
+    is_url,
+    make_folder,
+    new_run_name,
+    storage_folder,
+    storage_path,
+    write_whole,
+)
 from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tasks.base import Task
@@ -81,9 +89,9 @@ def prepare(config: Config) -> Config:
     data = config.data.model_copy(update={"source": source})
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
     config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
-    run_folder = RunFolder(storage, run_name)
-    storage_is_new = not run_folder.local.parent.exists()
-    with _nothing_left_behind(run_folder.local.parent):
+    storage_is_new = not storage_path(storage).exists()
+    with _nothing_left_behind(storage_path(storage)):
+        run_folder = RunFolder(storage, run_name)
         run_folder.check_writable()
         if config.checkpoint.resume == "never" and committed_steps(run_folder):
             raise UserError(
@@ -224,12 +232,15 @@ def _build(
     info = describe_run(
         config, lwo, data, run_dir=run_folder.local, device=device, hosts=system.hosts
     )
+    run_record = checkpoint_record(info)
+    if distributed.rank() == 0:  # which writes it
+        run_record["licence"] = licence_of(config.model.name, config.model.revision)
     saver = Saver(
         config,
         lwo,
         results,
         store,
-        about={"run": checkpoint_record(info), "data": data_record(config, data)},
+        about={"run": run_record, "data": data_record(config, data)},
         callbacks=callbacks,
         on_commit=on_commit,
         checkpoint=checkpoint.folder if checkpoint is not None else None,
@@ -325,7 +336,6 @@ def _finish(
         run_folder.path("model"),
         method=method,
         trust_remote_code=config.model.trust_remote_code,
-        base=(config.model.name, config.model.revision),
     )
     summary = {
         "run_name": config.run_name,

@@ -19,7 +19,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .access import private_folder, scratch_folder
+from .access import private_folder, scratch_path
 from .errors import DamagedError, UserError, first_line, printable
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "make_folder",
     "new_run_name",
     "storage_folder",
+    "storage_path",
     "sync",
     "write_whole",
 ]
@@ -56,24 +57,26 @@ def storage_folder(storage: str) -> Path:
     Raises:
         UserError: the scratch space is somebody else's, or others may use it.
     """
+    path = storage_path(storage)
     if not is_url(storage):
-        return Path(storage.removeprefix("file://")).expanduser().absolute()
-    name = hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:12]
-    return private_folder(_scratch() / name)
-
-
-def _scratch() -> Path:
-    chosen = os.environ.get("LWO_SCRATCH_DIR")
-    if not chosen:
-        return scratch_folder()
-    folder = Path(chosen).expanduser().absolute()
+        return path
+    if "LWO_SCRATCH_DIR" not in os.environ:
+        private_folder(path.parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"LWO_SCRATCH_DIR = {chosen}: {error.strerror}; give a folder that can be written"
+            f"LWO_SCRATCH_DIR = {path.parent}: {error.strerror}; give a folder that can be written"
         ) from None
-    return folder
+    return private_folder(path)
+
+
+def storage_path(storage: str) -> Path:
+    """The path of `storage_folder`; nothing is made or checked."""
+    if not is_url(storage):
+        return Path(storage.removeprefix("file://")).expanduser().absolute()
+    scratch = Path(os.environ.get("LWO_SCRATCH_DIR") or scratch_path()).expanduser().absolute()
+    return scratch / hashlib.sha256(storage.rstrip("/").encode()).hexdigest()[:12]
 
 
 def new_run_name(method: str) -> str:

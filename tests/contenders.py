@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -23,7 +26,7 @@ from lwo_dist.storage import RunFolder
 from tests import stores
 from tests.ranks import fork_server
 
-__all__ = ["commits", "error", "start", "wait_for"]
+__all__ = ["commits", "error", "held", "start", "wait_for"]
 
 DEADLINE_S = 60
 
@@ -44,6 +47,18 @@ def start(storage: str, notes: Path, name: str, steps: int) -> tuple[ForkServerP
         for process in pair:
             process.start()
     return pair
+
+
+@contextmanager
+def held(storage: str) -> Iterator[None]:
+    """Inside, another process holds the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        notes = Path(folder)
+        driver, worker = start(storage, notes, "holder", 0)
+        worker.join(DEADLINE_S)
+        yield
+        (notes / "finish").write_text("\n")
+        driver.join(DEADLINE_S)
 
 
 def commits(notes: Path) -> list[tuple[int, int]]:

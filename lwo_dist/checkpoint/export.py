@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from lwo_dist.access import share_as_made
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.methods import Method
-from lwo_dist.models import weights
+from lwo_dist.models import licence_of, weights
 from lwo_dist.registry import METHODS
 from lwo_dist.storage import is_plain, sync
 from lwo_dist.tasks.scores import ScoreSheet
@@ -43,7 +43,6 @@ def export_model(
     dtype: Dtype = "fp32",
     method: Method | None = None,
     trust_remote_code: bool = False,
-    base: tuple[str, str | None] | None = None,
 ) -> Path:
     """Write a checkpoint's model, tokenizer and model card to `target`, completely or not at all.
 
@@ -54,8 +53,6 @@ def export_model(
     Args:
         method: the method of the run; None: the one named in the checkpoint, if it is built in.
         trust_remote_code: run the Python code that comes with the model, if it needs any.
-        base: name and revision of the base model, whose licence the card repeats; None: those in
-            the checkpoint, if they are of the hub. A file must not choose a folder to read.
 
     Raises:
         DamagedError: the checkpoint's files do not make a model.
@@ -83,8 +80,7 @@ def export_model(
             _write_shards(tensors, temporary, _DTYPES[dtype])
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
         if about:
-            licence = _licence(*base) if base else _hub_licence(about)
-            _card(checkpoint.state, about, dtype, licence).save(temporary / "README.md")
+            _card(checkpoint.state, about, dtype).save(temporary / "README.md")
         share_as_made(temporary)
         _put_in_place(temporary, target)
     finally:
@@ -206,10 +202,9 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     )
 
 
-def _card(
-    state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype, licence: str | None
-) -> ModelCard:
+def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> ModelCard:
     base = about["base_model"]
+    licence = about["licence"] if "licence" in about else _hub_licence(about)
     data = ModelCardData(
         base_model=None if Path(base).is_absolute() else base,
         license=licence,
@@ -269,26 +264,14 @@ def _scores_table(
 
 
 def _hub_licence(about: Mapping[str, Any]) -> str | None:
-    """That of the base model which a checkpoint names, if it is an id of the hub."""
+    """For checkpoints that do not record it: if the base model is an id of the hub. A file must
+    not choose a folder to read.
+    """
     revision = about.get("revision")
     is_id = is_plain(about["base_model"]) and not Path(about["base_model"]).exists()
     if not is_id or (revision is not None and not is_plain(revision)):
         return None
-    return _licence(about["base_model"], revision)
-
-
-def _licence(base: str, revision: str | None) -> str | None:
-    """The licence in the base model's card; None without a card or a licence."""
-    try:
-        folder = Path(base)
-        if folder.is_dir():
-            card = ModelCard.load(folder / "README.md")
-        else:
-            card = ModelCard.load(hf_hub_download(base, "README.md", revision=revision))
-        licence: str | None = card.data.get("license")
-    except Exception:  # no card, no network or invalid YAML: the licence is optional
-        return None
-    return licence
+    return licence_of(about["base_model"], revision)
 
 
 def _short(base: str) -> str:

@@ -72,6 +72,7 @@ class _Run(_Strict):
     task: Text
     base_model: Text
     revision: Text | None = None
+    licence: Text | None = None
     source: Text
     data: dict[Text, Step]
     lwo: _Optimisation

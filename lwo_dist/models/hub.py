@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 
-__all__ = ["AGAIN", "one_line", "read_settings", "resolve", "whole_model"]
+__all__ = ["AGAIN", "licence_of", "one_line", "read_settings", "resolve", "whole_model"]
 
 AGAIN = "download or save the folder again"
 _NOT_NEEDED = ["*/*", "consolidated*", "training_args*"]
@@ -108,6 +108,20 @@ def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
                 f"its weights and its config.json must belong to the same {type(model).__name__}"
             )
     return model
+
+
+def licence_of(name: str, revision: str | None = None) -> str | None:
+    """The licence in the card of a model, a folder or a Hugging Face id; None without either."""
+    try:
+        folder = Path(name)
+        if folder.is_dir():
+            card = ModelCard.load(folder / "README.md")
+        else:
+            card = ModelCard.load(hf_hub_download(name, "README.md", revision=revision))
+        licence: str | None = card.data.get("license")
+    except Exception:  # no card, no network or invalid YAML: the licence is optional
+        return None
+    return licence
 
 
 @contextmanager

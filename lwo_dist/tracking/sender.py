@@ -185,8 +185,9 @@ class Sender(threading.Thread):
         deadline = time.monotonic() + upload_timeout_s
         while self.is_alive() and self._only_files_left() and time.monotonic() < deadline:
             self.join(0.1)
+        all_sent = not self.is_alive()
         self._abandoned.set()
-        return not self.is_alive()
+        return all_sent
 
     def run(self) -> None:
         failures = 0
@@ -210,6 +211,8 @@ class Sender(threading.Thread):
                 self._news.set()
                 self._pause(failures)
                 continue
+            if self._abandoned.is_set():
+                return  # told to stop in the middle: that says nothing about the server
             if failures:
                 count = self.sent.points - before
                 logger.warning(

@@ -9,19 +9,27 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from lwo_dist import lease
+from lwo_dist.callback import Callback
 from lwo_dist.checkpoint.format import committed_steps, read_checkpoint
+from lwo_dist.config import Config
+from lwo_dist.errors import UserError
+from lwo_dist.run import prepare, run
+from lwo_dist.spool import read_spool
 from lwo_dist.storage import RunFolder
 from tests import contenders
-from tests.distributed import test_object_store
+from tests.distributed import test_object_store, test_run
+from tests.distributed.test_run import make_config
+from tests.ranks import run_ranks
 
 bucket = test_object_store.bucket
+inputs = test_run.inputs
 STEPS = 12
 
 
@@ -170,3 +178,47 @@ ELSEWHERE = {
     "started": 0.0,
     "machine": "another boot",
 }
+
+
+def lose_at(config: Config, step: int) -> str:
+    """Another process takes the run over after `step` steps; what this one says then."""
+
+    class TakeOver(Callback):
+        def on_metrics(self, now: int, metrics: Mapping[str, float]) -> None:
+            if now == step:
+                lease.take(RunFolder(config.storage, "r"), force=True)
+
+    try:
+        run(config, [TakeOver()])
+    except UserError as lost:
+        return f"{type(lost).__name__}: {lost}"
+    return ""
+
+
+def test_a_run_that_is_lost_commits_nothing_more_and_leaves_its_end_to_the_other(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = (
+        "tracking.enabled=true",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        "checkpoint.steps=2",
+    )
+    config = prepare(make_config(inputs, tmp_path, *settings))
+    said = run_ranks(lose_at, 2, config, 6)
+    assert said[0].startswith("LostRunError: run_name = r: process ")
+    assert said[1].startswith("UserError: run_name = r: process ")
+    assert committed_steps(RunFolder(str(tmp_path), "r"))[-1] <= 6
+    assert not (tmp_path / "r" / "summary.json").exists()
+    kinds = [record.kind for record in read_spool(tmp_path / "r" / "metrics.jsonl")]
+    assert "metrics" in kinds and "end" not in kinds
+
+
+def test_two_torchruns_of_one_name(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """What `prepare` does for the second one, before anything of the run is touched."""
+    config = make_config(inputs, tmp_path)
+    with contenders.held(str(tmp_path)):
+        before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*.json")}
+        with pytest.raises(UserError, match="has been writing this run since"):
+            prepare(config)
+        assert {path: path.read_bytes() for path in (tmp_path / "r").rglob("*.json")} == before
+    prepare(config)

@@ -29,7 +29,6 @@ from pyarrow.fs import FileType
 from safetensors.torch import save_file
 
 from lwo_dist import storage
-from lwo_dist.checkpoint import export
 from lwo_dist.checkpoint.format import newest_checkpoint, seal
 from lwo_dist.checkpoint.resume import find_checkpoint, refuse_other_run
 from lwo_dist.checkpoint.schema import INDEX, MOMENTS, STATE, check_record
@@ -37,6 +36,7 @@ from lwo_dist.cli import main
 from lwo_dist.config import Config, ModelConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import DamagedError, UserError
+from lwo_dist.models import hub
 from lwo_dist.models.source import PretrainedSource
 from lwo_dist.storage import RunFolder
 
@@ -98,7 +98,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr(export, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
 
 
 @pytest.fixture

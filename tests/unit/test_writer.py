@@ -36,6 +36,13 @@ def run(tmp_path: Path) -> RunFolder:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
     monkeypatch.setattr(writer, "write_whole", disk.write)
+    create = RunFolder.create
+
+    def create_noted(run: RunFolder, name: str, data: bytes) -> bool:
+        disk.note(name.rpartition("/")[2])
+        return create(run, name, data)
+
+    monkeypatch.setattr(RunFolder, "create", create_noted)
     return disk
 
 
@@ -46,10 +53,13 @@ class Disk:
         self.written: list[str] = []
         self.refuses = ""
 
-    def write(self, path: Path, data: bytes) -> None:
-        if self.refuses and self.refuses in path.name:
+    def note(self, name: str) -> None:
+        if self.refuses and self.refuses in name:
             raise OSError(28, "No space left on device")
-        self.written.append(path.name)
+        self.written.append(name)
+
+    def write(self, path: Path, data: bytes) -> None:
+        self.note(path.name)
         write_whole(path, data)
 
 
@@ -164,7 +174,7 @@ def test_the_newest_and_the_best_are_kept_with_the_files_they_name(run: RunFolde
 def test_old_checkpoints_that_cannot_be_removed_fail_no_save(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise DamagedError("state.json is not whole")
 
     target = make_writer(run, keep=1)
