@@ -29,6 +29,7 @@ from .config import Config
 from .data import PreparedData, check_world_sizes
 from .data.cache import cache_folder
 from .errors import UserError
+from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
@@ -37,15 +38,7 @@ from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
 from .stop import Stopped, StopRequest, StopVote
-from .storage import (
-    RunFolder,
-    is_url,
-    make_folder,
-    new_run_name,
-    storage_folder,
-    storage_path,
-    write_whole,
-)
+from .storage import RunFolder, is_url, new_run_name, storage_folder, storage_path
 from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tasks.base import Task

@@ -1,48 +1,41 @@
 """Where runs are stored: a folder visible to all workers, or an object store with a local cache.
 
 A process always reads and writes a local folder, `RunFolder.local`. For `s3://...`, `gs://...` and
-anything else that `pyarrow.fs` opens, that folder is scratch space on the node: `push` sends files
-to the store, `pull` fetches them. On a plain file system both do nothing, so callers need not
-distinguish the two.
+`abfs://...`, that folder is scratch space on the node: `push` sends files to the store, `pull`
+fetches them. On a plain file system both do nothing, so callers need not distinguish the two.
 """
 
 from __future__ import annotations
 
 import datetime
-import errno
 import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .access import private_folder, scratch_path
 from .errors import DamagedError, UserError, first_line, printable
+from .files import (
+    contained,
+    create_whole,
+    entries_of,
+    is_plain,
+    is_regular,
+    make_folder,
+    walk,
+    write_whole,
+)
 
-__all__ = [
-    "RunFolder",
-    "contained",
-    "is_plain",
-    "is_url",
-    "make_folder",
-    "new_run_name",
-    "storage_folder",
-    "storage_path",
-    "sync",
-    "write_whole",
-]
+__all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "storage_path"]
 
 T = TypeVar("T")
 
 _LARGE_FOLDERS = ("layers", "checkpoints", "model")
 _LEASE_FOLDER = "lease"  # each file is written on its own, and a copy would be out of date
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-_MAX_NAME_LENGTH = 1024
-_MAX_NAME_PARTS = 16
-_MAX_PART_BYTES = 255  # what file systems allow
 _WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
 
@@ -60,7 +53,7 @@ def storage_folder(storage: str) -> Path:
     path = storage_path(storage)
     if not is_url(storage):
         return path
-    if "LWO_SCRATCH_DIR" not in os.environ:
+    if not os.environ.get("LWO_SCRATCH_DIR"):
         private_folder(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,43 +78,6 @@ def new_run_name(method: str) -> str:
     For example `lwo-20261126-101500-9f3a`.
     """
     return f"{method}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def is_plain(name: str) -> bool:
-    """Whether `name` is a relative path with `/` that stays in its folder and can be printed.
-
-    >>> is_plain("layers/embed.000003.safetensors"), is_plain("../run.json"), is_plain("/run.json")
-    (True, False, False)
-    """
-    parts = name.split("/")
-    return (
-        len(name) <= _MAX_NAME_LENGTH
-        and len(parts) <= _MAX_NAME_PARTS
-        and name.isprintable()
-        and "\\" not in name
-        and all(part not in ("", ".", "..") for part in parts)
-        and all(len(part.encode()) <= _MAX_PART_BYTES for part in parts)
-    )
-
-
-def contained(folder: Path, name: str, *, may_be_link: bool = False) -> Path:
-    """The path of `name` in `folder`; it need not exist.
-
-    Args:
-        may_be_link: accept a name that is itself a link, to remove it.
-
-    Raises:
-        DamagedError: `name` is not plain, or a part of it is a link, which may lead anywhere.
-    """
-    if not is_plain(name):
-        raise DamagedError(f"{name[:100]!r} is not a name that a run's folder may hold")
-    path = folder
-    parts = name.split("/")
-    for number, part in enumerate(parts, 1):
-        path = path / part
-        if path.is_symlink() and not (may_be_link and number == len(parts)):
-            raise DamagedError(f"{path.relative_to(folder)} is a link; links are not followed")
-    return path
 
 
 class RunFolder:
@@ -192,7 +148,7 @@ class RunFolder:
         Raises:
             UserError: naming the first link.
         """
-        for path in _walk(self.local):
+        for path in walk(self.local):
             if path.is_symlink():
                 raise UserError(
                     f"{path} is a link, and a run's folder holds none; put what it leads to in its"
@@ -202,7 +158,7 @@ class RunFolder:
     def folders(self, name: str) -> list[str]:
         """Names of the folders in folder `name`, sorted; from the store if there is one."""
         if self._fs is None:
-            entries = _entries(self.path(name))
+            entries = entries_of(self.path(name))
             found = [entry.name for entry in entries if entry.is_dir() or entry.is_symlink()]
             sound = self._sound(f"{name}/{entry}" for entry in found)
             return sorted(path.removeprefix(f"{name}/") for path in sound)
@@ -214,7 +170,7 @@ class RunFolder:
         """Names of all files in or below folder `name`, sorted; from the store if there is one."""
         if self._fs is None:
             folder = self.path(name) if name else self.local
-            found = (path for path in _walk(folder) if path.is_symlink() or path.is_file())
+            found = (path for path in walk(folder) if path.is_symlink() or path.is_file())
             return sorted(self._sound(path.relative_to(self.local).as_posix() for path in found))
         prefix = f"{self._base}/"
         # Something else than what was asked for is as odd as an odd name.
@@ -268,7 +224,7 @@ class RunFolder:
         path = self.path(name)
         make_folder(path.parent)
         if self._fs is None:
-            return _create_whole(path, data)
+            return create_whole(path, data)
         if not self._reach(lambda: self._put_new(name, data)):
             return False
         write_whole(path, data)
@@ -333,7 +289,7 @@ class RunFolder:
             OSError
         """
         if self._fs is not None:
-            found = (path for path in _walk(self.local) if _is_regular(path))
+            found = (path for path in walk(self.local) if is_regular(path))
             names = (path.relative_to(self.local).as_posix() for path in found)
             self.push(name for name in self._sound(names) if _is_small(name))
 
@@ -450,103 +406,6 @@ class RunFolder:
             raise
         except Exception as error:  # pyarrow raises OSError, but ArrowInvalid for a bad request
             raise OSError(f"{self.url}: {first_line(error)}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a local file completely or not at all; it is on disk when this returns.
-
-    Raises:
-        OSError: nothing was written; an older file of that name is unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of an interrupted write; or a link to elsewhere
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and those above it; their entries are on disk when this returns.
-
-    Raises:
-        OSError
-    """
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on disk.
-
-    Raises:
-        OSError: a file could not be written.
-    """
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        # Some network file systems refuse it for folders but keep the order.
-        with suppress(OSError) if path.is_dir() else nullcontext():
-            os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Everything below a folder; links are named and not followed."""
-    waiting = [folder]
-    while waiting:
-        for entry in _entries(waiting.pop()):
-            path = Path(entry.path)
-            yield path
-            is_shallow = len(path.relative_to(folder).parts) < _MAX_NAME_PARTS
-            if is_shallow and entry.is_dir(follow_symlinks=False):
-                waiting.append(path)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _is_regular(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _create_whole(path: Path, data: bytes) -> bool:
-    """`write_whole` for a file that must not exist; False if it does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_whole(temporary, data)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            # NFS may send a request twice: then the link is ours.
-            return temporary.stat().st_nlink > 1
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            with suppress(FileExistsError), path.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                return True
-            return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-    return True
 
 
 def _is_small(name: str) -> bool:

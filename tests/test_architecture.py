@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 # module or a package below lwo_dist; lwo_dist/README.md says what each is for.
 FLOORS = [
     {"errors", "units", "versions", "secret_rule", "git"},
-    {"registry", "extras", "redaction", "access"},
+    {"registry", "extras", "redaction", "access", "files"},
     {"config"},
     {"layers", "distributed", "memory", "storage", "spool", "stop"},
     {"schedule", "optimizer", "run_info", "lease"},

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lwo_dist.access import share_as_made
 from lwo_dist.errors import DamagedError, UserError, first_line
+from lwo_dist.files import is_plain, sync
 from lwo_dist.methods import Method
 from lwo_dist.models import licence_of, weights
 from lwo_dist.registry import METHODS
-from lwo_dist.storage import is_plain, sync
 from lwo_dist.tasks.scores import ScoreSheet
 
 from .format import Checkpoint

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from lwo_dist.errors import DamagedError, first_line, printable
-from lwo_dist.storage import is_plain
+from lwo_dist.files import is_plain
 
 __all__ = [
     "check_depth",

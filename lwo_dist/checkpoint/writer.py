@@ -25,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lwo_dist.errors import DamagedError, first_line, printable
-from lwo_dist.storage import RunFolder, make_folder, sync, write_whole
+from lwo_dist.files import make_folder, sync, write_whole
+from lwo_dist.storage import RunFolder
 
 from .format import (
     FORMAT,

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lwo_dist.errors import DamagedError, printable
+from lwo_dist.files import contained
 from lwo_dist.redaction import redact
 from lwo_dist.spool import Point, Record, Sent, points_of, read_spool
-from lwo_dist.storage import contained
 
 __all__ = ["Sender", "Store", "reason", "send_spool", "unsent"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lwo_dist.files import write_whole
 from lwo_dist.redaction import redact_values
-from lwo_dist.storage import write_whole
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.metrics import paired_interval
 from lwo_dist.tasks.scores import Score, ScoreSheet

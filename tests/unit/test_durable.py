@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from lwo_dist.checkpoint.export import export_model
 from lwo_dist.checkpoint.format import newest_checkpoint
 from lwo_dist.checkpoint.writer import CheckpointWriter
-from lwo_dist.storage import RunFolder, write_whole
+from lwo_dist.files import write_whole
+from lwo_dist.storage import RunFolder
 from tests.unit.test_writer import model_files, piece, save
 
 SOUND = Path(__file__).parents[1] / "data" / "round1"

@@ -24,7 +24,7 @@ from lwo_dist.checkpoint.format import (
 )
 from lwo_dist.checkpoint.resume import restore
 from lwo_dist.checkpoint.store import LayerStore
-from lwo_dist.storage import write_whole
+from lwo_dist.files import write_whole
 from tests import stores
 
 MB = 10**6

@@ -16,7 +16,8 @@ from pyarrow.fs import LocalFileSystem
 
 from lwo_dist import storage
 from lwo_dist.errors import UserError
-from lwo_dist.storage import RunFolder, is_url, new_run_name, storage_folder, write_whole
+from lwo_dist.files import write_whole
+from lwo_dist.storage import RunFolder, is_url, new_run_name, storage_folder
 
 
 class FakeStore:

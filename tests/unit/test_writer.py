@@ -22,7 +22,8 @@ from lwo_dist.checkpoint.format import (
     step_folder,
 )
 from lwo_dist.checkpoint.writer import CheckpointWriter, Outcome, Piece, Save
-from lwo_dist.storage import RunFolder, write_whole
+from lwo_dist.files import write_whole
+from lwo_dist.storage import RunFolder
 
 POSITION = {"active_layer": "a", "skipped_steps": 0}
 

@@ -1,0 +1,164 @@
+"""Local files: names that stay in their folder, and writes that are whole and on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+from .errors import DamagedError
+
+__all__ = [
+    "contained",
+    "create_whole",
+    "entries_of",
+    "is_plain",
+    "is_regular",
+    "make_folder",
+    "sync",
+    "walk",
+    "write_whole",
+]
+
+_MAX_NAME_LENGTH = 1024
+_MAX_NAME_PARTS = 16
+_MAX_PART_BYTES = 255  # what file systems allow
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name` is a relative path with `/` that stays in its folder and can be printed.
+
+    >>> is_plain("layers/embed.000003.safetensors"), is_plain("../run.json"), is_plain("/run.json")
+    (True, False, False)
+    """
+    parts = name.split("/")
+    return (
+        len(name) <= _MAX_NAME_LENGTH
+        and len(parts) <= _MAX_NAME_PARTS
+        and name.isprintable()
+        and "\\" not in name
+        and all(part not in ("", ".", "..") for part in parts)
+        and all(len(part.encode()) <= _MAX_PART_BYTES for part in parts)
+    )
+
+
+def contained(folder: Path, name: str, *, may_be_link: bool = False) -> Path:
+    """The path of `name` in `folder`; it need not exist.
+
+    Args:
+        may_be_link: accept a name that is itself a link, to remove it.
+
+    Raises:
+        DamagedError: `name` is not plain, or a part of it is a link, which may lead anywhere.
+    """
+    if not is_plain(name):
+        raise DamagedError(f"{name[:100]!r} is not a name that a run's folder may hold")
+    path = folder
+    parts = name.split("/")
+    for number, part in enumerate(parts, 1):
+        path = path / part
+        if path.is_symlink() and not (may_be_link and number == len(parts)):
+            raise DamagedError(f"{path.relative_to(folder)} is a link; links are not followed")
+    return path
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder; links are named and not followed."""
+    waiting = [folder]
+    while waiting:
+        for entry in entries_of(waiting.pop()):
+            path = Path(entry.path)
+            yield path
+            is_shallow = len(path.relative_to(folder).parts) < _MAX_NAME_PARTS
+            if is_shallow and entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+
+
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing if it is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_regular(path: Path) -> bool:
+    """Whether `path` is a file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a local file completely or not at all; it is on disk when this returns.
+
+    Raises:
+        OSError: nothing was written; an older file of that name is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # of an interrupted write; or a link to elsewhere
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def create_whole(path: Path, data: bytes) -> bool:
+    """`write_whole` for a file that must not exist; False if it does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_whole(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS may send a request twice: then the link is ours.
+            return temporary.stat().st_nlink > 1
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with suppress(FileExistsError), path.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                return True
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it; their entries are on disk when this returns.
+
+    Raises:
+        OSError
+    """
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on disk.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems refuse it for folders but keep the order.
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(opened)
+    finally:
+        os.close(opened)
