@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "is_regular",
     "make_folder",
     "sync",
+    "temporary_beside",
     "walk",
     "write_whole",
 ]
@@ -112,9 +114,14 @@ def write_whole(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other process uses, also none of another machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def create_whole(path: Path, data: bytes) -> bool:
     """`write_whole` for a file that must not exist; False if it does."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         write_whole(temporary, data)
         try:

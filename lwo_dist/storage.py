@@ -26,6 +26,7 @@ from .files import (
     is_plain,
     is_regular,
     make_folder,
+    temporary_beside,
     walk,
     write_whole,
 )
@@ -204,7 +205,7 @@ class RunFolder:
         path = self.file(name)
         if self._fs is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary = temporary_beside(path)
             try:
                 self._reach(lambda: self._download(name, temporary))
                 temporary.rename(path)
@@ -225,7 +226,7 @@ class RunFolder:
         make_folder(path.parent)
         if self._fs is None:
             return create_whole(path, data)
-        if not self._reach(lambda: self._put_new(name, data)):
+        if not self._reach(lambda: self._put(name, data, is_new=True)):
             return False
         write_whole(path, data)
         return True
@@ -250,11 +251,13 @@ class RunFolder:
             OSError
         """
         path = self.file(name)
+        if self._fs is not None:
+            self._reach(lambda: self._put(name, data))
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_beside(path)
         temporary.write_bytes(data)
         temporary.rename(path)
-        self.push([name])
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files locally and in the store, in this order; missing files are skipped.
@@ -311,7 +314,7 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Write and remove a file, locally and in the store. Raises: UserError on failure."""
-        probe = f".probe-{os.getpid()}"
+        probe = f".probe-{secrets.token_hex(8)}"
         folder = self.local.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -375,14 +378,16 @@ class RunFolder:
             data: bytes = source.read()
         return data
 
-    def _put_new(self, name: str, data: bytes) -> bool:
-        """A conditional write, which pyarrow does not have."""
+    def _put(self, name: str, data: bytes, *, is_new: bool = False) -> bool:
+        """Write an object in one request, which pyarrow does not offer; False if `is_new` and there
+        is another one.
+        """
         import obstore
 
         if self._objects is None:
             self._objects = _open_conditional(str(self.url), getattr(self._fs, "region", None))
         try:
-            obstore.put(self._objects, name, data, mode="create")
+            obstore.put(self._objects, name, data, mode="create" if is_new else "overwrite")
         except obstore.exceptions.AlreadyExistsError:
             return self._read(name) == data  # a request that was sent twice is ours
         return True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from obstore.store import LocalStore
 from pyarrow.fs import LocalFileSystem
@@ -361,3 +364,48 @@ def test_a_file_system_that_syncs_no_folders_will_do(
     monkeypatch.setattr(os, "fsync", refuse_folders)
     write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+# ---- files that several processes want to write
+
+
+def test_a_file_is_created_once(run: RunFolder) -> None:
+    assert run.read("lease/1.json") is None
+    assert run.create("lease/1.json", b"first")
+    assert not run.create("lease/1.json", b"second")
+    assert run.read("lease/1.json") == b"first"
+    run.write("lease/1.json", b"third")
+    assert run.read("lease/1.json") == b"third"
+    run.write("lease/new", b"fourth")
+    assert run.files("lease") == ["lease/1.json", "lease/new"]
+
+
+def test_of_many_that_create_it_at_once_one_does(run: RunFolder) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        texts = [str(number).encode() for number in range(8)]
+        made = list(pool.map(lambda text: run.create("lease/1.json", text), texts))
+    assert made.count(True) == 1
+    assert run.read("lease/1.json") == texts[made.index(True)]
+
+
+def test_it_is_created_without_hard_links_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = RunFolder(str(tmp_path), "r")
+    assert run.create("lease/1.json", b"first") and not run.create("lease/1.json", b"second")
+    assert run.read("lease/1.json") == b"first"
+    assert [path.name for path in (run.local / "lease").iterdir()] == ["1.json"]
+
+
+@pytest.mark.usefixtures("store")
+def test_a_store_that_ignores_the_condition_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda store, name, data, mode: put(store, name, data))
+    with pytest.raises(UserError, match=r"s3://bucket/runs/r: this store ignores the condition"):
+        RunFolder("s3://bucket/runs", "r").check_writable()
