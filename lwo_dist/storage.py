@@ -230,16 +230,19 @@ class RunFolder:
         write_whole(path, data)
         return True
 
-    def read(self, name: str) -> bytes | None:
-        """What the storage has under `name` now, not a copy of it; None if there is no such file.
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        """The first `limit` bytes that the storage has under `name` now, not those of a copy; None
+        if there is no such file.
 
         Raises:
+            DamagedError: `name` leads through a link, or to something else than a file.
             OSError
         """
         try:
-            if self._fs is None:
-                return self.file(name).read_bytes()
-            return self._reach(lambda: self._read(name))
+            if self._fs is not None:
+                return self._reach(lambda: self._read(name, limit))
+            with self.file(name).open("rb") as file:
+                return file.read(limit)
         except FileNotFoundError:
             return None
 
@@ -252,7 +255,9 @@ class RunFolder:
         path = self.file(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(data)
+        temporary.unlink(missing_ok=True)  # perhaps a link to elsewhere
+        with temporary.open("xb") as file:
+            file.write(data)
         temporary.rename(path)
         self.push([name])
 
@@ -370,9 +375,9 @@ class RunFolder:
         found = self._reach(lambda: self._fs.get_file_info(selector))
         return [info.path for info in found if info.type == FileType.File]
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, limit: int) -> bytes:
         with self._fs.open_input_stream(f"{self._base}/{name}") as source:
-            data: bytes = source.read()
+            data: bytes = source.read(limit)
         return data
 
     def _put_new(self, name: str, data: bytes) -> bool:
@@ -384,7 +389,8 @@ class RunFolder:
         try:
             obstore.put(self._objects, name, data, mode="create")
         except obstore.exceptions.AlreadyExistsError:
-            return self._read(name) == data  # a request that was sent twice is ours
+            # A request that was sent twice is ours.
+            return self._read(name, len(data) + 1) == data
         return True
 
     def _upload(self, name: str, source: Any) -> None:
