@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .access import private_folder, scratch_path
+from .config.run import NO_PASSWORD
 from .errors import DamagedError, UserError, first_line, printable
 from .files import (
     contained,
@@ -29,6 +30,7 @@ from .files import (
     walk,
     write_whole,
 )
+from .redaction import refuse_password
 
 __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "storage_path"]
 
@@ -113,9 +115,14 @@ class RunFolder:
 
     @classmethod
     def at(cls, run: str) -> RunFolder:
-        """The run at a path or URL, such as `runs/NAME`."""
+        """The run at a path or URL, such as `runs/NAME`.
+
+        Raises:
+            UserError: a URL with a password in it, or that no file system supports.
+        """
         storage, _, name = run.rstrip("/").rpartition("/")
         if is_url(run):
+            refuse_password("RUN", run, NO_PASSWORD)
             return cls(storage, name)
         path = Path(run).expanduser().absolute()
         return cls(str(path.parent), path.name)
