@@ -79,8 +79,8 @@ def clone(source: str, folder: Path) -> None:
         _clone(source, folder)
     else:
         repository = Repository.at(Path(local))
+        repository._refuse_borrowed_objects()
         with repository._private_dir() as private:
-            (private / "objects").symlink_to(repository._own_objects())
             _clone(str(private), folder)
 
 
@@ -120,7 +120,7 @@ class Repository:
         is_head = head.is_file() and not head.is_symlink()
         if not is_head or not (common_dir / "objects").is_dir():
             raise GitError(f"{git_dir} is no git repository")
-        for entry in (git_dir / "index", *(common_dir / name for name in _SHARED)):
+        for entry in (git_dir / "index", *(common_dir / name for name in ("objects", *_SHARED))):
             if entry.is_symlink():
                 raise GitError(f"{entry} is a link, and links may lead anywhere")
         return cls(git_dir, common_dir, folder)
@@ -160,7 +160,6 @@ class Repository:
                 "GIT_DIR": str(private),
                 "GIT_WORK_TREE": str(self.top),
                 "GIT_INDEX_FILE": str(self.git_dir / "index"),
-                "GIT_OBJECT_DIRECTORY": str(self.common_dir / "objects"),
                 "GIT_OPTIONAL_LOCKS": "0",
                 "GIT_NO_LAZY_FETCH": "1",
                 "GIT_ALLOW_PROTOCOL": "none",
@@ -182,16 +181,17 @@ class Repository:
             for shared in _SHARED:
                 if (self.common_dir / shared).exists():
                     (private / shared).symlink_to(self.common_dir / shared)
+            # Some commands write objects: an empty tree, for an index that names folders.
+            (private / "objects" / "info").mkdir(parents=True)
+            (private / "objects" / "info" / "alternates").write_text("../shared\n")
+            (private / "shared").symlink_to(self.common_dir / "objects")
             for part in self.git_dir.glob("sharedindex.*"):
                 (private / part.name).symlink_to(part)
             yield private
 
-    def _own_objects(self) -> Path:
-        """Where the objects are.
-
-        Raises:
-            GitError: some belong to another repository, which may be private; a clone would hold
-                them.
+    def _refuse_borrowed_objects(self) -> None:
+        """Raise GitError if some objects are those of another repository, which may be private; a
+        clone would hold them.
         """
         objects = self.common_dir / "objects"
         borrows = (objects / "info" / "alternates").exists()
@@ -205,7 +205,6 @@ class Repository:
             raise GitError(
                 f"{objects} has objects of another repository; read a folder with its files instead"
             )
-        return objects
 
     def _object_format(self) -> str:
         config = self.common_dir / "config"

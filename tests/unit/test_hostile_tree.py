@@ -195,6 +195,18 @@ def test_names_too_long_for_the_system_and_a_folder_in_place_of_the_config(
     assert "train: 4 files" in guarded(tree, capsys, monkeypatch)
 
 
+def test_git_writes_no_objects_into_a_repository(
+    tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does for an index that names a folder; through a link they would go elsewhere."""
+    tree.add_git()
+    tree.put(".git/index", index_of([b"file_0.py", b"sub"], 0o40000))
+    guarded(tree, capsys, monkeypatch)
+    shutil.rmtree(tree.root / ".git" / "objects")
+    (tree.root / ".git" / "objects").symlink_to(tree.outside)
+    assert "is a link" in guarded(tree, capsys, monkeypatch)[0]
+
+
 @pytest.mark.parametrize("how", ["alternates", "objects", "pack"])
 def test_no_repository_is_cloned_that_borrows_objects(
     tmp_path: Path, program_of_git: None, how: str
