@@ -31,7 +31,7 @@ from tests.unit.test_hostile import ESCAPE, MARKER, time_limit, watch
 
 CANARY = "canary_of_another_folder"
 PROGRAM = f"#!/bin/sh\ntouch {MARKER}\n"
-EXAMPLES = 150
+EXAMPLES = 120
 
 
 def index_of(names: Iterable[bytes], mode: int = 0o100644) -> bytes:
@@ -228,7 +228,7 @@ def test_no_repository_is_cloned_that_borrows_objects(
         shutil.rmtree(bare / "objects" / "pack")
         (bare / "objects" / "pack").symlink_to(objects / "pack")
     for source in (str(bare), f"file://{bare}"):
-        with pytest.raises(UserError, match="git clone failed: .* objects of another repository"):
+        with pytest.raises(UserError, match="git clone failed: .*objects (of another|is a link)"):
             read_source_tree(DataConfig(source=source), tmp_path / "cache")
 
 
