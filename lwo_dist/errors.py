@@ -17,13 +17,14 @@ class DamagedError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of `error`, at most 300 characters; its type name if empty.
+    """The first line of the message of `error`, printable, at most 300 characters; its type name
+    if empty.
 
     >>> first_line(OSError("no room\\nat all"))
     'no room'
     """
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return printable(lines[0][:300] if lines else type(error).__name__)[:300]
 
 
 def printable(text: str) -> str:

@@ -47,6 +47,7 @@ _OPTIONS = {
     "http.lowSpeedLimit": "1",
     "http.lowSpeedTime": "30",
 }
+_SHARED = ("refs", "packed-refs", "info", "shallow")
 _POINTER_BYTES = 4096
 _REPOSITORY_URL = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*://|[^\s/:@-][^\s/:@]*@(?:[^\s/:@\[]+|\[[\da-fA-F:]+\]):(?!//)"
@@ -77,8 +78,9 @@ def clone(source: str, folder: Path) -> None:
     if local is None:
         _clone(source, folder)
     else:
-        with Repository.at(Path(local))._private_dir() as private:
-            (private / "objects").symlink_to(Repository.at(Path(local)).common_dir / "objects")
+        repository = Repository.at(Path(local))
+        repository._refuse_borrowed_objects()
+        with repository._private_dir() as private:
             _clone(str(private), folder)
 
 
@@ -114,8 +116,13 @@ class Repository:
             git_dir = _pointed_at(git_dir, "gitdir:")
         common = git_dir / "commondir"
         common_dir = _pointed_at(common, "") if common.exists() else git_dir
-        if not (git_dir / "HEAD").is_file() or not (common_dir / "objects").is_dir():
+        head = git_dir / "HEAD"
+        is_head = head.is_file() and not head.is_symlink()
+        if not is_head or not (common_dir / "objects").is_dir():
             raise GitError(f"{git_dir} is no git repository")
+        for entry in (git_dir / "index", *(common_dir / name for name in ("objects", *_SHARED))):
+            if entry.is_symlink():
+                raise GitError(f"{entry} is a link, and links may lead anywhere")
         return cls(git_dir, common_dir, folder)
 
     def names(self, folder: Path, *, untracked: bool = False) -> list[str]:
@@ -153,7 +160,6 @@ class Repository:
                 "GIT_DIR": str(private),
                 "GIT_WORK_TREE": str(self.top),
                 "GIT_INDEX_FILE": str(self.git_dir / "index"),
-                "GIT_OBJECT_DIRECTORY": str(self.common_dir / "objects"),
                 "GIT_OPTIONAL_LOCKS": "0",
                 "GIT_NO_LAZY_FETCH": "1",
                 "GIT_ALLOW_PROTOCOL": "none",
@@ -167,22 +173,42 @@ class Repository:
     def _private_dir(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="lwo-dist-git-") as name:
             private = Path(name)
-            head = (self.git_dir / "HEAD").read_bytes()[:_POINTER_BYTES]
-            (private / "HEAD").write_bytes(head)
+            (private / "HEAD").write_bytes(_beginning(self.git_dir / "HEAD"))
             (private / "config").write_text(
                 "[core]\nrepositoryformatversion = 1\nbare = false\n"
                 f"[extensions]\nobjectFormat = {self._object_format()}\n"
             )
-            for shared in ("refs", "packed-refs", "info", "shallow"):
+            for shared in _SHARED:
                 if (self.common_dir / shared).exists():
                     (private / shared).symlink_to(self.common_dir / shared)
+            # Some commands write objects: an empty tree, for an index that names folders.
+            (private / "objects" / "info").mkdir(parents=True)
+            (private / "objects" / "info" / "alternates").write_text("../shared\n")
+            (private / "shared").symlink_to(self.common_dir / "objects")
             for part in self.git_dir.glob("sharedindex.*"):
                 (private / part.name).symlink_to(part)
             yield private
 
+    def _refuse_borrowed_objects(self) -> None:
+        """Raise GitError if some objects are those of another repository, which may be private; a
+        clone would hold them.
+        """
+        objects = self.common_dir / "objects"
+        borrows = (objects / "info" / "alternates").exists()
+        is_inside = objects.resolve().is_relative_to(self.top)
+        entries = (
+            Path(folder) / name
+            for folder, folders, files in os.walk(objects)
+            for name in (*folders, *files)
+        )
+        if borrows or not is_inside or any(entry.is_symlink() for entry in entries):
+            raise GitError(
+                f"{objects} has objects of another repository; read a folder with its files instead"
+            )
+
     def _object_format(self) -> str:
         config = self.common_dir / "config"
-        if not config.is_file():
+        if config.is_symlink() or not config.is_file():
             return "sha1"
         asked = ("--file", str(config), "--no-includes", "--default", "sha1")
         known = _run(
@@ -223,16 +249,27 @@ def _leads_astray(name: str) -> bool:
     return "/../" in path or "/.git/" in path or "//" in path
 
 
+def _beginning(file: Path) -> bytes:
+    """What a small file holds; OSError if it is a link, which may lead anywhere."""
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as opened:
+        return opened.read(_POINTER_BYTES)
+
+
 def _pointed_at(file: Path, prefix: str) -> Path:
     """The folder that the small text file names, relative to the folder it is in."""
     try:
-        text = file.read_bytes()[:_POINTER_BYTES] if file.is_file() else b""
+        text = _beginning(file) if file.is_file() else b""
+        name = os.fsdecode(text).strip()
+        pointed = name.removeprefix(prefix).strip()
+        target = (file.parent / pointed).resolve()
+        is_there = target.is_dir()
     except OSError as error:
         raise GitError(f"{file}: {error.strerror}") from None
-    name = os.fsdecode(text).strip()
-    if not name.startswith(prefix) or not name.removeprefix(prefix).strip():
+    except (RuntimeError, ValueError):  # links in a circle; a null byte
+        is_there = False
+    if not name.startswith(prefix) or not pointed or not is_there:
         raise GitError(f"{file} names no git repository")
-    return (file.parent / name.removeprefix(prefix).strip()).resolve()
+    return target
 
 
 def _run(

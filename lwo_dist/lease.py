@@ -36,7 +36,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, printable
+from .errors import DamagedError, UserError, first_line, printable
 from .storage import RunFolder
 
 __all__ = [
@@ -55,6 +55,10 @@ EXPIRES_S = 30.0
 _LOOK_S = 0.5
 _FOLDER = "lease"
 _MAX_CLAIM_BYTES = 10_000
+_MAX_BEAT_BYTES = 100
+_CLAIM = re.compile(r"([0-9]{6}|[1-9][0-9]{6,8})\.json")
+_MAX_NUMBER = 10**9 - 1
+_ATTEMPTS = 20  # each one that fails is another process's success
 
 
 class LostRunError(UserError):
@@ -75,9 +79,10 @@ class Lease:
 
         Raises:
             LostRunError: there is a later claim.
+            DamagedError: there is something else in its place.
             OSError: the storage cannot be reached.
         """
-        if self.run.read(_claim_name(self.number + 1)) is not None:
+        if self.run.read(_claim_name(self.number + 1), limit=1) is not None:
             newest = _newest(self.run)
             raise _lost(self.run, newest[1] if newest else {})
 
@@ -87,7 +92,7 @@ class Lease:
             self.check()
         except LostRunError:
             return True
-        except OSError:
+        except (OSError, DamagedError):
             return False
         return False
 
@@ -126,18 +131,20 @@ def take(run: RunFolder, *, force: bool = False) -> Lease:
         force: take it from a holder that is alive.
 
     Raises:
-        UserError: the run is held by another process.
+        UserError: the run is held by another process, or its storage takes no claim.
     """
     me = this_process()
-    while True:
-        newest = _newest(run)
-        number, claim = newest or (0, {})
-        if claim.get("holder") not in (None, me["holder"]) and not force:
-            _wait_until_dead(run, claim)
-        run.write(_beat_name(me["holder"]), _beat())
-        if (lease := _claim(run, number + 1, me)) is not None:
-            return lease
-        # Another process was quicker; it may be alive, so look again.
+    with _one_line(run):
+        for _ in range(_ATTEMPTS):
+            newest = _newest(run)
+            number, claim = newest or (0, {})
+            if claim.get("holder") not in (None, me["holder"]) and not force:
+                _wait_until_dead(run, claim)
+            run.write(_beat_name(me["holder"]), _beat())
+            if (lease := _claim(run, number + 1, me)) is not None:
+                return lease
+            # Another process was quicker; it may be alive, so look again.
+    raise _no_claim(run)
 
 
 def join(run: RunFolder, holder: str) -> Lease:
@@ -145,15 +152,18 @@ def join(run: RunFolder, holder: str) -> Lease:
 
     Raises:
         LostRunError: another process has claimed the run since.
+        UserError: the run's storage takes no claim.
     """
-    while True:
-        newest = _newest(run)
-        if newest is None or newest[1]["holder"] != holder:
-            raise _lost(run, newest[1] if newest else {})
-        number, claim = newest
-        lease = _claim(run, number + 1, {**claim, "rank_0": this_process()})
-        if lease is not None:
-            return lease
+    with _one_line(run):
+        for _ in range(_ATTEMPTS):
+            newest = _newest(run)
+            if newest is None or newest[1]["holder"] != holder:
+                raise _lost(run, newest[1] if newest else {})
+            number, claim = newest
+            lease = _claim(run, number + 1, {**claim, "rank_0": this_process()})
+            if lease is not None:
+                return lease
+    raise _no_claim(run)
 
 
 @contextlib.contextmanager
@@ -182,38 +192,62 @@ def refuse_held(run: RunFolder) -> None:
     """Return if no live process holds the run; waits like `take`.
 
     Raises:
-        UserError: the run is held.
+        UserError: the run is held, or its storage cannot be read.
     """
-    newest = _newest(run)
-    if newest is not None and newest[1]["holder"] != this_process()["holder"]:
-        _wait_until_dead(run, newest[1])
+    with _one_line(run):
+        newest = _newest(run)
+        if newest is not None and newest[1]["holder"] != this_process()["holder"]:
+            _wait_until_dead(run, newest[1])
 
 
 def is_ours(run: RunFolder) -> bool:
     """Whether the newest claim was made in this process's name; False if that cannot be read."""
     try:
         newest = _newest(run)
-    except OSError:
+    except (OSError, DamagedError):
         return False
     return newest is not None and newest[1]["holder"] == this_process()["holder"]
 
 
 def _claim(run: RunFolder, number: int, claimant: dict[str, Any]) -> Lease | None:
+    if number > _MAX_NUMBER:
+        raise UserError(
+            f"{run}/{_claim_name(number - 1)} is the last claim that a run can have, and made up;"
+            " remove it"
+        )
     since = datetime.now().astimezone().isoformat(" ", "seconds")
     record = json.dumps({**claimant, "since": since}, indent=1).encode()
     made = run.create(_claim_name(number), record)
     return Lease(run, number, claimant["holder"]) if made else None
 
 
+@contextlib.contextmanager
+def _one_line(run: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{run}/{_FOLDER} cannot be used: {error.strerror or first_line(error)}; give a storage"
+            " that can be written, or remove what is in the way"
+        ) from None
+
+
+def _no_claim(run: RunFolder) -> UserError:
+    return UserError(
+        f"{run}/{_FOLDER} takes no claim, but shows no newer one either; remove what is in the way"
+        " there, or choose another run_name"
+    )
+
+
 def _newest(run: RunFolder) -> tuple[int, dict[str, Any]] | None:
     """Number and contents of the newest claim."""
-    names = [name.rpartition("/")[2].partition(".") for name in run.files(_FOLDER)]
-    numbers = [int(stem) for stem, _, ending in names if stem.isdigit() and ending == "json"]
+    names = {name.removeprefix(f"{_FOLDER}/") for name in run.files(_FOLDER)}
+    numbers = [int(name.removesuffix(".json")) for name in names if _CLAIM.fullmatch(name)]
     if not numbers:
         return None
-    data = run.read(_claim_name(max(numbers))) or b""
+    data = run.read(_claim_name(max(numbers)), limit=_MAX_CLAIM_BYTES) or b""
     try:
-        claim = json.loads(data[:_MAX_CLAIM_BYTES])
+        claim = json.loads(data)
         sound = re.fullmatch(r"[0-9a-f]{16}", claim["holder"]) is not None
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
@@ -223,7 +257,7 @@ def _newest(run: RunFolder) -> tuple[int, dict[str, Any]] | None:
 
 def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
     beat = _beat_name(claim["holder"])
-    last = run.read(beat)
+    last = run.read(beat, limit=_MAX_BEAT_BYTES)
     if last is None or _has_died(claim):
         return
     print(
@@ -234,7 +268,7 @@ def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
     give_up = time.monotonic() + EXPIRES_S
     while time.monotonic() < give_up:
         time.sleep(_LOOK_S)
-        now = run.read(beat)
+        now = run.read(beat, limit=_MAX_BEAT_BYTES)
         if now is None:
             return
         if now != last:

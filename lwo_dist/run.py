@@ -24,11 +24,12 @@ from .callback import Callback
 from .checkpoint.export import export_model
 from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
 from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, restore
+from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
 from .data import PreparedData, check_world_sizes
 from .data.cache import cache_folder
-from .errors import UserError
+from .errors import DamagedError, UserError, first_line
 from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
@@ -98,13 +99,12 @@ def prepare(config: Config) -> Config:
             config = config.model_copy(update={"model": model})
     make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
-    run_folder.fetch_small()
-    record = _read_json(run_folder.local / "run.json") or {"run_name": run_name, "attempts": 0}
+    record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
     record["attempts"] += 1
     record["holder"] = claim.holder
     record["mlflow_run_id"] = create_run(config, run_folder.local.parent, run_name)
-    write_whole(run_folder.local / "run.json", json.dumps(record, indent=1).encode())
-    run_folder.push(["run.json"])
+    write_whole(run_folder.path(RECORD), json.dumps(record, indent=1).encode())
+    run_folder.push([RECORD])
     if config.access == "group" and storage_is_new:
         share(run_folder.local.parent)
     _share_run(config, run_folder)
@@ -414,15 +414,22 @@ def _nothing_left_behind(folder: Path) -> Iterator[None]:
 
 
 def _read_record(run_folder: RunFolder) -> dict[str, Any] | None:
+    """What run.json says; None if there is none. It may come from anybody.
+
+    Raises:
+        UserError: it is damaged.
+    """
     # If the run resumed on another machine, its records are only in the store.
     run_folder.fetch_small()
-    return _read_json(run_folder.local / "run.json")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
+        path = run_folder.file(RECORD)
+        if not path.exists():
+            return None
+        record: dict[str, Any] = read_json(path)
+        check_run_record(record)
+    except (DamagedError, OSError) as error:
         raise UserError(
-            f"{path} is damaged (not JSON); remove it, and the run goes on under a new MLflow run"
+            f"{run_folder}/{RECORD} is damaged ({first_line(error)}); remove it, and the run goes"
+            " on under a new MLflow run"
         ) from None
+    return record

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .access import private_folder, scratch_path
+from .config.run import NO_PASSWORD
 from .errors import DamagedError, UserError, first_line, printable
 from .files import (
     contained,
@@ -30,6 +31,7 @@ from .files import (
     walk,
     write_whole,
 )
+from .redaction import refuse_password
 
 __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "storage_path"]
 
@@ -114,9 +116,14 @@ class RunFolder:
 
     @classmethod
     def at(cls, run: str) -> RunFolder:
-        """The run at a path or URL, such as `runs/NAME`."""
+        """The run at a path or URL, such as `runs/NAME`.
+
+        Raises:
+            UserError: a URL with a password in it, or that no file system supports.
+        """
         storage, _, name = run.rstrip("/").rpartition("/")
         if is_url(run):
+            refuse_password("RUN", run, NO_PASSWORD)
             return cls(storage, name)
         path = Path(run).expanduser().absolute()
         return cls(str(path.parent), path.name)
@@ -231,16 +238,19 @@ class RunFolder:
         write_whole(path, data)
         return True
 
-    def read(self, name: str) -> bytes | None:
-        """What the storage has under `name` now, not a copy of it; None if there is no such file.
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        """The first `limit` bytes that the storage has under `name` now, not those of a copy; None
+        if there is no such file.
 
         Raises:
+            DamagedError: `name` leads through a link, or to something else than a file.
             OSError
         """
         try:
-            if self._fs is None:
-                return self.file(name).read_bytes()
-            return self._reach(lambda: self._read(name))
+            if self._fs is not None:
+                return self._reach(lambda: self._read(name, limit))
+            with self.file(name).open("rb") as file:
+                return file.read(limit)
         except FileNotFoundError:
             return None
 
@@ -256,7 +266,8 @@ class RunFolder:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(path)
-        temporary.write_bytes(data)
+        with temporary.open("xb") as file:
+            file.write(data)
         temporary.rename(path)
 
     def remove(self, names: Iterable[str]) -> None:
@@ -373,9 +384,9 @@ class RunFolder:
         found = self._reach(lambda: self._fs.get_file_info(selector))
         return [info.path for info in found if info.type == FileType.File]
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str, limit: int) -> bytes:
         with self._fs.open_input_stream(f"{self._base}/{name}") as source:
-            data: bytes = source.read()
+            data: bytes = source.read(limit)
         return data
 
     def _put(self, name: str, data: bytes, *, is_new: bool = False) -> bool:
@@ -389,7 +400,8 @@ class RunFolder:
         try:
             obstore.put(self._objects, name, data, mode="create" if is_new else "overwrite")
         except obstore.exceptions.AlreadyExistsError:
-            return self._read(name) == data  # a request that was sent twice is ours
+            # A request that was sent twice is ours.
+            return self._read(name, len(data) + 1) == data
         return True
 
     def _upload(self, name: str, source: Any) -> None:

@@ -1,4 +1,5 @@
-"""What the files of a checkpoint may hold. They may come from anybody, whole or made up.
+"""What the files of a checkpoint, and run.json, may hold. They may come from anybody, whole or made
+up.
 
 A state.json that matches its own digest proves nothing about who wrote it: the digest has no key.
 So types, sizes and names are checked before anything uses them; what fails is a `DamagedError`.
@@ -21,6 +22,7 @@ from lwo_dist.files import is_plain
 __all__ = [
     "check_depth",
     "check_record",
+    "check_run_record",
     "check_state",
     "file_of",
     "read_json",
@@ -32,6 +34,7 @@ LAYERS = "layers"
 STATE = "state.json"
 INDEX = "model.safetensors.index.json"
 MOMENTS = "active.safetensors"
+RECORD = "run.json"
 
 MAX_BYTES = 128 * 2**20
 """Of a JSON file; state.json holds the loss of every step, some 20 bytes each."""
@@ -113,6 +116,13 @@ class _Record(_Strict):
     results: _Results | None = None
 
 
+class _RunRecord(_Strict):
+    run_name: Text
+    attempts: Step
+    holder: Text | None = None
+    mlflow_run_id: Text | None = None
+
+
 _WEIGHT_MAP = TypeAdapter(
     Annotated[dict[Text, Text], Field(max_length=_MAX_ENTRIES)], config=ConfigDict(strict=True)
 )
@@ -143,6 +153,12 @@ def check_record(state: Mapping[str, Any], *needed: str) -> None:
     for name in needed:
         if state.get(name) is None:
             raise DamagedError(f"{STATE} has no {name}")
+
+
+def check_run_record(record: Any) -> None:
+    """Raise DamagedError unless the entries of run.json have their types."""
+    with reading(RECORD):
+        _RunRecord.model_validate(record)
 
 
 def weight_map_of(index: Any, sealed: Mapping[str, str]) -> dict[str, str]:
@@ -222,4 +238,4 @@ def reading(what: str) -> Iterator[None]:
         where = printable(".".join(str(part)[:100] for part in first["loc"]))
         raise DamagedError(f"{what} is not whole: {where}: {first['msg']}") from None
     except Exception as error:
-        raise DamagedError(f"{what} is not whole: {printable(first_line(error))}") from None
+        raise DamagedError(f"{what} is not whole: {first_line(error)}") from None

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from lwo_dist.errors import DamagedError, first_line, printable
+from lwo_dist.errors import DamagedError, first_line
 from lwo_dist.files import make_folder, sync, write_whole
 from lwo_dist.storage import RunFolder
 
@@ -201,7 +201,7 @@ class CheckpointWriter:
         except (OSError, ValueError) as error:
             print(
                 f"warning: old checkpoints in {self._run} could not be removed:"
-                f" {printable(first_line(error))}",
+                f" {first_line(error)}",
                 flush=True,
             )
         written = self._bytes

@@ -22,6 +22,7 @@ from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError, first_line
 from lwo_dist.git import is_repository_url
+from lwo_dist.redaction import refuse_password
 from lwo_dist.run_info import job_metadata
 from lwo_dist.storage import new_run_name
 from lwo_dist.strategies.checks import check_config
@@ -44,11 +45,17 @@ class Jobs:
         insecure_token: send the token over plain http, even to another machine.
 
     Raises:
-        UserError: from here and every method: no cluster at the address, a missing or wrong token,
-            or a token that would cross the network in the clear.
+        UserError: from here and every method: a password in the address, no cluster there, a
+            missing or wrong token, or a token that would cross the network in the clear.
     """
 
     def __init__(self, address: str, *, insecure_token: bool = False):
+        refuse_password(
+            "--address",
+            address,
+            "set the cluster's token in RAY_AUTH_TOKEN, and open a tunnel"
+            " (ssh -L, kubectl port-forward) where a proxy asks for a password",
+        )
         self._address = address.rstrip("/")
         url = urlsplit(self._address)
         if url.scheme not in ("http", "https") or not url.hostname:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lwo_dist.errors import UserError
@@ -18,6 +19,7 @@ __all__ = ["CONFIG_NAME", "pack", "refuse_credentials"]
 CONFIG_NAME = "lwo-dist-job.yaml"
 
 MAX_FILE_BYTES = 10 * 2**20
+_MAX_NAME_LENGTH = 1024
 MAX_BYTES = 90 * 2**20  # Ray's server accepts 100 MiB.
 _DATA_FILES = (
     "*.safetensors",
@@ -59,11 +61,17 @@ def pack(folder: Path, config: str, target: Path) -> list[str]:
     left_out: list[str] = []
     total = 0
     credentials = credentials_in(os.environ)
-    for name in _files(folder):
+    names = frozenset(_files(folder))
+    for name in sorted(names):
         path = folder / name
-        reason = _reason(folder, name)
+        reason = _reason(folder, name, names)
         if reason is None:
-            data = path.read_bytes()
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise UserError(
+                    f"{path}: {error.strerror}; make it readable, or add it to .gitignore"
+                ) from None
             _refuse(data, name, credentials)
             if secret := find_secret(data):
                 reason = f"secret: {secret}"
@@ -104,7 +112,7 @@ def refuse_credentials(texts: Mapping[str, str]) -> None:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names relative to `folder`, sorted; none outside a git work tree or without git."""
+    """Names relative to `folder`; none outside a git work tree or without git."""
     try:
         repository = Repository.around(folder)
         names = repository.names(folder, untracked=True) if repository else []
@@ -115,19 +123,26 @@ def _files(folder: Path) -> Iterator[str]:
             f"{folder}: git ls-files failed: {error}; mend it, or submit from another folder"
         ) from None
     for name in names:
-        if (folder / name).is_file():  # Not a submodule, nor what was deleted since.
-            yield name
+        with suppress(OSError):  # a name that no file can have
+            if (folder / name).is_file():  # Not a submodule, nor what was deleted since.
+                yield name
 
 
-def _reason(folder: Path, name: str) -> str | None:
+def _reason(folder: Path, name: str, names: Container[str]) -> str | None:
     path = folder / name
     try:
         name.encode()
     except UnicodeEncodeError:
         return "a name that is not UTF-8"
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if len(name) > _MAX_NAME_LENGTH:
+        return "a name too long"
+    if name.partition("/")[0] == CONFIG_NAME:
+        return "the config's name"
+    # A link may lead to what goes along itself: not to git's own files, or to what it ignores.
+    real = os.path.relpath(path.resolve(), folder.resolve())
+    if real not in names:
         return "a link to elsewhere"
-    if is_secret_file(name):
+    if is_secret_file(name) or is_secret_file(real):
         return "secret: by its name"
     if any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in _DATA_FILES):
         return "data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
 from .arguments import Subparsers, add_cluster_arguments
@@ -43,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = Jobs(arguments.address, insecure_token=arguments.insecure_token)
     if arguments.action == "list":
         for line in jobs.lines():
-            print(line)
+            print(printable(line))
     elif arguments.action == "stop":
-        print(f"stopping {jobs.stop(arguments.job)}")
+        print(f"stopping {printable(jobs.stop(arguments.job))}")
     elif arguments.follow:
         return follow(jobs, jobs.find(arguments.job), arguments.address)
     else:

@@ -23,7 +23,13 @@ from .tracking import NO_PASSWORD as NO_TRACKING_PASSWORD
 from .tracking import TrackingConfig
 from .train import TrainConfig
 
-__all__ = ["Config"]
+__all__ = ["NO_PASSWORD", "Config"]
+
+NO_PASSWORD = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your store reads, in the environment"
+    " of all workers instead"
+)
+"""What to do about a password in `storage`."""
 
 
 def _choice(what: str, registry: Registry) -> str:
@@ -76,10 +82,5 @@ class Config(Settings):
     def _refuse_passwords(self) -> Self:
         refuse_password("data.source", self.data.source or "", NO_SOURCE_PASSWORD)
         refuse_password("tracking.uri", self.tracking.uri or "", NO_TRACKING_PASSWORD)
-        refuse_password(
-            "storage",
-            self.storage,
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your store reads, in the"
-            " environment of all workers instead",
-        )
+        refuse_password("storage", self.storage, NO_PASSWORD)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,22 @@ from huggingface_hub import errors as hub
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lwo_dist.config import ModelConfig
-from lwo_dist.errors import UserError
+from lwo_dist.errors import DamagedError, UserError
+from lwo_dist.files import is_plain
 
-__all__ = ["AGAIN", "licence_of", "one_line", "read_settings", "resolve", "whole_model"]
+__all__ = [
+    "AGAIN",
+    "check_indexes",
+    "licence_of",
+    "one_line",
+    "read_settings",
+    "resolve",
+    "whole_model",
+]
 
 AGAIN = "download or save the folder again"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LAYERS = "../../layers/"
 _NOT_NEEDED = ["*/*", "consolidated*", "training_args*"]
 
 
@@ -94,6 +106,7 @@ def read_settings(config: ModelConfig, folder: Path) -> Any:
 def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
     """`from_pretrained`, but mismatched weights are errors: it would skip or randomise them."""
     with one_line(config, "weights", AGAIN):
+        check_indexes(folder)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -108,6 +121,21 @@ def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
                 f"its weights and its config.json must belong to the same {type(model).__name__}"
             )
     return model
+
+
+def check_indexes(folder: Path) -> None:
+    """Refuse a folder with an index of weights that leads out of it, but for a checkpoint's, which
+    names the layers of its run. A file may be a link: those of a Hugging Face snapshot are, into
+    its cache.
+
+    Raises:
+        DamagedError
+    """
+    layers = _LAYERS if folder.absolute().parent.name == "checkpoints" else ""
+    for index in (folder / name for name in _INDEXES if (folder / name).is_file()):
+        for file in {*json.loads(index.read_text())["weight_map"].values()}:
+            if not is_plain(file.removeprefix(layers)):
+                raise DamagedError(f"{index.name} names {file[:100]!r}, which is no file beside it")
 
 
 def licence_of(name: str, revision: str | None = None) -> str | None:
@@ -129,6 +157,10 @@ def one_line(config: ModelConfig, what: str, remedy: str) -> Iterator[None]:
     """Turn any library error about a model's files into one line."""
     try:
         yield
+    except DamagedError as error:
+        raise UserError(
+            f"model.name {config.name!r}: its {what} cannot be read: {error}; {remedy}"
+        ) from None
     except UserError:
         raise
     except Exception as error:

@@ -21,7 +21,7 @@ from lwo_dist import distributed
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 
-from .hub import AGAIN, one_line, whole_model
+from .hub import AGAIN, check_indexes, one_line, whole_model
 
 __all__ = ["are_fused", "is_direct", "locate", "read", "receive", "receive_partitioned", "write"]
 
@@ -35,6 +35,7 @@ def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     with one_line(config, "weights", AGAIN):
+        check_indexes(folder)
         if index.is_file():
             return {
                 name: folder / file

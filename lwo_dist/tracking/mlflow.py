@@ -19,7 +19,7 @@ import yaml
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config, TrackingConfig
 from lwo_dist.config.tracking import NO_PASSWORD
-from lwo_dist.errors import UserError
+from lwo_dist.errors import UserError, printable
 from lwo_dist.redaction import redact, refuse_password
 from lwo_dist.run_info import RunInfo, public_config, run_parameters, run_tags
 from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
@@ -84,7 +84,7 @@ def experiment_page(tracking: TrackingConfig, uri: str) -> str:
             f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no such"
             " experiment yet; start a run, or correct the name"
         )
-    return f"{redact(uri).rstrip('/')}/#/experiments/{experiment_id}"
+    return f"{redact(uri).rstrip('/')}/#/experiments/{printable(str(experiment_id)[:100])}"
 
 
 def create_run(config: Config, storage: Path, run_name: str) -> str | None:

@@ -130,14 +130,15 @@ def unsent(spool: Path, sent: Sent) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The root of a chain of exceptions in one line of at most 300 characters, without secrets.
+    """The root of a chain of exceptions in one printable line of at most 300 characters, without
+    secrets.
 
     For example `Connection refused` instead of urllib3's page.
     """
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return redact(" ".join(text.split()))[:300] or type(error).__name__
+    return printable(redact(" ".join(text.split()))[:300])[:300] or type(error).__name__
 
 
 class Sender(threading.Thread):

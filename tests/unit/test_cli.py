@@ -349,6 +349,29 @@ def test_an_address_with_a_password_is_refused(
     assert "hunter2" not in said.err + said.out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["export", "s3://AKIA:hunter2/x@bucket/r"], "RUN = s3://bucket/r"),
+        (["checkpoints", "list", "s3://AKIA:hunter2@bucket/r"], "RUN = s3://bucket/r"),
+        (["checkpoints", "prune", "s3://bucket/r?secret_key=hunter2"], "RUN = s3://bucket/r"),
+        (["replay", "s3://AKIA:hunter2@bucket/r"], "SPOOL = s3://bucket/r"),
+        (["replay", "r", "--uri", "https://me:hunter2@mlflow"], "--uri = https://mlflow"),
+        (["jobs", "list", "--address", "http://me:hunter2@h:8265"], "--address = http://h:8265"),
+        (["jobs", "stop", "--address", "http://h:1/?token=hunter2", "j"], "--address = http://h:1"),
+        (["submit", "--address", "https://me:hunter2@h:8265"], "--address = https://h:8265"),
+    ],
+)
+def test_so_is_one_on_a_command_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"lwo-dist: {named}")
+    assert "was given with a password; set " in said.err and len(said.err.splitlines()) == 1
+    assert "hunter2" not in said.err + said.out
+
+
 def test_data_says_what_a_source_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -35,10 +35,12 @@ from lwo_dist.checkpoint.schema import INDEX, MOMENTS, STATE, check_record
 from lwo_dist.cli import main
 from lwo_dist.config import Config, ModelConfig
 from lwo_dist.config.reading import load_config
-from lwo_dist.errors import DamagedError, UserError
+from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.models import hub
 from lwo_dist.models.source import PretrainedSource
+from lwo_dist.run import _read_record
 from lwo_dist.storage import RunFolder
+from lwo_dist.tracking.sender import reason
 
 RUN = Path(__file__).parents[1] / "data" / "round1" / "run"
 STEP = "checkpoints/step_000011"
@@ -362,6 +364,40 @@ def test_no_escape_reaches_the_terminal(
     assert "\x1b" not in "".join(capsys.readouterr())
 
 
+def test_no_escape_comes_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in (first_line(OSError(f"{ESCAPE}\n{ESCAPE}")), reason(RuntimeError(ESCAPE * 99))):
+        assert line.isprintable() and len(line) <= 300
+
+    class Cluster:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def lines(self) -> list[str]:
+            return [f"job-{ESCAPE}  RUNNING"]
+
+        def stop(self, job: str) -> str:
+            return f"job-{ESCAPE}"
+
+    class Server:
+        def __init__(self, *_: Any) -> None: ...
+
+        def find_experiment(self, name: str) -> str:
+            return ESCAPE
+
+    monkeypatch.setattr("lwo_dist.cluster.jobs.Jobs", Cluster)
+    monkeypatch.setattr("lwo_dist.tracking.mlflow.MLflowStore", Server)
+    address = ["--address", "http://localhost:1"]
+    for command in (
+        ["jobs", "list", *address],
+        ["jobs", "stop", *address, "job"],
+        ["ui", "tracking.uri=http://localhost:1"],
+    ):
+        assert main(command) == 0
+        out, _ = capsys.readouterr()
+        assert "owned" in out and "\x1b" not in out and "\x07" not in out
+
+
 # ---- types and sizes
 
 
@@ -452,6 +488,52 @@ def test_a_config_cannot_make_an_export_build_layers_for_ever(
     with time_limit(20):
         said = try_all(str(case.run), case.run.parent / "out", capsys)
     assert any("num_hidden_layers = 1000000000 for" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 10**6,
+        b"1" * 5000,
+        b"\xff",
+        b"",
+        b"[]",
+        b"7",
+        b"{}",
+        b'{"run_name": "r", "attempts": "1"}',
+        b'{"run_name": "r", "attempts": -1}',
+        b'{"run_name": "r", "attempts": 1e400}',
+        b'{"run_name": "r", "attempts": true}',
+        b'{"run_name": "r", "attempts": 1, "mlflow_run_id": ["x"]}',
+        b'{"run_name": "r", "attempts": 1, "holder": {"a": "\\u001b[2J"}}',
+    ],
+)
+def test_a_wrong_run_json_gets_one_line(case: Case, data: bytes) -> None:
+    (case.run / "run.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"r/run.json is damaged \(.*\); remove it") as error:
+        _read_record(RunFolder.at(str(case.run)))
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_neither_a_link_nor_a_pipe_nor_a_huge_file_is_read_for_run_json(case: Case) -> None:
+    path = case.run / "run.json"
+    run = RunFolder.at(str(case.run))
+    record = _read_record(run)
+    assert record is not None and record["run_name"]
+    path.unlink()
+    assert _read_record(run) is None
+    path.symlink_to(case.outside / "secret.json")
+    with pytest.raises(UserError, match=r"run.json is a link; .*\); remove it"):
+        _read_record(run)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"run.json is not a regular file\); remove it"):
+        _read_record(run)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(UserError, match=r"has more than 134217728 bytes\); remove it"):
+        _read_record(run)
 
 
 # ---- object keys

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,47 @@ def test_damaged_weights(folder: Path, one_rank: None, strategy: str) -> None:
     assert "download or save the folder again" in refusal(folder, strategy=strategy)
     path.unlink()
     assert "download or save the folder again" in refusal(folder, strategy=strategy)
+
+
+def write_index(folder: Path, names: Iterable[str], file: str) -> None:
+    """All tensors in one file."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
+@pytest.mark.parametrize("file", ["../outside.safetensors", "{outside}", "../../layers/x", ""])
+def test_an_index_that_leads_out_of_the_folder(
+    folder: Path, one_rank: None, strategy: str, file: str
+) -> None:
+    outside = folder.parent / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    write_index(folder, load_file(outside), file.format(outside=outside))
+    assert "which is no file beside it; download or save" in refusal(folder, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
+def test_a_snapshot_whose_files_are_links_and_a_checkpoint_that_names_layers(
+    folder: Path, one_rank: None, strategy: str
+) -> None:
+    expected = load(folder, strategy=strategy).state_dict()
+    weights = load_file(folder / "model.safetensors")
+    root = folder.parent
+    blob = root / "blobs" / "0123"
+    blob.parent.mkdir()
+    (folder / "model.safetensors").rename(blob)
+    snapshot = root / "snapshots" / "main"
+    shutil.copytree(folder, snapshot)
+    (snapshot / "part.safetensors").symlink_to("../../blobs/0123")
+    write_index(snapshot, weights, "part.safetensors")
+    checkpoint = root / "checkpoints" / "step_000001"
+    shutil.copytree(folder, checkpoint)
+    (root / "layers").mkdir()
+    shutil.copyfile(blob, root / "layers" / "x.safetensors")
+    write_index(checkpoint, weights, "../../layers/x.safetensors")
+    loaded = [load(model, strategy=strategy).state_dict() for model in (snapshot, checkpoint)]
+    for found in loaded:
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
