@@ -64,7 +64,7 @@ def prepare(config: Config) -> Config:
 
     Raises:
         UserError: a setting, the source, the storage or the batch size is invalid; nothing was
-            written. Or another process writes this run.
+            written. Or another process is writing this run.
     """
     source = config.data.source
     if source is None:
@@ -140,13 +140,13 @@ def run(
             checkpoint.
         stop: polled about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
             run.
-        holder: the process that called `prepare`, if it did so on another machine.
+        holder: id of the process that called `prepare`, if that was on another machine.
 
     Returns:
         The contents of summary.json on rank 0, None elsewhere.
 
     Raises:
-        UserError: on all ranks; LostRunError on rank 0 if another process has taken the run over.
+        UserError: on all ranks; LostRunError on rank 0 if another process has taken over the run.
         Stopped: on all ranks; the next `run` resumes from its checkpoint.
     """
     stop = stop or StopRequest(config.train.max_seconds)
@@ -166,7 +166,7 @@ def run(
         distributed.on_rank_0(may_write)
         summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
     except lease.LostRunError:
-        raise  # how the run ends is for the other process to say
+        raise  # the other process reports how the run ends
     except Stopped as stopped:
         distributed.on_rank_0(may_write)
         for callback in everyone:
@@ -226,7 +226,7 @@ def _build(
         config, lwo, data, run_dir=run_folder.local, device=device, hosts=system.hosts
     )
     run_record = checkpoint_record(info)
-    if distributed.rank() == 0:  # which writes it
+    if distributed.rank() == 0:  # only rank 0 writes it
         run_record["licence"] = licence_of(config.model.name, config.model.revision)
     saver = Saver(
         config,
@@ -352,7 +352,7 @@ def _finish(
 def _share_run(config: Config, run_folder: RunFolder) -> None:
     share_as_made(run_folder.local)
     if config.access == "group":
-        share(run_folder.local.parent / DATABASE)  # SQLite makes it for its owner's writing only.
+        share(run_folder.local.parent / DATABASE)  # SQLite lets only the owner write to it.
 
 
 def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:
@@ -375,7 +375,7 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
 
 @contextmanager
 def _watched(claim: lease.Lease | None, stop: StopRequest) -> Iterator[None]:
-    """Inside, ask the run to stop once the claim is lost: the next save would be refused."""
+    """Inside, request a stop once the claim is lost: the next save would be refused."""
     if claim is None:
         yield
         return
@@ -384,7 +384,7 @@ def _watched(claim: lease.Lease | None, stop: StopRequest) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(lease.RENEW_S):
             if claim.is_lost():
-                stop.request("the loss of the run to another process")
+                stop.request("a takeover of the run by another process")
                 return
 
     thread = threading.Thread(target=watch, name="lwo-dist-claim", daemon=True)

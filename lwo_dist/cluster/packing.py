@@ -104,7 +104,7 @@ def refuse_credentials(texts: Mapping[str, str]) -> None:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names relative to `folder`, sorted; none outside a git work tree or without git."""
+    """Names relative to `folder`, sorted; nothing outside a git work tree or without git."""
     try:
         repository = Repository.around(folder)
         names = repository.names(folder, untracked=True) if repository else []
@@ -112,7 +112,7 @@ def _files(folder: Path) -> Iterator[str]:
         return
     except GitError as error:
         raise UserError(
-            f"{folder}: git ls-files failed: {error}; mend it, or submit from another folder"
+            f"{folder}: git ls-files failed: {error}; fix it, or submit from another folder"
         ) from None
     for name in names:
         if (folder / name).is_file():  # Not a submodule, nor what was deleted since.
@@ -124,11 +124,11 @@ def _reason(folder: Path, name: str) -> str | None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "a name that is not UTF-8"
+        return "name is not UTF-8"
     if not path.resolve().is_relative_to(folder.resolve()):
-        return "a link to elsewhere"
+        return "external symlink"
     if is_secret_file(name):
-        return "secret: by its name"
+        return "secret: file name"
     if any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in _DATA_FILES):
         return "data"
     if path.stat().st_size > MAX_FILE_BYTES:

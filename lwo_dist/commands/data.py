@@ -1,4 +1,4 @@
-"""`lwo-dist data`: what a source gives to learn from, and what is skipped in it."""
+"""`lwo-dist data`: which files of a source are used, and which are skipped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        "data", help="count the files that a source gives, and those that are skipped"
+        "data", help="count the files of a source that are used and skipped"
     )
     parser.description = (
-        "Read data.source as a run does: how many files are trained on, how many held out, how many"
-        " skipped and why. Nothing is trained; a URL is cloned into the cache."
+        "Read data.source as a run does, and count the files that are trained on, held out and"
+        " skipped, with the reasons. Nothing is trained. A URL is cloned into the cache."
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--explain", action="store_true", help="name every skipped file, and what was found in it"
+        "--explain", action="store_true", help="list every skipped file and the reason"
     )
     return parser
 

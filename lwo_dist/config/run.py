@@ -54,7 +54,10 @@ class Config(Settings):
     )
     access: Access = Field(
         "private",
-        description="who else on a machine may read what a run writes: nobody, or its Unix group",
+        description=(
+            "who can read what a run writes: only its owner (private), or also the owner's Unix"
+            " group (group)"
+        ),
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -79,7 +82,7 @@ class Config(Settings):
         refuse_password(
             "storage",
             self.storage,
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what your store reads, in the"
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or your store's equivalents, in the"
             " environment of all workers instead",
         )
         return self

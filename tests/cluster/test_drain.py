@@ -117,7 +117,7 @@ def test_no_ray_is_asked_where_none_is_known(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(module, "_workers", lambda: [])
     module._drain(1)
-    assert "no Ray of these workers was found" in capsys.readouterr().err
+    assert "found no Ray that these workers belong to" in capsys.readouterr().err
 
 
 _DRAINS = """

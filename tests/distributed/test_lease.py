@@ -78,8 +78,8 @@ def two_drivers(storage: str, notes: Path, rng: random.Random) -> None:
     errors = [error for error in (contenders.error(notes, name) for name in "ab") if error]
     assert len(errors) == 1
     assert re.fullmatch(
-        r"run_name = r: process \d+ of \S+ on \S+ has been writing this run since [\d: +-]+; wait"
-        r" until it ends, choose another run_name, or take the run over with"
+        r"run_name = r: process \d+ of user \S+ on \S+ has been writing this run since [\d: +-]+;"
+        r" wait until it ends, choose another run_name, or take over the run with"
         r" checkpoint.take_over=true",
         errors[0],
     )
@@ -97,8 +97,8 @@ def an_orphaned_worker(storage: str, notes: Path, rng: random.Random) -> None:
     finish(notes, heir)
     assert contenders.error(notes, "b") == ""
     assert re.fullmatch(
-        r"run_name = r: process \d+ of \S+ on \S+ took this run over at [\d: +-]+; this process"
-        r" stops and leaves the run to it",
+        r"run_name = r: process \d+ of user \S+ on \S+ took over this run at [\d: +-]+;"
+        r" this process stops",
         contenders.error(notes, "a"),
     )
     check_commits(storage, notes, claims=2)
@@ -119,7 +119,7 @@ def test_a_driver_that_is_alive_can_be_relieved_by_force(storage: str, notes: Pa
     run = RunFolder(storage, "r")
     claim = lease.take(run, force=True)
     worker.join(contenders.DEADLINE_S)
-    assert "took this run over" in contenders.error(notes, "a")
+    assert "took over this run" in contenders.error(notes, "a")
     finish(notes, driver)
     claim.check()
     lease.refuse_held(run)  # ours
@@ -155,7 +155,7 @@ def test_a_holder_on_another_machine_is_dead_when_its_sign_of_life_stops(
     monkeypatch.setattr(lease, "EXPIRES_S", 0.2)
     monkeypatch.setattr(lease, "_LOOK_S", 0.05)
     assert lease.take(run).number == 2
-    with pytest.raises(lease.LostRunError, match="took this run over"):
+    with pytest.raises(lease.LostRunError, match="took over this run"):
         lease.join(run, ELSEWHERE["holder"])
 
 

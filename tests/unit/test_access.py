@@ -62,11 +62,11 @@ def _of_the_group(path: Path) -> None:
 
 
 TAKEN = [
-    (_link, "is a link of user "),
+    (_link, r"is a symlink \(owner: "),
     (_others, f"belongs to user {OTHER_USER}, "),
-    (_open, r"is open to others \(mode 0755\), .* \(chmod 700 .*\) if all in it is yours, or "),
+    (_open, r"is open to others \(mode 0755\), .* run chmod 700 .* if all its .* are yours, or "),
     (_of_the_group, r"is open to others \(mode 0770\)"),
-    (Path.touch, "is no folder of user "),
+    (Path.touch, r"is not a folder \(owner: "),
 ]
 
 
@@ -136,7 +136,7 @@ def test_a_scratch_folder_that_cannot_be_made(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path / "file" / "scratch"))
-    with pytest.raises(UserError, match="^LWO_SCRATCH_DIR = .*: Not a directory; give a folder"):
+    with pytest.raises(UserError, match="^LWO_SCRATCH_DIR = .*: Not a directory; give a writable"):
         storage_folder("s3://bucket/runs")
 
 

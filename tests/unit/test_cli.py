@@ -290,7 +290,7 @@ def test_ui_keeps_a_password_off_the_command_line(
     [
         (
             "https://name:secret@mlflow.example",
-            "tracking.uri = https://mlflow.example was given with a password; set",
+            "tracking.uri = https://mlflow.example contains a password; set",
         ),
         (
             "http://127.0.0.1:9",
@@ -345,7 +345,7 @@ def test_an_address_with_a_password_is_refused(
         arguments += ["--address", "http://127.0.0.1:1"]
     assert cli.main([command, *arguments]) == 2
     said = capsys.readouterr()
-    assert "was given with a password" in said.err and len(said.err.splitlines()) == 1
+    assert "contains a password" in said.err and len(said.err.splitlines()) == 1
     assert "hunter2" not in said.err + said.out
 
 
@@ -367,7 +367,7 @@ def test_data_says_what_a_source_gives(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert out.splitlines()[:2] == [
         "deploy.py: secret (GitHub token, line 2)",
-        "red\\x1b[31m.pem: secret (by its name)",
+        "red\\x1b[31m.pem: secret (file name)",
     ]
     assert token not in out and out.splitlines()[2:] == lines
     assert not (tmp_path / "runs").exists()

@@ -206,7 +206,7 @@ def test_a_git_file_that_leads_nowhere(tmp_path: Path, pointer: str) -> None:
     (tmp_path / ".git").write_text(pointer)
     with pytest.raises(GitError, match="git repository"):
         Repository.around(tmp_path)
-    with pytest.raises(UserError, match="mend it, or read all files with data.use_git=false"):
+    with pytest.raises(UserError, match="fix it, or read all files with data.use_git=false"):
         read_source_tree(DataConfig(source=str(tmp_path)), tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_a_server_that_drips_is_given_up_at_last(
 ) -> None:
     monkeypatch.setattr(git_module, "_CLONE_SECONDS", 1)
     monkeypatch.setenv("GIT_SSH_COMMAND", "while echo still there >&2; do sleep 0.1; done; :")
-    with pytest.raises(GitError, match="not done after 1 s"):
+    with pytest.raises(GitError, match="not finished after 1 s"):
         clone("ssh://host/code.git", tmp_path / "code")
 
 
@@ -247,7 +247,7 @@ def test_a_fifo_in_the_way_holds_nobody(tmp_path: Path, monkeypatch: pytest.Monk
         read_source_tree(DataConfig(source=str(root)), tmp_path)
     (root / ".git" / "HEAD").unlink()
     os.mkfifo(root / ".git" / "HEAD")
-    with pytest.raises(UserError, match="is no git repository"):
+    with pytest.raises(UserError, match="is not a git repository"):
         read_source_tree(DataConfig(source=str(root)), tmp_path)
 
 

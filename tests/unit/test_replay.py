@@ -73,7 +73,7 @@ def test_the_run_s_own_files_choose_no_server(
             sent.save()
         assert main(["replay", str(spool)]) == 2
         said = capsys.readouterr().err
-        assert "which only the run's files name" in said and "--uri" in said
+        assert "which is not configured here" in said and "--uri" in said
         assert said.count("\n") == 1 and "\x1b" not in said
     assert server.addresses == []
 
@@ -107,7 +107,7 @@ def test_no_file_outside_the_run_is_uploaded(
     (spool.parent / "config.yaml").touch()
     replay(spool, "http://mine.example")
     assert "config.yaml" in server.uploads and "id_rsa" not in server.uploads
-    assert "id_rsa' is not a name that a run's folder may hold" in caplog.text
+    assert "id_rsa' is not a valid name in a run's folder" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model", "pictures", "model/deep"])
@@ -115,7 +115,7 @@ def test_a_run_with_links_is_refused(tmp_path: Path, server: type[Server], name:
     spool = run_for(tmp_path, "x", "config.yaml")
     (spool.parent / name).parent.mkdir(exist_ok=True)
     (spool.parent / name).symlink_to(tmp_path)
-    with pytest.raises(UserError, match="is a link, and a run's folder holds none"):
+    with pytest.raises(UserError, match="is a symlink, which a run's folder must not contain"):
         replay(spool, "http://mine.example")
     assert server.addresses == []
 

@@ -120,7 +120,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (root / "loop").symlink_to(root)
     tree = read(root, tmp_path)
     assert len(names(tree)) == 12
-    assert tree.skipped == {"a link to elsewhere": 1, "not a regular file": 1}
+    assert tree.skipped == {"external symlink": 1, "not a regular file": 1}
 
 
 def test_no_link_leads_out_of_the_tree(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_no_link_leads_out_of_the_tree(tmp_path: Path) -> None:
     for use_git in (True, False):
         tree = read(root, tmp_path, use_git=use_git)
         assert len(names(tree)) == 12
-        assert set(tree.skipped) <= {"a link to elsewhere", "hidden folder"}
-        assert tree.skipped["a link to elsewhere"] >= 3
+        assert set(tree.skipped) <= {"external symlink", "hidden folder"}
+        assert tree.skipped["external symlink"] >= 3
         assert not any("outside" in file.path.read_text() for file in tree.train + tree.held_out)
 
 
@@ -190,7 +190,7 @@ def test_a_secret_is_on_neither_side_and_said_without_its_value(tmp_path: Path) 
     assert ".env.example" in names(tree)
     _, _, skipped = find_files(DataConfig(source=str(root)), tmp_path)
     assert [(skip.name, skip.detail) for skip in skipped] == [
-        (".npmrc", "by its name"),
+        (".npmrc", "file name"),
         ("deploy.py", "GitLab token, line 3"),
     ]
 
@@ -317,7 +317,7 @@ def test_damaged_repository(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     (root / ".git" / "HEAD").write_text("nonsense")
     with pytest.raises(
-        UserError, match="git ls-files failed: .+; mend it, or read all files"
+        UserError, match="git ls-files failed: .+; fix it, or read all files"
     ) as error:
         read(root, tmp_path)
     one_line(error)
@@ -356,7 +356,7 @@ def test_failed_clone_leaves_nothing(tmp_path: Path, url: str) -> None:
 
 
 def test_a_url_with_a_password_is_not_cloned(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="https://host/a.git was given with a password") as error:
+    with pytest.raises(UserError, match="https://host/a.git contains a password") as error:
         read("https://user:hunter2@host/a.git", tmp_path / "cache")
     assert "hunter2" not in one_line(error)
     assert not (tmp_path / "cache").exists()

@@ -230,6 +230,6 @@ def test_a_line_that_no_spool_writes_is_damaged_and_spoils_no_other(tmp_path, li
 def test_a_spool_that_is_a_link_is_not_written(tmp_path):
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "metrics.jsonl").symlink_to("elsewhere")
-    with pytest.raises(OSError, match="is a link"):
+    with pytest.raises(OSError, match="is a symlink"):
         Spool(tmp_path / "metrics.jsonl")
     assert (tmp_path / "elsewhere").read_text() == "mine"
