@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
 from .arguments import Subparsers, add_config_arguments, read_config
@@ -31,7 +32,6 @@ def run(arguments: argparse.Namespace) -> None:
     require("run", what="lwo-dist data")
     from lwo_dist.data.cache import cache_folder
     from lwo_dist.data.source_tree import divide, find_files
-    from lwo_dist.units import printable
 
     config = read_config(arguments)
     _, files, skipped = find_files(config.data, cache_folder(config))
