@@ -31,7 +31,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -49,6 +49,7 @@ __all__ = [
     "renewed",
     "take",
     "this_process",
+    "watched",
 ]
 
 RENEW_S = 5.0
@@ -162,22 +163,47 @@ def join(run: RunFolder, holder: str) -> Lease:
 def renewed(run: RunFolder) -> Iterator[None]:
     """Renew this process's heartbeat inside, and remove it at the end, which frees the run."""
     beat = _beat_name(this_process()["holder"])
-    over = threading.Event()
 
     def renew() -> None:
-        while not over.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # the storage may be back in time
-                run.write(beat, _beat())
+        with contextlib.suppress(OSError):  # the storage may be back in time
+            run.write(beat, _beat())
 
-    thread = threading.Thread(target=renew, name="lwo-dist-lease", daemon=True)
+    try:
+        with _repeated(renew):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            run.remove([beat])
+
+
+@contextlib.contextmanager
+def watched(claim: Lease, on_loss: Callable[[], None]) -> Iterator[None]:
+    """Inside, call `on_loss` once the claim is lost; in another thread, and perhaps repeatedly."""
+
+    def watch() -> None:
+        if claim.is_lost():
+            on_loss()
+
+    with _repeated(watch):
+        yield
+
+
+@contextlib.contextmanager
+def _repeated(call: Callable[[], None]) -> Iterator[None]:
+    """Inside, call `call` in a thread every `RENEW_S`."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(RENEW_S):
+            call()
+
+    thread = threading.Thread(target=repeat, name="lwo-dist-lease", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            run.remove([beat])
 
 
 def refuse_held(run: RunFolder) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -161,7 +160,12 @@ def run(
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
         trainer = _build(config, run_folder, device, everyone, stop, on_commit, may_write)
-        with stop.listening(), _watched(claim, stop):
+        with ExitStack() as stack:
+            stack.enter_context(stop.listening())
+            if claim is not None:
+                # The next save would be refused.
+                on_loss = partial(stop.request, "a takeover of the run by another process")
+                stack.enter_context(lease.watched(claim, on_loss))
             trainer.train()
         distributed.on_rank_0(may_write)
         summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
@@ -371,29 +375,6 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
             f"(lwo.steps_per_layer = {config.lwo.steps_per_layer})",
             flush=True,
         )
-
-
-@contextmanager
-def _watched(claim: lease.Lease | None, stop: StopRequest) -> Iterator[None]:
-    """Inside, request a stop once the claim is lost: the next save would be refused."""
-    if claim is None:
-        yield
-        return
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(lease.RENEW_S):
-            if claim.is_lost():
-                stop.request("a takeover of the run by another process")
-                return
-
-    thread = threading.Thread(target=watch, name="lwo-dist-claim", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _nothing() -> None:
