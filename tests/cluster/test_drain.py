@@ -95,7 +95,7 @@ def test_a_node_with_workers_only_is_drained(monkeypatch: pytest.MonkeyPatch) ->
     assert drained == [60]
 
 
-def test_the_address_is_that_of_the_workers_own_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_uses_the_address_of_the_workers_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
     # The raylet is a parent of the worker; another user's, or a file in /tmp, is nobody.
     worker = "import time; print('up', flush=True); time.sleep(600)"
     raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'Worker'])"
@@ -111,7 +111,7 @@ def test_the_address_is_that_of_the_workers_own_raylet(monkeypatch: pytest.Monke
             child.kill()
 
 
-def test_no_ray_is_asked_where_none_is_known(
+def test_drain_contacts_no_ray_without_an_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -16,7 +16,7 @@ from tests.listening import Watch, listed
 PATIENCE_S = 120
 
 
-def test_a_head_listens_as_the_page_says(tmp_path: Path) -> None:
+def test_the_head_listens_as_documented(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
         settings = {

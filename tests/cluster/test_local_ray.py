@@ -43,7 +43,7 @@ def starts(failures: int) -> tuple[list[dict[str, Any]], Callable[..., None]]:
     return seen, start
 
 
-def test_a_ray_that_does_not_start_in_time_is_tried_again(
+def test_a_slow_ray_start_is_retried(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen, start = starts(failures=2)
@@ -61,9 +61,7 @@ def test_a_ray_that_does_not_start_in_time_is_tried_again(
     assert said == [f"Ray did not start ({BUSY.splitlines()[0]}); trying again"] * 2
 
 
-def test_a_ray_that_never_starts_is_one_line(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_ray_start_gives_one_line(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, start = starts(failures=9)
     monkeypatch.setattr(nodes, "_init_ray", start)
     with (
@@ -78,9 +76,7 @@ def test_a_ray_that_never_starts_is_one_line(
     assert list((folders / f"lwo_dist-{os.getuid()}").iterdir()) == []
 
 
-def test_ray_s_files_lie_where_only_this_user_can_enter(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_files_are_in_a_private_folder(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, start = starts(failures=0)
     monkeypatch.setattr(nodes, "_init_ray", start)
     with nodes.local_ray(MACHINE):

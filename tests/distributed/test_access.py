@@ -48,9 +48,7 @@ def access(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_a_run_is_private_or_the_group_s(
-    access: str, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_run_modes_follow_access(access: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     settings = [f"access={access}", "tracking.enabled=true", "train.steps=4", "eval.num_lines=4"]
     # Unset, it is private.
@@ -79,7 +77,7 @@ def test_a_run_is_private_or_the_group_s(
         assert [path for path in folders if not mode(path) & stat.S_ISGID] == []
 
 
-def test_the_user_s_own_storage_folder_keeps_its_mode(
+def test_an_existing_storage_folder_keeps_its_mode(
     access: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     storage = tmp_path / "runs"

@@ -113,7 +113,7 @@ def test_a_run_has_one_writer(storage: str, notes: Path, seed: int, scene: objec
     scene(storage, notes, random.Random(seed))
 
 
-def test_a_driver_that_is_alive_can_be_relieved_by_force(storage: str, notes: Path) -> None:
+def test_take_over_from_a_live_driver(storage: str, notes: Path) -> None:
     driver, worker = contenders.start(storage, notes, "a", 1000)
     contenders.wait_for(notes / "commits.log", lines=2)
     run = RunFolder(storage, "r")
@@ -125,7 +125,7 @@ def test_a_driver_that_is_alive_can_be_relieved_by_force(storage: str, notes: Pa
     lease.refuse_held(run)  # ours
 
 
-def test_a_run_that_has_ended_is_free_at_once(storage: str, notes: Path) -> None:
+def test_a_finished_run_is_free_at_once(storage: str, notes: Path) -> None:
     driver, worker = contenders.start(storage, notes, "a", 1)
     worker.join(contenders.DEADLINE_S)
     finish(notes, driver)
@@ -134,7 +134,7 @@ def test_a_run_that_has_ended_is_free_at_once(storage: str, notes: Path) -> None
     assert lease.take(run).number == 3
 
 
-def test_a_group_of_workers_ends_the_one_before(tmp_path: Path) -> None:
+def test_a_new_worker_group_revokes_the_previous_claim(tmp_path: Path) -> None:
     """Ray starts workers again while the network still hides the old ones."""
     run = RunFolder(str(tmp_path), "r")
     holder = lease.take(run).holder
@@ -145,7 +145,7 @@ def test_a_group_of_workers_ends_the_one_before(tmp_path: Path) -> None:
     assert old.is_lost() and not new.is_lost() and lease.is_ours(run)
 
 
-def test_a_holder_on_another_machine_is_dead_when_its_sign_of_life_stops(
+def test_a_remote_holder_is_dead_when_its_heartbeat_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(str(tmp_path), "r")
@@ -159,7 +159,7 @@ def test_a_holder_on_another_machine_is_dead_when_its_sign_of_life_stops(
         lease.join(run, ELSEWHERE["holder"])
 
 
-def test_a_process_that_has_taken_over_is_not_ended_by_the_one_before(tmp_path: Path) -> None:
+def test_a_lost_run_does_not_end_its_new_owner(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path), "r")
     claim = lease.take(run)
     name = "lease/000002.json"
@@ -195,7 +195,7 @@ def lose_at(config: Config, step: int) -> str:
     return ""
 
 
-def test_a_run_that_is_lost_commits_nothing_more_and_leaves_its_end_to_the_other(
+def test_a_lost_run_commits_nothing_and_does_not_end_the_mlflow_run(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     settings = (
@@ -213,7 +213,9 @@ def test_a_run_that_is_lost_commits_nothing_more_and_leaves_its_end_to_the_other
     assert "metrics" in kinds and "end" not in kinds
 
 
-def test_two_torchruns_of_one_name(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_second_torchrun_of_the_same_run_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     """What `prepare` does for the second one, before anything of the run is touched."""
     config = make_config(inputs, tmp_path)
     with contenders.held(str(tmp_path)):

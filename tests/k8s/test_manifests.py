@@ -365,7 +365,7 @@ def test_components_go_together(tmp_path: Path) -> None:
     assert (apart[0] | apart[1]) - configs <= together
 
 
-def test_digests_of_ones_own_reach_every_container(tmp_path: Path) -> None:
+def test_custom_digests_reach_every_container(tmp_path: Path) -> None:
     """As README.md has one write them with `kustomize edit set image`."""
     k8s = Path(os.path.relpath(K8S, tmp_path))
     images = [

@@ -109,7 +109,7 @@ def test_runs_need_the_login(server: int) -> None:
     ],
 )
 @pytest.mark.parametrize("login", [ADMIN, TRAINING], ids=["admin", "training"])
-def test_its_names_are_let_in(server: int, host: str, login: Login) -> None:
+def test_its_host_names_are_accepted(server: int, host: str, login: Login) -> None:
     assert _status(server, RUNS, host=host, login=login) == 200
 
 
@@ -210,7 +210,7 @@ FORBIDDEN: list[tuple[str, str, Any]] = [
 @pytest.mark.parametrize(
     ("method", "path", "body"), FORBIDDEN, ids=[f"{method}-{path}" for method, path, _ in FORBIDDEN]
 )
-def test_training_reads_and_changes_nothing_of_others(
+def test_training_cannot_read_or_change_other_users_data(
     server: int, foreign: Foreign, method: str, path: str, body: Any
 ) -> None:
     path = path.replace("=E", f"={foreign.experiment}").replace("=R", f"={foreign.run}")
@@ -222,7 +222,7 @@ def test_training_reads_and_changes_nothing_of_others(
     assert status == 403, text
 
 
-def test_training_does_not_find_what_others_have(server: int, foreign: Foreign) -> None:
+def test_training_does_not_see_other_users_data(server: int, foreign: Foreign) -> None:
     for login, seen in ((TRAINING, False), (ADMIN, True)):
         status, text = _request(server, RUNS, login=login)
         assert status == 200

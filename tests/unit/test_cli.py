@@ -322,7 +322,7 @@ def test_ui_says_what_it_cannot_open(
     ],
 )
 @pytest.mark.parametrize("in_file", [False, True])
-def test_an_address_with_a_password_is_refused(
+def test_a_url_with_a_password_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -349,7 +349,9 @@ def test_an_address_with_a_password_is_refused(
     assert "hunter2" not in said.err + said.out
 
 
-def test_data_says_what_a_source_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_counts_used_and_skipped_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for i in range(10):

@@ -64,7 +64,7 @@ def published(folder: Path, *, evaluations: bool = True) -> str:
 
 
 @pytest.mark.parametrize("samples", [False, True])
-def test_without_completions_no_file_holds_a_line(tmp_path: Path, samples: bool) -> None:
+def test_without_completions_no_file_contains_source_lines(tmp_path: Path, samples: bool) -> None:
     """With samples: an earlier attempt was allowed to write them, the newest is not."""
     spool = run(tmp_path, log_completions=False, samples=samples, lines=LINES)
     append_end(spool, "FINISHED", best_step=10)
@@ -77,7 +77,7 @@ def test_without_completions_no_file_holds_a_line(tmp_path: Path, samples: bool)
     assert not any(line in text for line in LINES)
 
 
-def test_with_completions_the_lines_are_shown(tmp_path: Path) -> None:
+def test_with_completions_the_source_lines_are_shown(tmp_path: Path) -> None:
     spool = run(tmp_path, log_completions=True, samples=True, lines=LINES)
     files = write_report(spool.path, "FINISHED", 10)
     spool.close()

@@ -258,7 +258,7 @@ def test_a_hostile_config_gets_one_short_line(tmp_path: Path, text: str, message
         ("seed=2026-99-99", "is not a YAML value"),
     ],
 )
-def test_so_does_a_hostile_override(override: str, message: str) -> None:
+def test_a_hostile_override_gets_one_short_line(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         load_config(None, [override])
     assert len(str(refused.value)) < 2000

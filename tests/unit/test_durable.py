@@ -143,7 +143,7 @@ def test_a_crash_at_any_moment_keeps_the_last_checkpoint(
         disk.close()
 
 
-def test_what_a_seal_names_is_on_disk_before_it_and_it_before_the_old_one_goes(
+def test_files_are_durable_before_the_commit_and_the_commit_before_the_prune(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same for the first save, and for a copy where there are no links."""
@@ -167,7 +167,7 @@ def test_what_a_seal_names_is_on_disk_before_it_and_it_before_the_old_one_goes(
         disk.close()
 
 
-def test_an_exported_model_is_there_whole_or_not_at_all(
+def test_a_crash_during_an_export_leaves_a_complete_model_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = newest_checkpoint(RunFolder(str(SOUND), "run"))
@@ -193,7 +193,7 @@ def test_an_exported_model_is_there_whole_or_not_at_all(
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
-def test_a_record_is_there_whole_old_or_new(
+def test_a_crash_during_a_record_write_leaves_the_old_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """run.json, summary.json and the files of evaluations."""

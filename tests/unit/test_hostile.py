@@ -176,7 +176,7 @@ def try_all(run: str, target: Path, capsys: pytest.CaptureFixture[str]) -> list[
         "x" * 300,
     ],
 )
-def test_a_name_that_is_no_file_of_a_checkpoint_is_refused(
+def test_an_invalid_file_name_is_refused(
     case: Case, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = case.state()
@@ -193,7 +193,9 @@ def test_a_name_that_is_no_file_of_a_checkpoint_is_refused(
 @pytest.mark.parametrize(
     "name", ["../../../../outside/secret.safetensors", "/etc/hostname", "config.json", "..", 7]
 )
-def test_so_is_one_in_the_index_or_of_moments(case: Case, name: Any, tmp_path: Path) -> None:
+def test_an_invalid_name_in_the_index_or_the_moments_is_refused(
+    case: Case, name: Any, tmp_path: Path
+) -> None:
     def lead_away(index: Any) -> None:
         index["weight_map"] |= dict.fromkeys(list(index["weight_map"])[:1], name)
 
@@ -208,7 +210,7 @@ def test_so_is_one_in_the_index_or_of_moments(case: Case, name: Any, tmp_path: P
         newest_checkpoint(RunFolder.at(str(other.run)))
 
 
-def test_a_file_that_the_seal_does_not_name_is_not_loaded(case: Case) -> None:
+def test_a_file_not_listed_in_state_json_is_not_loaded(case: Case) -> None:
     (case.step / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     with pytest.raises(UserError, match="adapter_config.json is not listed in state.json"):
         newest_checkpoint(RunFolder.at(str(case.run)))
@@ -232,7 +234,7 @@ def test_a_file_that_the_seal_does_not_name_is_not_loaded(case: Case) -> None:
         "evaluations",
     ],
 )
-def test_no_link_is_followed(case: Case, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_symlink_is_followed(case: Case, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     link = case.run / name
     moved = case.outside / f"moved-{link.name}"
     if link.exists():
@@ -251,7 +253,7 @@ def test_no_link_is_followed(case: Case, name: str, capsys: pytest.CaptureFixtur
     assert SECRET not in [path.read_bytes() for path in exported.rglob("*") if path.is_file()]
 
 
-def test_neither_a_pipe_nor_a_folder_is_read(case: Case) -> None:
+def test_pipes_and_folders_are_not_read(case: Case) -> None:
     (case.step / "tokenizer.json").unlink()
     os.mkfifo(case.step / "tokenizer.json")
     with pytest.raises(UserError, match="tokenizer.json is not a regular file"):
@@ -278,7 +280,7 @@ def add_code(case: Case, code_in: str = "modeling_mine.Mine") -> None:
 
 
 @pytest.mark.parametrize("code_in", ["modeling_mine.Mine", "someone/else--modeling.Mine"])
-def test_an_export_runs_no_code_because_the_run_says_so(
+def test_a_run_cannot_make_an_export_run_its_code(
     case: Case, code_in: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add_code(case, code_in)
@@ -288,14 +290,16 @@ def test_an_export_runs_no_code_because_the_run_says_so(
     assert not MARKER.exists() and not (case.run / "model").exists()
 
 
-def test_it_runs_it_for_the_one_who_asks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_runs_the_code_with_trust_remote_code(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(case.run.parent / "modules"))
     add_code(case)
     assert main(["export", str(case.run), "--trust-remote-code"]) == 2  # it defines no model
     assert MARKER.exists()
 
 
-def test_a_resume_runs_none_either(case: Case) -> None:
+def test_a_resume_does_not_run_code_of_the_run(case: Case) -> None:
     add_code(case)
     checkpoint = newest_checkpoint(RunFolder.at(str(case.run)))
     assert checkpoint is not None
@@ -324,7 +328,7 @@ def test_code_of_a_tokenizer_or_a_method_is_not_run(
     assert not MARKER.exists()
 
 
-def test_a_run_chooses_no_folder_to_read_a_licence_from(case: Case) -> None:
+def test_a_run_cannot_choose_the_folder_of_the_licence(case: Case) -> None:
     (case.outside / "README.md").write_text("---\nlicense: secret-licence\n---\n")
     state = case.state()
     state["run"]["base_model"] = str(case.outside)
@@ -347,7 +351,7 @@ def test_a_run_chooses_no_folder_to_read_a_licence_from(case: Case) -> None:
         lambda state: state["results"]["evaluations"]["0"].update({f"eval/{ESCAPE}": ESCAPE}),
     ],
 )
-def test_no_escape_reaches_the_terminal(
+def test_no_terminal_escape_is_printed(
     case: Case, change: Callable[[Any], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = case.state()
@@ -379,7 +383,7 @@ def test_no_escape_reaches_the_terminal(
         (lambda s: s.pop("sha256"), "sha256"),
     ],
 )
-def test_a_wrong_value_is_named(
+def test_a_malformed_value_is_named(
     case: Case, change: Callable[[Any], None], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = case.state()
@@ -402,7 +406,7 @@ def test_a_wrong_value_is_named(
         (lambda s: s.pop("results"), "has no results"),
     ],
 )
-def test_a_resume_names_a_wrong_value_of_the_trainer_s(
+def test_a_resume_names_a_malformed_trainer_value(
     case: Case, change: Callable[[Any], None], message: str
 ) -> None:
     state = case.state()
@@ -414,7 +418,7 @@ def test_a_resume_names_a_wrong_value_of_the_trainer_s(
 @pytest.mark.parametrize(
     "data", [b"[" * 10**6, b'{"a":' * 10**5, b"1" * 5000, b"\xff", b"null", b"[]", b""]
 )
-def test_no_json_ends_in_a_traceback(
+def test_bad_json_gives_no_traceback(
     case: Case, data: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound = (case.step / STATE).read_bytes()
@@ -426,7 +430,7 @@ def test_no_json_ends_in_a_traceback(
         try_all(str(case.run), case.run.parent / "out", capsys)
 
 
-def test_a_file_larger_than_any_is_not_read(case: Case) -> None:
+def test_an_oversized_file_is_not_read(case: Case) -> None:
     with (case.step / STATE).open("ab") as file:
         file.truncate(2**40)  # sparse
     with pytest.raises(UserError, match="is larger than 134217728 bytes"):
@@ -445,7 +449,7 @@ def test_a_safetensors_header_of_an_absurd_length_gets_one_line(
     assert any("is malformed" in line for line in said)
 
 
-def test_a_config_cannot_make_an_export_build_layers_for_ever(
+def test_a_config_cannot_make_an_export_build_endless_layers(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case.put_json("config.json", lambda values: values.update(num_hidden_layers=10**9))
@@ -518,7 +522,7 @@ def bucket_of(
         yield "s3://bucket/runs/r", bucket
 
 
-def test_odd_keys_are_ignored_and_stop_no_start(
+def test_odd_object_keys_are_ignored(
     case: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for odd in (ODD_KEYS, *([key] for key in ODD_KEYS)):
@@ -729,7 +733,7 @@ KINDS = [hostile_state, hostile_file, hostile_bytes, hostile_tree, hostile_confi
     suppress_health_check=list(HealthCheck),
 )
 @given(st.data())
-def test_300_random_hostile_artefacts_stay_in_their_place(
+def test_300_random_hostile_artefacts_are_contained(
     warm: None,
     tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],

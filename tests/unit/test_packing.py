@@ -125,7 +125,7 @@ def test_a_token_in_the_config_or_an_override_is_never_sent(tmp_path: Path, targ
     assert token not in str(error.value)
 
 
-def test_names_that_ray_cannot_pack_stay(tmp_path: Path, target: Path) -> None:
+def test_names_that_ray_cannot_pack_are_left_out(tmp_path: Path, target: Path) -> None:
     source = _tree(tmp_path / "source", {"code.py": ""})
     (source / os.fsdecode(b"caf\xe9.py")).write_text("x = 1")
     assert pack(source, "", target) == [

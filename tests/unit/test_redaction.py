@@ -116,7 +116,7 @@ def test_a_password_is_refused_without_being_shown() -> None:
         ("RAY_AUTH_TOKEN", "fedcba9876543210"),
     ],
 )
-def test_what_the_environment_holds_is_gone(
+def test_credentials_of_the_environment_are_redacted(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -138,5 +138,5 @@ def test_what_the_environment_holds_is_gone(
         ("NCCL_DEBUG=INFO", "NCCL_DEBUG=INFO"),
     ],
 )
-def test_tokens_are_gone_from_messages(text: str, expected: str) -> None:
+def test_tokens_are_redacted(text: str, expected: str) -> None:
     assert redact(text) == expected

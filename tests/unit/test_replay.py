@@ -62,7 +62,7 @@ def run_for(folder: Path, uri: str, *paths: str) -> Path:
 @pytest.mark.parametrize(
     "uri", ["http://evil.example", "sqlite:////elsewhere/other.db", "databricks", "\x1b[2J"]
 )
-def test_the_run_s_own_files_choose_no_server(
+def test_a_run_cannot_choose_the_server(
     tmp_path: Path, server: type[Server], uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spool = run_for(tmp_path, uri)
@@ -78,7 +78,7 @@ def test_the_run_s_own_files_choose_no_server(
     assert server.addresses == []
 
 
-def test_the_one_who_types_does(
+def test_the_command_line_and_environment_choose_the_server(
     tmp_path: Path, server: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool = run_for(tmp_path, "http://mine.example")
@@ -88,7 +88,7 @@ def test_the_one_who_types_does(
     assert server.addresses == ["http://mine.example", "http://me:password@mine.example"]
 
 
-def test_the_database_beside_the_run_needs_no_word(tmp_path: Path, server: type[Server]) -> None:
+def test_the_database_beside_the_run_needs_no_option(tmp_path: Path, server: type[Server]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     spool = run_for(tmp_path, uri)
     replay(spool)
@@ -111,7 +111,7 @@ def test_no_file_outside_the_run_is_uploaded(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model", "pictures", "model/deep"])
-def test_a_run_with_links_is_refused(tmp_path: Path, server: type[Server], name: str) -> None:
+def test_a_run_with_symlinks_is_refused(tmp_path: Path, server: type[Server], name: str) -> None:
     spool = run_for(tmp_path, "x", "config.yaml")
     (spool.parent / name).parent.mkdir(exist_ok=True)
     (spool.parent / name).symlink_to(tmp_path)
@@ -132,7 +132,7 @@ def test_a_run_with_links_is_refused(tmp_path: Path, server: type[Server], name:
         [],
     ],
 )
-def test_a_made_up_offset_file_does_no_harm(
+def test_a_forged_offset_file_is_harmless(
     tmp_path: Path, server: type[Server], values: Any
 ) -> None:
     spool = run_for(tmp_path, "x")

@@ -74,7 +74,7 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-def test_each_kind_is_found_and_gone_from_texts(kind: str) -> None:
+def test_each_kind_is_found_and_redacted(kind: str) -> None:
     around, secret, name = SECRETS[kind]
     text = f"# first line\n{around.format(secret)}\nlast line\n"
     found = find_secret(text.encode())
@@ -121,7 +121,7 @@ def test_ordinary_code_is_left_alone(text: str) -> None:
     assert without_secrets(text) == text
 
 
-def test_the_standard_library_holds_no_secret() -> None:
+def test_no_secret_is_found_in_the_standard_library() -> None:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     assert len(files) > 100
     assert [file.name for file in files if find_secret(file.read_bytes())] == []
@@ -166,7 +166,7 @@ def test_the_standard_library_holds_no_secret() -> None:
         (".env/readme.txt", False),
     ],
 )
-def test_which_file_is_secret_by_its_name(name: str, expected: bool) -> None:
+def test_which_file_names_are_secret(name: str, expected: bool) -> None:
     assert is_secret_file(name) is expected
 
 
@@ -187,14 +187,14 @@ def test_which_file_is_secret_by_its_name(name: str, expected: bool) -> None:
         ("OMP_NUM_THREADS", False),
     ],
 )
-def test_which_name_says_secret(name: str, expected: bool) -> None:
+def test_which_variable_names_are_secret(name: str, expected: bool) -> None:
     assert is_secret_name(name) is expected
 
 
 @pytest.mark.parametrize(
     "piece", ["-----BEGIN PRIVATE KEY-----\n", "=a1", "glpat-", "a.eyJ", "://a:b", "n" * 40, "="]
 )
-def test_no_text_takes_long(piece: str) -> None:
+def test_time_is_linear_in_the_text(piece: str) -> None:
     """Quadratic time would be hours."""
     data = piece.encode() * (4_000_000 // len(piece))
     find_secret(data)
