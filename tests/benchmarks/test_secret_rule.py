@@ -1,4 +1,4 @@
-"""The benchmark of the secret rule runs, and reads every file both ways."""
+"""The benchmark of the secret rule runs, and reads every file with and without the rule."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_a_node_with_workers_only_is_drained(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_drain_uses_the_address_of_the_workers_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The raylet is a parent of the worker; another user's, or a file in /tmp, is nobody.
+    # Only a parent of the worker counts: not a raylet of another user, nor a file in /tmp.
     worker = "import time; print('up', flush=True); time.sleep(600)"
     raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'Worker'])"
     command = [sys.executable, "-c", raylet, worker, "--gcs-address=10.0.0.1:6379"]

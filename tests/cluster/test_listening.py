@@ -1,5 +1,6 @@
-"""What a cluster's head listens on is what launch/SECURITY.md says. Local runs and torchrun are
-watched in `test_ray_train.py`, where they run anyway.
+"""A cluster's head listens on the sockets in launch/SECURITY.md, and no others.
+
+`test_ray_train.py` checks local runs and torchrun.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""One writer a run: of two drivers one trains, and what is left of a killed one can no longer
-commit. On a disk and in an object store.
+"""One writer per run: only one of two drivers trains, and orphaned workers of a killed driver
+cannot commit. On a disk and in an object store.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def notes(tmp_path: Path) -> Iterator[Path]:
 
 
 def check_commits(storage: str, notes: Path, claims: int) -> None:
-    """Every step was committed once, by attempts that followed each other, and is whole."""
+    """Every step was committed exactly once, is intact, and attempts do not interleave."""
     made = contenders.commits(notes)
     steps = [step for step, _ in made]
-    # A seal that was written in the moment of a takeover may be there without its writer knowing.
+    # During a takeover, a step may be committed without its writer acknowledging it.
     assert steps == sorted(set(steps)) and len(steps) >= STEPS - 1
     numbers = [claim for _, claim in made]
     assert numbers == sorted(numbers) and len(set(numbers)) == claims
@@ -135,7 +135,7 @@ def test_a_finished_run_is_free_at_once(storage: str, notes: Path) -> None:
 
 
 def test_a_new_worker_group_revokes_the_previous_claim(tmp_path: Path) -> None:
-    """Ray starts workers again while the network still hides the old ones."""
+    """Ray restarts workers while the old ones may live on behind a network partition."""
     run = RunFolder(str(tmp_path), "r")
     holder = lease.take(run).holder
     old, new = lease.join(run, holder), lease.join(run, holder)
@@ -159,7 +159,7 @@ def test_a_remote_holder_is_dead_when_its_heartbeat_stops(
         lease.join(run, ELSEWHERE["holder"])
 
 
-def test_a_lost_run_does_not_end_its_new_owner(tmp_path: Path) -> None:
+def test_a_half_written_claim_counts_and_is_never_replaced(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path), "r")
     claim = lease.take(run)
     name = "lease/000002.json"
@@ -181,7 +181,7 @@ ELSEWHERE = {
 
 
 def lose_at(config: Config, step: int) -> str:
-    """Another process takes the run over after `step` steps; what this one says then."""
+    """Run until another process takes over after `step` steps; return the error."""
 
     class TakeOver(Callback):
         def on_metrics(self, now: int, metrics: Mapping[str, float]) -> None:
@@ -216,7 +216,7 @@ def test_a_lost_run_commits_nothing_and_does_not_end_the_mlflow_run(
 def test_a_second_torchrun_of_the_same_run_is_refused(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """What `prepare` does for the second one, before anything of the run is touched."""
+    """`prepare` refuses the second one before it changes any file of the run."""
     config = make_config(inputs, tmp_path)
     with contenders.held(str(tmp_path)):
         before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*.json")}

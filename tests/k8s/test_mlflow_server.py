@@ -1,5 +1,5 @@
 """MLflow's server as its manifest starts it: same arguments, same environment, other folders and
-port; and what the user of training may do there.
+port; and the permissions of the training user.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    for _ in range(2):  # A pod starts anew.
+    for _ in range(2):  # A pod restarts.
         made = pod.make_users()
         assert made.returncode == 0, made.stderr
     log = pod.data / "server.log"
@@ -146,7 +146,7 @@ def test_training_logs_a_run_with_files_and_a_registered_model(
 
 @dataclass(frozen=True)
 class Foreign:
-    """What another user, ada, has on the server."""
+    """Objects of another user, ada, on the server."""
 
     experiment: str
     run: str

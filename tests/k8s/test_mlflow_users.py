@@ -1,4 +1,4 @@
-"""The users of MLflow's server: what its pod's init container makes of the Secrets, each time."""
+"""The users of MLflow's server, as its pod's init container sets them from the Secrets."""
 
 from __future__ import annotations
 

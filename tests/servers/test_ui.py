@@ -1,4 +1,4 @@
-"""`lwo-dist ui` listens as launch/SECURITY.md says."""
+"""`lwo-dist ui` listens as documented in launch/SECURITY.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who else on the machine may read and exchange what we write."""
+"""Other users of the machine can neither read nor replace our files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ TAKEN = [
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The machine's folder for temporary files: a short path, as Ray needs one."""
+    """The machine's temporary directory; a short path, because of Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as name:
         monkeypatch.setattr(tempfile, "tempdir", name)
         monkeypatch.delenv("LWO_SCRATCH_DIR", raising=False)
@@ -121,7 +121,7 @@ def test_an_unsafe_scratch_folder_is_refused(
 def test_an_unsafe_local_folder_of_a_bucket_is_refused(
     take: Callable[[Path], None], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its name is known to everybody who knows the bucket's.
+    # Anybody who knows the bucket's name can compute the folder's.
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path))
     folder = storage_folder("s3://bucket/runs")
     assert _mode(folder) == 0o700

@@ -334,7 +334,7 @@ def test_a_url_with_a_password_is_refused(
 
     monkeypatch.setattr(
         jobs.Jobs, "__init__", lambda *_, **__: None
-    )  # No cluster: refused before one is asked.
+    )  # No cluster: the refusal comes first.
     arguments = [setting]
     if in_file:
         key, _, value = setting.partition("=")

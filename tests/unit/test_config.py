@@ -216,7 +216,7 @@ def test_keeping_moments_needs_a_switch() -> None:
         check_config(load_config(None, ["method=full", "lwo.state=keep"]))
 
 
-# ---- a config that is made to do harm
+# ---- hostile configs
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)

@@ -1,4 +1,4 @@
-"""Git runs nothing that a repository names, waits for nobody forever, and knows what a URL is."""
+"""Git runs no program that a repository names, never blocks forever, and recognises URLs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def repository(root: Path) -> Path:
 
 @pytest.fixture
 def program(tmp_path: Path) -> tuple[Path, Path]:
-    """A program, and the file that it leaves when it has run."""
+    """A program, and the file that it creates when it runs."""
     ran = tmp_path / "ran"
     script = tmp_path / "program"
     script.write_text(f"#!/bin/sh\ntouch {ran}\n")
@@ -107,7 +107,7 @@ def test_no_program_named_by_a_repository_runs(
         assert spoil is _lazy_fetch
     git_commit(root)
     assert not ran.exists()
-    # An ordinary git does run it.
+    # Plain git does run it.
     for command in (["status"], ["describe", "--always", "--dirty"], ["ls-files"]):
         subprocess.run(["git", *command], cwd=root, capture_output=True, timeout=60)
     assert ran.exists()
@@ -212,7 +212,7 @@ def test_a_dangling_git_file_is_refused(tmp_path: Path, pointer: str) -> None:
 
 @pytest.fixture
 def silent_server() -> Iterator[int]:
-    """Accepts connections, and says nothing."""
+    """Accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 

@@ -1,6 +1,6 @@
-"""Runs, buckets and configs that somebody made up: no command trusts them.
+"""Hostile runs, buckets and configs: no command trusts them.
 
-Whatever they hold, a command ends in success or in one line; it reads and writes nothing beside the
+Whatever they contain, a command succeeds or fails in one line, reads and writes nothing outside the
 run's folder, and runs no code that comes with it.
 """
 
@@ -47,7 +47,7 @@ ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 
 
 class Case:
-    """A copy of a sound run, and beside it what no command may touch."""
+    """A copy of a valid run, and files beside it that no command may touch."""
 
     def __init__(self, folder: Path) -> None:
         self.run = folder / "runs" / "r"
@@ -66,11 +66,11 @@ class Case:
         return values
 
     def reseal(self, state: dict[str, Any]) -> None:
-        """As anybody can: the digest has no key."""
+        """Anybody can recompute it: the digest has no key."""
         (self.step / STATE).write_bytes(seal(state))
 
     def put(self, name: str, data: bytes) -> None:
-        """Put a file into the checkpoint, and its sha256 into state.json."""
+        """Add a file to the checkpoint, and its sha256 to state.json."""
         (self.step / name).write_bytes(data)
         state = self.state()
         state["sha256"][name] = hashlib.sha256(data).hexdigest()
@@ -118,7 +118,7 @@ def commands(run: str, target: Path) -> list[list[str]]:
 
 
 def resume(run: RunFolder) -> None:
-    """What a run reads of a checkpoint before it builds the model."""
+    """Read what a resume reads before it builds the model."""
     run.fetch_small()
     checkpoint = find_checkpoint(Config(), run)
     if checkpoint is not None:
@@ -131,7 +131,7 @@ def resume(run: RunFolder) -> None:
 
 
 def try_all(run: str, target: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Give every command, and resume. Each ends well or in one line; returns all that was said."""
+    """Run every command, and resume. Each must succeed or fail in one line. Returns the output."""
     said = []
     for command in commands(run, target):
         code = main(command)
@@ -216,7 +216,7 @@ def test_a_file_not_listed_in_state_json_is_not_loaded(case: Case) -> None:
         newest_checkpoint(RunFolder.at(str(case.run)))
 
 
-# ---- links
+# ---- symlinks
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_pipes_and_folders_are_not_read(case: Case) -> None:
 
 
 def add_code(case: Case, code_in: str = "modeling_mine.Mine") -> None:
-    """A model that is nothing but its own code."""
+    """A model defined only by its own code."""
     case.put("modeling_mine.py", CODE)
     case.put_json(
         "config.json",
@@ -337,7 +337,7 @@ def test_a_run_cannot_choose_the_folder_of_the_licence(case: Case) -> None:
     assert "secret-licence" not in (case.run / "model" / "README.md").read_text()
 
 
-# ---- what is printed
+# ---- terminal output
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_a_config_cannot_make_an_export_build_endless_layers(
 
 
 class Bucket:
-    """An object store: any key is possible."""
+    """An object store that allows any key."""
 
     def __init__(self, keys: dict[str, bytes]) -> None:
         self.keys = keys
@@ -542,7 +542,7 @@ def test_odd_object_keys_are_ignored(
             shutil.rmtree(scratch)
 
 
-# ---- anything
+# ---- random artefacts
 
 
 @contextmanager
@@ -560,7 +560,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 class Watch:
-    """Notes what this process opens, changes or starts beside one folder."""
+    """Records what this process opens, changes or starts outside one folder."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -596,7 +596,7 @@ class Watch:
         inside = real.startswith(f"{self.folder}/")
         if writes:
             return not inside
-        # Libraries read much of their own; a run must lead to nothing of the user's.
+        # Libraries read their own files; a run must not lead to the user's.
         return real.startswith((f"{self.folder.parent}/outside", "/etc/passwd", "/etc/hostname"))
 
 
@@ -635,7 +635,7 @@ values = st.recursive(
 
 
 def mutate(document: Any, draw: Callable[..., Any]) -> Any:
-    """`document` with one to three of its values replaced, removed, renamed or added."""
+    """`document` with one to three values replaced, removed, renamed or added."""
     for _ in range(draw(st.integers(1, 3))):
         places = [(document, key) for key in document] if isinstance(document, dict) else []
         for holder, key in places:
@@ -718,7 +718,7 @@ def hostile_config(case: Case, draw: Callable[..., Any]) -> None:
 
 @pytest.fixture
 def warm(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    """Libraries make caches of their own at their first use."""
+    """Libraries create their own caches at first use."""
     assert any("model: " in line for line in try_all(str(case.run), case.run / "model", capsys))
 
 
@@ -729,7 +729,7 @@ KINDS = [hostile_state, hostile_file, hostile_bytes, hostile_tree, hostile_confi
     max_examples=300,
     deadline=None,
     derandomize=True,
-    phases=[Phase.generate],  # to shrink a case would take minutes
+    phases=[Phase.generate],  # shrinking would take minutes
     suppress_health_check=list(HealthCheck),
 )
 @given(st.data())

@@ -1,4 +1,4 @@
-"""A replayed run may come from anybody: it chooses neither server nor files."""
+"""A replayed run may come from anybody, so it chooses neither the server nor the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lwo_dist.tracking.mlflow import replay
 
 
 class Server:
-    """What a replay would send to: notes every call, and answers none."""
+    """The server of a replay: records every call and answers none."""
 
     addresses: ClassVar[list[str]] = []
     uploads: ClassVar[list[str]] = []
@@ -49,7 +49,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> type[Server]:
 
 
 def run_for(folder: Path, uri: str, *paths: str) -> Path:
-    """A run that ended, meant for the server at `uri`, with files to upload."""
+    """A finished run that names the server `uri`, with files to upload."""
     spool = Spool(folder / "r" / "metrics.jsonl")
     spool.append("run", uri=uri)
     for path in paths:

@@ -200,12 +200,12 @@ def test_the_script_puts_ray_files_in_a_private_folder(place: Path) -> None:
 
 
 def test_nothing_recommends_the_c10d_rendezvous() -> None:
-    """torchrun's c10d, which it also chooses for --standalone, and where no port is given."""
+    """It unpickles; torchrun also uses it with --standalone, and if no port is given."""
     root = LAUNCH.parent
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others"]
     listed = subprocess.run([*command, "--exclude-standard"], capture_output=True, text=True)
     pages = (".md", ".sh", ".sbatch", ".yaml", ".yml", ".py", ".toml", "Dockerfile")
-    # This file, and the one that says why not.
+    # Except this file, and the page that explains why not.
     names = set(listed.stdout.split("\0")) - {"tests/unit/test_scripts.py", "launch/SECURITY.md"}
     found = []
     for name in sorted(name for name in names if name.endswith(pages)):

@@ -1,4 +1,4 @@
-"""What a secret is: each kind is found and its value is gone; ordinary code is left alone."""
+"""The secret rule: each kind is found and redacted; ordinary code is left alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _draw = random.Random(5)
 
 
 def word(length: int, alphabet: str = ALPHANUMERIC) -> str:
-    """Random, so that no scanner of this repository finds a secret in it."""
+    """Random, so that no scanner finds a secret in this repository."""
     return "".join(_draw.choice(alphabet) for _ in range(length))
 
 
@@ -26,7 +26,7 @@ def _key_block(kind: str) -> str:
     return f"-----BEGIN {kind}-----\n{lines}\n-----END {kind}-----"
 
 
-# Kind -> (text around it, the secret itself, what it is called).
+# Kind -> (surrounding text, the secret, name of the rule).
 SECRETS = {
     "github": ("x = '{}'", "ghp_" + word(36), "GitHub token"),
     "github fine-grained": ("x = '{}'", f"github_pat_{word(22)}_{word(59)}", "GitHub token"),
@@ -152,7 +152,7 @@ def test_no_secret_is_found_in_the_standard_library() -> None:
         (".docker/config.json", True),
         ("infra/terraform.tfstate", True),
         ("infra/prod.tfvars", True),
-        # Made to be shared.
+        # Meant to be shared.
         ("id_rsa.pub", False),
         (".env.example", False),
         ("infra/prod.tfvars.example", False),
@@ -195,7 +195,7 @@ def test_which_variable_names_are_secret(name: str, expected: bool) -> None:
     "piece", ["-----BEGIN PRIVATE KEY-----\n", "=a1", "glpat-", "a.eyJ", "://a:b", "n" * 40, "="]
 )
 def test_time_is_linear_in_the_text(piece: str) -> None:
-    """Quadratic time would be hours."""
+    """Quadratic time would take hours."""
     data = piece.encode() * (4_000_000 // len(piece))
     find_secret(data)
     without_secrets(data[:200_000].decode())

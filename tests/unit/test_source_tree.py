@@ -127,7 +127,7 @@ def test_no_symlink_leads_out_of_the_tree(tmp_path: Path) -> None:
     outside = write_tree(tmp_path / "outside", files=3)
     (outside / "file_1.py").write_text("outside = 1\n")
     root = repository(tmp_path / "tree")
-    # Tracked as files; then their folder becomes a link, as a hostile archive may bring it.
+    # Tracked as files; then their folder becomes a symlink, as in a hostile archive.
     (root / "lib").mkdir()
     for name in ("file_1.py", "file_2.py"):
         (root / "lib" / name).write_text(f"x = '{name}'\n")

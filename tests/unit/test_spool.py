@@ -197,7 +197,7 @@ def test_an_offset_beyond_the_end_means_from_the_start(tmp_path):
     assert Sent.load(path).offset == 0
 
 
-# ---- a spool that somebody made up
+# ---- forged spools
 
 
 @pytest.mark.parametrize(
