@@ -11,7 +11,7 @@
 #   LWO_DASHBOARD_PORT  8265   its pages and jobs, on loopback: ssh -L 8265:127.0.0.1:8265 HEAD
 #   LWO_INTERFACE              network interface of this cluster, such as ib0; unset: Ray, gloo and NCCL choose
 #   LWO_LEAVE_SECONDS   150    time for the checkpoint at the end
-#   RAY_TMPDIR                 where Ray keeps logs and sockets; unset: lwo_dist-UID in TMPDIR, for you alone
+#   RAY_TMPDIR                 where Ray keeps logs and sockets; unset: lwo_dist-UID in TMPDIR, private to you
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -54,12 +54,12 @@ use_interface() {
   export GLOO_SOCKET_IFNAME=$LWO_INTERFACE NCCL_SOCKET_IFNAME=$LWO_INTERFACE
 }
 
-# Ray opens its own folders to everybody; the one around them is closed, and must not be another user's.
+# Ray makes its own folders readable by everybody, so their parent is private, and must not belong to another user.
 use_private_folder() {
   local folder
   [[ -z ${RAY_TMPDIR-} ]] || return 0
   folder=${TMPDIR:-/tmp}/lwo_dist-$UID
-  ((${#folder} <= 35)) || folder=/tmp/lwo_dist-$UID  # else Ray's sockets do not fit below it
+  ((${#folder} <= 35)) || folder=/tmp/lwo_dist-$UID  # a longer path leaves no room for Ray's socket names
   mkdir -m 700 -- "$folder" 2>/dev/null || true
   [[ -d $folder && ! -L $folder && -O $folder && $(stat -c %a -- "$folder") == 700 ]] ||
     fail "$folder is not a folder that only you can enter ($(stat -c '%U, %A' -- "$folder")); set RAY_TMPDIR to one"

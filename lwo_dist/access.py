@@ -1,8 +1,8 @@
-"""Who else on a machine may read what a run writes: nobody, or its group if `access: group`.
+"""File modes: only the owner can read what a run writes, or also its group with `access: group`.
 
-New files get their mode from the umask. What other libraries make narrower than that, such as
-safetensors' files and SQLite's, `share` opens to the group afterwards. Folders that were there
-before keep their modes.
+New files get their mode from the umask. Some libraries, such as safetensors and SQLite, create
+files with a narrower mode; `share` opens those to the group afterwards. Existing folders keep their
+mode.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OTHERS = 0o077
 
 @contextmanager
 def umask_of(access: Access) -> Iterator[None]:
-    """The process's umask while a run or a command writes; the caller's again afterwards."""
+    """Set the process's umask while a run or a command writes, and restore it afterwards."""
     before = os.umask(_UMASKS[access])
     try:
         yield
@@ -44,7 +44,7 @@ def umask_of(access: Access) -> Iterator[None]:
 
 
 def access_of(folder: Path) -> Access:
-    """How `folder` was made: for commands that write into a run's folder without its config."""
+    """The access with which `folder` was created, for commands without the run's config."""
     try:
         mode = folder.stat().st_mode
     except OSError:
@@ -53,10 +53,10 @@ def access_of(folder: Path) -> Access:
 
 
 def share(path: Path) -> None:
-    """Give the group what the owner may do, with this file, or this folder and all below it.
+    """Give the group the owner's permissions on a file, or on a folder and everything below it.
 
-    New files in these folders then belong to the folder's group. What is not ours is left as it
-    is; links are not followed.
+    Folders become setgid, so that new files belong to the folder's group. Files of other users are
+    left alone; symlinks are not followed.
     """
     for folder, _, names in os.walk(path):
         _give(Path(folder), stat.S_ISGID)
@@ -67,7 +67,7 @@ def share(path: Path) -> None:
 
 
 def share_as_made(folder: Path) -> None:
-    """`share` what is in `folder` if the umask has made that for the group."""
+    """`share` the contents of `folder` if it was created for the group."""
     if access_of(folder) == "group":
         share(folder)
 
@@ -82,11 +82,11 @@ def _give(path: Path, more: int = 0) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """`path`, made for this user alone, or there already as such.
+    """Create `path` with mode 0700, or check that it is a private folder of this user.
 
     Raises:
-        UserError: somebody else's, a link, open to others, or it cannot be made. Whoever made such
-            a folder could read and exchange what is in it.
+        UserError: it belongs to another user, who could read and replace its contents; it is a
+            symlink or not a folder, is open to others, or cannot be created.
     """
     remedy = "set LWO_SCRATCH_DIR to a folder of your own"
     try:
@@ -94,23 +94,23 @@ def private_folder(path: Path) -> Path:
             path.mkdir(mode=0o700)
         found = path.lstat()
     except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror}; {remedy}") from None
+        raise UserError(f"{path} cannot be created: {error.strerror}; {remedy}") from None
     mode = stat.S_IMODE(found.st_mode)
     if not stat.S_ISDIR(found.st_mode):
-        kind = "a link" if stat.S_ISLNK(found.st_mode) else "no folder"
-        why = f"is {kind} of user {_name(found.st_uid)}"
+        kind = "a symlink" if stat.S_ISLNK(found.st_mode) else "not a folder"
+        why = f"is {kind} (owner: {_name(found.st_uid)})"
     elif found.st_uid != os.getuid():
         why = f"belongs to user {_name(found.st_uid)}"
     elif mode & _OTHERS:
         why = f"is open to others (mode {mode:04o})"
-        remedy = f"make it private (chmod 700 {path}) if all in it is yours, or {remedy}"
+        remedy = f"run chmod 700 {path} if all its contents are yours, or {remedy}"
     else:
         return path
-    raise UserError(f"{path} {why}, so nothing private can be kept there; {remedy}")
+    raise UserError(f"{path} {why}, so it is not safe for private files; {remedy}")
 
 
 def scratch_folder() -> Path:
-    """A folder on this machine for this user alone, at `scratch_path`, made if it is not there.
+    """This user's private folder on this machine, `scratch_path`; created if missing.
 
     Raises: UserError, as `private_folder`.
     """
@@ -123,7 +123,7 @@ def scratch_path() -> Path:
 
 
 def _name(uid: int) -> str:
-    import pwd  # not on Windows, where the plugin is imported, too
+    import pwd  # missing on Windows, where the plugin can be imported too
 
     try:
         return pwd.getpwuid(uid).pw_name

@@ -145,7 +145,7 @@ def ensure_base_model(
     except OSError as error:
         raise UserError(
             f"tiny-code cannot be kept in {cache_folder}: {error.strerror or error}; "
-            "set LWO_CACHE_DIR, or storage, to a folder that can be written"
+            "set LWO_CACHE_DIR, or storage, to a writable folder"
         ) from error
     return folder
 

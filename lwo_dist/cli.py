@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Every rank of a host finds the same error, and torchrun ends them all when the first
             # one exits: that must be the one that reports it. A rank still alive after the wait has
             # an error of its own.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored after a request to stop
             time.sleep(_PATIENCE_S)
         from .redaction import redact
 

@@ -97,9 +97,9 @@ def init_process_group(timeout_s: int) -> torch.device:
 
 
 def loopback_only() -> dict[str, str]:
-    """Environment in which gloo and NCCL listen for this machine only, unless it names interfaces.
+    """Variables that make gloo and NCCL listen on loopback only, except those already set.
 
-    For ranks that are all on one machine. Neither asks who connects.
+    For ranks that are all on one machine. Neither library authenticates connections.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

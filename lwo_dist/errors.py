@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class DamagedError(UserError):
-    """A file of a run that is damaged, or not what its format allows; the message names both."""
+    """A file of a run is damaged or violates its format; the message names the file and why."""
 
 
 def first_line(error: BaseException) -> str:
@@ -28,9 +28,9 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` on one line with control characters escaped: a terminal obeys none of it.
+    """`text` on one line, with control characters escaped so that a terminal does not act on them.
 
-    Names and values from files, buckets and servers may hold any character.
+    Names and values from files, buckets and servers may contain any character.
 
     >>> printable("step \\x1b[2J")
     'step \\\\x1b[2J'

@@ -1,4 +1,4 @@
-"""Local files: names that stay in their folder, and writes that are whole and on disk."""
+"""Local files: names confined to a folder, and atomic, durable writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name` is a relative path with `/` that stays in its folder and can be printed.
+    """Whether `name` is a printable relative path, with `/`, that stays in its folder.
 
     >>> is_plain("layers/embed.000003.safetensors"), is_plain("../run.json"), is_plain("/run.json")
     (True, False, False)
@@ -51,24 +51,25 @@ def contained(folder: Path, name: str, *, may_be_link: bool = False) -> Path:
     """The path of `name` in `folder`; it need not exist.
 
     Args:
-        may_be_link: accept a name that is itself a link, to remove it.
+        may_be_link: accept a symlink as the last part, in order to remove it.
 
     Raises:
-        DamagedError: `name` is not plain, or a part of it is a link, which may lead anywhere.
+        DamagedError: `name` is not plain, or a part of it is a symlink.
     """
     if not is_plain(name):
-        raise DamagedError(f"{name[:100]!r} is not a name that a run's folder may hold")
+        raise DamagedError(f"{name[:100]!r} is not a valid name in a run's folder")
     path = folder
     parts = name.split("/")
     for number, part in enumerate(parts, 1):
         path = path / part
         if path.is_symlink() and not (may_be_link and number == len(parts)):
-            raise DamagedError(f"{path.relative_to(folder)} is a link; links are not followed")
+            where = path.relative_to(folder)
+            raise DamagedError(f"{where} is a symlink; symlinks are not followed")
     return path
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Everything below a folder; links are named and not followed."""
+    """Everything below a folder. Symlinks are listed but not followed."""
     waiting = [folder]
     while waiting:
         for entry in entries_of(waiting.pop()):
@@ -80,7 +81,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def entries_of(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder; nothing if it is not there."""
+    """The entries of a folder; none if it does not exist."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -89,19 +90,19 @@ def entries_of(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether `path` is a file, and no link to one."""
+    """Whether `path` is a file and not a symlink."""
     return path.is_file() and not path.is_symlink()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a local file completely or not at all; it is on disk when this returns.
+    """Write a local file atomically; it is on disk when this returns.
 
     Raises:
         OSError: nothing was written; an older file of that name is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # of an interrupted write; or a link to elsewhere
+        temporary.unlink(missing_ok=True)  # left by an interrupted write, or a planted symlink
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -120,14 +121,14 @@ def temporary_beside(path: Path) -> Path:
 
 
 def create_whole(path: Path, data: bytes) -> bool:
-    """`write_whole` for a file that must not exist; False if it does."""
+    """`write_whole` for a file that must not exist yet; False if it does."""
     temporary = temporary_beside(path)
     try:
         write_whole(temporary, data)
         try:
             os.link(temporary, path)
         except FileExistsError:
-            # NFS may send a request twice: then the link is ours.
+            # NFS may repeat a request that succeeded: then the link is ours.
             return temporary.stat().st_nlink > 1
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -145,7 +146,7 @@ def create_whole(path: Path, data: bytes) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and those above it; their entries are on disk when this returns.
+    """Create a folder and its parents; their entries are on disk when this returns.
 
     Raises:
         OSError
@@ -164,7 +165,7 @@ def sync(path: Path) -> None:
     """
     opened = os.open(path, os.O_RDONLY)
     try:
-        # Some network file systems refuse it for folders but keep the order.
+        # Some network file systems refuse fsync on folders but keep the order.
         with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(opened)
     finally:

@@ -1,8 +1,8 @@
-"""Git, run so that nothing of a strange repository runs along, and that no server holds us forever.
+"""Runs git so that a hostile repository cannot run programs, and a silent server cannot block us.
 
-The configuration of a repository can name programs: a file system monitor, hooks, filters,
-helpers of transports. It is never used: git gets a private directory with a configuration of ours,
-and of the repository only the index, the objects and the refs.
+A repository's configuration can name programs: a file system monitor, hooks, filters, transport
+helpers. It is never used: git gets a private directory with our own configuration, which shares
+only the index, the objects and the refs with the repository.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["GitError", "Repository", "clone", "is_repository_url"]
 
 _LOCAL_SECONDS = 120
 _SILENT_SECONDS = 300
-"""How long a clone may write no progress."""
+"""A clone that reports no progress for this long is cancelled."""
 _CLONE_SECONDS = 3600
 _TICK_SECONDS = 0.2
 
-# They would point git at another repository; a hook's processes inherit them.
+# Inherited in a git hook, and would point git at another repository.
 _REDIRECTIONS = (
     "GIT_DIR",
     "GIT_WORK_TREE",
@@ -43,7 +43,7 @@ _OPTIONS = {
     "core.fsmonitor": "false",
     "core.hooksPath": os.devnull,
     "submodule.recurse": "false",
-    # Less than a byte a second for half a minute: give up.
+    # Give up below 1 byte/s for 30 s.
     "http.lowSpeedLimit": "1",
     "http.lowSpeedTime": "30",
 }
@@ -55,17 +55,18 @@ _REPOSITORY_URL = re.compile(
 
 
 class GitError(Exception):
-    """Git failed, or there is no repository where one is named; the reason in one line."""
+    """Git failed, or the named repository does not exist; the message is one line."""
 
 
 def is_repository_url(source: str) -> bool:
-    """Whether `source` is an address that git clones: a URL, or `user@host:path`."""
+    """Whether git would clone `source` from a URL, or from `user@host:path`."""
     return _REPOSITORY_URL.match(source) is not None
 
 
 def clone(source: str, folder: Path) -> None:
-    """Clone the newest commit of `source`, without history, submodules and large files, into the
-    empty or absent `folder`.
+    """Clone the newest commit of `source` into `folder`, which is empty or missing.
+
+    Without history, submodules and Git LFS files.
 
     Args:
         source: a URL, or the folder of a repository.
@@ -86,21 +87,21 @@ def clone(source: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on this machine, of which only the index, the objects and the refs are read."""
+    """A repository on this machine. Only its index, objects and refs are read."""
 
     git_dir: Path
     """HEAD and index."""
     common_dir: Path
-    """Objects and refs, which the work trees of a repository share."""
+    """Objects and refs, shared by all work trees of the repository."""
     top: Path
-    """The work tree; of a bare repository, the repository."""
+    """The work tree; the repository itself if it is bare."""
 
     @classmethod
     def around(cls, folder: Path) -> Repository | None:
-        """The repository in whose work tree `folder` is; None if it is in none.
+        """The repository whose work tree contains `folder`; None if there is none.
 
         Raises:
-            GitError: there is a `.git` that leads to no repository.
+            GitError: a `.git` exists that does not lead to a repository.
         """
         inside = folder.resolve()
         top = next((path for path in (inside, *inside.parents) if (path / ".git").exists()), None)
@@ -108,7 +109,7 @@ class Repository:
 
     @classmethod
     def at(cls, folder: Path) -> Repository:
-        """The repository whose work tree begins at `folder`, or a bare one. Raises: GitError."""
+        """The repository with the work tree `folder`, or the bare one there. Raises: GitError."""
         folder = folder.resolve()
         entry = folder / ".git"
         git_dir = folder if not entry.exists() else entry
@@ -119,18 +120,20 @@ class Repository:
         head = git_dir / "HEAD"
         is_head = head.is_file() and not head.is_symlink()
         if not is_head or not (common_dir / "objects").is_dir():
-            raise GitError(f"{git_dir} is no git repository")
+            raise GitError(f"{git_dir} is not a git repository")
         for entry in (git_dir / "index", *(common_dir / name for name in ("objects", *_SHARED))):
             if entry.is_symlink():
-                raise GitError(f"{entry} is a link, and links may lead anywhere")
+                raise GitError(f"{entry} is a symlink, which may lead anywhere")
         return cls(git_dir, common_dir, folder)
 
     def names(self, folder: Path, *, untracked: bool = False) -> list[str]:
-        """The paths below `folder`, relative to it, that git tracks; with `untracked` also those
-        that it does not ignore.
+        """The files that git tracks below `folder`, relative to it; sorted.
 
-        The files may be missing, and parts of their paths links. What no index of git's own making
-        names is left out: paths that lead up, and git's own folder.
+        The files may be missing, and parts of their paths may be symlinks. Paths that git itself
+        never puts into an index are left out: with `..` or `.git` as a part.
+
+        Args:
+            untracked: also untracked files that are not ignored.
 
         Raises:
             GitError
@@ -142,7 +145,7 @@ class Repository:
         return sorted(name for name in names if not _leads_astray(name))
 
     def commit(self) -> str:
-        """The commit checked out; `-dirty` follows where tracked files differ from it.
+        """The commit checked out, followed by `-dirty` if tracked files differ from it.
 
         Raises:
             GitError
@@ -150,7 +153,7 @@ class Repository:
         """
         where = ("-C", str(self.top))
         commit = self._git(*where, "rev-parse", "--verify", "HEAD").decode().strip()
-        # What is changed in a submodule is asked of a git that reads the submodule's configuration.
+        # To look for changes in a submodule, git would read the submodule's configuration.
         quick = ("--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
         return commit + ("-dirty" if self._git(*where, "status", *quick) else "")
 
@@ -225,7 +228,7 @@ def _clone(source: str, folder: Path) -> None:
     environment = {
         "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", ssh),
         "GIT_ALLOW_PROTOCOL": "https:http:ssh:git:file",
-        # No question that nobody can answer.
+        # No prompt: nobody could answer it.
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_LFS_SKIP_SMUDGE": "1",
     }
@@ -239,7 +242,7 @@ def _clone(source: str, folder: Path) -> None:
 
 
 def _path_of(url: str) -> str | None:
-    """The folder of a file URL."""
+    """The folder of a file URL; None for other URLs."""
     parts = urlsplit(url)
     return unquote(parts.path) if parts.scheme == "file" else None
 
@@ -256,7 +259,7 @@ def _beginning(file: Path) -> bytes:
 
 
 def _pointed_at(file: Path, prefix: str) -> Path:
-    """The folder that the small text file names, relative to the folder it is in."""
+    """The folder that a text file such as `.git` points to."""
     try:
         text = _beginning(file) if file.is_file() else b""
         name = os.fsdecode(text).strip()
@@ -265,10 +268,10 @@ def _pointed_at(file: Path, prefix: str) -> Path:
         is_there = target.is_dir()
     except OSError as error:
         raise GitError(f"{file}: {error.strerror}") from None
-    except (RuntimeError, ValueError):  # links in a circle; a null byte
+    except (RuntimeError, ValueError):  # a loop of symlinks; a null byte
         is_there = False
     if not name.startswith(prefix) or not pointed or not is_there:
-        raise GitError(f"{file} names no git repository")
+        raise GitError(f"{file} does not point to a git repository")
     return target
 
 
@@ -280,12 +283,12 @@ def _run(
     options = [word for key, value in _OPTIONS.items() for word in ("-c", f"{key}={value}")]
     process = subprocess.Popen(
         ["git", *options, *arguments],
-        # Messages in our language.
+        # English messages, as parsed by `_reason`.
         env={**inherited, "LC_ALL": "C", **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Ssh and the helpers that git starts have to end with it.
+        # A process group, so that ssh and git's helpers can be killed too.
         start_new_session=True,
     )
     with process:
@@ -309,7 +312,7 @@ def _read(process: subprocess.Popen[bytes], silent_s: float, limit_s: float) -> 
         for descriptor in read:
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
-            # What ssh leaves in the background may keep the pipes open.
+            # A background process of ssh may keep the pipes open.
             ended = process.poll() is not None
             ready = selector.select(0 if ended else _TICK_SECONDS)
             for key, _ in ready:
@@ -324,7 +327,7 @@ def _read(process: subprocess.Popen[bytes], silent_s: float, limit_s: float) -> 
             if now - heard > silent_s:
                 raise GitError(f"no progress for {silent_s:g} s")
             if now - started > limit_s:
-                raise GitError(f"not done after {limit_s:g} s")
+                raise GitError(f"not finished after {limit_s:g} s")
     out, err = (b"".join(parts) for parts in read.values())
     return out, err
 

@@ -1,21 +1,22 @@
-"""One writer a run: a claim with a number, and signs of life from the process that holds it.
+"""One writer per run: numbered claims, and a heartbeat from the process that holds the run.
 
-    <run>/lease/000003.json          a claim; created once, never changed: the highest one is valid
-    <run>/lease/<holder>.alive       renewed every few seconds by the holder, removed at its end
+    <run>/lease/000003.json          a claim; created once, never changed; the highest one is valid
+    <run>/lease/<holder>.alive       heartbeat; renewed every few seconds, removed at the end
 
-A run is written by one attempt at a time. The process that was started by hand (the driver, or rank
-0 under torchrun) holds the run: it takes a claim, and renews the sign of life until it ends. Rank 0
-of each group of workers takes a further claim in the holder's name. The number of the claim is the
-fence: a claim with a higher number ends all earlier ones, and whoever finds one stops before it
-commits, prunes or ends anything. A checkpoint's seal is created, never overwritten, so that no step
-is committed twice.
+One attempt at a time writes a run. The process that the user started (the driver, or rank 0 under
+torchrun) holds the run: it takes a claim, and renews its heartbeat until it ends. Rank 0 of each
+group of workers takes a further claim in the holder's name. The claim's number is a fencing token:
+a claim revokes all claims with lower numbers, and a process that finds a later claim stops before
+it commits, prunes or ends anything. state.json of a checkpoint is created, never overwritten, so
+that no step is committed twice.
 
-No clocks are compared: a holder is dead if its process is gone from this machine, or if its sign of
-life did not change for EXPIRES_S of our own time. On a file system a claim is a hard link, which is
-atomic on local disks and NFS; in an object store it is a conditional write.
+Clocks of different machines are never compared. A holder is dead if its process has gone from this
+machine, or if its heartbeat has not changed for EXPIRES_S on the observer's clock. On a file
+system, a claim is a hard link, which is atomic on local disks and NFS; in an object store, it is a
+conditional write.
 
-The scheme is that of Gray and Cheriton, "Leases" (SOSP 1989), with the claims' numbers as fencing
-tokens (Burrows, "The Chubby lock service", OSDI 2006, section 2.4: sequencers).
+This follows Gray and Cheriton, "Leases" (SOSP 1989), with the claims' numbers as fencing tokens
+(sequencers in Burrows, "The Chubby lock service", OSDI 2006, section 2.4).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = [
     "renewed",
     "take",
     "this_process",
+    "watched",
 ]
 
 RENEW_S = 5.0
@@ -62,20 +64,20 @@ _ATTEMPTS = 20  # each one that fails is another process's success
 
 
 class LostRunError(UserError):
-    """Another process writes the run now; this one must not touch it any more."""
+    """Another process has taken over the run; this one must not write to it any more."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A claim to the run: the right to write it until there is a higher one."""
+    """A claim to the run: the right to write it until there is a later claim."""
 
     run: RunFolder
     number: int
     holder: str
-    """The process in whose name the claim was made."""
+    """Id of the process in whose name the claim was made."""
 
     def check(self) -> None:
-        """Return if the claim is still valid.
+        """Check that the claim is still valid.
 
         Raises:
             LostRunError: there is a later claim.
@@ -99,8 +101,8 @@ class Lease:
 
 @functools.cache
 def this_process() -> dict[str, Any]:
-    """Host, user, pid and start time; and `machine`, equal for processes that see each other's
-    pids.
+    """Holder id, host, user, pid, start time, and `machine`: equal for processes that can see each
+    other's pids.
     """
     import psutil
 
@@ -123,12 +125,12 @@ def _process(process: Any, machine: str) -> dict[str, Any]:
 
 
 def take(run: RunFolder, *, force: bool = False) -> Lease:
-    """Claim the run for this process, unless another one that is alive holds it.
+    """Claim the run for this process, unless a live process holds it.
 
-    Prints a line if it has to wait to see whether the holder is alive, for at most `EXPIRES_S`.
+    Waits up to `EXPIRES_S` for the holder's heartbeat, and prints a line if it does.
 
     Args:
-        force: take it from a holder that is alive.
+        force: take the run over from a live holder.
 
     Raises:
         UserError: the run is held by another process, or its storage takes no claim.
@@ -143,12 +145,13 @@ def take(run: RunFolder, *, force: bool = False) -> Lease:
             run.write(_beat_name(me["holder"]), _beat())
             if (lease := _claim(run, number + 1, me)) is not None:
                 return lease
-            # Another process was quicker; it may be alive, so look again.
+            # Another process was faster; check whether it is alive.
     raise _no_claim(run)
 
 
 def join(run: RunFolder, holder: str) -> Lease:
-    """A further claim in the name of `holder`, for a new group of workers; ends the one before.
+    """Take a further claim in the name of `holder` for a new group of workers. It revokes the claim
+    of the previous group.
 
     Raises:
         LostRunError: another process has claimed the run since.
@@ -168,28 +171,53 @@ def join(run: RunFolder, holder: str) -> Lease:
 
 @contextlib.contextmanager
 def renewed(run: RunFolder) -> Iterator[None]:
-    """Renew this process's sign of life inside, and remove it at the end: the run is free then."""
+    """Renew this process's heartbeat inside, and remove it at the end, which frees the run."""
     beat = _beat_name(this_process()["holder"])
-    over = threading.Event()
 
     def renew() -> None:
-        while not over.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # the storage may be back in time
-                run.write(beat, _beat())
+        with contextlib.suppress(OSError):  # the storage may be back in time
+            run.write(beat, _beat())
 
-    thread = threading.Thread(target=renew, name="lwo-dist-lease", daemon=True)
+    try:
+        with _repeated(renew):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            run.remove([beat])
+
+
+@contextlib.contextmanager
+def watched(claim: Lease, on_loss: Callable[[], None]) -> Iterator[None]:
+    """Inside, call `on_loss` once the claim is lost; in another thread, and perhaps repeatedly."""
+
+    def watch() -> None:
+        if claim.is_lost():
+            on_loss()
+
+    with _repeated(watch):
+        yield
+
+
+@contextlib.contextmanager
+def _repeated(call: Callable[[], None]) -> Iterator[None]:
+    """Inside, call `call` in a thread every `RENEW_S`."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(RENEW_S):
+            call()
+
+    thread = threading.Thread(target=repeat, name="lwo-dist-lease", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            run.remove([beat])
 
 
 def refuse_held(run: RunFolder) -> None:
-    """Return if no live process holds the run; waits like `take`.
+    """Refuse a run that another live process holds. Waits like `take`.
 
     Raises:
         UserError: the run is held, or its storage cannot be read.
@@ -201,7 +229,7 @@ def refuse_held(run: RunFolder) -> None:
 
 
 def is_ours(run: RunFolder) -> bool:
-    """Whether the newest claim was made in this process's name; False if that cannot be read."""
+    """Whether the newest claim was made in this process's name; False if it cannot be read."""
     try:
         newest = _newest(run)
     except (OSError, DamagedError):
@@ -251,7 +279,7 @@ def _newest(run: RunFolder) -> tuple[int, dict[str, Any]] | None:
         sound = re.fullmatch(r"[0-9a-f]{16}", claim["holder"]) is not None
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
-    # A claim that its writer did not finish, or that something else wrote, is of nobody alive.
+    # A damaged claim has no live holder.
     return max(numbers), claim if sound else {"holder": "nobody"}
 
 
@@ -261,8 +289,8 @@ def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
     if last is None or _has_died(claim):
         return
     print(
-        f"{_who(claim)} has claimed the run {run.local.name}; waiting up to {EXPIRES_S:.0f} s for a"
-        " sign of life",
+        f"{_who(claim)} has claimed the run {run.local.name}; waiting up to {EXPIRES_S:.0f} s for"
+        " its heartbeat",
         flush=True,
     )
     give_up = time.monotonic() + EXPIRES_S
@@ -275,12 +303,12 @@ def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
             raise UserError(
                 f"run_name = {run.local.name}: {_who(claim)} has been writing this run since"
                 f" {_since(claim)}; wait until it ends, choose another"
-                " run_name, or take the run over with checkpoint.take_over=true"
+                " run_name, or take over the run with checkpoint.take_over=true"
             )
 
 
 def _has_died(claim: dict[str, Any]) -> bool:
-    """Whether the process can be seen from here and is gone."""
+    """Whether the holder ran on this machine and its process has gone."""
     import psutil
 
     if claim.get("machine") != this_process()["machine"]:
@@ -298,14 +326,14 @@ def _has_died(claim: dict[str, Any]) -> bool:
 
 def _lost(run: RunFolder, claim: dict[str, Any]) -> LostRunError:
     return LostRunError(
-        f"run_name = {run.local.name}: {_who(claim)} took this run over at"
-        f" {_since(claim)}; this process stops and leaves the run to it"
+        f"run_name = {run.local.name}: {_who(claim)} took over this run at"
+        f" {_since(claim)}; this process stops"
     )
 
 
 def _who(claim: dict[str, Any]) -> str:
-    user = claim.get("user", "somebody")
-    who = f"process {claim.get('pid', '?')} of {user} on {claim.get('host', '?')}"
+    user = claim.get("user", "unknown")
+    who = f"process {claim.get('pid', '?')} of user {user} on {claim.get('host', '?')}"
     return printable(who[:200])
 
 

@@ -1,7 +1,7 @@
-"""How a text is shown without the secrets in it, and which addresses are refused for theirs.
+"""Redaction of secrets in texts, and refusal of URLs with a password.
 
-Gone are the credentials of URLs, what `secret_rule` knows by its form, and the credentials that the
-environment holds.
+Redacted are credentials in URLs, everything that `secret_rule` recognises, and credentials found in
+the environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
     "without_credentials",
 ]
 
-# A password may contain a slash where nobody has escaped it; a port is no password.
+# A password may contain an unescaped slash. A port is not a password.
 _PASSWORD = r"[^/\s:\[\"'<>,]*:(?!\d+(?:[/?#]|\Z))[^\s@\"'<>,]+@"
 _USERINFO = re.compile(rf"(?<=://)(?:[^/\s]+@|{_PASSWORD})")
 _HOLDS_PASSWORD = re.compile(rf"://{_PASSWORD}|^[^\s/:@]+:[^\s/@]+@[\w.-]+[:/]")
@@ -39,8 +39,7 @@ _MIN_TOKEN_LENGTH = 20
 
 
 def without_credentials(text: str) -> str:
-    """`text` with user name and password removed from every URL in it, and the values of those
-    parameters whose names say that they are secret.
+    """`text` without user names, passwords and the values of secret parameters in its URLs.
 
     >>> without_credentials("https://me:secret@github.com/a/b?token=1&x=2")
     'https://github.com/a/b?token=&x=2'
@@ -65,24 +64,22 @@ def holds_password(uri: str) -> bool:
 
 
 def refuse_password(setting: str, uri: str, remedy: str) -> None:
-    """Refuse an address with a password in it: settings are kept, sent, and shown by `ps`.
+    """Refuse a URL with a password: settings are stored, sent, and shown by `ps`.
 
     Args:
         setting: its name, for the message.
-        remedy: where the password belongs, for the end of the message.
+        remedy: the end of the message; where the password belongs.
 
     Raises:
         UserError
     """
     if holds_password(uri):
         shown = f" = {redact(uri)}" if "://" in uri else ""
-        raise UserError(f"{setting}{shown} was given with a password; {remedy}")
+        raise UserError(f"{setting}{shown} contains a password; {remedy}")
 
 
 def redact(text: str) -> str:
-    """`text` without credentials in URLs, without tokens and key blocks, and without the
-    credentials that the environment holds.
-    """
+    """`text` without credentials in URLs, tokens, key blocks and the environment's credentials."""
     values = {os.environ.get(name, "") for name in _REDACTED_VARIABLES}
     held = {value for value in values if len(value) >= _MIN_REDACTED_LENGTH}
     for value in sorted(held | set(credentials_in(os.environ).values()), key=len, reverse=True):
@@ -93,7 +90,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(value: Any) -> Any:
-    """`redact` for every text in nested mappings and sequences; keys become texts."""
+    """`redact` every string in nested mappings and sequences; keys become strings."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
@@ -106,8 +103,8 @@ def redact_values(value: Any) -> Any:
 def credentials_in(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of `environment` that hold credentials, by name.
 
-    Left out are short values, which any text may contain, and paths, which only lead to a
-    credential.
+    Short values are left out, because any text may contain them, and so are paths, which only
+    point to a credential.
     """
     return {
         name: value
@@ -120,7 +117,7 @@ def credentials_in(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _is_secret_parameter(match: re.Match[str]) -> bool:
     name, value = match.groups()
-    # A path only leads to a secret: sslkey=/etc/...
+    # A path only points to a secret: sslkey=/etc/...
     return (is_secret_name(name) or name.lower() in _SIGNATURES) and not value.startswith("/")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -65,7 +64,7 @@ def prepare(config: Config) -> Config:
 
     Raises:
         UserError: a setting, the source, the storage or the batch size is invalid; nothing was
-            written. Or another process writes this run.
+            written. Or another process is writing this run.
     """
     source = config.data.source
     if source is None:
@@ -140,13 +139,13 @@ def run(
             checkpoint.
         stop: polled about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
             run.
-        holder: the process that called `prepare`, if it did so on another machine.
+        holder: id of the process that called `prepare`, if that was on another machine.
 
     Returns:
         The contents of summary.json on rank 0, None elsewhere.
 
     Raises:
-        UserError: on all ranks; LostRunError on rank 0 if another process has taken the run over.
+        UserError: on all ranks; LostRunError on rank 0 if another process has taken over the run.
         Stopped: on all ranks; the next `run` resumes from its checkpoint.
     """
     stop = stop or StopRequest(config.train.max_seconds)
@@ -161,12 +160,17 @@ def run(
     everyone = [Progress(), *_tracking(config, record), *callbacks] if main else []
     try:
         trainer = _build(config, run_folder, device, everyone, stop, on_commit, may_write)
-        with stop.listening(), _watched(claim, stop):
+        with ExitStack() as stack:
+            stack.enter_context(stop.listening())
+            if claim is not None:
+                # The next save would be refused.
+                on_loss = partial(stop.request, "a takeover of the run by another process")
+                stack.enter_context(lease.watched(claim, on_loss))
             trainer.train()
         distributed.on_rank_0(may_write)
         summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
     except lease.LostRunError:
-        raise  # how the run ends is for the other process to say
+        raise  # the other process reports how the run ends
     except Stopped as stopped:
         distributed.on_rank_0(may_write)
         for callback in everyone:
@@ -226,7 +230,7 @@ def _build(
         config, lwo, data, run_dir=run_folder.local, device=device, hosts=system.hosts
     )
     run_record = checkpoint_record(info)
-    if distributed.rank() == 0:  # which writes it
+    if distributed.rank() == 0:  # only rank 0 writes it
         run_record["licence"] = licence_of(config.model.name, config.model.revision)
     saver = Saver(
         config,
@@ -352,7 +356,7 @@ def _finish(
 def _share_run(config: Config, run_folder: RunFolder) -> None:
     share_as_made(run_folder.local)
     if config.access == "group":
-        share(run_folder.local.parent / DATABASE)  # SQLite makes it for its owner's writing only.
+        share(run_folder.local.parent / DATABASE)  # SQLite lets only the owner write to it.
 
 
 def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:
@@ -371,29 +375,6 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
             f"(lwo.steps_per_layer = {config.lwo.steps_per_layer})",
             flush=True,
         )
-
-
-@contextmanager
-def _watched(claim: lease.Lease | None, stop: StopRequest) -> Iterator[None]:
-    """Inside, ask the run to stop once the claim is lost: the next save would be refused."""
-    if claim is None:
-        yield
-        return
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(lease.RENEW_S):
-            if claim.is_lost():
-                stop.request("the loss of the run to another process")
-                return
-
-    thread = threading.Thread(target=watch, name="lwo-dist-claim", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _nothing() -> None:

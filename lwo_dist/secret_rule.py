@@ -1,17 +1,17 @@
-"""What a secret is: by the name of a file, by key blocks, by the form of tokens.
+"""The definition of a secret: file names, key blocks and token formats.
 
-Reading sources, packing jobs and redaction all ask this module, and nothing else decides.
+Reading sources, packing jobs and redaction all use this module and no other rule.
 
-The patterns are our own, after the default rules of gitleaks 8 and the token formats that the
-services document. Of the kept detector libraries none fits (500 files of the standard library,
-12.9 kB each; reading and judging one takes 0.26 ms; 24 kinds of secrets): detect-secrets 1.5.0
-takes 57 ms a file, finds 14 of the 24 and has had no release since May 2024; kingfisher 1.5.0 takes
-0.14 ms and finds 18, betterleaks 2.0.0 finds 21, but both are young native wheels of 60 to 70 MB,
-and kingfisher takes 4 s to start. Redaction belongs to the core, which has torch and pydantic
-alone. This table takes 0.1 ms a file and finds all 24.
+The patterns are our own, based on the default rules of gitleaks 8 and the token formats that the
+services document. No maintained detector library fits. Measured on 500 files of the standard
+library (12.9 kB each, 0.26 ms to read and judge one) and 24 kinds of secrets: detect-secrets 1.5.0
+takes 57 ms per file, finds 14 of the 24 and has had no release since May 2024; kingfisher 1.5.0
+takes 0.14 ms and finds 18, and betterleaks 2.0.0 finds 21, but both are new native wheels of 60 to
+70 MB, and kingfisher takes 4 s to start. Redaction is also part of the core, which depends on torch
+and pydantic only. This table takes 0.1 ms per file and finds all 24.
 
-A pattern begins with a literal that is rare in code, and looks back from there for what comes
-before: Python searches for such a pattern ten times as fast as for a choice of words.
+Each pattern begins with a literal that is rare in code, and checks the text before it with a
+lookbehind: Python searches for such a pattern ten times as fast as for an alternation of words.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from functools import cache
 
 __all__ = ["Secret", "find_secret", "is_secret_file", "is_secret_name", "without_secrets"]
 
-# KEY as a word of its own or at the end of one: API_KEY, ACCESS_KEY_ID; not KEYBOARD.
+# KEY as a word or at the end of one: API_KEY, ACCESS_KEY_ID; not KEYBOARD.
 _SECRET_NAME = re.compile(r"token|secret|passw|credential|keys?(?![a-z])", re.IGNORECASE)
 
-# By name alone; with a slash: the end of the path.
+# Matched against the file name; with a slash, against the end of the path.
 _FILES = (
     *(".env", ".env.*", "*.env", ".envrc", ".secrets", "secrets.json", "secrets.toml"),
     *("secrets.yaml", "secrets.yml", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
@@ -40,17 +40,16 @@ _FILES = (
     *(".databrickscfg", ".s3cfg", ".boto", "rclone.conf", ".vault_pass*", "vault_pass.txt"),
     *("auth.json", ".huggingface/token"),
 )
-# Made to be shared: public keys, and forms to fill in. Code about keys is judged by its content.
+# Meant to be shared: public keys and templates. Code about keys is judged by its content.
 _NO_SECRET = ("*.pub", "*.example", "*.sample", "*.template", "*.tmpl", "*.dist", "*.md", "*.rst")
 _NO_SECRET_CODE = ("*.py", "*.js", "*.ts", "*.go", "*.rs", "*.java", "*.c", "*.h", "*.rb", "*.sh")
 
-# Literal -> what must follow it, then name -> pattern from there on. A look behind has to name the
-# literal again.
+# Literal -> what must follow it, and name -> pattern from there on. Lookbehinds repeat the literal.
 _TOKENS: dict[str, tuple[str, dict[str, str]]] = {
     "-----BEGIN": (
         "",
         {
-            # A constant in code ends at once; a key goes on.
+            # A constant in code ends here; a key continues.
             "private key": (
                 r" [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----(?![\"'`])"
                 r"(?:(?s:.{0,20000}?)-----END [A-Z0-9 ]+-----|(?:[\s\\nr]*[A-Za-z0-9+/=]{16,})*+)"
@@ -134,8 +133,8 @@ _TOKENS: dict[str, tuple[str, dict[str, str]]] = {
     "://": (
         "",
         {
-            # Not where user and password are the same word, as a local database has them, nor a
-            # word that stands for one.
+            # Not if user and password are the same word, as for local databases, or the
+            # password is a placeholder.
             "URL with a password": (
                 r"(?P<user>[^\s/:@\"'`<>{}$%()\[\]\\*]{0,64}):"
                 r"(?!(?:(?P=user)|(?i:password|passwd|pass|pwd|pw|x+|\.+|changeme))@)"
@@ -145,8 +144,8 @@ _TOKENS: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 
-# `name = value` and `name: value`: found by the value, which is rarer than the name. It is long and
-# has two digits, and is no call and no attribute.
+# `name = value` and `name: value`, found by the value, which is rarer than the name. It is long,
+# has two digits, and is not a call or an attribute.
 _VALUE = (
     r"(?=[\w+/%-]{32})(?=[A-Za-z+/_%-]*+\d[A-Za-z+/_%-]*+\d)"
     r"(?P<value>[\w+/%-]{32,}+={0,2})(?![(.\[])"
@@ -162,7 +161,7 @@ _NAME_LENGTH = 64
 
 @dataclass(frozen=True)
 class Secret:
-    """That there is a secret, and where; never its value."""
+    """The kind and place of a secret; never its value."""
 
     rule: str
     """The kind, such as "GitHub token"."""
@@ -182,14 +181,14 @@ def is_secret_file(name: str) -> bool:
     """Whether a file of this name usually holds a secret.
 
     Args:
-        name: with or without the folders that it lies in, `/` between them.
+        name: with or without its folders, separated by `/`.
     """
     name = f"/{name.lower()}"
     return _SECRET_FILE.search(name) is not None and _SHARED_FILE.search(name) is None
 
 
 def find_secret(data: bytes) -> Secret | None:
-    """A secret in the content of a file, in any encoding that writes ASCII as such, or UTF-16."""
+    """A secret in the content of a file, in UTF-16 or any superset of ASCII; None without one."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         data = data.decode("utf-16", "replace").encode("utf-8", "replace")
     for start, _, rule in _find(data):
@@ -198,8 +197,8 @@ def find_secret(data: bytes) -> Secret | None:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with `***` for every token, key block and assigned secret; a prefix that tells its
-    kind stays.
+    """`text` with `***` in place of every token, key block and assigned secret. A prefix that
+    identifies the kind stays.
 
     >>> without_secrets("refused: glpat-" + "0" * 20)
     'refused: glpat-***'
@@ -215,7 +214,7 @@ def without_secrets(text: str) -> str:
 
 
 def _find(data: bytes) -> Iterator[tuple[int, int, str]]:
-    """(start, end, rule) of every secret, rule by rule; the start is behind a prefix."""
+    """(start, end, rule) of every secret, rule by rule; `start` is after the prefix."""
     tokens, assigned, named_secret = _patterns()
     for literal, pattern in tokens.items():
         names = list(_TOKENS[literal][1])

@@ -65,7 +65,7 @@ class Point(NamedTuple):
 def read_spool(path: Path, offset: int = 0) -> Iterator[Record]:
     """Yield the records from byte `offset`, except an incomplete last line left by a kill.
 
-    A line that no `Spool` writes is a record of the kind "damaged".
+    A malformed line becomes a record of the kind "damaged".
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -91,7 +91,7 @@ def _record(line: bytes, end: int) -> Record:
 
 
 def _is_sound(record: Record) -> bool:
-    """Whether the fields that this module and the senders rely on have their types."""
+    """Whether the fields that this module and the senders use have the right types."""
     fields = record.fields
     if not isinstance(record.kind, str) or not isinstance(record.time_ms, int):
         return False
@@ -166,7 +166,7 @@ class Spool:
         self._stump_end = b""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
-            raise OSError(f"{path} is a link; a run writes no file elsewhere")
+            raise OSError(f"{path} is a symlink; symlinks are not followed")
         # Unbuffered: one write call per line, passed to the kernel at once, so a SIGKILL loses at
         # most that line.
         self._file = path.open("ab", buffering=0)
@@ -302,4 +302,4 @@ class Sent:
 def _text_or_none(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise TypeError("neither a text nor null")
+    raise TypeError("neither a string nor null")

@@ -38,7 +38,7 @@ __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "storage_pat
 T = TypeVar("T")
 
 _LARGE_FOLDERS = ("layers", "checkpoints", "model")
-_LEASE_FOLDER = "lease"  # each file is written on its own, and a copy would be out of date
+_LEASE_FOLDER = "lease"  # always read from the store: a local copy would be stale
 _WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
 
@@ -48,10 +48,11 @@ def is_url(storage: str) -> bool:
 
 
 def storage_folder(storage: str) -> Path:
-    """The local folder of `storage`: itself, or scratch space below LWO_SCRATCH_DIR, made here.
+    """The local folder of `storage`: itself, or a scratch directory below LWO_SCRATCH_DIR, which is
+    created.
 
     Raises:
-        UserError: the scratch space is somebody else's, or others may use it.
+        UserError: the scratch directory belongs to another user, or is open to others.
     """
     path = storage_path(storage)
     if not is_url(storage):
@@ -62,13 +63,13 @@ def storage_folder(storage: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"LWO_SCRATCH_DIR = {path.parent}: {error.strerror}; give a folder that can be written"
+            f"LWO_SCRATCH_DIR = {path.parent}: {error.strerror}; give a writable folder"
         ) from None
     return private_folder(path)
 
 
 def storage_path(storage: str) -> Path:
-    """The path of `storage_folder`; nothing is made or checked."""
+    """The path of `storage_folder`; nothing is created or checked."""
     if not is_url(storage):
         return Path(storage.removeprefix("file://")).expanduser().absolute()
     scratch = Path(os.environ.get("LWO_SCRATCH_DIR") or scratch_path()).expanduser().absolute()
@@ -86,9 +87,8 @@ def new_run_name(method: str) -> str:
 class RunFolder:
     """One run's folder. File names are relative to it, with `/` between their parts.
 
-    A run may come from anybody, so every name is checked before it is used (`path`): what is not a
-    plain relative path, and what leads through a link, is refused, and left out of listings with a
-    warning.
+    A run may come from anybody, so `path` checks every name before use. A name that is not a plain
+    relative path, or passes through a symlink, is refused; listings leave it out with a warning.
 
     Args:
         storage: a folder, `file://` folder or URL of an object store.
@@ -106,7 +106,7 @@ class RunFolder:
         self.local = storage_folder(storage) / run_name
         self.url = f"{storage.rstrip('/')}/{run_name}" if is_url(storage) else None
         self._fs: Any = None
-        self._objects: Any = None  # the same folder, for conditional writes; opened when needed
+        self._objects: Any = None  # the same folder, for conditional writes; opened on first use
         self._base = ""
         self._has_warned = False
         if self.url is not None:
@@ -135,7 +135,7 @@ class RunFolder:
         """The local path of `name`; it need not exist.
 
         Raises:
-            DamagedError: `name` is not plain, or leads through a link.
+            DamagedError: `name` is not plain, or passes through a symlink.
         """
         return contained(self.local, name)
 
@@ -143,7 +143,7 @@ class RunFolder:
         """The local path of a file, which need not exist.
 
         Raises:
-            DamagedError: `name` is not plain, leads through a link, or is a folder or a pipe.
+            DamagedError: `name` is not plain, passes through a symlink, or is not a regular file.
         """
         path = self.path(name)
         if path.exists() and not path.is_file():
@@ -151,16 +151,16 @@ class RunFolder:
         return path
 
     def refuse_links(self) -> None:
-        """Refuse a folder with links in it, through which a resumed run would write elsewhere.
+        """Refuse a folder with symlinks: a resumed run would write through them.
 
         Raises:
-            UserError: naming the first link.
+            UserError: naming the first symlink.
         """
         for path in walk(self.local):
             if path.is_symlink():
                 raise UserError(
-                    f"{path} is a link, and a run's folder holds none; put what it leads to in its"
-                    " place, or choose another run_name"
+                    f"{path} is a symlink, which a run's folder must not contain; replace it with"
+                    " its target, or choose another run_name"
                 )
 
     def folders(self, name: str) -> list[str]:
@@ -181,7 +181,7 @@ class RunFolder:
             found = (path for path in walk(folder) if path.is_symlink() or path.is_file())
             return sorted(self._sound(path.relative_to(self.local).as_posix() for path in found))
         prefix = f"{self._base}/"
-        # Something else than what was asked for is as odd as an odd name.
+        # A path outside the run is rejected like an invalid name.
         return sorted(
             self._sound(
                 path.removeprefix(prefix) if path.startswith(prefix) else f"/{path}"
@@ -205,7 +205,7 @@ class RunFolder:
         """Fetch a file from the store, replacing any local copy. Returns its local path.
 
         Raises:
-            DamagedError: `name` is not plain, or leads to something else than a file.
+            DamagedError: `name` is not plain, or its local path is not a regular file.
             FileNotFoundError: the store has no such file.
             OSError: the store cannot be reached.
         """
@@ -221,10 +221,10 @@ class RunFolder:
         return path
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that does not exist yet, whole; it is in the storage when this returns.
+        """Create a file atomically; it is in the storage when this returns.
 
         Returns:
-            False if the storage has a file of that name; it is unchanged.
+            False if the storage already has a file of that name; it is unchanged.
 
         Raises:
             OSError
@@ -239,11 +239,11 @@ class RunFolder:
         return True
 
     def read(self, name: str, *, limit: int) -> bytes | None:
-        """The first `limit` bytes that the storage has under `name` now, not those of a copy; None
-        if there is no such file.
+        """The first `limit` bytes of `name` in the storage, not of a local copy; None if it is
+        missing.
 
         Raises:
-            DamagedError: `name` leads through a link, or to something else than a file.
+            DamagedError: `name` leads through a symlink, or is not a regular file.
             OSError
         """
         try:
@@ -291,7 +291,7 @@ class RunFolder:
         """
         folder = contained(self.local, name, may_be_link=True)
         if folder.is_symlink():
-            folder.unlink()  # not what it leads to
+            folder.unlink()  # not its target
         self.remove([f"{name}/{first}"] if first else [])
         self.remove(self.files(name))
         shutil.rmtree(folder, ignore_errors=True)
@@ -321,7 +321,7 @@ class RunFolder:
                     if not self.path(name).exists():
                         self.pull(name)
                 except (FileNotFoundError, FileExistsError, NotADirectoryError):
-                    self._warn(name)  # a marker of a folder, or below a name that is also a file
+                    self._warn(name)  # a folder marker, or a key below a name that is also a file
 
     def check_writable(self) -> None:
         """Write and remove a file, locally and in the store. Raises: UserError on failure."""
@@ -333,7 +333,7 @@ class RunFolder:
             (folder / probe).unlink()
         except OSError as error:
             raise UserError(
-                f"storage = {folder}: {error.strerror}; give a folder that can be written"
+                f"storage = {folder}: {error.strerror}; give a writable folder"
             ) from None
         if self._fs is None:
             return
@@ -354,12 +354,12 @@ class RunFolder:
         if overwrites:
             raise UserError(
                 f"storage = {self.url}: this store ignores the condition of a write"
-                " (If-None-Match), so two runs of one name could overwrite each other; give a"
-                " store that knows it, or a folder"
+                " (If-None-Match), so two runs of the same name could overwrite each other; give a"
+                " store that supports it, or a folder"
             )
 
     def _sound(self, names: Iterable[str]) -> Iterator[str]:
-        """The names that may be used; the first one that may not is warned of."""
+        """The valid names; warns of the first invalid one."""
         for name in names:
             if is_plain(name) and not (self._fs is None and (self.local / name).is_symlink()):
                 yield name
@@ -370,8 +370,8 @@ class RunFolder:
         if not self._has_warned:
             self._has_warned = True
             print(
-                f"warning: {self}: ignored {printable(name[:100])!r}, which is a link or has an odd"
-                " name, and others like it",
+                f"warning: {self}: ignored {printable(name[:100])!r} (a symlink or an invalid name)"
+                " and any others like it",
                 flush=True,
             )
 
@@ -400,8 +400,7 @@ class RunFolder:
         try:
             obstore.put(self._objects, name, data, mode="create" if is_new else "overwrite")
         except obstore.exceptions.AlreadyExistsError:
-            # A request that was sent twice is ours.
-            return self._read(name, len(data) + 1) == data
+            return self._read(name, len(data) + 1) == data  # our own request, repeated
         return True
 
     def _upload(self, name: str, source: Any) -> None:
@@ -438,7 +437,7 @@ def _open_conditional(url: str, region: str | None) -> Any:
     region_of: dict[str, Any] = {"region": region} if scheme == "s3" and region else {}
     return from_url(
         f"{'gs' if scheme == 'gcs' else scheme}://{rest}",
-        client_options={"allow_http": True},  # only for an endpoint that says so
+        client_options={"allow_http": True},  # used only if the endpoint is http
         **region_of,
     )
 

@@ -1,8 +1,8 @@
-"""Bytes, times and names as people read them. Every line, page and picture formats them here."""
+"""Bytes and times as people read them. Every line, page and picture formats them here."""
 
 from __future__ import annotations
 
-__all__ = ["byte_unit", "human_bytes", "human_seconds", "printable"]
+__all__ = ["byte_unit", "human_bytes", "human_seconds"]
 
 _BYTE_UNITS = (("B", 1), ("KB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))
 
@@ -42,14 +42,3 @@ def human_seconds(seconds: float) -> str:
     if minutes:
         return f"{minutes}m{rest:02}s"
     return f"{rest}s"
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with what a terminal would act upon or cannot show as an escape.
-
-    >>> printable("a\\x1b[31m.py")
-    'a\\\\x1b[31m.py'
-    """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )

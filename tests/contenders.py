@@ -1,7 +1,7 @@
-"""Processes that want to write one run at once: drivers, each with a worker that trains and saves.
+"""Processes that compete for one run: drivers, each with a worker that trains and saves.
 
-Each commit is noted in `commits.log` as "step claim", once it is acknowledged; why a process gave
-up stands in `<name>.error`.
+Each acknowledged commit is logged in `commits.log` as "step claim"; the reason why a process gave
+up is in `<name>.error`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ DEADLINE_S = 60
 
 
 def start(storage: str, notes: Path, name: str, steps: int) -> tuple[ForkServerProcess, ...]:
-    """Start a driver and its worker, which ends after `steps` steps or when it has lost the run.
+    """Start a driver and its worker, which ends after `steps` steps or when it loses the run.
 
-    The driver ends at once if it is refused; else when the worker has ended and there is a file
-    `finish` in `notes`.
+    The driver ends at once if it is refused; otherwise when the worker has ended and a file
+    `finish` exists in `notes`.
     """
     context = multiprocessing.get_context("forkserver")
     pair = (
@@ -62,7 +62,7 @@ def held(storage: str) -> Iterator[None]:
 
 
 def commits(notes: Path) -> list[tuple[int, int]]:
-    """(step, number of the claim) of each commit, in time."""
+    """(step, number of the claim) of each commit, in order."""
     log = notes / "commits.log"
     lines = log.read_text().splitlines() if log.exists() else []
     return [(int(step), int(claim)) for step, claim in map(str.split, lines)]
@@ -74,14 +74,14 @@ def error(notes: Path, name: str) -> str:
 
 
 def wait_for(path: Path, lines: int = 1) -> str:
-    """The text of a file, once it has so many lines."""
+    """The text of a file, once it has `lines` lines."""
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         text = path.read_text() if path.exists() else ""
         if text.count("\n") >= lines:
             return text
         time.sleep(0.005)
-    raise AssertionError(f"{path} has not {lines} lines after {DEADLINE_S} s")
+    raise AssertionError(f"{path} does not have {lines} lines after {DEADLINE_S} s")
 
 
 def _drive(storage: str, name: Path, environment: dict[str, str]) -> None:

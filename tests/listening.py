@@ -1,4 +1,4 @@
-"""What listens, as launch/SECURITY.md lists it and as a process and its children do."""
+"""Listening sockets: those in launch/SECURITY.md, and those of a process and its children."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Watch", "listed"]
 PAGE = Path(__file__).parents[1] / "launch" / "SECURITY.md"
 ALL, LOOPBACK, OWN = "all", "127.0.0.1", "own"
 
-# What is in a process's command line -> its name in the page.
+# Part of a process's command line -> its name on the page.
 _NAMES = {
     "mlflow": "MLflow",
     "gcs_server": "GCS",
@@ -30,11 +30,11 @@ _NAMES = {
 }
 
 Listener = tuple[str, str]
-"""A process's name in the page, and the address: all, own (the host's) or 127.0.0.1."""
+"""A process's name on the page, and the address: all, own (the host's) or 127.0.0.1."""
 
 
 def listed(way: str) -> set[Listener]:
-    """The rows of the page's table for one way of starting."""
+    """The rows of the page's table for one way to start."""
     rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines()]
     found = {(row[1], row[2]) for row in rows if len(row) == 6 and row[0] == f"`{way}`"}
     assert found, f"no rows for {way}"
@@ -42,7 +42,7 @@ def listed(way: str) -> set[Listener]:
 
 
 class Watch:
-    """Looks again and again what listens among the processes that this one starts, until `stop`."""
+    """Collects the listening sockets of the processes that this one starts, until `stop`."""
 
     def __init__(self) -> None:
         self.found: set[Listener] = set()

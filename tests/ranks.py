@@ -87,7 +87,7 @@ def run_ranks(
 
 @functools.cache
 def fork_server(preload: str = _PRELOAD) -> forkserver.ForkServer:
-    """The server that processes are forked from, with what they need imported."""
+    """The fork server, with the modules that the processes need already imported."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload([preload])
     environment = {

@@ -1,7 +1,7 @@
-"""Make MLflow's two users as the Secrets have them; the server's pod runs this before each start.
+"""Set MLflow's two users from the Secrets; the server's pod runs this before each start.
 
-By itself MLflow makes the admin only, at the first start, and does not look at the Secret again:
-there would be no other user for training, and no password could be rotated.
+MLflow itself creates only the admin, at the first start, and never reads the Secret again: training
+would have no user of its own, and no password could be rotated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     if admin == training:
         sys.exit(
             f"username = {admin!r} in both Secrets, lwo-dist-mlflow and lwo-dist-mlflow-training:"
-            " training must not be the admin; give it a name of its own"
+            " training must not be the admin; give it another name"
         )
     store.init_db(auth_config.database_uri)
     set_user(admin, os.environ["MLFLOW_ADMIN_PASSWORD"], "lwo-dist-mlflow", is_admin=True)

@@ -52,10 +52,10 @@ def export_model(
 
     Args:
         method: the method of the run; None: the one named in the checkpoint, if it is built in.
-        trust_remote_code: run the Python code that comes with the model, if it needs any.
+        trust_remote_code: run the Python code that comes with the model, if any.
 
     Raises:
-        DamagedError: the checkpoint's files do not make a model.
+        DamagedError: no model can be built from the checkpoint's files.
         UserError: the checkpoint's method is a custom class, which a file must not import; or the
             model needs code of its own, and `trust_remote_code` is not set.
         OSError: `target` cannot be written.
@@ -89,7 +89,7 @@ def export_model(
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`, once all of it is on disk; an older one gives way last."""
+    """Rename `folder` to `target` once it is all on disk, and then remove the old `target`."""
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
@@ -117,21 +117,21 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=True):
-            # Without it, the config could name a kernel of the hub, which is code, too.
+            # The config could otherwise name an attention kernel on the hub, which is code.
             model = AutoModelForCausalLM.from_config(
                 settings, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # of any kind: the files may hold anything
+    except Exception as error:  # the files may hold anything
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"the model needs Python code that comes with it ({_code_of(folder)}); read it in"
-                f" {folder}, then give --trust-remote-code to run it"
+                f"the model needs Python code that comes with it ({_code_of(folder)}); review it in"
+                f" {folder}, then pass --trust-remote-code to run it"
             ) from None
         raise DamagedError(
-            f"{folder}: transformers cannot make a model of its config.json ({first_line(error)})"
+            f"{folder}: transformers cannot build a model from config.json ({first_line(error)})"
         ) from error
     return model
 
@@ -264,8 +264,9 @@ def _scores_table(
 
 
 def _hub_licence(about: Mapping[str, Any]) -> str | None:
-    """For checkpoints that do not record it: if the base model is an id of the hub. A file must
-    not choose a folder to read.
+    """The licence on the hub, for checkpoints that do not record it.
+
+    Only if the base model is a hub id: a checkpoint must not choose a local folder to read.
     """
     revision = about.get("revision")
     is_id = is_plain(about["base_model"]) and not Path(about["base_model"]).exists()

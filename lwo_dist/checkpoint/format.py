@@ -9,7 +9,8 @@
 
 The format is the same for all strategies and world sizes, and `from_pretrained(folder)` reads a
 checkpoint folder directly. state.json holds the sha256 of every other file and its own digest, so
-that any damage is detected. Neither says who wrote it: `schema.py` says what is believed.
+that any damage is detected. A digest does not prove who wrote a file, so `schema.py` checks the
+contents.
 """
 
 from __future__ import annotations
@@ -223,8 +224,7 @@ def prune(
     """Remove all checkpoints except those of the steps in `keep`, and layer files no longer used.
 
     Args:
-        may_remove: called when it is known what to remove, which is then older than the call; may
-            raise.
+        may_remove: called once the files to remove are listed, before any is removed; may raise.
 
     Returns:
         The removed folders and files, relative to the run's folder.
@@ -263,14 +263,14 @@ def _check(run: RunFolder, name: str, digest: str) -> None:
 
 
 def _refuse_unsealed(run: RunFolder, name: str, sealed: Mapping[str, str]) -> None:
-    """`from_pretrained` would read a file that state.json does not name, too."""
+    """Refuse files that state.json does not name: `from_pretrained` would read them too."""
     for path in run.path(name).iterdir():
         if path.name in sealed or path.name == STATE or path.name.startswith("."):
             continue
         if path.is_symlink() or path.is_file():
             if run.url is None:
-                raise DamagedError(f"{name}/{path.name} is a file that {STATE} does not name")
-            path.unlink()  # this machine's copy of an earlier attempt's
+                raise DamagedError(f"{name}/{path.name} is not listed in {STATE}")
+            path.unlink()  # a local copy left by an earlier attempt
 
 
 def sha256_of(path: Path) -> str:
@@ -284,11 +284,11 @@ def _digest(state: Mapping[str, Any]) -> str:
 
 def _open_seal(state: Any) -> dict[str, Any]:
     if not isinstance(state, dict) or "digest" not in state:
-        raise DamagedError(f"{STATE} is not whole")
+        raise DamagedError(f"{STATE} is malformed")
     digest = state.pop("digest")
     version = state.get("format", 0)
     if not isinstance(version, int):
-        raise DamagedError(f"{STATE} is not whole: its format is no number")
+        raise DamagedError(f"{STATE} is malformed: format must be a number")
     if version > FORMAT:
         raise UserError(
             f"{STATE} has format {str(version)[:20]}; this lwo_dist reads up to {FORMAT}: install a"

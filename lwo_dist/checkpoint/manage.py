@@ -123,7 +123,7 @@ def export_run(
         target: the folder to write; None: `model` in the run's folder or, for a run in an object
             store, a folder with the run's name in the working directory.
         step: the checkpoint; None: the newest intact one.
-        trust_remote_code: run the Python code that comes with the model, if it needs any.
+        trust_remote_code: run the Python code that comes with the model, if any.
 
     Returns:
         The folder.

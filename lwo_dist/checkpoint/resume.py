@@ -23,7 +23,7 @@ def find_checkpoint(config: Config, run_folder: RunFolder) -> Checkpoint | None:
     """The newest intact checkpoint, with its files available on every machine.
 
     Raises:
-        UserError: no checkpoint is intact; or the run's folder holds links.
+        UserError: no checkpoint is intact, or the run's folder contains symlinks.
     """
     distributed.on_rank_0(run_folder.refuse_links)
     if config.checkpoint.resume != "auto":
@@ -50,7 +50,7 @@ def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
     layers = {layer.name: layer for layer in lwo.layers}
     for name, moments in checkpoint.parked_moments():
         if name not in layers:
-            raise DamagedError(f"{STATE} has moments of {name[:100]!r}, which is no layer")
+            raise DamagedError(f"{STATE} has moments of {name[:100]!r}, which is not a layer")
         lwo.write_moments(layers[name], moments)
 
 
@@ -64,8 +64,8 @@ def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
 
 
 def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    """Raise UserError if the checkpoint was made from another model or other data, or is not
-    what a run writes.
+    """Raise UserError if the checkpoint was made from another model or other data, or its entries
+    are malformed.
     """
     check_record(state, "run", "data", "results")
     base = config.model.name

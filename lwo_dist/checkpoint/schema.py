@@ -1,8 +1,7 @@
-"""What the files of a checkpoint, and run.json, may hold. They may come from anybody, whole or made
-up.
+"""The schema of a checkpoint's files and of run.json, which may be forged.
 
-A state.json that matches its own digest proves nothing about who wrote it: the digest has no key.
-So types, sizes and names are checked before anything uses them; what fails is a `DamagedError`.
+A state.json that matches its own digest may still come from anybody: the digest has no key. All
+types, sizes and names are therefore checked before use; any violation is a `DamagedError`.
 """
 
 from __future__ import annotations
@@ -37,12 +36,14 @@ MOMENTS = "active.safetensors"
 RECORD = "run.json"
 
 MAX_BYTES = 128 * 2**20
-"""Of a JSON file; state.json holds the loss of every step, some 20 bytes each."""
+"""Of a JSON file. state.json holds the loss of every step, about 20 bytes each."""
 _MAX_ENTRIES = 1_000_000
 _MAX_LAYERS = 1000
-"""More need as many weights: transformers would build them for hours, from one number."""
+"""A config.json with more layers must come with as many weights: from one number alone,
+transformers would build layers for hours.
+"""
 
-# Files that a loader would prefer to ours, or follow to another model.
+# Files that a loader would prefer to ours, or that lead it to another model.
 _FOREIGN_NAMES = ("adapter_config.json", STATE)
 _FOREIGN_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _UP = "../../layers/"
@@ -129,7 +130,9 @@ _WEIGHT_MAP = TypeAdapter(
 
 
 def check_state(state: Mapping[str, Any]) -> None:
-    """Raise DamagedError unless what every checkpoint holds has its types and names files of it."""
+    """Raise DamagedError unless the entries of every checkpoint have the right types and name its
+    own files.
+    """
     with reading(STATE):
         _State.model_validate(state)
     for reference in state["sha256"]:
@@ -139,14 +142,14 @@ def check_state(state: Mapping[str, Any]) -> None:
             raise DamagedError(f"{STATE} does not name {name}")
     for reference in state["moments"].values():
         if reference not in state["sha256"]:
-            raise DamagedError(f"{STATE} has no sha256 of the moments in {reference[:100]!r}")
+            raise DamagedError(f"{STATE} has no sha256 of the moments file {reference[:100]!r}")
 
 
 def check_record(state: Mapping[str, Any], *needed: str) -> None:
-    """Raise DamagedError unless the trainer's entries have their types.
+    """Raise DamagedError unless the trainer's entries have the right types.
 
     Args:
-        needed: those that must be there, of `run`, `data` and `results`.
+        needed: the required ones of `run`, `data` and `results`.
     """
     with reading(STATE):
         _Record.model_validate(state)
@@ -162,7 +165,7 @@ def check_run_record(record: Any) -> None:
 
 
 def weight_map_of(index: Any, sealed: Mapping[str, str]) -> dict[str, str]:
-    """The weight map of an index: parameter -> file, each one of the `sealed` safetensors files.
+    """The weight map of an index: parameter -> file, which must be a `sealed` safetensors file.
 
     Raises:
         DamagedError
@@ -171,18 +174,19 @@ def weight_map_of(index: Any, sealed: Mapping[str, str]) -> dict[str, str]:
         weight_map = _WEIGHT_MAP.validate_python(index["weight_map"])
     for reference in {*weight_map.values()}:
         if reference not in sealed or not reference.endswith(".safetensors"):
-            raise DamagedError(f"the index names {reference[:100]!r}, which is no weight file")
+            raise DamagedError(f"the index names {reference[:100]!r}, which is not a weight file")
     return weight_map
 
 
 def file_of(folder: str, reference: str) -> str:
-    """The name of a checkpoint's file in the run's folder: its own, or one of `layers/`.
+    """A file reference in a checkpoint, relative to the run's folder instead.
 
     Args:
-        folder: the checkpoint's, relative to the run's.
+        folder: the checkpoint's folder, relative to the run's.
+        reference: relative to `folder`.
 
     Raises:
-        DamagedError: `reference` is none of these.
+        DamagedError: `reference` is neither in `folder` nor in `layers/`.
     """
     file = reference.removeprefix(_UP)
     is_layer = file != reference
@@ -194,7 +198,7 @@ def file_of(folder: str, reference: str) -> str:
         or file.endswith(_FOREIGN_SUFFIXES)
         or (is_layer and not file.endswith(".safetensors"))
     ):
-        raise DamagedError(f"{STATE} names {reference[:100]!r}, which is no file of a checkpoint")
+        raise DamagedError(f"{STATE} names {reference[:100]!r}, which is not a checkpoint file")
     return f"{LAYERS if is_layer else folder}/{file}"
 
 
@@ -208,7 +212,9 @@ def check_depth(settings: Any, weights: int) -> None:
             waiting.append(item)
             counts_layers = re.fullmatch(r"n_layers?|num_(\w+_)?layers?", key)
             if counts_layers and isinstance(item, int | float) and not item <= limit:
-                raise DamagedError(f"config.json: {key} = {str(item)[:20]} for {weights} weights")
+                raise DamagedError(
+                    f"config.json: {key} = {str(item)[:20]}, but there are {weights} weights"
+                )
 
 
 def read_json(path: Path) -> Any:
@@ -221,14 +227,14 @@ def read_json(path: Path) -> Any:
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise DamagedError(f"{path.name} has more than {MAX_BYTES} bytes")
+        raise DamagedError(f"{path.name} is larger than {MAX_BYTES} bytes")
     with reading(path.name):
         return json.loads(data)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what libraries raise over wrong contents into a DamagedError that names `what`."""
+    """Turn library errors about malformed contents into a DamagedError that names `what`."""
     try:
         yield
     except (DamagedError, OSError):
@@ -236,6 +242,6 @@ def reading(what: str) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = printable(".".join(str(part)[:100] for part in first["loc"]))
-        raise DamagedError(f"{what} is not whole: {where}: {first['msg']}") from None
+        raise DamagedError(f"{what} is malformed: {where}: {first['msg']}") from None
     except Exception as error:
-        raise DamagedError(f"{what} is not whole: {first_line(error)}") from None
+        raise DamagedError(f"{what} is malformed: {first_line(error)}") from None

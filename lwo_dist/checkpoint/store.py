@@ -35,8 +35,8 @@ class LayerStore:
     Args:
         model_files: writes config and tokenizer to a folder; called on rank 0.
         keep: how many of the newest checkpoints to keep, in addition to the best one.
-        may_write: called on rank 0 before every change of a checkpoint; raises LostRunError if
-            another process writes the run now.
+        may_write: called on rank 0 before every change to a checkpoint; raises LostRunError if
+            another process has taken over the run.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class LayerStore:
         """The outcome of the pending save, on every rank; None without one. A collective.
 
         Raises:
-            UserError: another process writes the run now (LostRunError on rank 0).
+            UserError: another process has taken over the run (LostRunError on rank 0).
         """
         if not self._pending:
             return None

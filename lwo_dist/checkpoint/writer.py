@@ -1,7 +1,7 @@
 """The thread of rank 0 that writes host copies to disk or an object store during training.
 
-Whatever a checkpoint names, folders included, is on disk before its state.json, and that before an
-older checkpoint is removed: a machine that loses power keeps one of them.
+All files and folders of a checkpoint are on disk before its state.json is written, and state.json
+before an older checkpoint is removed: after a power loss, at least one checkpoint is intact.
 
 A failed save (a full disk) loses nothing: its layers stay in host memory and are written with the
 next one.
@@ -95,8 +95,8 @@ class CheckpointWriter:
     Args:
         model_files: writes config and tokenizer to a folder; called once.
         keep: how many of the newest checkpoints to keep, in addition to the best one.
-        may_write: called before every change of a checkpoint; raises LostRunError if another
-            process writes the run now.
+        may_write: called before every change to a checkpoint; raises LostRunError if another
+            process has taken over the run.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class CheckpointWriter:
         """Wait until the last queued checkpoint is written or has failed.
 
         Raises:
-            LostRunError: another process writes the run now; nothing was committed.
+            LostRunError: another process has taken over the run; nothing was committed.
         """
         queue = self._queue
         self._queue = []
@@ -238,15 +238,15 @@ class CheckpointWriter:
             self._bytes += len(data)
         self._run.push(f"{here}/{path.name}" for path in sorted(folder.iterdir()))
         self._run.push_small()
-        # Written last, because it turns the folder into a checkpoint; and created, never
-        # overwritten, because a process that has lost the run may be just as far.
+        # Written last, because it commits the checkpoint. Created, never overwritten: a process
+        # that has lost the run may be at the same point.
         state = seal(
             {"format": FORMAT, **job.position, **job.extra, "moments": parked, "sha256": digests}
         )
         self._may_write()
         if not self._run.create(f"{here}/{STATE}", state):
             raise OSError(f"another process has committed {here}")
-        # Whoever took the run over in this very moment may not have seen the seal.
+        # A process that took over during this write may not have seen the commit.
         self._may_write()
         self._bytes += len(state)
 

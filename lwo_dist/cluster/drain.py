@@ -87,7 +87,7 @@ def _drain(seconds: float) -> None:
 
     address = os.environ.get("RAY_ADDRESS") or _own_address()
     if address is None:
-        print("no Ray of these workers was found; set RAY_ADDRESS", file=sys.stderr)
+        print("found no Ray that these workers belong to; set RAY_ADDRESS", file=sys.stderr)
         return
     ray.init(address=address, log_to_driver=False)
     node = ray.get_runtime_context().get_node_id()
@@ -106,10 +106,10 @@ def _drain(seconds: float) -> None:
 
 
 def _own_address() -> str | None:
-    """The address that the workers' raylet was started with.
+    """The GCS address on the command line of the workers' raylet.
 
-    Ray itself would also believe a file in /tmp, or a process of another user, and send the token
-    there.
+    Ray's own lookup also trusts a file in /tmp and processes of other users, and would send the
+    token to them.
     """
     for worker in _workers():
         with contextlib.suppress(psutil.Error):

@@ -20,13 +20,12 @@ from urllib.parse import urlsplit
 
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
-from lwo_dist.errors import UserError, first_line
+from lwo_dist.errors import UserError, first_line, printable
 from lwo_dist.git import is_repository_url
 from lwo_dist.redaction import refuse_password
 from lwo_dist.run_info import job_metadata
 from lwo_dist.storage import new_run_name
 from lwo_dist.strategies.checks import check_config
-from lwo_dist.units import printable
 
 from .packing import CONFIG_NAME, pack, refuse_credentials
 

@@ -39,7 +39,7 @@ Node = Mapping[str, float]
 
 _START_ATTEMPTS = 3
 _PREFIX = "r"
-# A socket's path has at most 107 bytes; Ray's take up to 68 of them below the folder it is given.
+# A socket path has at most 107 bytes, and Ray needs up to 68 of them below its folder.
 _MAX_FOLDER = 107 - 68 - len("/r12345678/r")
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -161,10 +161,10 @@ def joined_ray() -> Iterator[list[Node]]:
 
 @contextlib.contextmanager
 def local_ray(machine: Node) -> Iterator[None]:
-    """A Ray of this process's own, in a folder that nobody else can enter.
+    """A Ray of this process's own, in a folder that no other user can enter.
 
     Raises:
-        UserError: Ray did not start in `_START_ATTEMPTS` attempts, or has no place for its sockets.
+        UserError: Ray did not start in `_START_ATTEMPTS` attempts, or its folder is not usable.
     """
     import ray
 
@@ -199,7 +199,7 @@ def _start_ray(machine: Node, folder: Path) -> None:
                 _temp_dir=str(folder),
             )
         except Exception as error:
-            # Ray gives a node 30 s to start, which a busy machine may exceed, and leaves it behind.
+            # A busy machine may exceed Ray's start timeout of 30 s. Ray does not clean up then.
             for child in set(psutil.Process().children()) - before:
                 with contextlib.suppress(psutil.Error):
                     child.kill()
@@ -229,7 +229,7 @@ def _init_ray(**settings: Any) -> None:
 def _temporary_folder() -> Iterator[Path]:
     """An empty folder for Ray, removed at the end.
 
-    Ray opens its own folders to everybody, whatever the umask; the folder around them is closed.
+    Ray makes its own folders accessible to everybody, whatever the umask; their parent is private.
     """
     chosen = os.environ.get("RAY_TMPDIR")
     around = Path(chosen) if chosen else scratch_folder()
@@ -242,7 +242,7 @@ def _temporary_folder() -> Iterator[Path]:
         closed = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=around))
     except OSError as error:
         raise UserError(
-            f"RAY_TMPDIR = {around}: {error.strerror}; give a folder that can be written"
+            f"RAY_TMPDIR = {around}: {error.strerror}; give a writable folder"
         ) from None
     lock = os.open(closed, os.O_RDONLY)
     try:
@@ -254,7 +254,7 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _clear_abandoned(around: Path) -> None:
-    """Remove what drivers that were killed have left: a day old, and locked by nobody."""
+    """Remove folders that killed drivers left behind: a day old, and not locked."""
     for folder in around.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - folder.stat().st_mtime < _ABANDONED_SECONDS:

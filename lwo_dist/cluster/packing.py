@@ -112,7 +112,7 @@ def refuse_credentials(texts: Mapping[str, str]) -> None:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names relative to `folder`; none outside a git work tree or without git."""
+    """Names relative to `folder`; nothing outside a git work tree or without git."""
     try:
         repository = Repository.around(folder)
         names = repository.names(folder, untracked=True) if repository else []
@@ -120,7 +120,7 @@ def _files(folder: Path) -> Iterator[str]:
         return
     except GitError as error:
         raise UserError(
-            f"{folder}: git ls-files failed: {error}; mend it, or submit from another folder"
+            f"{folder}: git ls-files failed: {error}; fix it, or submit from another folder"
         ) from None
     for name in names:
         with suppress(OSError):  # a name that no file can have
@@ -133,17 +133,17 @@ def _reason(folder: Path, name: str, names: Container[str]) -> str | None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        return "a name that is not UTF-8"
+        return "name is not UTF-8"
     if len(name) > _MAX_NAME_LENGTH:
-        return "a name too long"
+        return "name is too long"
     if name.partition("/")[0] == CONFIG_NAME:
-        return "the config's name"
-    # A link may lead to what goes along itself: not to git's own files, or to what it ignores.
+        return "reserved for the config"
+    # A link may lead to a file that is sent anyway, but not to git's own or to ignored ones.
     real = os.path.relpath(path.resolve(), folder.resolve())
     if real not in names:
-        return "a link to elsewhere"
+        return "external symlink"
     if is_secret_file(name) or is_secret_file(real):
-        return "secret: by its name"
+        return "secret: file name"
     if any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in _DATA_FILES):
         return "data"
     if path.stat().st_size > MAX_FILE_BYTES:

@@ -58,11 +58,11 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 _LOCAL_ENVIRONMENT = {
-    # A token of this run's own, below, and no file of it in the home folder. Ray asks for it on
-    # every port but /metrics.
+    # With a token made for this run (below), and not stored in the home folder. Ray requires it
+    # on every port except for /metrics.
     "RAY_AUTH_MODE": "token",
-    # Ray's name for "only this machine": its default where there are no clusters, and everywhere
-    # the only way to have its processes listen on 127.0.0.1.
+    # Makes all of Ray's processes listen on 127.0.0.1, as they do by default on Windows and
+    # macOS; there is no other switch for it.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Preemption is a matter of cloud nodes; its watcher prints a warning at every start.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

@@ -78,7 +78,7 @@ def run_on_worker(config: Config, flag: Any, holder: str | None = None) -> Any:
     """`run` in Ray Train's worker: its summary on rank 0, or Interrupted on every rank.
 
     Args:
-        holder: the driver, which holds the run.
+        holder: the driver's id in the run's lease.
     """
     from lwo_dist.run import run
 

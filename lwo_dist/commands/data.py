@@ -1,10 +1,11 @@
-"""`lwo-dist data`: what a source gives to learn from, and what is skipped in it."""
+"""`lwo-dist data`: which files of a source are used, and which are skipped."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 
+from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
 from .arguments import Subparsers, add_config_arguments, read_config
@@ -14,15 +15,15 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        "data", help="count the files that a source gives, and those that are skipped"
+        "data", help="count the files of a source that are used and skipped"
     )
     parser.description = (
-        "Read data.source as a run does: how many files are trained on, how many held out, how many"
-        " skipped and why. Nothing is trained; a URL is cloned into the cache."
+        "Read data.source as a run does, and count the files that are trained on, held out and"
+        " skipped, with the reasons. Nothing is trained. A URL is cloned into the cache."
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--explain", action="store_true", help="name every skipped file, and what was found in it"
+        "--explain", action="store_true", help="list every skipped file and the reason"
     )
     return parser
 
@@ -31,7 +32,6 @@ def run(arguments: argparse.Namespace) -> None:
     require("run", what="lwo-dist data")
     from lwo_dist.data.cache import cache_folder
     from lwo_dist.data.source_tree import divide, find_files
-    from lwo_dist.units import printable
 
     config = read_config(arguments)
     _, files, skipped = find_files(config.data, cache_folder(config))

@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code that comes with the model, if it needs any; read it first",
+        help="run the Python code that comes with the model, if any; review it first",
     )
     return parser
 

@@ -22,8 +22,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--uri",
-        help="MLflow tracking URI; unset: MLFLOW_TRACKING_URI or the database beside the run,"
-        " whichever the run was for",
+        help="MLflow tracking URI; default: MLFLOW_TRACKING_URI or the database beside the run,"
+        " whichever the run used",
     )
     return parser
 

@@ -23,8 +23,8 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="open the runs in MLflow's web pages, on this machine only",
     )
     parser.description = (
-        "Open the runs in MLflow's web pages. They have no login: every user of this machine can"
-        " read and change the runs while they are open."
+        "Serve the runs in MLflow's web pages. There is no login: while the server runs, every user"
+        " of this machine can read and change the runs."
     )
     add_config_arguments(parser)
     parser.add_argument("--port", type=int, default=5000, help="default: %(default)s")
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     print(
         f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}, without a login, to"
-        " every user of this machine; Ctrl-C ends it",
+        " every user of this machine; press Ctrl-C to stop",
         flush=True,
     )
     _become_server(uri, arguments.port)

@@ -17,5 +17,5 @@ class Settings(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         protected_namespaces=(),
-        hide_input_in_errors=True,  # which may hold a password
+        hide_input_in_errors=True,  # it may hold a password
     )

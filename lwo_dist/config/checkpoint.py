@@ -31,5 +31,6 @@ class CheckpointConfig(Settings):
         "auto", description="auto: go on where a run of this run_name stopped"
     )
     take_over: bool = Field(
-        False, description="take the run from a process that still writes it; that one then stops"
+        False,
+        description="take over a run that another process is still writing; that one then stops",
     )

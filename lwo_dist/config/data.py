@@ -9,7 +9,7 @@ from .base import Settings
 __all__ = ["NO_PASSWORD", "DataConfig"]
 
 NO_PASSWORD = (
-    "give the URL without it, and the password to git: by a credential helper, GIT_ASKPASS, or an"
+    "remove it from the URL, and give git the password by a credential helper, GIT_ASKPASS or an"
     " ssh key"
 )
 """What to do about a password in `source`."""

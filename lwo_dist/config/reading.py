@@ -18,7 +18,7 @@ __all__ = ["load_config"]
 _MAX_BYTES = 2**20
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
-_MAX_SHOWN = 200  # characters of a value that a message repeats
+_MAX_SHOWN = 200  # characters of a value shown in a message
 
 
 def load_config(
@@ -71,29 +71,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _TooMuchError(Exception):
-    """Why a text is more than a config can need; begins with a verb."""
+    """A text exceeds the limits of a config; the message begins with a verb."""
 
 
-# PyYAML lets through what its conversions raise, such as ValueError for the date 2026-99-99.
+# PyYAML does not wrap errors of its conversions, such as ValueError for the date 2026-99-99.
 _NOT_YAML = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def _parse(text: str) -> Any:
     """The values of a YAML text.
 
-    Its events are counted first: a few aliases of aliases can stand for more values than fit in
-    memory, and a deep nesting exhausts the stack.
+    Its events are counted first: nested aliases can expand to more values than fit in memory, and
+    deep nesting exhausts the stack.
     """
     if len(text) > _MAX_BYTES:
-        raise _TooMuchError(f"has more than {_MAX_BYTES} bytes")
+        raise _TooMuchError(f"is larger than {_MAX_BYTES} bytes")
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
-            raise _TooMuchError(f"has the alias *{event.anchor}; repeat the value in its place")
+            raise _TooMuchError(f"has the alias *{event.anchor}; write the value out instead")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            raise _TooMuchError(f"is nested more than {_MAX_DEPTH} deep")
+            raise _TooMuchError(f"is nested more than {_MAX_DEPTH} levels deep")
         if number > _MAX_NODES:
             raise _TooMuchError(f"has more than {_MAX_NODES} values")
     return yaml.safe_load(text)

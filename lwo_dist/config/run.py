@@ -60,7 +60,10 @@ class Config(Settings):
     )
     access: Access = Field(
         "private",
-        description="who else on a machine may read what a run writes: nobody, or its Unix group",
+        description=(
+            "who can read what a run writes: only its owner (private), or also the owner's Unix"
+            " group (group)"
+        ),
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

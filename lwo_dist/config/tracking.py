@@ -10,7 +10,7 @@ __all__ = ["NO_PASSWORD", "TrackingConfig"]
 
 NO_PASSWORD = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead, or the"
-    " whole address in MLFLOW_TRACKING_URI"
+    " whole URL in MLFLOW_TRACKING_URI"
 )
 """What to do about a password in `uri`."""
 
@@ -34,7 +34,7 @@ class TrackingConfig(Settings):
     log_completions: bool = Field(
         True,
         description=(
-            "show source lines and completions in the report, MLflow and evaluations/; false:"
+            "include source lines and completions in the report, MLflow and evaluations/; false:"
             " scores only"
         ),
     )

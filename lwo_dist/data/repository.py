@@ -1,4 +1,4 @@
-"""The two things asked of git: which files it tracks, and a clone of a URL."""
+"""The two uses of git: listing the tracked files, and cloning a URL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def tracked_files(folder: Path) -> list[str] | None:
-    """Paths, relative to `folder`, that git tracks below it; None if it is in no work tree.
+    """Paths that git tracks below `folder`, relative to it; None outside a work tree.
 
     Raises:
         UserError: the folder is in a work tree, but git is missing or fails.
@@ -36,14 +36,14 @@ def tracked_files(folder: Path) -> list[str] | None:
         return _needs_git(ask, str(folder), instead="data.use_git=false")
     except GitError as error:
         raise UserError(
-            f"data.source = {folder}: git ls-files failed: {error}; mend it, or read all files with"
+            f"data.source = {folder}: git ls-files failed: {error}; fix it, or read all files with"
             " data.use_git=false"
         ) from None
 
 
 def clone_repository(source: str, cache: Path) -> Path:
-    """Clone the newest commit of `source` into `cache`, or return the clone that is there. Nothing
-    half-made is left.
+    """Clone the newest commit of `source` into `cache`, or return the existing clone. An incomplete
+    clone is removed.
 
     Args:
         source: a URL, or the folder of a bare repository.
@@ -71,7 +71,7 @@ def clone_repository(source: str, cache: Path) -> Path:
 
 
 def _scrub(sources: Path) -> None:
-    """Take passwords out of clones that earlier versions made of URLs with one."""
+    """Remove passwords from clones that earlier versions made from URLs with one."""
     for config in sources.glob("*/.git/config"):
         with suppress(OSError, UnicodeDecodeError):
             lines = config.read_text().splitlines(keepends=True)

@@ -1,9 +1,9 @@
-"""A source tree: which files of a folder or a git repository are worth learning from, and on which
-side they are.
+"""A source tree: which files of a folder or a git repository are used, and on which side of the
+split they are.
 
-Files are judged by their text alone, so any text language will do. What is skipped is counted by
-reason: files with a secret, files that stand for others, links and whatever else is no file among
-it. Nothing outside the folder is opened.
+Files are judged by their text alone, so any text language works. Skipped files are counted by
+reason, such as secrets, Git LFS pointers, and symlinks and other non-regular files. Nothing outside
+the folder is opened.
 
 The split is by file: a file is held out if the hash of its content says so, hence it neither moves
 when others come or go nor when it is renamed, and equal contents can never be on both sides.
@@ -98,7 +98,7 @@ _GENERATED = re.compile(
 MEAN_LINE_LENGTH = 100
 LONGEST_LINE = 1000
 
-# The first bytes of a small file that git keeps instead of a large one.
+# The first bytes of the small file that git stores in place of a large one.
 _POINTERS = {
     "Git LFS pointer": (b"version https://git-lfs.", b"version https://hawser."),
     "git-annex pointer": (b"/annex/objects/",),
@@ -124,7 +124,7 @@ class Skipped:
     """The path below the source, with forward slashes."""
     reason: str
     detail: str = ""
-    """What exactly was found, such as "GitHub token, line 12"; never a secret itself."""
+    """What was found, such as "GitHub token, line 12"; never the secret itself."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,7 @@ class SourceTree:
     train: tuple[SourceFile, ...]
     held_out: tuple[SourceFile, ...]
     skipped: Mapping[str, int]
-    """Reason -> number of files; where the reason is a kind of folder, the number of such folders.
-    """
+    """Reason -> number of files, or of folders if the reason is a kind of folder."""
 
     @property
     def identity(self) -> list[list[str]]:
@@ -229,7 +228,7 @@ def read_text(path: Path) -> str | None:
     if it is binary.
 
     Raises:
-        OSError: it cannot be read, is a link or no regular file; nothing is waited for.
+        OSError: it cannot be read, is a symlink or is not a regular file. Never blocks.
     """
     return _text_of(_read_regular(path))
 
@@ -238,7 +237,7 @@ def _read_regular(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         return file.read()
 
 
@@ -254,7 +253,7 @@ def _text_of(data: bytes) -> str | None:
 
 
 class _Judge:
-    """Decides about one file after the other."""
+    """Decides which files to use, one at a time."""
 
     def __init__(self, root: Path, config: DataConfig):
         self._root = root
@@ -269,7 +268,7 @@ class _Judge:
 
     def __call__(self, name: str) -> SourceFile | Skipped:
         path = self._root / name
-        # A name that is no UTF-8 could not be written to Arrow.
+        # Arrow cannot store a name that is not UTF-8.
         printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         found = self._judge(path, name)
         if isinstance(found, str):
@@ -279,23 +278,23 @@ class _Judge:
     def _judge(self, path: Path, name: str) -> str | tuple[str, ...]:
         """The SHA-256 of the text, or the reason to skip it, with the detail."""
         if is_secret_file(name):
-            return "secret", "by its name"
+            return "secret", "file name"
         if path.name.lower() in LOCK_FILES:
             return ("lock file",)
         if self._endings is not None and not path.name.lower().endswith(self._endings):
             return ("extension",)
         try:
             if not self._is_inside(name.rpartition("/")[0]):
-                return ("a link to elsewhere",)
+                return ("external symlink",)
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode) and not self._leads_inside(path):
-                return ("a link to elsewhere",)
+                return ("external symlink",)
             if not stat.S_ISREG(status.st_mode):
                 return ("not a regular file",)
             if status.st_size > self._limit:
                 return ("huge",)
             data = _read_regular(path)
-        except FileNotFoundError:  # tracked, and not there
+        except FileNotFoundError:  # tracked but missing
             return ("not a regular file",)
         except OSError:
             return ("unreadable",)
@@ -312,7 +311,7 @@ class _Judge:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _is_inside(self, folder: str) -> bool:
-        """Whether no part of the path of `folder`, relative to the root, is a link."""
+        """Whether no part of the path of `folder`, relative to the root, is a symlink."""
         if folder not in self._folders:
             above = self._is_inside(folder.rpartition("/")[0])
             self._folders[folder] = above and not (self._root / folder).is_symlink()
@@ -352,7 +351,7 @@ def _walk(root: Path, skipped: list[Skipped]) -> list[str]:
                 skipped.append(Skipped(path, reason))
         for name in files:
             path = (below / name).as_posix()
-            # The name of a secret file says more about it than that it is hidden.
+            # `_judge` then reports it as a secret, which is more specific than hidden.
             if name.startswith(".") and not is_secret_file(path):
                 skipped.append(Skipped(path, "hidden file"))
             else:

@@ -139,7 +139,7 @@ def check_indexes(folder: Path) -> None:
 
 
 def licence_of(name: str, revision: str | None = None) -> str | None:
-    """The licence in the card of a model, a folder or a Hugging Face id; None without either."""
+    """The licence in a model's card, for a folder or a Hugging Face id; None without one."""
     try:
         folder = Path(name)
         if folder.is_dir():

@@ -20,8 +20,8 @@ def write_report(spool: Path, status: str, best_step: int | None = None) -> list
     Args:
         spool: the run's metrics.jsonl.
         status: FINISHED, FAILED or KILLED.
-        best_step: the checkpoint whose completions are shown, unless the run was told not to
-            publish any; None: the last evaluation's.
+        best_step: the checkpoint whose completions are shown, unless `tracking.log_completions` is
+            false; None: the last evaluation's.
 
     Returns:
         The files that were written.
@@ -33,7 +33,7 @@ def write_report(spool: Path, status: str, best_step: int | None = None) -> list
     history = History.read(read_spool(spool))
     history.status = status
     evaluations = read_evaluations(run_dir)
-    # An earlier attempt of the run may have written samples.
+    # An earlier attempt may have written samples under another setting.
     shown = history.run.get("parameters", {}).get("tracking.log_completions") != "false"
     completions = completions_table(evaluations if shown else {}, best_step)
     tables = {"scores": scores_table(evaluations), "completions": completions}

@@ -79,10 +79,10 @@ def end_dead_run(spool_path: Path, status: str) -> None:
 
 
 def known_store(spool_path: Path, named: str) -> str | None:
-    """The store that a spool names, if it is the environment's or lies beside the runs; else None.
+    """The store that a spool names, if it is the environment's or the database beside the runs.
 
-    Its URL, perhaps with a password, comes from the environment, and never from the spool, whose
-    run may come from anybody: it would receive the environment's credentials.
+    The returned URL, which may hold a password, never comes from the spool: a forged spool could
+    otherwise direct the environment's credentials to its own server.
     """
     beside = f"sqlite:///{spool_path.absolute().parents[1]}/mlflow.db"
     known = (os.environ.get("MLFLOW_TRACKING_URI"), beside)
@@ -93,7 +93,7 @@ def replay_hint(spool_path: Path, uri: str) -> str:
     """The command that sends the rest of a spool, for the end of a message.
 
     Args:
-        uri: the store that the run was for, without credentials.
+        uri: the run's store, without credentials.
     """
     command = f"lwo-dist replay {shlex.quote(str(spool_path))}"
     if known_store(spool_path, uri) is None:

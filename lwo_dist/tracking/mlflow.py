@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 DATABASE = "mlflow.db"
-"""Beside the runs, where no tracking server is named."""
+"""Used beside the runs if no tracking server is configured."""
 
 CALL_TIMEOUT_S = 5
 REPLAY_TIMEOUT_S = 30  # nobody's training waits for a replay, and a slow server is better than none
@@ -147,15 +147,15 @@ def replay(spool: Path, uri: str | None = None) -> int:
 
     Args:
         spool: the spool, or the folder of its run.
-        uri: the store to send to; None: the one that the run was for, if it is that of
-            MLFLOW_TRACKING_URI or the database beside the run.
+        uri: the store to send to; None: the run's own store, if that is MLFLOW_TRACKING_URI or the
+            database beside the run.
 
     Returns:
         The number of metric points that were sent.
 
     Raises:
-        UserError: there is no such spool, the run is still running, its folder holds links, it was
-            for a store that only its own files name, or the store cannot be reached.
+        UserError: there is no such spool, the run is still running, its folder contains symlinks,
+            only the run's own files name its store, or the store cannot be reached.
     """
     path = spool / SPOOL_NAME if spool.is_dir() else spool
     if not path.is_file():
@@ -172,8 +172,8 @@ def replay(spool: Path, uri: str | None = None) -> int:
         uri = known_store(path, named) if named else os.environ.get("MLFLOW_TRACKING_URI")
         if named and uri is None:
             raise UserError(
-                f"{path} is for MLflow at {redact(str(named))[:300]}, which only the run's files"
-                " name; if you know it, give it with --uri, or in MLFLOW_TRACKING_URI"
+                f"{path} names MLflow at {redact(str(named))[:300]}, which is not configured here;"
+                " if you trust it, give it with --uri or in MLFLOW_TRACKING_URI"
             )
     if uri is None:
         raise UserError(f"{path} does not name an MLflow server; give its address with --uri")

@@ -95,7 +95,7 @@ def send_spool(
 def _upload(spool: Path, store: Store, run_id: str, name: str) -> None:
     try:
         file = contained(spool.parent, name)
-        # A run may come from anybody, and must not name other files of this machine.
+        # A run may come from anybody, and must not upload other files of this machine.
         for part in file.rglob("*"):
             contained(file, part.relative_to(file).as_posix())
     except DamagedError as error:
@@ -213,7 +213,7 @@ class Sender(threading.Thread):
                 self._pause(failures)
                 continue
             if self._abandoned.is_set():
-                return  # told to stop in the middle: that says nothing about the server
+                return  # interrupted, so this says nothing about the server
             if failures:
                 count = self.sent.points - before
                 logger.warning(

@@ -30,7 +30,7 @@ class Results:
     Args:
         folder: the run's folder.
         metric: the name of the score of `task` that selects the best checkpoint.
-        with_samples: write source lines and completions, too.
+        with_samples: also write source lines and completions.
     """
 
     def __init__(

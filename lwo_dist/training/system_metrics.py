@@ -92,8 +92,8 @@ class SystemMetrics:
     def metrics(self, rows: Sequence[Sequence[float]]) -> dict[str, float]:
         """`system/<host>/...` from `rows`, the results of `read` on each rank, in rank order.
 
-        Above `MAX_HOSTS` hosts: `system/hosts/<name>_min`, `_mean` and `_max` over all hosts and
-        GPUs, so that their number does not grow with the cluster.
+        With more than `MAX_HOSTS` hosts, `system/hosts/<name>_min`, `_mean` and `_max` over all
+        hosts and GPUs, so that the number of metrics does not grow with the cluster.
         """
         if len(self.hosts) > MAX_HOSTS:
             return _over_hosts(rows)

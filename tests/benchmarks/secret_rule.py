@@ -1,10 +1,9 @@
-"""What the secret rule costs when a source is read.
+"""The cost of the secret rule when reading a source.
 
     python tests/benchmarks/secret_rule.py [--files 100000] [--rounds 3] [--json FILE]
 
-The files are those of the standard library of up to 20 kB, each with a line of its own, so that
-none is a duplicate. The tree is read with the rule and without it in turn; the ratio is that of the
-medians.
+The files are those of the standard library up to 20 kB, each with a unique line, so that none is a
+duplicate. The tree is read with and without the rule alternately; the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ MODULE = source_tree.__name__
 
 
 def write_files(root: Path, count: int) -> int:
-    """Write `count` files, a thousand a folder; return their bytes."""
+    """Write `count` files, a thousand per folder; return their bytes."""
     paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     own = [path for path in paths if "site-packages" not in path.parts]
     texts = [path.read_bytes() for path in own if path.stat().st_size <= 20_000]
@@ -53,7 +52,7 @@ def main() -> None:
     measured: dict[str, list[float]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as name:
         size = write_files(Path(name), arguments.files)
-        seconds(Path(name))  # Fills the system's cache.
+        seconds(Path(name))  # Warm the page cache.
         for _ in range(arguments.rounds):
             measured["with"].append(seconds(Path(name)))
             with (

@@ -1,4 +1,4 @@
-"""The benchmark of the secret rule runs, and reads every file both ways."""
+"""The benchmark of the secret rule runs, and reads every file with and without the rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_it_reports_both_times_and_their_ratio(tmp_path: Path) -> None:
+def test_the_benchmark_reports_both_times_and_their_ratio(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.secret_rule", "--files", "20"]
     command += ["--rounds", "2", "--json", str(tmp_path / "out.json")]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)

@@ -95,8 +95,8 @@ def test_a_node_with_workers_only_is_drained(monkeypatch: pytest.MonkeyPatch) ->
     assert drained == [60]
 
 
-def test_the_address_is_that_of_the_workers_own_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The raylet is a parent of the worker; another user's, or a file in /tmp, is nobody.
+def test_drain_uses_the_address_of_the_workers_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only a parent of the worker counts: not a raylet of another user, nor a file in /tmp.
     worker = "import time; print('up', flush=True); time.sleep(600)"
     raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'Worker'])"
     command = [sys.executable, "-c", raylet, worker, "--gcs-address=10.0.0.1:6379"]
@@ -111,13 +111,13 @@ def test_the_address_is_that_of_the_workers_own_raylet(monkeypatch: pytest.Monke
             child.kill()
 
 
-def test_no_ray_is_asked_where_none_is_known(
+def test_drain_contacts_no_ray_without_an_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(module, "_workers", lambda: [])
     module._drain(1)
-    assert "no Ray of these workers was found" in capsys.readouterr().err
+    assert "found no Ray that these workers belong to" in capsys.readouterr().err
 
 
 _DRAINS = """

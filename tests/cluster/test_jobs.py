@@ -169,7 +169,7 @@ def test_a_job_is_followed_to_its_end(
 ) -> None:
     assert main(_submit(head, source, "whole")) == 0
     said = capfd.readouterr()
-    assert ".env (secret: by its name)" in said.err
+    assert ".env (secret: file name)" in said.err
     lines = dict(line.split(" ", 1) for line in said.out.splitlines() if " " in line)
     assert lines["arguments"] == "['train', '-c', 'lwo-dist-job.yaml']"
     assert (

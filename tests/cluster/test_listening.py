@@ -1,5 +1,6 @@
-"""What a cluster's head listens on is what launch/SECURITY.md says. Local runs and torchrun are
-watched in `test_ray_train.py`, where they run anyway.
+"""A cluster's head listens on the sockets in launch/SECURITY.md, and no others.
+
+`test_ray_train.py` checks local runs and torchrun.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tests.listening import Watch, listed
 PATIENCE_S = 120
 
 
-def test_a_head_listens_as_the_page_says(tmp_path: Path) -> None:
+def test_the_head_listens_as_documented(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
         settings = {

@@ -1,4 +1,4 @@
-"""The local Ray: it is tried again, and nobody else gets near it."""
+"""The local Ray: a failed start is retried, and other users cannot reach it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUSY = "The current node timed out during startup. This could happen because som
 
 @pytest.fixture
 def folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The machine's folder for temporary files."""
+    """The machine's temporary directory."""
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as name:
         monkeypatch.setattr(tempfile, "tempdir", name)
         monkeypatch.delenv("RAY_TMPDIR", raising=False)
@@ -31,7 +31,7 @@ def folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def starts(failures: int) -> tuple[list[dict[str, Any]], Callable[..., None]]:
-    """The settings of each start; a start that fails leaves a process, as Ray's does."""
+    """The settings of each start. A failed start leaves a process behind, as Ray does."""
     seen: list[dict[str, Any]] = []
 
     def start(**settings: Any) -> None:
@@ -43,7 +43,7 @@ def starts(failures: int) -> tuple[list[dict[str, Any]], Callable[..., None]]:
     return seen, start
 
 
-def test_a_ray_that_does_not_start_in_time_is_tried_again(
+def test_a_slow_ray_start_is_retried(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen, start = starts(failures=2)
@@ -61,9 +61,7 @@ def test_a_ray_that_does_not_start_in_time_is_tried_again(
     assert said == [f"Ray did not start ({BUSY.splitlines()[0]}); trying again"] * 2
 
 
-def test_a_ray_that_never_starts_is_one_line(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_ray_start_gives_one_line(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, start = starts(failures=9)
     monkeypatch.setattr(nodes, "_init_ray", start)
     with (
@@ -78,9 +76,7 @@ def test_a_ray_that_never_starts_is_one_line(
     assert list((folders / f"lwo_dist-{os.getuid()}").iterdir()) == []
 
 
-def test_ray_s_files_lie_where_only_this_user_can_enter(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_files_are_in_a_private_folder(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, start = starts(failures=0)
     monkeypatch.setattr(nodes, "_init_ray", start)
     with nodes.local_ray(MACHINE):
@@ -92,5 +88,5 @@ def test_ray_s_files_lie_where_only_this_user_can_enter(
 
 def test_ranks_on_one_machine_listen_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")  # The user's word.
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")  # Set by the user.
     assert loopback_only() == {"GLOO_SOCKET_IFNAME": "lo"}

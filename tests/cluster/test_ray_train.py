@@ -49,7 +49,7 @@ def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path
     command = _command(folder, "local", "cluster.env.OMP_NUM_THREADS='1'")
     watch = Watch()
     result = _run([python, *command[1:]], _environment(folder, TMPDIR=str(deep)))
-    # The dashboard may still be starting when so short a run ends.
+    # Such a short run may end before the dashboard has started.
     optional = {("dashboard", "127.0.0.1"), ("monitor", "127.0.0.1")}
     assert watch.stop() | optional == listed("lwo-dist train")
     assert result.returncode == 0, result.stdout + result.stderr

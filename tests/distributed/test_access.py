@@ -1,4 +1,4 @@
-"""Modes of everything that a whole run and an export leave, whatever the caller's umask."""
+"""File modes of everything that a run and an export write, whatever the caller's umask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ inputs = test_run.inputs
 
 
 def run_with_open_umask(config: Config) -> None:
-    """As torchrun's ranks do, with the umask that most systems have."""
+    """Run as a torchrun rank does, with the usual umask."""
     os.umask(0o022)
     prepare_and_run(config)
     assert os.umask(0o022) == 0o022
@@ -38,7 +38,7 @@ def open_to(who: int, paths: list[Path]) -> list[str]:
 
 
 def closed_to_group(paths: list[Path]) -> list[str]:
-    """Those where the group may do less than their owner."""
+    """The paths where the group has fewer permissions than the owner."""
     closed = [path for path in paths if (mode(path) & 0o070) << 3 != mode(path) & 0o700]
     return [f"{mode(path):04o} {path}" for path in closed]
 
@@ -48,12 +48,10 @@ def access(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_a_run_is_private_or_the_group_s(
-    access: str, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_run_modes_follow_access(access: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     settings = [f"access={access}", "tracking.enabled=true", "train.steps=4", "eval.num_lines=4"]
-    # Unset, it is private.
+    # The default is private.
     settings = settings if access == "group" else settings[1:]
     run_ranks(run_with_open_umask, 2, make_config(inputs, storage, *settings))
     found = tree(storage)
@@ -79,7 +77,7 @@ def test_a_run_is_private_or_the_group_s(
         assert [path for path in folders if not mode(path) & stat.S_ISGID] == []
 
 
-def test_the_user_s_own_storage_folder_keeps_its_mode(
+def test_an_existing_storage_folder_keeps_its_mode(
     access: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     storage = tmp_path / "runs"

@@ -1,5 +1,5 @@
-"""One writer a run: of two drivers one trains, and what is left of a killed one can no longer
-commit. On a disk and in an object store.
+"""One writer per run: only one of two drivers trains, and orphaned workers of a killed driver
+cannot commit. On a disk and in an object store.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def notes(tmp_path: Path) -> Iterator[Path]:
 
 
 def check_commits(storage: str, notes: Path, claims: int) -> None:
-    """Every step was committed once, by attempts that followed each other, and is whole."""
+    """Every step was committed exactly once, is intact, and attempts do not interleave."""
     made = contenders.commits(notes)
     steps = [step for step, _ in made]
-    # A seal that was written in the moment of a takeover may be there without its writer knowing.
+    # During a takeover, a step may be committed without its writer acknowledging it.
     assert steps == sorted(set(steps)) and len(steps) >= STEPS - 1
     numbers = [claim for _, claim in made]
     assert numbers == sorted(numbers) and len(set(numbers)) == claims
@@ -78,8 +78,8 @@ def two_drivers(storage: str, notes: Path, rng: random.Random) -> None:
     errors = [error for error in (contenders.error(notes, name) for name in "ab") if error]
     assert len(errors) == 1
     assert re.fullmatch(
-        r"run_name = r: process \d+ of \S+ on \S+ has been writing this run since [\d: +-]+; wait"
-        r" until it ends, choose another run_name, or take the run over with"
+        r"run_name = r: process \d+ of user \S+ on \S+ has been writing this run since [\d: +-]+;"
+        r" wait until it ends, choose another run_name, or take over the run with"
         r" checkpoint.take_over=true",
         errors[0],
     )
@@ -97,8 +97,8 @@ def an_orphaned_worker(storage: str, notes: Path, rng: random.Random) -> None:
     finish(notes, heir)
     assert contenders.error(notes, "b") == ""
     assert re.fullmatch(
-        r"run_name = r: process \d+ of \S+ on \S+ took this run over at [\d: +-]+; this process"
-        r" stops and leaves the run to it",
+        r"run_name = r: process \d+ of user \S+ on \S+ took over this run at [\d: +-]+;"
+        r" this process stops",
         contenders.error(notes, "a"),
     )
     check_commits(storage, notes, claims=2)
@@ -113,19 +113,19 @@ def test_a_run_has_one_writer(storage: str, notes: Path, seed: int, scene: objec
     scene(storage, notes, random.Random(seed))
 
 
-def test_a_driver_that_is_alive_can_be_relieved_by_force(storage: str, notes: Path) -> None:
+def test_take_over_from_a_live_driver(storage: str, notes: Path) -> None:
     driver, worker = contenders.start(storage, notes, "a", 1000)
     contenders.wait_for(notes / "commits.log", lines=2)
     run = RunFolder(storage, "r")
     claim = lease.take(run, force=True)
     worker.join(contenders.DEADLINE_S)
-    assert "took this run over" in contenders.error(notes, "a")
+    assert "took over this run" in contenders.error(notes, "a")
     finish(notes, driver)
     claim.check()
     lease.refuse_held(run)  # ours
 
 
-def test_a_run_that_has_ended_is_free_at_once(storage: str, notes: Path) -> None:
+def test_a_finished_run_is_free_at_once(storage: str, notes: Path) -> None:
     driver, worker = contenders.start(storage, notes, "a", 1)
     worker.join(contenders.DEADLINE_S)
     finish(notes, driver)
@@ -134,8 +134,8 @@ def test_a_run_that_has_ended_is_free_at_once(storage: str, notes: Path) -> None
     assert lease.take(run).number == 3
 
 
-def test_a_group_of_workers_ends_the_one_before(tmp_path: Path) -> None:
-    """Ray starts workers again while the network still hides the old ones."""
+def test_a_new_worker_group_revokes_the_previous_claim(tmp_path: Path) -> None:
+    """Ray restarts workers while the old ones may live on behind a network partition."""
     run = RunFolder(str(tmp_path), "r")
     holder = lease.take(run).holder
     old, new = lease.join(run, holder), lease.join(run, holder)
@@ -145,7 +145,7 @@ def test_a_group_of_workers_ends_the_one_before(tmp_path: Path) -> None:
     assert old.is_lost() and not new.is_lost() and lease.is_ours(run)
 
 
-def test_a_holder_on_another_machine_is_dead_when_its_sign_of_life_stops(
+def test_a_remote_holder_is_dead_when_its_heartbeat_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(str(tmp_path), "r")
@@ -155,11 +155,11 @@ def test_a_holder_on_another_machine_is_dead_when_its_sign_of_life_stops(
     monkeypatch.setattr(lease, "EXPIRES_S", 0.2)
     monkeypatch.setattr(lease, "_LOOK_S", 0.05)
     assert lease.take(run).number == 2
-    with pytest.raises(lease.LostRunError, match="took this run over"):
+    with pytest.raises(lease.LostRunError, match="took over this run"):
         lease.join(run, ELSEWHERE["holder"])
 
 
-def test_a_process_that_has_taken_over_is_not_ended_by_the_one_before(tmp_path: Path) -> None:
+def test_a_half_written_claim_counts_and_is_never_replaced(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path), "r")
     claim = lease.take(run)
     name = "lease/000002.json"
@@ -181,7 +181,7 @@ ELSEWHERE = {
 
 
 def lose_at(config: Config, step: int) -> str:
-    """Another process takes the run over after `step` steps; what this one says then."""
+    """Run until another process takes over after `step` steps; return the error."""
 
     class TakeOver(Callback):
         def on_metrics(self, now: int, metrics: Mapping[str, float]) -> None:
@@ -195,7 +195,7 @@ def lose_at(config: Config, step: int) -> str:
     return ""
 
 
-def test_a_run_that_is_lost_commits_nothing_more_and_leaves_its_end_to_the_other(
+def test_a_lost_run_commits_nothing_and_does_not_end_the_mlflow_run(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     settings = (
@@ -213,8 +213,10 @@ def test_a_run_that_is_lost_commits_nothing_more_and_leaves_its_end_to_the_other
     assert "metrics" in kinds and "end" not in kinds
 
 
-def test_two_torchruns_of_one_name(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """What `prepare` does for the second one, before anything of the run is touched."""
+def test_a_second_torchrun_of_the_same_run_is_refused(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """`prepare` refuses the second one before it changes any file of the run."""
     config = make_config(inputs, tmp_path)
     with contenders.held(str(tmp_path)):
         before = {path: path.read_bytes() for path in (tmp_path / "r").rglob("*.json")}

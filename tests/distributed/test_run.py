@@ -344,7 +344,5 @@ def test_prepare_refuses_what_cannot_work_and_leaves_nothing(
             prepare(make_config(inputs, storage, *overrides))
         assert not storage.parent.exists()
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"storage = .*: Not a directory; give a folder that can be written"
-    ):
+    with pytest.raises(UserError, match=r"storage = .*: Not a directory; give a writable folder"):
         prepare(make_config(inputs, tmp_path / "file" / "runs"))

@@ -114,7 +114,7 @@ def test_every_node_is_sampled_once_and_told_on_rank_0(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("hosts", [MAX_HOSTS, MAX_HOSTS + 1, 125])
-def test_the_number_of_names_does_not_grow_with_the_cluster(hosts: int, tmp_path: Any) -> None:
+def test_the_number_of_system_metrics_is_bounded(hosts: int, tmp_path: Any) -> None:
     system = SystemMetrics(torch.device("cpu"), tmp_path, enabled=False)
     system._ranks = [(f"host{host}", gpu) for host in range(hosts) for gpu in range(8)]
     node = lambda host, gpu: float(host) if gpu == 0 else math.nan  # noqa: E731

@@ -1,4 +1,4 @@
-"""What listens in the pods of the manifests, and whom the NetworkPolicies let in and out."""
+"""Listening ports of the manifests' pods, and the traffic that the NetworkPolicies allow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ __all__ = ["listeners", "missing_policies"]
 PART = "lwo-dist/part"
 ANY = "any port"
 Door = tuple[int | str, str]
-"""A port, and who is on the other side."""
+"""A port, and the peer."""
 
-# What Ray opens on the head without being told: the server of its client, and the metrics of its
-# autoscaler and dashboard.
+# Ray always opens these on the head: client server, and metrics of autoscaler and dashboard.
 _RAY_HEAD = {10001, 44217, 44227}
 _OPERATOR, _DNS = "operator of KubeRay", "kube-system"
 _OF_OPERATOR = {
@@ -28,8 +27,8 @@ _OF_OPERATOR = {
 }
 _OUTSIDE = "outside, but the metadata service"
 _AMONG_RAY: set[Door] = {(ANY, "head"), (ANY, "worker")}
-# Besides probes, which come from the node. Ray, gloo and NCCL choose ports, so that head and
-# workers open all of them to each other.
+# In addition to probes from the node. Ray, gloo and NCCL choose their ports, so head and workers
+# open all ports to each other.
 _INGRESS: dict[str, set[Door]] = {
     "head": {*_AMONG_RAY, (8265, "submitter"), (8265, _OPERATOR)},
     "worker": _AMONG_RAY,
@@ -48,9 +47,8 @@ _EGRESS: dict[str, set[Door]] = {
 
 
 def listeners(objects: list[Object]) -> dict[str, set[int]]:
-    """Part -> the ports of fixed number on which something listens in its pods: those that the
-    containers declare, that their commands name, also the commands that KubeRay makes, and that
-    probes ask.
+    """Part -> the fixed ports on which its pods listen: those that containers declare, those in
+    their commands (including the commands that KubeRay makes), and those of probes.
     """
     found: dict[str, set[int]] = {}
     for part, pod in _pods(objects):
@@ -69,18 +67,16 @@ def listeners(objects: list[Object]) -> dict[str, set[int]]:
 
 
 def missing_policies(objects: list[Object]) -> Iterator[str]:
-    """Listeners that no policy lets in whom it should; doors that are open to others, or to no
-    listener.
-    """
+    """Differences between the policies and the needed traffic; open ports without a listener."""
     heard = listeners(objects)
     for part, pod in _pods(objects):
         ingress = _doors(objects, pod, "ingress")
         for port in sorted(heard[part]):
             if not {port, ANY} & {opened for opened, _ in ingress}:
-                yield f"{part}:{port}: no NetworkPolicy says who may reach it"
+                yield f"{part}:{port}: no NetworkPolicy covers this port"
         for port, _ in ingress:
             if port != ANY and port not in heard[part]:
-                yield f"{part}:{port}: open, and nothing listens there"
+                yield f"{part}:{port}: open, but nothing listens there"
         wanted = {
             door for door in _INGRESS.get(part, set()) if door[1] in heard or door[1] == _OPERATOR
         }
@@ -96,13 +92,13 @@ def missing_policies(objects: list[Object]) -> Iterator[str]:
 
 def _differences(what: str, wanted: set[Door], there: set[Door]) -> Iterator[str]:
     for port, peer in sorted(wanted - there, key=str):
-        yield f"{what}: {port}, {peer}: needed, and closed"
+        yield f"{what}: {port}, {peer}: needed, but closed"
     for port, peer in sorted(there - wanted, key=str):
-        yield f"{what}: {port}, {peer}: open, and not needed"
+        yield f"{what}: {port}, {peer}: open, but not needed"
 
 
 def _pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
-    """Part -> a pod of it; those of a RayJob as KubeRay makes them."""
+    """Part -> one of its pods; those of a RayJob as KubeRay creates them."""
     for name, pod in pods(objects):
         if not name.startswith("RayJob"):
             yield pod["metadata"]["labels"].get(PART, name), pod
@@ -115,7 +111,7 @@ def _pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
 
 
 def _doors(objects: list[Object], pod: Object, direction: str) -> set[Door]:
-    """The ports of a pod that policies open, and to whom."""
+    """The ports of a pod that policies open, and their peers."""
     labels = pod["metadata"]["labels"]
     peers_key = {"ingress": "from", "egress": "to"}[direction]
     found: set[Door] = set()
@@ -130,7 +126,7 @@ def _doors(objects: list[Object], pod: Object, direction: str) -> set[Door]:
 
 
 def _ports(rule: Object, pod: Object) -> Iterator[int | str]:
-    """Numbers; a range, another protocol or a name as it is written, which is no wanted door."""
+    """Port numbers; a range or another protocol as written, which matches no wanted door."""
     named = {
         entry["name"]: entry["containerPort"]
         for container in pod["spec"]["containers"]

@@ -1,6 +1,4 @@
-"""MLflow's pod as its manifest has it, on this machine: its containers' commands and environments,
-with other folders.
-"""
+"""MLflow's pod on this machine: commands and environments of the manifest, with other folders."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ SECRETS: Secrets = {
 
 
 class MlflowPod:
-    """What the server's Deployment runs; `folder` takes the place of its volumes."""
+    """The containers of the server's Deployment; `folder` replaces its volumes."""
 
     def __init__(self, folder: Path):
         self.data, self.config = folder / "data", folder / "config"

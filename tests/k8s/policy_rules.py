@@ -29,7 +29,7 @@ _SECRET_TEXT = re.compile(
 )
 
 
-# What a rule here looks at; another kind would get past all of them.
+# Kinds that the rules here check; other kinds would bypass them all.
 _KINDS = {
     "ConfigMap",
     "Deployment",
@@ -42,7 +42,7 @@ _KINDS = {
     "ServiceAccount",
     "StatefulSet",
 }
-# Secret -> the parts that get it. Ray's token is KubeRay's to hand out.
+# Secret -> the parts that get it. KubeRay distributes Ray's token.
 _SECRETS_FOR = {
     "lwo-dist-mlflow": {"mlflow"},
     "lwo-dist-mlflow-training": {"mlflow", "head", "worker"},
@@ -158,11 +158,11 @@ def no_api_token(objects: list[Object]) -> Iterator[str]:
         for volume in pod["spec"].get("volumes", []):
             sources = volume.get("projected", {}).get("sources", [])
             if any("serviceAccountToken" in source for source in sources):
-                yield f"{name}: a token of the API in volume {volume['name']}"
+                yield f"{name}: an API token in volume {volume['name']}"
 
 
 def no_service_links(objects: list[Object]) -> Iterator[str]:
-    """Else the addresses of all Services of the namespace are in every pod's environment."""
+    """Otherwise every pod's environment holds the addresses of all Services in the namespace."""
     for name, pod in pods(objects):
         if pod["spec"].get("enableServiceLinks") is not False:
             yield f"{name}: enableServiceLinks must be false"
@@ -185,7 +185,7 @@ def secrets_where_needed(objects: list[Object]) -> Iterator[str]:
         if {("lwo-dist-mlflow", "password"), ("lwo-dist-mlflow", "")} & keys and not name.endswith(
             "container users"
         ):
-            yield f"{name}: the admin's password of MLflow is for the init container that sets it"
+            yield f"{name}: only the init container may get MLflow's admin password"
 
 
 def _secrets_of(pod: Object) -> set[str]:
@@ -235,7 +235,7 @@ def probed(objects: list[Object]) -> Iterator[str]:
 
 
 def images_pinned(objects: list[Object]) -> Iterator[str]:
-    """By digest; ours, which the reader builds and whose digest nobody knows before, by its tag."""
+    """By digest; our own image, whose digest is unknown until the reader builds it, by tag."""
     for name, container in containers(objects):
         image = container["image"]
         if re.search("@sha256:[0-9a-f]{64}$", image):
@@ -351,13 +351,13 @@ def network_closed(objects: list[Object]) -> Iterator[str]:
 
 
 def listeners_named(objects: list[Object]) -> Iterator[str]:
-    """Whoever may reach a port is in README.md's table, and nobody else may."""
+    """README.md's table lists exactly the peers that can reach each port."""
     yield from missing_policies(objects)
     readme = (K8S / "README.md").read_text()
     for part, ports in listeners(objects).items():
         for port in sorted(ports):
             if not re.search(rf"(?m)^\| {part}\b[^|]*\| [^|]*\b{port}\b", readme):
-                yield f"{part}:{port}: README.md's table of what listens does not name it"
+                yield f"{part}:{port}: missing from README.md's table of listening ports"
 
 
 def services_are_internal(objects: list[Object]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from lwo_dist.extras import EXTRAS as MODULES
 
 from .manifests import REPOSITORY
 
-# `server` is for MLflow's server, which is no code of ours.
+# `server` is for MLflow's server, which our code does not import.
 EXTRAS = ("run", "ray", "mlflow", "deepspeed", "server")
 TORCH_LINKS = "--find-links https://download.pytorch.org/whl/cpu/torch/"
 # What torch brings for CUDA, which nobody but it asks for.
@@ -86,8 +86,8 @@ def what_is_asked_for_is_there(texts: Texts) -> Iterator[str]:
 
 
 def nothing_is_there_unused(texts: Texts) -> Iterator[str]:
-    """Our code imports each extra of the image, and each package is one of an extra or needed by
-    one, by way of others too.
+    """Our code imports each extra of the image, and each package belongs to an extra or is a direct
+    or indirect dependency of one.
     """
     if tuple(re.findall(r"--extra (\w+)", texts["script"])) != EXTRAS:
         yield f"lock.sh: other extras than {', '.join(EXTRAS)}"
@@ -96,7 +96,7 @@ def nothing_is_there_unused(texts: Texts) -> Iterator[str]:
         if extra != "server" and not any(
             re.search(rf"(?m)^\s*(import|from) {module}\b", texts["code"]) for module in modules
         ):
-            yield f"lock.sh: no code of ours imports what the extra {extra} brings"
+            yield f"lock.sh: our code imports no package of the extra {extra}"
     for file in ("cpu", "cuda"):
         parents = _parents(texts[file])
         needed = _asked(texts)
@@ -108,7 +108,7 @@ def nothing_is_there_unused(texts: Texts) -> Iterator[str]:
 
 
 def _asked(texts: Texts) -> set[str]:
-    """Names of what pyproject.toml asks for in the image."""
+    """Names of the packages that pyproject.toml requires in the image."""
     project = tomllib.loads(texts["project"])["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
@@ -116,7 +116,7 @@ def _asked(texts: Texts) -> set[str]:
 
 
 def _parents(text: str) -> dict[str, set[str]]:
-    """Name -> what asks for it, as uv notes it below each pin."""
+    """Name -> the packages that require it, as uv notes below each pin."""
     found: dict[str, set[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -149,7 +149,7 @@ RULES: dict[str, Callable[[Texts], Iterator[str]]] = {
     )
 }
 
-# As it lay in the image.
+# As it was in the image.
 PEFT = (
     f"peft==0.21.2 \\\\\n    --hash=sha256:{'0' * 64}\n"
     "    # via\n    #   lwo-dist (pyproject.toml)\n"

@@ -71,7 +71,7 @@ def forget(kind: str, name: str) -> Callable[[list[Object]], None]:
 
 
 def secret_for(container: str, secret: str, key: str) -> Callable[[list[Object]], None]:
-    """One more variable for `container`, with a key of a Secret."""
+    """Add a variable to `container`, from a key of a Secret."""
 
     def change(objects: list[Object]) -> None:
         place, at = _at(objects, container)
@@ -82,7 +82,7 @@ def secret_for(container: str, secret: str, key: str) -> Callable[[list[Object]]
 
 
 def open_to(policy: str, side: str, *rules: Object) -> Callable[[list[Object]], None]:
-    """One rule more in a NetworkPolicy."""
+    """Add a rule to a NetworkPolicy."""
 
     def change(objects: list[Object]) -> None:
         place, at = _at(objects, f"NetworkPolicy/{policy}.spec")
@@ -283,7 +283,7 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("listeners_named", forget("NetworkPolicy", "mlflow")),
     ("listeners_named", forget("NetworkPolicy", "postgres")),
     ("listeners_named", forget("NetworkPolicy", "mlflow-to-postgres")),
-    # A new listener that nobody thought of, however it is said.
+    # A new listener without a policy, declared in various ways.
     (
         "listeners_named",
         put(f"{MLFLOW}.containers.0.ports", [{"name": "http", "containerPort": 5001}]),
@@ -291,7 +291,7 @@ BROKEN: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("listeners_named", put(f"{MLFLOW}.containers.0.args.4", "--port=5001")),
     ("listeners_named", put(f"{HEAD}.rayStartParams.ray-client-server-port", "10011")),
     ("listeners_named", put(f"{MLFLOW}.containers.0.livenessProbe.httpGet.port", 9000)),
-    # A door too wide.
+    # A policy that is too wide.
     ("listeners_named", drop("NetworkPolicy/mlflow.spec.ingress.0.ports")),
     ("listeners_named", put("NetworkPolicy/mlflow.spec.ingress.0.from.0.podSelector", {})),
     ("listeners_named", put("NetworkPolicy/mlflow.spec.ingress.0.ports.0.endPort", 6000)),
@@ -365,8 +365,8 @@ def test_components_go_together(tmp_path: Path) -> None:
     assert (apart[0] | apart[1]) - configs <= together
 
 
-def test_digests_of_ones_own_reach_every_container(tmp_path: Path) -> None:
-    """As README.md has one write them with `kustomize edit set image`."""
+def test_custom_digests_reach_every_container(tmp_path: Path) -> None:
+    """As set with `kustomize edit set image` in README.md."""
     k8s = Path(os.path.relpath(K8S, tmp_path))
     images = [
         {"name": "lwo-dist", "newName": "registry:5000/lwo-dist", "digest": DIGEST},

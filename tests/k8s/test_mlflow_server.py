@@ -1,5 +1,5 @@
 """MLflow's server as its manifest starts it: same arguments, same environment, other folders and
-port; and what the user of training may do there.
+port; and the permissions of the training user.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    for _ in range(2):  # A pod starts anew.
+    for _ in range(2):  # A pod restarts.
         made = pod.make_users()
         assert made.returncode == 0, made.stderr
     log = pod.data / "server.log"
@@ -109,7 +109,7 @@ def test_runs_need_the_login(server: int) -> None:
     ],
 )
 @pytest.mark.parametrize("login", [ADMIN, TRAINING], ids=["admin", "training"])
-def test_its_names_are_let_in(server: int, host: str, login: Login) -> None:
+def test_its_host_names_are_accepted(server: int, host: str, login: Login) -> None:
     assert _status(server, RUNS, host=host, login=login) == 200
 
 
@@ -146,7 +146,7 @@ def test_training_logs_a_run_with_files_and_a_registered_model(
 
 @dataclass(frozen=True)
 class Foreign:
-    """What another user, ada, has on the server."""
+    """Objects of another user, ada, on the server."""
 
     experiment: str
     run: str
@@ -210,7 +210,7 @@ FORBIDDEN: list[tuple[str, str, Any]] = [
 @pytest.mark.parametrize(
     ("method", "path", "body"), FORBIDDEN, ids=[f"{method}-{path}" for method, path, _ in FORBIDDEN]
 )
-def test_training_reads_and_changes_nothing_of_others(
+def test_training_cannot_read_or_change_other_users_data(
     server: int, foreign: Foreign, method: str, path: str, body: Any
 ) -> None:
     path = path.replace("=E", f"={foreign.experiment}").replace("=R", f"={foreign.run}")
@@ -222,7 +222,7 @@ def test_training_reads_and_changes_nothing_of_others(
     assert status == 403, text
 
 
-def test_training_does_not_find_what_others_have(server: int, foreign: Foreign) -> None:
+def test_training_does_not_see_other_users_data(server: int, foreign: Foreign) -> None:
     for login, seen in ((TRAINING, False), (ADMIN, True)):
         status, text = _request(server, RUNS, login=login)
         assert status == 200

@@ -1,4 +1,4 @@
-"""The users of MLflow's server: what its pod's init container makes of the Secrets, each time."""
+"""The users of MLflow's server, as its pod's init container sets them from the Secrets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fits(password: str, user: tuple[bool, str]) -> bool:
     return check_password_hash(user[1], password)
 
 
-def test_training_gets_a_user_of_its_own_and_twice_is_harmless(pod: MlflowPod) -> None:
+def test_training_gets_its_own_user_and_a_second_start_is_harmless(pod: MlflowPod) -> None:
     for _ in range(2):
         done = pod.make_users()
         assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_training_gets_a_user_of_its_own_and_twice_is_harmless(pod: MlflowPod) -
 
 
 @pytest.mark.long
-def test_passwords_follow_the_secrets_and_training_stays_no_admin(pod: MlflowPod) -> None:
+def test_passwords_follow_the_secrets_and_training_never_is_admin(pod: MlflowPod) -> None:
     assert pod.make_users().returncode == 0
     with sqlite3.connect(pod.data / "basic_auth.db") as database:
         database.execute("UPDATE users SET is_admin = 1 WHERE username = ?", [TRAINING[0]])

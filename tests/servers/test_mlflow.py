@@ -334,7 +334,7 @@ def test_no_password_is_written_anywhere(tmp_path, first_use, dead_uri, caplog, 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "env-hunter2")
     secret = dead_uri.replace("http://", "http://ada:uri-hunter2@")
     with pytest.raises(
-        ValueError, match="was given with a password; set MLFLOW_TRACKING_USERNAME"
+        ValueError, match="contains a password; set MLFLOW_TRACKING_USERNAME"
     ) as kept_out:
         config_for(secret)
     assert not list(tmp_path.iterdir())

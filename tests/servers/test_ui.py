@@ -1,4 +1,4 @@
-"""`lwo-dist ui` listens as launch/SECURITY.md says."""
+"""`lwo-dist ui` listens as documented in launch/SECURITY.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.cluster.launching import REPOSITORY, free_port
 from tests.listening import Watch, listed
 
 
-def test_ui_listens_as_the_page_says(storage: Path) -> None:
+def test_ui_listens_as_documented(storage: Path) -> None:
     command = [sys.executable, "-m", "lwo_dist.cli", "ui", f"storage={storage}", "--port"]
     inherited = {name: value for name, value in os.environ.items() if "MLFLOW" not in name}
     watch = Watch()

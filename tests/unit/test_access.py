@@ -1,4 +1,4 @@
-"""Who else on the machine may read and exchange what we write."""
+"""Other users of the machine can neither read nor replace our files."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def _of_the_group(path: Path) -> None:
 
 
 TAKEN = [
-    (_link, "is a link of user "),
+    (_link, r"is a symlink \(owner: "),
     (_others, f"belongs to user {OTHER_USER}, "),
-    (_open, r"is open to others \(mode 0755\), .* \(chmod 700 .*\) if all in it is yours, or "),
+    (_open, r"is open to others \(mode 0755\), .* run chmod 700 .* if all its .* are yours, or "),
     (_of_the_group, r"is open to others \(mode 0770\)"),
-    (Path.touch, "is no folder of user "),
+    (Path.touch, r"is not a folder \(owner: "),
 ]
 
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The machine's folder for temporary files: a short path, as Ray needs one."""
+    """The machine's temporary directory; a short path, because of Ray's sockets."""
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as name:
         monkeypatch.setattr(tempfile, "tempdir", name)
         monkeypatch.delenv("LWO_SCRATCH_DIR", raising=False)
@@ -80,7 +80,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(name)
 
 
-def test_a_private_folder_is_made_closed(tmp_path: Path) -> None:
+def test_a_private_folder_has_mode_0700(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         made = private_folder(tmp_path / "mine")
@@ -105,7 +105,7 @@ def _use_ray() -> None:
 
 @pytest.mark.parametrize("use", [_use_scratch, _use_bucket, _use_ray])
 @pytest.mark.parametrize(("take", "why"), TAKEN)
-def test_a_scratch_folder_that_is_taken_is_not_used(
+def test_an_unsafe_scratch_folder_is_refused(
     use: Callable[[], None], take: Callable[[Path], None], why: str, temporary: Path
 ) -> None:
     folder = temporary / f"lwo_dist-{os.getuid()}"
@@ -118,10 +118,10 @@ def test_a_scratch_folder_that_is_taken_is_not_used(
 
 
 @pytest.mark.parametrize(("take", "why"), TAKEN)
-def test_a_bucket_s_folder_that_is_taken_is_not_used(
+def test_an_unsafe_local_folder_of_a_bucket_is_refused(
     take: Callable[[Path], None], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its name is known to everybody who knows the bucket's.
+    # Anybody who knows the bucket's name can compute the folder's.
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path))
     folder = storage_folder("s3://bucket/runs")
     assert _mode(folder) == 0o700
@@ -131,16 +131,16 @@ def test_a_bucket_s_folder_that_is_taken_is_not_used(
         storage_folder("s3://bucket/runs")
 
 
-def test_a_scratch_folder_that_cannot_be_made(
+def test_a_scratch_folder_that_cannot_be_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LWO_SCRATCH_DIR", str(tmp_path / "file" / "scratch"))
-    with pytest.raises(UserError, match="^LWO_SCRATCH_DIR = .*: Not a directory; give a folder"):
+    with pytest.raises(UserError, match="^LWO_SCRATCH_DIR = .*: Not a directory; give a writable"):
         storage_folder("s3://bucket/runs")
 
 
-def test_ray_s_folder_is_closed_and_removed(temporary: Path) -> None:
+def test_the_ray_folder_is_private_and_removed(temporary: Path) -> None:
     with nodes._temporary_folder() as folder:
         folder.mkdir()
         folder.chmod(0o777)  # as Ray does
@@ -150,7 +150,7 @@ def test_ray_s_folder_is_closed_and_removed(temporary: Path) -> None:
     assert not folder.parent.exists()
 
 
-def test_what_a_killed_driver_left_of_ray_goes_a_day_later(temporary: Path) -> None:
+def test_ray_folders_of_killed_drivers_are_removed_after_a_day(temporary: Path) -> None:
     around = scratch_folder()
     for name, age in (("rold", 2), ("rnew", 0)):
         (around / name / "r").mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_what_a_killed_driver_left_of_ray_goes_a_day_later(temporary: Path) -> N
         assert left == {"rnew", running.parent.name}
 
 
-def test_the_user_s_folder_for_ray_is_not_cleared(
+def test_a_user_given_ray_folder_is_not_cleared(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(temporary))
@@ -174,7 +174,7 @@ def test_the_user_s_folder_for_ray_is_not_cleared(
     assert [path.name for path in temporary.iterdir()] == ["results"]
 
 
-def test_the_caller_s_umask_comes_back() -> None:
+def test_the_umask_is_restored() -> None:
     before = os.umask(0o022)
     try:
         with pytest.raises(ZeroDivisionError), umask_of("private"):
@@ -185,7 +185,7 @@ def test_the_caller_s_umask_comes_back() -> None:
         os.umask(before)
 
 
-def test_sharing_gives_the_group_the_owner_s_rights(tmp_path: Path) -> None:
+def test_share_gives_the_group_the_owners_permissions(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     for name, mode in (("read", 0o400), ("written", 0o600), ("run", 0o700)):
         (folder / "below").mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def repository(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("what", ["clone", "tiny-code", "build_once"])
 @pytest.mark.parametrize("access", ["private", "group"])
-def test_caches_are_as_the_umask_says(
+def test_caches_follow_the_umask(
     access: Access, what: str, tmp_path: Path, repository: str
 ) -> None:
     cache = tmp_path / "cache"

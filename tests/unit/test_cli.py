@@ -290,7 +290,7 @@ def test_ui_keeps_a_password_off_the_command_line(
     [
         (
             "https://name:secret@mlflow.example",
-            "tracking.uri = https://mlflow.example was given with a password; set",
+            "tracking.uri = https://mlflow.example contains a password; set",
         ),
         (
             "http://127.0.0.1:9",
@@ -322,7 +322,7 @@ def test_ui_says_what_it_cannot_open(
     ],
 )
 @pytest.mark.parametrize("in_file", [False, True])
-def test_an_address_with_a_password_is_refused(
+def test_a_url_with_a_password_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -334,7 +334,7 @@ def test_an_address_with_a_password_is_refused(
 
     monkeypatch.setattr(
         jobs.Jobs, "__init__", lambda *_, **__: None
-    )  # No cluster: refused before one is asked.
+    )  # No cluster: the refusal comes first.
     arguments = [setting]
     if in_file:
         key, _, value = setting.partition("=")
@@ -345,7 +345,7 @@ def test_an_address_with_a_password_is_refused(
         arguments += ["--address", "http://127.0.0.1:1"]
     assert cli.main([command, *arguments]) == 2
     said = capsys.readouterr()
-    assert "was given with a password" in said.err and len(said.err.splitlines()) == 1
+    assert "contains a password" in said.err and len(said.err.splitlines()) == 1
     assert "hunter2" not in said.err + said.out
 
 
@@ -368,11 +368,13 @@ def test_so_is_one_on_a_command_line(
     assert cli.main(arguments) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"lwo-dist: {named}")
-    assert "was given with a password; set " in said.err and len(said.err.splitlines()) == 1
+    assert "contains a password; set " in said.err and len(said.err.splitlines()) == 1
     assert "hunter2" not in said.err + said.out
 
 
-def test_data_says_what_a_source_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_counts_used_and_skipped_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for i in range(10):
@@ -390,7 +392,7 @@ def test_data_says_what_a_source_gives(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert out.splitlines()[:2] == [
         "deploy.py: secret (GitHub token, line 2)",
-        "red\\x1b[31m.pem: secret (by its name)",
+        "red\\x1b[31m.pem: secret (file name)",
     ]
     assert token not in out and out.splitlines()[2:] == lines
     assert not (tmp_path / "runs").exists()

@@ -1,5 +1,5 @@
-"""`tracking.log_completions: false`: no source line and no completion in any file of a run that is
-published; otherwise no secret among them.
+"""`tracking.log_completions: false` keeps source lines and completions out of all published files;
+otherwise they are redacted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def evaluation(*lines: str) -> Evaluation:
 
 
 def run(folder: Path, *, log_completions: bool, samples: bool, lines: tuple[str, ...]) -> Spool:
-    """A run that was evaluated twice; `samples`: by an attempt that wrote them."""
+    """A run with two evaluations; `samples`: whether they include source lines."""
     results = Results(folder, TASKS.get("completion"), "loss", writes=True, with_samples=samples)
     for step in (0, 10):
         results.add_evaluation(step, evaluation(*lines))
@@ -64,8 +64,8 @@ def published(folder: Path, *, evaluations: bool = True) -> str:
 
 
 @pytest.mark.parametrize("samples", [False, True])
-def test_without_completions_no_file_holds_a_line(tmp_path: Path, samples: bool) -> None:
-    """With samples: an earlier attempt was allowed to write them, the newest is not."""
+def test_without_completions_no_file_contains_source_lines(tmp_path: Path, samples: bool) -> None:
+    """With samples: an earlier attempt wrote them under another setting."""
     spool = run(tmp_path, log_completions=False, samples=samples, lines=LINES)
     append_end(spool, "FINISHED", best_step=10)
     spool.close()
@@ -77,7 +77,7 @@ def test_without_completions_no_file_holds_a_line(tmp_path: Path, samples: bool)
     assert not any(line in text for line in LINES)
 
 
-def test_with_completions_the_lines_are_shown(tmp_path: Path) -> None:
+def test_with_completions_the_source_lines_are_shown(tmp_path: Path) -> None:
     spool = run(tmp_path, log_completions=True, samples=True, lines=LINES)
     files = write_report(spool.path, "FINISHED", 10)
     spool.close()

@@ -216,7 +216,7 @@ def test_keeping_moments_needs_a_switch() -> None:
         check_config(load_config(None, ["method=full", "lwo.state=keep"]))
 
 
-# ---- a config that is made to do harm
+# ---- hostile configs
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
@@ -226,13 +226,13 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"deepspeed:\n  laughs: {'[' * 5000}", "nested more than 20 deep"),
-        ("deepspeed:\n" + "".join(f"  {' ' * n}a:\n" for n in range(30)), "more than 20 deep"),
-        (LAUGHS, r"has the alias \*a0; repeat the value in its place"),
+        (f"deepspeed:\n  laughs: {'[' * 5000}", "nested more than 20 levels deep"),
+        ("deepspeed:\n" + "".join(f"  {' ' * n}a:\n" for n in range(30)), "more than 20 levels"),
+        (LAUGHS, r"has the alias \*a0; write the value out instead"),
         ("deepspeed: &a\n  b: *a\n", r"has the alias \*a"),
         ("a: &a {b: 1}\ndeepspeed:\n  <<: [*a, *a]\n", r"has the alias \*a"),
         ("deepspeed:\n" + "".join(f"  k{n}: 1\n" for n in range(9000)), "more than 10000 values"),
-        ("# " + "x" * 2**20, "has more than 1048576 bytes"),
+        ("# " + "x" * 2**20, "is larger than 1048576 bytes"),
         ("seed: 2026-99-99", "is not YAML"),
         (f"seed: {'9' * 5000}", "is not YAML"),
         ("seed: !!int ''", "is not YAML"),
@@ -252,13 +252,13 @@ def test_a_hostile_config_gets_one_short_line(tmp_path: Path, text: str, message
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("deepspeed=" + "[" * 5000, "nested more than 20 deep"),
+        ("deepspeed=" + "[" * 5000, "nested more than 20 levels deep"),
         ("deepspeed={a: &a [1], b: *a}", "has the alias"),
         ("deepspeed." + "a." * 5000 + "a=1", "has more than 20 groups"),
         ("seed=2026-99-99", "is not a YAML value"),
     ],
 )
-def test_so_does_a_hostile_override(override: str, message: str) -> None:
+def test_a_hostile_override_gets_one_short_line(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as refused:
         load_config(None, [override])
     assert len(str(refused.value)) < 2000

@@ -134,8 +134,8 @@ def break_file(path: Path) -> None:
             "active.safetensors does not have the sha256",
         ),
         ("model.safetensors.index.json", Path.unlink, "model.safetensors.index.json is missing"),
-        (STATE, break_file, "state.json (does not have its own digest|is not whole)"),
-        (STATE, lambda path: path.write_text("{"), "state.json is not whole"),
+        (STATE, break_file, "state.json (does not have its own digest|is malformed)"),
+        (STATE, lambda path: path.write_text("{"), "state.json is malformed"),
     ],
 )
 def test_each_damage_is_named_and_the_checkpoint_before_is_used(

@@ -242,9 +242,9 @@ def test_the_lock_of_a_killed_compile_is_named_and_a_living_one_is_not(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a":' * 5000, "nested more than 20 deep"),
-        ('{"a":' * 30 + "1" + "}" * 30, "nested more than 20 deep"),
-        (" " * 2**20 + "{}", "has more than 1048576 bytes"),
+        ('{"a":' * 5000, "nested more than 20 levels deep"),
+        ('{"a":' * 30 + "1" + "}" * 30, "nested more than 20 levels deep"),
+        (" " * 2**20 + "{}", "is larger than 1048576 bytes"),
     ],
 )
 def test_a_hostile_json_file_gets_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -1,7 +1,7 @@
-"""A machine that loses power during a save or an export keeps a whole checkpoint or model.
+"""After a power loss during a save or an export, an intact checkpoint or model remains.
 
-`Disk` notes what a process makes durable: the bytes of a file, and the names in a folder, are on
-disk from their `fsync` on. After each change it builds what a crash at that moment may leave.
+`Disk` records what a process makes durable: the bytes of a file and the names in a folder are on
+disk after their `fsync`. After each change it builds the states that a crash may leave.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SOUND = Path(__file__).parents[1] / "data" / "round1"
 CHANGES = ("fsync", "link", "mkdir", "rename", "rmdir", "unlink")
 
 Names = Callable[[dict[str, int], dict[str, int]], dict[str, int]]
-"""The names in a folder after a crash, from those of its last fsync and those of now."""
+"""The names in a folder after a crash, from those at its last fsync and the current ones."""
 
 
 def _all(synced: dict[str, int], now: dict[str, int]) -> dict[str, int]:
@@ -39,17 +39,17 @@ def _none(synced: dict[str, int], now: dict[str, int]) -> dict[str, int]:
 
 
 def _removals(synced: dict[str, int], now: dict[str, int]) -> dict[str, int]:
-    """What was removed or renamed is on disk, what was made is not."""
+    """Removals and renames are on disk, new files are not."""
     known = set(synced.values())
     kept = {name: inode if inode in known else synced.get(name) for name, inode in now.items()}
     return {name: inode for name, inode in kept.items() if inode is not None}
 
 
 class Disk:
-    """What is on disk of the folder `root`, while `os` is patched.
+    """The durable state of the folder `root`, while `os` is patched.
 
     Args:
-        check: called after each change with a folder as a crash may leave it.
+        check: called after each change with the folder that a crash may leave.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Disk:
         self._check = check
         self._bytes: dict[int, bytes] = {}  # inode -> what was synced
         self._names: dict[int, dict[str, int]] = {}
-        self._held: list[int] = []  # while it is open, a file's inode is not used again
+        self._held: list[int] = []  # an open file's inode is not reused
         self._busy = False
         self.crashes = 0
-        for path in (root, *root.rglob("*")):  # what is there is on disk
+        for path in (root, *root.rglob("*")):  # existing files are on disk
             self._sync(os.open(path, os.O_RDONLY))
         for name in CHANGES:
             patch.setattr(os, name, self._watched(name, getattr(os, name)))
@@ -143,10 +143,10 @@ def test_a_crash_at_any_moment_keeps_the_last_checkpoint(
         disk.close()
 
 
-def test_what_a_seal_names_is_on_disk_before_it_and_it_before_the_old_one_goes(
+def test_files_are_durable_before_the_commit_and_the_commit_before_the_prune(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same for the first save, and for a copy where there are no links."""
+    """For the first save too, and for copies on file systems without links."""
 
     def check(crashed: Path) -> None:
         for seal in crashed.glob("*/checkpoints/*/state.json"):
@@ -167,7 +167,7 @@ def test_what_a_seal_names_is_on_disk_before_it_and_it_before_the_old_one_goes(
         disk.close()
 
 
-def test_an_exported_model_is_there_whole_or_not_at_all(
+def test_a_crash_during_an_export_leaves_a_complete_model_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = newest_checkpoint(RunFolder(str(SOUND), "run"))
@@ -186,14 +186,14 @@ def test_an_exported_model_is_there_whole_or_not_at_all(
 
     with monkeypatch.context() as patch:
         disk = Disk(target.parent, tmp_path / "crashed", check, patch)
-        for _ in range(2):  # the second in the place of the first
+        for _ in range(2):  # the second replaces the first
             export_model(checkpoint, target)
             done = True
         disk.close()
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
-def test_a_record_is_there_whole_old_or_new(
+def test_a_crash_during_a_record_write_leaves_the_old_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """run.json, summary.json and the files of evaluations."""

@@ -1,4 +1,4 @@
-"""Git runs nothing that a repository names, waits for nobody forever, and knows what a URL is."""
+"""Git runs no program that a repository names, never blocks forever, and recognises URLs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def repository(root: Path) -> Path:
 
 @pytest.fixture
 def program(tmp_path: Path) -> tuple[Path, Path]:
-    """A program, and the file that it leaves when it has run."""
+    """A program, and the file that it creates when it runs."""
     ran = tmp_path / "ran"
     script = tmp_path / "program"
     script.write_text(f"#!/bin/sh\ntouch {ran}\n")
@@ -91,7 +91,7 @@ HOSTILE = [_monitor, _included, _filter, _hooks, _lazy_fetch, _submodule]
 
 
 @pytest.mark.parametrize("spoil", HOSTILE)
-def test_no_program_of_a_repository_runs(
+def test_no_program_named_by_a_repository_runs(
     tmp_path: Path, program: tuple[Path, Path], spoil: Callable[[Path, Path], None]
 ) -> None:
     script, ran = program
@@ -107,7 +107,7 @@ def test_no_program_of_a_repository_runs(
         assert spoil is _lazy_fetch
     git_commit(root)
     assert not ran.exists()
-    # An ordinary git does run it.
+    # Plain git does run it.
     for command in (["status"], ["describe", "--always", "--dirty"], ["ls-files"]):
         subprocess.run(["git", *command], cwd=root, capture_output=True, timeout=60)
     assert ran.exists()
@@ -131,7 +131,7 @@ def test_no_program_runs_when_a_local_repository_is_cloned(
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c 'touch ran'", "ext://sh", "fd::17", "-upload-pack=x"])
-def test_no_helper_of_a_transport_runs(
+def test_no_transport_helper_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_no_helper_of_a_transport_runs(
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_asked_of_a_work_tree(tmp_path: Path) -> None:
+def test_names_and_commit_of_a_work_tree(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     (root / ".gitignore").write_text("*.log\n")
     (root / "new.py").write_text("")
@@ -161,7 +161,7 @@ def test_what_is_asked_of_a_work_tree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["worktree", "sha256", "split index", "packed", "submodule"])
-def test_every_kind_of_repository_is_understood(tmp_path: Path, how: str) -> None:
+def test_every_repository_layout_is_supported(tmp_path: Path, how: str) -> None:
     root = tmp_path / "tree"
     if how == "sha256":
         write_tree(root)
@@ -202,23 +202,23 @@ def test_nothing_is_written_into_the_repository(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pointer", ["", "gitdir: ", "gitdir: ../nowhere", "nonsense\n"])
-def test_a_git_file_that_leads_nowhere(tmp_path: Path, pointer: str) -> None:
+def test_a_dangling_git_file_is_refused(tmp_path: Path, pointer: str) -> None:
     (tmp_path / ".git").write_text(pointer)
     with pytest.raises(GitError, match="git repository"):
         Repository.around(tmp_path)
-    with pytest.raises(UserError, match="mend it, or read all files with data.use_git=false"):
+    with pytest.raises(UserError, match="fix it, or read all files with data.use_git=false"):
         read_source_tree(DataConfig(source=str(tmp_path)), tmp_path)
 
 
 @pytest.fixture
 def silent_server() -> Iterator[int]:
-    """Accepts connections, and says nothing."""
+    """Accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 @pytest.mark.parametrize("scheme", ["git", "http", "ssh"])
-def test_a_silent_server_holds_nobody(
+def test_a_silent_server_times_out(
     tmp_path: Path, silent_server: int, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     monkeypatch.setattr(git_module, "_SILENT_SECONDS", 1)
@@ -229,16 +229,16 @@ def test_a_silent_server_holds_nobody(
     assert list((tmp_path / "cache" / "sources").iterdir()) == []
 
 
-def test_a_server_that_drips_is_given_up_at_last(
+def test_a_slow_server_hits_the_total_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(git_module, "_CLONE_SECONDS", 1)
     monkeypatch.setenv("GIT_SSH_COMMAND", "while echo still there >&2; do sleep 0.1; done; :")
-    with pytest.raises(GitError, match="not done after 1 s"):
+    with pytest.raises(GitError, match="not finished after 1 s"):
         clone("ssh://host/code.git", tmp_path / "code")
 
 
-def test_a_fifo_in_the_way_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fifo_does_not_block_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(git_module, "_LOCAL_SECONDS", 1)
     root = repository(tmp_path / "tree")
     (root / ".git" / "index").unlink()
@@ -247,11 +247,11 @@ def test_a_fifo_in_the_way_holds_nobody(tmp_path: Path, monkeypatch: pytest.Monk
         read_source_tree(DataConfig(source=str(root)), tmp_path)
     (root / ".git" / "HEAD").unlink()
     os.mkfifo(root / ".git" / "HEAD")
-    with pytest.raises(UserError, match="is no git repository"):
+    with pytest.raises(UserError, match="is not a git repository"):
         read_source_tree(DataConfig(source=str(root)), tmp_path)
 
 
-def test_what_ssh_leaves_in_the_background_is_not_waited_for(
+def test_background_processes_of_ssh_are_not_awaited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_SSH_COMMAND", "sleep 100 </dev/null >/dev/null & exit 1; :")
@@ -278,5 +278,5 @@ def test_what_ssh_leaves_in_the_background_is_not_waited_for(
         ("-oProxyCommand=x@host:a", False),
     ],
 )
-def test_what_a_url_is(source: str, expected: bool) -> None:
+def test_which_sources_are_urls(source: str, expected: bool) -> None:
     assert is_repository_url(source) is expected

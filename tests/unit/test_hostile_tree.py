@@ -160,7 +160,7 @@ def test_a_sound_tree_is_read_and_packed(
 ) -> None:
     tree.add_git()
     said = guarded(tree, capsys, monkeypatch)
-    assert ".env: secret (by its name)" in said and "skipped: 1 secret" in said
+    assert ".env: secret (file name)" in said and "skipped: 1 secret" in said
     packed = (path for path in (tree.inside / "target").rglob("*") if path.is_file())
     assert sorted(path.name for path in packed) == [
         *(f"file_{number}.py" for number in range(4)),
@@ -178,7 +178,7 @@ def test_a_link_to_what_may_not_go_along_is_not_packed(
     tree.put(".git/config", f"[remote]\n\turl = {CANARY}\n")
     (tree.root / "notes.txt").symlink_to(target)
     said = guarded(tree, capsys, monkeypatch)
-    reason = "secret: by its name" if ".env" in target else "a link to elsewhere"
+    reason = "secret: file name" if ".env" in target else "external symlink"
     assert f"'notes.txt ({reason})'" in said
 
 

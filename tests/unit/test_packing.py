@@ -55,14 +55,14 @@ def test_code_goes_along_and_what_git_ignores_does_not(tmp_path: Path, target: P
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        (".env", "A=1", "secret: by its name"),
-        (".env.local", "A=1", "secret: by its name"),
-        ("deploy/server.PEM", "x", "secret: by its name"),
-        ("id_rsa", "x", "secret: by its name"),
-        (".netrc", "x", "secret: by its name"),
+        (".env", "A=1", "secret: file name"),
+        (".env.local", "A=1", "secret: file name"),
+        ("deploy/server.PEM", "x", "secret: file name"),
+        ("id_rsa", "x", "secret: file name"),
+        (".netrc", "x", "secret: file name"),
         ("notes.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "secret: private key, line 1"),
-        (".npmrc", "x", "secret: by its name"),
-        ("infra/terraform.tfstate", "{}", "secret: by its name"),
+        (".npmrc", "x", "secret: file name"),
+        ("infra/terraform.tfstate", "{}", "secret: file name"),
         ("app.py", f"\nx = 'hf_{'a' * 34}'", "secret: Hugging Face token, line 2"),
         ("weights/model.safetensors", "x", "data"),
         ("train.jsonl", "{}", "data"),
@@ -82,7 +82,7 @@ def test_a_link_that_leads_out_stays(tmp_path: Path, target: Path) -> None:
     (tmp_path / "elsewhere").write_text("mine")
     (source / "link").symlink_to(tmp_path / "elsewhere")
     (source / "inside").symlink_to("code.py")
-    assert pack(source, "", target) == ["link (a link to elsewhere)"]
+    assert pack(source, "", target) == ["link (external symlink)"]
     assert _packed(target) == ["code.py", "inside", CONFIG_NAME]
 
 
@@ -125,18 +125,18 @@ def test_a_token_in_the_config_or_an_override_is_never_sent(tmp_path: Path, targ
     assert token not in str(error.value)
 
 
-def test_names_that_ray_cannot_pack_stay(tmp_path: Path, target: Path) -> None:
+def test_names_that_ray_cannot_pack_are_left_out(tmp_path: Path, target: Path) -> None:
     source = _tree(tmp_path / "source", {"code.py": ""})
     (source / os.fsdecode(b"caf\xe9.py")).write_text("x = 1")
     assert pack(source, "", target) == [
-        f"{os.fsdecode(bytes([99, 97, 102, 233]))}.py (a name that is not UTF-8)"
+        f"{os.fsdecode(bytes([99, 97, 102, 233]))}.py (name is not UTF-8)"
     ]
 
 
 def test_git_that_fails_sends_nothing(tmp_path: Path, target: Path) -> None:
     source = _tree(tmp_path / "source", {"code.py": ""})
     (source / ".git" / "index").write_text("nonsense")
-    with pytest.raises(UserError, match="git ls-files failed: .*; mend it, or submit from another"):
+    with pytest.raises(UserError, match="git ls-files failed: .*; fix it, or submit from another"):
         pack(source, "", target)
 
 

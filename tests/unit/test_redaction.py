@@ -100,12 +100,10 @@ def test_credentials_of_an_environment() -> None:
 def test_a_password_is_refused_without_being_shown() -> None:
     with pytest.raises(UserError) as error:
         refuse_password("storage", "s3://AKIA:hunter2@bucket/x", "use the environment")
-    assert str(error.value) == (
-        "storage = s3://bucket/x was given with a password; use the environment"
-    )
+    assert str(error.value) == "storage = s3://bucket/x contains a password; use the environment"
     with pytest.raises(UserError) as error:
         refuse_password("data.source", "me:hunter2@host:x", "use a key")
-    assert str(error.value) == "data.source was given with a password; use a key"
+    assert str(error.value) == "data.source contains a password; use a key"
     refuse_password("storage", "s3://bucket/x", "")
 
 
@@ -118,7 +116,7 @@ def test_a_password_is_refused_without_being_shown() -> None:
         ("RAY_AUTH_TOKEN", "fedcba9876543210"),
     ],
 )
-def test_what_the_environment_holds_is_gone(
+def test_credentials_of_the_environment_are_redacted(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -140,5 +138,5 @@ def test_what_the_environment_holds_is_gone(
         ("NCCL_DEBUG=INFO", "NCCL_DEBUG=INFO"),
     ],
 )
-def test_tokens_are_gone_from_messages(text: str, expected: str) -> None:
+def test_tokens_are_redacted(text: str, expected: str) -> None:
     assert redact(text) == expected

@@ -1,4 +1,4 @@
-"""A replayed run may come from anybody: it chooses neither server nor files."""
+"""A replayed run may come from anybody, so it chooses neither the server nor the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lwo_dist.tracking.mlflow import replay
 
 
 class Server:
-    """What a replay would send to: notes every call, and answers none."""
+    """The server of a replay: records every call and answers none."""
 
     addresses: ClassVar[list[str]] = []
     uploads: ClassVar[list[str]] = []
@@ -49,7 +49,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> type[Server]:
 
 
 def run_for(folder: Path, uri: str, *paths: str) -> Path:
-    """A run that ended, meant for the server at `uri`, with files to upload."""
+    """A finished run that names the server `uri`, with files to upload."""
     spool = Spool(folder / "r" / "metrics.jsonl")
     spool.append("run", uri=uri)
     for path in paths:
@@ -62,7 +62,7 @@ def run_for(folder: Path, uri: str, *paths: str) -> Path:
 @pytest.mark.parametrize(
     "uri", ["http://evil.example", "sqlite:////elsewhere/other.db", "databricks", "\x1b[2J"]
 )
-def test_the_run_s_own_files_choose_no_server(
+def test_a_run_cannot_choose_the_server(
     tmp_path: Path, server: type[Server], uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spool = run_for(tmp_path, uri)
@@ -73,12 +73,12 @@ def test_the_run_s_own_files_choose_no_server(
             sent.save()
         assert main(["replay", str(spool)]) == 2
         said = capsys.readouterr().err
-        assert "which only the run's files name" in said and "--uri" in said
+        assert "which is not configured here" in said and "--uri" in said
         assert said.count("\n") == 1 and "\x1b" not in said
     assert server.addresses == []
 
 
-def test_the_one_who_types_does(
+def test_the_command_line_and_environment_choose_the_server(
     tmp_path: Path, server: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool = run_for(tmp_path, "http://mine.example")
@@ -88,7 +88,7 @@ def test_the_one_who_types_does(
     assert server.addresses == ["http://mine.example", "http://me:password@mine.example"]
 
 
-def test_the_database_beside_the_run_needs_no_word(tmp_path: Path, server: type[Server]) -> None:
+def test_the_database_beside_the_run_needs_no_option(tmp_path: Path, server: type[Server]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     spool = run_for(tmp_path, uri)
     replay(spool)
@@ -107,15 +107,15 @@ def test_no_file_outside_the_run_is_uploaded(
     (spool.parent / "config.yaml").touch()
     replay(spool, "http://mine.example")
     assert "config.yaml" in server.uploads and "id_rsa" not in server.uploads
-    assert "id_rsa' is not a name that a run's folder may hold" in caplog.text
+    assert "id_rsa' is not a valid name in a run's folder" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model", "pictures", "model/deep"])
-def test_a_run_with_links_is_refused(tmp_path: Path, server: type[Server], name: str) -> None:
+def test_a_run_with_symlinks_is_refused(tmp_path: Path, server: type[Server], name: str) -> None:
     spool = run_for(tmp_path, "x", "config.yaml")
     (spool.parent / name).parent.mkdir(exist_ok=True)
     (spool.parent / name).symlink_to(tmp_path)
-    with pytest.raises(UserError, match="is a link, and a run's folder holds none"):
+    with pytest.raises(UserError, match="is a symlink, which a run's folder must not contain"):
         replay(spool, "http://mine.example")
     assert server.addresses == []
 
@@ -132,7 +132,7 @@ def test_a_run_with_links_is_refused(tmp_path: Path, server: type[Server], name:
         [],
     ],
 )
-def test_a_made_up_offset_file_does_no_harm(
+def test_a_forged_offset_file_is_harmless(
     tmp_path: Path, server: type[Server], values: Any
 ) -> None:
     spool = run_for(tmp_path, "x")

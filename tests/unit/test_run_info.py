@@ -46,7 +46,7 @@ RECORD_KEYS = [
 
 
 def secret_config() -> Config:
-    # A config refuses the two addresses; what is shown is redacted all the same.
+    # A config refuses both URLs; the output is redacted all the same.
     addresses = {
         "tracking": TrackingConfig(uri="https://me:pass-word@mlflow"),
         "data": DataConfig(source="https://oauth2:ghp_abc@github.com/a/b"),
@@ -201,7 +201,7 @@ def test_a_job_carries_its_name_its_code_and_its_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    # A config refuses it; what is sent is redacted all the same.
+    # A config refuses it; the data sent is redacted all the same.
     config = Config().model_copy(update={"storage": "s3://key:pass-word@bucket/runs"})
     metadata = job_metadata(config, "named", tmp_path)
     assert (metadata["run_name"], metadata["storage"]) == ("named", "s3://bucket/runs")

@@ -174,9 +174,7 @@ def _pretend_others(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("take", [_pretend_link, _pretend_open, _pretend_others, Path.touch])
-def test_a_temporary_folder_that_is_taken_is_not_used(
-    place: Path, take: Callable[[Path], None]
-) -> None:
+def test_an_unsafe_temporary_folder_is_refused(place: Path, take: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
         folder = Path(short, f"lwo_dist-{os.getuid()}")
         take(folder)
@@ -190,7 +188,7 @@ def test_a_temporary_folder_that_is_taken_is_not_used(
     assert (place / "log").read_text() == ""
 
 
-def test_ray_s_files_lie_in_a_folder_for_this_user_alone(place: Path) -> None:
+def test_the_script_puts_ray_files_in_a_private_folder(place: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
         with _start(place, "head", TMPDIR=short) as script:
             line, _ = _wait_for(place, "up")
@@ -201,13 +199,13 @@ def test_ray_s_files_lie_in_a_folder_for_this_user_alone(place: Path) -> None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_nothing_recommends_a_rendezvous_that_unpickles() -> None:
-    """torchrun's c10d, which it also chooses for --standalone, and where no port is given."""
+def test_nothing_recommends_the_c10d_rendezvous() -> None:
+    """It unpickles; torchrun also uses it with --standalone, and if no port is given."""
     root = LAUNCH.parent
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others"]
     listed = subprocess.run([*command, "--exclude-standard"], capture_output=True, text=True)
     pages = (".md", ".sh", ".sbatch", ".yaml", ".yml", ".py", ".toml", "Dockerfile")
-    # This file, and the one that says why not.
+    # Except this file, and the page that explains why not.
     names = set(listed.stdout.split("\0")) - {"tests/unit/test_scripts.py", "launch/SECURITY.md"}
     found = []
     for name in sorted(name for name in names if name.endswith(pages)):

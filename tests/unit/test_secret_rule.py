@@ -1,4 +1,4 @@
-"""What a secret is: each kind is found and its value is gone; ordinary code is left alone."""
+"""The secret rule: each kind is found and redacted; ordinary code is left alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _draw = random.Random(5)
 
 
 def word(length: int, alphabet: str = ALPHANUMERIC) -> str:
-    """Random, so that no scanner of this repository finds a secret in it."""
+    """Random, so that no scanner finds a secret in this repository."""
     return "".join(_draw.choice(alphabet) for _ in range(length))
 
 
@@ -26,7 +26,7 @@ def _key_block(kind: str) -> str:
     return f"-----BEGIN {kind}-----\n{lines}\n-----END {kind}-----"
 
 
-# Kind -> (text around it, the secret itself, what it is called).
+# Kind -> (surrounding text, the secret, name of the rule).
 SECRETS = {
     "github": ("x = '{}'", "ghp_" + word(36), "GitHub token"),
     "github fine-grained": ("x = '{}'", f"github_pat_{word(22)}_{word(59)}", "GitHub token"),
@@ -74,7 +74,7 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-def test_each_kind_is_found_and_gone_from_texts(kind: str) -> None:
+def test_each_kind_is_found_and_redacted(kind: str) -> None:
     around, secret, name = SECRETS[kind]
     text = f"# first line\n{around.format(secret)}\nlast line\n"
     found = find_secret(text.encode())
@@ -121,7 +121,7 @@ def test_ordinary_code_is_left_alone(text: str) -> None:
     assert without_secrets(text) == text
 
 
-def test_the_standard_library_holds_no_secret() -> None:
+def test_no_secret_is_found_in_the_standard_library() -> None:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     assert len(files) > 100
     assert [file.name for file in files if find_secret(file.read_bytes())] == []
@@ -152,7 +152,7 @@ def test_the_standard_library_holds_no_secret() -> None:
         (".docker/config.json", True),
         ("infra/terraform.tfstate", True),
         ("infra/prod.tfvars", True),
-        # Made to be shared.
+        # Meant to be shared.
         ("id_rsa.pub", False),
         (".env.example", False),
         ("infra/prod.tfvars.example", False),
@@ -166,7 +166,7 @@ def test_the_standard_library_holds_no_secret() -> None:
         (".env/readme.txt", False),
     ],
 )
-def test_which_file_is_secret_by_its_name(name: str, expected: bool) -> None:
+def test_which_file_names_are_secret(name: str, expected: bool) -> None:
     assert is_secret_file(name) is expected
 
 
@@ -187,15 +187,15 @@ def test_which_file_is_secret_by_its_name(name: str, expected: bool) -> None:
         ("OMP_NUM_THREADS", False),
     ],
 )
-def test_which_name_says_secret(name: str, expected: bool) -> None:
+def test_which_variable_names_are_secret(name: str, expected: bool) -> None:
     assert is_secret_name(name) is expected
 
 
 @pytest.mark.parametrize(
     "piece", ["-----BEGIN PRIVATE KEY-----\n", "=a1", "glpat-", "a.eyJ", "://a:b", "n" * 40, "="]
 )
-def test_no_text_takes_long(piece: str) -> None:
-    """Quadratic time would be hours."""
+def test_time_is_linear_in_the_text(piece: str) -> None:
+    """Quadratic time would take hours."""
     data = piece.encode() * (4_000_000 // len(piece))
     find_secret(data)
     without_secrets(data[:200_000].decode())

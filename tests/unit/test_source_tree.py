@@ -120,14 +120,14 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (root / "loop").symlink_to(root)
     tree = read(root, tmp_path)
     assert len(names(tree)) == 12
-    assert tree.skipped == {"a link to elsewhere": 1, "not a regular file": 1}
+    assert tree.skipped == {"external symlink": 1, "not a regular file": 1}
 
 
-def test_no_link_leads_out_of_the_tree(tmp_path: Path) -> None:
+def test_no_symlink_leads_out_of_the_tree(tmp_path: Path) -> None:
     outside = write_tree(tmp_path / "outside", files=3)
     (outside / "file_1.py").write_text("outside = 1\n")
     root = repository(tmp_path / "tree")
-    # Tracked as files; then their folder becomes a link, as a hostile archive may bring it.
+    # Tracked as files; then their folder becomes a symlink, as in a hostile archive.
     (root / "lib").mkdir()
     for name in ("file_1.py", "file_2.py"):
         (root / "lib" / name).write_text(f"x = '{name}'\n")
@@ -140,12 +140,12 @@ def test_no_link_leads_out_of_the_tree(tmp_path: Path) -> None:
     for use_git in (True, False):
         tree = read(root, tmp_path, use_git=use_git)
         assert len(names(tree)) == 12
-        assert set(tree.skipped) <= {"a link to elsewhere", "hidden folder"}
-        assert tree.skipped["a link to elsewhere"] >= 3
+        assert set(tree.skipped) <= {"external symlink", "hidden folder"}
+        assert tree.skipped["external symlink"] >= 3
         assert not any("outside" in file.path.read_text() for file in tree.train + tree.held_out)
 
 
-def test_special_files_hold_nobody(tmp_path: Path) -> None:
+def test_special_files_do_not_block(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     (root / "pipe.py").write_text("x = 1\n")
     git(root, "add", "pipe.py")
@@ -161,7 +161,7 @@ def test_special_files_hold_nobody(tmp_path: Path) -> None:
         read_text(root / "pipe.py")
 
 
-def test_an_index_may_not_name_what_lies_outside(tmp_path: Path) -> None:
+def test_an_index_cannot_name_files_outside_the_tree(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     (tmp_path / "outside.py").write_text("outside = 1\n")
     (root / "aa").mkdir()
@@ -178,7 +178,7 @@ def test_an_index_may_not_name_what_lies_outside(tmp_path: Path) -> None:
     assert not any("outside" in name or "config" in name for name in names(tree))
 
 
-def test_a_secret_is_on_neither_side_and_said_without_its_value(tmp_path: Path) -> None:
+def test_a_secret_is_on_neither_side_and_its_value_is_never_shown(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     token = "glpat-" + "a1" * 10
     (root / "deploy.py").write_text(f"import os\n\nTOKEN = '{token}'\n")
@@ -190,7 +190,7 @@ def test_a_secret_is_on_neither_side_and_said_without_its_value(tmp_path: Path) 
     assert ".env.example" in names(tree)
     _, _, skipped = find_files(DataConfig(source=str(root)), tmp_path)
     assert [(skip.name, skip.detail) for skip in skipped] == [
-        (".npmrc", "by its name"),
+        (".npmrc", "file name"),
         ("deploy.py", "GitLab token, line 3"),
     ]
 
@@ -317,7 +317,7 @@ def test_damaged_repository(tmp_path: Path) -> None:
     root = repository(tmp_path / "tree")
     (root / ".git" / "HEAD").write_text("nonsense")
     with pytest.raises(
-        UserError, match="git ls-files failed: .+; mend it, or read all files"
+        UserError, match="git ls-files failed: .+; fix it, or read all files"
     ) as error:
         read(root, tmp_path)
     one_line(error)
@@ -356,13 +356,13 @@ def test_failed_clone_leaves_nothing(tmp_path: Path, url: str) -> None:
 
 
 def test_a_url_with_a_password_is_not_cloned(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="https://host/a.git was given with a password") as error:
+    with pytest.raises(UserError, match="https://host/a.git contains a password") as error:
         read("https://user:hunter2@host/a.git", tmp_path / "cache")
     assert "hunter2" not in one_line(error)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_password_in_an_older_clone_goes(tmp_path: Path) -> None:
+def test_passwords_are_removed_from_older_clones(tmp_path: Path) -> None:
     url = f"file://{repository(tmp_path / 'tree')}"
     root = read(url, tmp_path / "cache").root
     git(root, "remote", "set-url", "origin", "https://me:hunter2@host/a.git")

@@ -197,7 +197,7 @@ def test_an_offset_beyond_the_end_means_from_the_start(tmp_path):
     assert Sent.load(path).offset == 0
 
 
-# ---- a spool that somebody made up
+# ---- forged spools
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_an_offset_beyond_the_end_means_from_the_start(tmp_path):
     ],
     ids=range(10),
 )
-def test_a_line_that_no_spool_writes_is_damaged_and_spoils_no_other(tmp_path, line):
+def test_a_malformed_line_is_damaged_and_affects_no_other(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line + b"\n")
     with path.open("ab") as file:
@@ -227,9 +227,9 @@ def test_a_line_that_no_spool_writes_is_damaged_and_spoils_no_other(tmp_path, li
     assert points(path) == [(2, "a", 1.0), (3, "a", 2.0)]
 
 
-def test_a_spool_that_is_a_link_is_not_written(tmp_path):
+def test_a_symlinked_spool_is_not_written(tmp_path):
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "metrics.jsonl").symlink_to("elsewhere")
-    with pytest.raises(OSError, match="is a link"):
+    with pytest.raises(OSError, match="is a symlink"):
         Spool(tmp_path / "metrics.jsonl")
     assert (tmp_path / "elsewhere").read_text() == "mine"

@@ -308,7 +308,7 @@ def test_a_storage_that_can_be_written_is_left_as_it_was(run: RunFolder) -> None
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/runs: Not a directory; give a folder that can be"):
+    with pytest.raises(UserError, match=r"file/runs: Not a directory; give a writable"):
         RunFolder(str(tmp_path / "file" / "runs"), "r").check_writable()
 
 

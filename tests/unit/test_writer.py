@@ -176,7 +176,7 @@ def test_old_checkpoints_that_cannot_be_removed_fail_no_save(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise DamagedError("state.json is not whole")
+        raise DamagedError("state.json is malformed")
 
     target = make_writer(run, keep=1)
     save(target, 1, piece("a", 1), piece("b", 1))

@@ -67,13 +67,13 @@ def read_config(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
             with Path(value).expanduser().open("rb") as file:
                 data = file.read(_MAX_BYTES + 1)
             if len(data) > _MAX_BYTES:
-                raise UserError(f"{name} has more than {_MAX_BYTES} bytes")
+                raise UserError(f"{name} is larger than {_MAX_BYTES} bytes")
             value = json.loads(data)
             _refuse_nesting(value, 0)
         except OSError as error:
             raise UserError(f"{name}: {error.strerror}; give a JSON file, or a mapping") from None
         except RecursionError:
-            raise UserError(f"{name} is nested more than {_MAX_DEPTH} deep") from None
+            raise UserError(f"{name} is nested more than {_MAX_DEPTH} levels deep") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{name} is not JSON: {error}") from None
         if not isinstance(value, dict):
