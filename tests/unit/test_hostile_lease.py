@@ -114,11 +114,11 @@ def test_what_is_in_the_way_of_a_claim_gets_one_line(
     claim = lease.take(run)
     make(run.local / "lease" / "000002.json")
     started = time.monotonic()
-    with pytest.raises(UserError, match="remove what is in the way|is a link"):
+    with pytest.raises(UserError, match="remove what is in the way|is a symlink"):
         lease.take(run)
-    with pytest.raises(UserError, match="remove what is in the way|is a link"):
+    with pytest.raises(UserError, match="remove what is in the way|is a symlink"):
         lease.join(run, claim.holder)
-    with pytest.raises(UserError, match="is not a regular file|is a link"):
+    with pytest.raises(UserError, match="is not a regular file|is a symlink"):
         claim.check()
     assert not claim.is_lost()
     assert time.monotonic() - started < 10

@@ -204,7 +204,7 @@ def test_git_writes_no_objects_into_a_repository(
     guarded(tree, capsys, monkeypatch)
     shutil.rmtree(tree.root / ".git" / "objects")
     (tree.root / ".git" / "objects").symlink_to(tree.outside)
-    assert "is a link" in guarded(tree, capsys, monkeypatch)[0]
+    assert "is a symlink" in guarded(tree, capsys, monkeypatch)[0]
 
 
 @pytest.mark.parametrize("how", ["alternates", "objects", "pack"])
@@ -228,7 +228,9 @@ def test_no_repository_is_cloned_that_borrows_objects(
         shutil.rmtree(bare / "objects" / "pack")
         (bare / "objects" / "pack").symlink_to(objects / "pack")
     for source in (str(bare), f"file://{bare}"):
-        with pytest.raises(UserError, match="git clone failed: .*objects (of another|is a link)"):
+        with pytest.raises(
+            UserError, match="git clone failed: .*objects (of another|is a symlink)"
+        ):
             read_source_tree(DataConfig(source=source), tmp_path / "cache")
 
 
