@@ -37,7 +37,7 @@ from lwo_dist.config import Config, ModelConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import DamagedError, UserError
 from lwo_dist.models import hub
-from lwo_dist.models.source import PretrainedSource
+from lwo_dist.models.source import PretrainedSource, load_tokenizer
 from lwo_dist.storage import RunFolder
 
 RUN = Path(__file__).parents[1] / "data" / "round1" / "run"
@@ -251,10 +251,14 @@ def test_no_link_is_followed(case: Case, name: str, capsys: pytest.CaptureFixtur
     assert SECRET not in [path.read_bytes() for path in exported.rglob("*") if path.is_file()]
 
 
-def test_neither_a_pipe_nor_a_folder_is_read(case: Case) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_neither_a_pipe_nor_a_folder_is_read(case: Case, make: Callable[[Path], None]) -> None:
     (case.step / "tokenizer.json").unlink()
-    os.mkfifo(case.step / "tokenizer.json")
-    with pytest.raises(UserError, match="tokenizer.json is not a regular file"):
+    make(case.step / "tokenizer.json")
+    with (
+        time_limit(20),
+        pytest.raises(UserError, match="tokenizer.json is not a regular file"),
+    ):
         newest_checkpoint(RunFolder.at(str(case.run)))
 
 
@@ -306,15 +310,27 @@ def test_a_resume_runs_none_either(case: Case) -> None:
     assert not MARKER.exists()
 
 
-def test_code_of_a_tokenizer_or_a_method_is_not_run(
+def test_code_beside_a_model_or_tokenizer_that_needs_none_is_not_run(case: Case) -> None:
+    case.put("modeling_mine.py", CODE)
+    for name, classes in {
+        "config.json": {"AutoModelForCausalLM": "modeling_mine.Mine"},
+        "tokenizer_config.json": {"AutoTokenizer": ["modeling_mine.Mine", None]},
+    }.items():
+        case.put_json(name, lambda values, classes=classes: {**values, "auto_map": classes})
+    checkpoint = newest_checkpoint(RunFolder.at(str(case.run)))
+    assert checkpoint is not None
+    config = ModelConfig(name=str(checkpoint.folder))
+    PretrainedSource(config).empty()
+    PretrainedSource(config).whole(torch.device("cpu"))
+    load_tokenizer(config)
+    assert main(["export", str(case.run)]) == 0
+    assert not MARKER.exists()
+
+
+def test_code_of_a_method_is_not_run(
     case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.put("modeling_mine.py", CODE)
-    case.put_json(
-        "tokenizer_config.json",
-        lambda values: {**values, "auto_map": {"AutoTokenizer": ["modeling_mine.Mine", None]}},
-    )
-    assert main(["export", str(case.run)]) == 0
     state = case.state()
     state["run"]["method"] = "modeling_mine:Mine"
     case.reseal(state)
@@ -439,10 +455,10 @@ def test_a_safetensors_header_of_an_absurd_length_gets_one_line(
 ) -> None:
     data = header.to_bytes(8, "little") + b"{}"
     layer = next(name for name in case.state()["sha256"] if name.startswith("../../layers/head"))
-    case.put(layer, data)
-    case.put(MOMENTS, data)
-    said = try_all(str(case.run), case.run.parent / "out", capsys)
-    assert any("is not whole" in line for line in said)
+    for name in (layer, MOMENTS):
+        case.put(name, data)
+        said = try_all(str(case.run), case.run.parent / "out", capsys)
+        assert any("is not whole" in line for line in said)
 
 
 def test_a_config_cannot_make_an_export_build_layers_for_ever(
