@@ -73,7 +73,7 @@ _TOKENS: dict[str, tuple[str, dict[str, str]]] = {
             "DigitalOcean token": r"(?<=\bdo[opr]_v1_)[0-9a-f]{64}",
             "Shopify token": r"(?<=\bshp(?:at|ca|pa|ss)_)[0-9a-fA-F]{32}",
             "Grafana token": r"(?<=\bglsa_)\w{32,}|(?<=\bglc_)[A-Za-z0-9+/]{32,}",
-            "Sentry token": r"(?<=\bsntr[yu]s_)[\w+/=]{40,}",
+            "Sentry token": r"(?<=\bsntry[su]_)[\w+/=]{40,}",
             "Groq key": r"(?<=\bgsk_)[A-Za-z0-9]{40,}",
             "Replicate token": r"(?<=\br8_)[A-Za-z0-9]{37}",
             "RubyGems key": r"(?<=\brubygems_)[0-9a-f]{48}",

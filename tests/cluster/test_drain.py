@@ -100,15 +100,21 @@ def test_drain_uses_the_address_of_the_workers_raylet(monkeypatch: pytest.Monkey
     worker = "import time; print('up', flush=True); time.sleep(600)"
     raylet = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], 'Worker'])"
     command = [sys.executable, "-c", raylet, worker, "--gcs-address=10.0.0.1:6379"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "up\n"
+    stranger = [sys.executable, "-c", worker, "--gcs-address=10.0.0.2:6379"]
+    with (
+        subprocess.Popen(stranger, stdout=subprocess.PIPE, text=True) as other,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
+        for started in (other, process):
+            assert started.stdout is not None and started.stdout.readline() == "up\n"
         children = psutil.Process(process.pid).children()
         monkeypatch.setattr(module, "_workers", lambda: children)
-        assert module._own_address() == "10.0.0.1:6379"
-        monkeypatch.setattr(module, "_workers", lambda: [])
-        assert module._own_address() is None
-        for child in children:
-            child.kill()
+        address = module._own_address()
+        for started in (*children, other):
+            started.kill()
+    assert address == "10.0.0.1:6379"
+    monkeypatch.setattr(module, "_workers", lambda: [])
+    assert module._own_address() is None
 
 
 def test_drain_contacts_no_ray_without_an_address(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
+from lwo_dist import lease
 from lwo_dist.cluster import nodes, ray_train, worker
 from lwo_dist.cluster.failures import Failures, cannot_connect
 from lwo_dist.cluster.worker import Interrupted
 from lwo_dist.config import ClusterConfig, Config
 from lwo_dist.errors import UserError
 from lwo_dist.stop import Stopped
+from lwo_dist.storage import RunFolder
 
 CONFIG = Config(run_name="r")
 
@@ -139,6 +142,38 @@ def test_a_restart_is_said_once(
             " more restarts"
         ),
     ]
+
+
+@pytest.mark.parametrize(("is_lost", "ended"), [(False, ["FAILED"]), (True, [])])
+def test_the_end_of_a_run_that_is_lost_is_for_the_other_process_to_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_lost: bool, ended: list[str]
+) -> None:
+    run = RunFolder(str(tmp_path), "r")
+    said: list[str] = []
+
+    def prepare(config: Config) -> Config:
+        lease.take(run)
+        return config
+
+    def fails(*_: Any) -> None:
+        if is_lost:
+            other = {**lease.this_process(), "holder": "0123456789abcdef"}
+            with monkeypatch.context() as patch:
+                patch.setattr(lease, "this_process", lambda: other)
+                lease.take(run, force=True)
+        raise RuntimeError("peer is gone")
+
+    monkeypatch.setattr(ray_train, "_set_environment", lambda: True)
+    monkeypatch.setattr(ray_train, "joined_ray", lambda: nullcontext([]))
+    monkeypatch.setattr(ray_train, "resources_per_worker", lambda *_: {"CPU": 1})
+    monkeypatch.setattr("lwo_dist.run.prepare", prepare)
+    monkeypatch.setattr(ray_train, "forwarded", lambda _: nullcontext())
+    monkeypatch.setattr(ray_train, "watched_waiting", lambda *_: nullcontext())
+    monkeypatch.setattr(ray_train, "_fit_until_done", fails)
+    monkeypatch.setattr("lwo_dist.tracking.mlflow.end_run", lambda *told: said.append(told[-1]))
+    with pytest.raises(RuntimeError, match="peer is gone"):
+        ray_train.train(Config(run_name="r", storage=str(tmp_path)))
+    assert said == ended
 
 
 def interrupted(*preempted: str) -> Interrupted:

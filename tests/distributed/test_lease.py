@@ -8,11 +8,16 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
 from lwo_dist import lease
@@ -159,6 +164,78 @@ def test_a_remote_holder_is_dead_when_its_heartbeat_stops(
         lease.join(run, ELSEWHERE["holder"])
 
 
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waiting takes no time; each wait is noted."""
+    waits: list[float] = []
+    clock = lambda: sum(waits)  # noqa: E731
+    monkeypatch.setattr(lease, "time", SimpleNamespace(sleep=waits.append, monotonic=clock))
+    return waits
+
+
+def take_as(run: RunFolder, holder: Mapping[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "this_process", lambda: holder)
+        lease.take(run, force=True)
+
+
+def test_a_run_that_was_ended_is_not_waited_for(tmp_path: Path, waits: list[float]) -> None:
+    run = RunFolder(str(tmp_path), "r")
+    take_as(run, ELSEWHERE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "this_process", lambda: ELSEWHERE)
+        with lease.renewed(run):
+            assert run.read("lease/0123456789abcdef.alive", limit=100) is not None
+    assert run.read("lease/0123456789abcdef.alive", limit=100) is None
+    lease.refuse_held(run)
+    assert lease.take(run).number == 2 and waits == []
+
+
+@pytest.mark.parametrize("how", ["gone", "zombie", "its pid is another process's"])
+def test_a_holder_of_this_machine_that_has_died_is_not_waited_for(
+    how: str, tmp_path: Path, waits: list[float]
+) -> None:
+    run = RunFolder(str(tmp_path), "r")
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = psutil.Process(process.pid).create_time()
+    holder = {**lease.this_process(), **PROCESS, "pid": process.pid, "started": started}
+    if how == "its pid is another process's":
+        holder["started"] = started - 1000
+    take_as(run, holder)
+    if how != "its pid is another process's":
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    if how == "gone":
+        process.wait()
+    assert lease.take(run).number == 2 and waits == []
+    process.kill()
+    process.communicate()
+
+
+def test_a_holder_of_this_machine_that_lives_keeps_the_run(
+    tmp_path: Path, waits: list[float]
+) -> None:
+    run = RunFolder(str(tmp_path), "r")
+    parent = psutil.Process(os.getppid())
+    known = {"pid": parent.pid, "started": parent.create_time()}
+    take_as(run, {**lease.this_process(), **PROCESS, **known})
+    assert not lease._has_died({**lease.this_process(), **known})
+    run.write("lease/0123456789abcdef.alive", b"before")
+
+    def renew(seconds: float) -> None:
+        waits.append(seconds)
+        run.write("lease/0123456789abcdef.alive", b"renewed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease.time, "sleep", renew)
+        for ask in (lease.take, lease.refuse_held):
+            run.write("lease/0123456789abcdef.alive", b"before")
+            with pytest.raises(UserError, match="has been writing this run since"):
+                ask(run)
+    assert len(waits) == 2
+    assert run.read("lease/000002.json", limit=100) is None
+
+
 def test_a_half_written_claim_counts_and_is_never_replaced(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path), "r")
     claim = lease.take(run)
@@ -170,10 +247,9 @@ def test_a_half_written_claim_counts_and_is_never_replaced(tmp_path: Path) -> No
     assert run.read(name, limit=100) == b"half a cla"
 
 
+PROCESS = {"holder": "0123456789abcdef", "host": "another", "user": "somebody"}
 ELSEWHERE = {
-    "holder": "0123456789abcdef",
-    "host": "another",
-    "user": "somebody",
+    **PROCESS,
     "pid": 1,
     "started": 0.0,
     "machine": "another boot",
@@ -211,6 +287,47 @@ def test_a_lost_run_commits_nothing_and_does_not_end_the_mlflow_run(
     assert not (tmp_path / "r" / "summary.json").exists()
     kinds = [record.kind for record in read_spool(tmp_path / "r" / "metrics.jsonl")]
     assert "metrics" in kinds and "end" not in kinds
+
+
+def lose_unseen(config: Config, fails: bool) -> tuple[str, list[str]]:
+    """Another process takes the run over; what is raised, and which end the callbacks are told.
+
+    Args:
+        fails: a callback raises before the loss is found; else only a save can find it.
+    """
+    ends: list[str] = []
+
+    class TakeOver(Callback):
+        def on_metrics(self, now: int, metrics: Mapping[str, float]) -> None:
+            lease.take(RunFolder(config.storage, "r"), force=True)
+            if fails:
+                raise RuntimeError("it broke")
+
+        def on_run_failed(self, error: BaseException) -> None:
+            ends.append(f"failed: {error}")
+
+        def on_run_stopped(self, reason: str) -> None:
+            ends.append(f"stopped: {reason}")
+
+        def on_run_end(self, summary: Mapping[str, Any]) -> None:
+            ends.append("ended")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not fails:
+            patch.setattr(lease.Lease, "is_lost", lambda _: False)
+        try:
+            run(config, [TakeOver()])
+        except (UserError, RuntimeError) as error:
+            return type(error).__name__, ends
+    return "", ends
+
+
+@pytest.mark.parametrize(("fails", "raised"), [(False, "LostRunError"), (True, "RuntimeError")])
+def test_no_callback_is_told_the_end_of_a_run_that_is_lost(
+    inputs: tuple[Path, Path], tmp_path: Path, fails: bool, raised: str
+) -> None:
+    config = prepare(make_config(inputs, tmp_path, "checkpoint.steps=2"))
+    assert run_ranks(lose_unseen, 1, config, fails) == [(raised, [])]
 
 
 def test_a_second_torchrun_of_the_same_run_is_refused(

@@ -122,6 +122,16 @@ def test_a_run_leaves_a_model_that_loads_and_a_summary(
     )
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_evaluations_hold_source_lines_where_they_may(
+    inputs: tuple[Path, Path], tmp_path: Path, shown: bool
+) -> None:
+    setting = f"tracking.log_completions={str(shown).lower()}"
+    run_ranks(run_and_record, 1, prepare(make_config(inputs, tmp_path, setting, "train.steps=3")))
+    files = list((tmp_path / "r" / "evaluations").iterdir())
+    assert files and all(bool(json.loads(file.read_text())["samples"]) == shown for file in files)
+
+
 def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

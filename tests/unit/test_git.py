@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lwo_dist import git as git_module
@@ -227,6 +229,17 @@ def test_a_silent_server_times_out(
     with pytest.raises(UserError, match=r"git clone failed: no progress for 1 s; check the URL"):
         read_source_tree(DataConfig(source=url), tmp_path / "cache")
     assert list((tmp_path / "cache" / "sources").iterdir()) == []
+
+
+def test_ssh_ends_with_a_clone_that_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(git_module, "_SILENT_SECONDS", 1)
+    monkeypatch.setenv("GIT_SSH_COMMAND", f"echo $$ >{tmp_path}/pid; exec sleep 1000; :")
+    with pytest.raises(GitError, match="no progress for 1 s"):
+        clone("ssh://host/code.git", tmp_path / "code")
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(30)
 
 
 def test_a_slow_server_hits_the_total_limit(

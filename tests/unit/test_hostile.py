@@ -37,7 +37,7 @@ from lwo_dist.config import Config, ModelConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.models import hub
-from lwo_dist.models.source import PretrainedSource
+from lwo_dist.models.source import PretrainedSource, load_tokenizer
 from lwo_dist.run import _read_record
 from lwo_dist.storage import RunFolder
 from lwo_dist.tracking.sender import reason
@@ -255,10 +255,14 @@ def test_no_symlink_is_followed(case: Case, name: str, capsys: pytest.CaptureFix
     assert SECRET not in [path.read_bytes() for path in exported.rglob("*") if path.is_file()]
 
 
-def test_pipes_and_folders_are_not_read(case: Case) -> None:
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_pipes_and_folders_are_not_read(case: Case, make: Callable[[Path], None]) -> None:
     (case.step / "tokenizer.json").unlink()
-    os.mkfifo(case.step / "tokenizer.json")
-    with pytest.raises(UserError, match="tokenizer.json is not a regular file"):
+    make(case.step / "tokenizer.json")
+    with (
+        time_limit(20),
+        pytest.raises(UserError, match="tokenizer.json is not a regular file"),
+    ):
         newest_checkpoint(RunFolder.at(str(case.run)))
 
 
@@ -312,15 +316,27 @@ def test_a_resume_does_not_run_code_of_the_run(case: Case) -> None:
     assert not MARKER.exists()
 
 
-def test_code_of_a_tokenizer_or_a_method_is_not_run(
+def test_code_beside_a_model_or_tokenizer_that_needs_none_is_not_run(case: Case) -> None:
+    case.put("modeling_mine.py", CODE)
+    for name, classes in {
+        "config.json": {"AutoModelForCausalLM": "modeling_mine.Mine"},
+        "tokenizer_config.json": {"AutoTokenizer": ["modeling_mine.Mine", None]},
+    }.items():
+        case.put_json(name, lambda values, classes=classes: {**values, "auto_map": classes})
+    checkpoint = newest_checkpoint(RunFolder.at(str(case.run)))
+    assert checkpoint is not None
+    config = ModelConfig(name=str(checkpoint.folder))
+    PretrainedSource(config).empty()
+    PretrainedSource(config).whole(torch.device("cpu"))
+    load_tokenizer(config)
+    assert main(["export", str(case.run)]) == 0
+    assert not MARKER.exists()
+
+
+def test_code_of_a_method_is_not_run(
     case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case.put("modeling_mine.py", CODE)
-    case.put_json(
-        "tokenizer_config.json",
-        lambda values: {**values, "auto_map": {"AutoTokenizer": ["modeling_mine.Mine", None]}},
-    )
-    assert main(["export", str(case.run)]) == 0
     state = case.state()
     state["run"]["method"] = "modeling_mine:Mine"
     case.reseal(state)
@@ -479,10 +495,10 @@ def test_a_safetensors_header_of_an_absurd_length_gets_one_line(
 ) -> None:
     data = header.to_bytes(8, "little") + b"{}"
     layer = next(name for name in case.state()["sha256"] if name.startswith("../../layers/head"))
-    case.put(layer, data)
-    case.put(MOMENTS, data)
-    said = try_all(str(case.run), case.run.parent / "out", capsys)
-    assert any("is malformed" in line for line in said)
+    for name in (layer, MOMENTS):
+        case.put(name, data)
+        said = try_all(str(case.run), case.run.parent / "out", capsys)
+        assert any("is malformed" in line for line in said)
 
 
 def test_a_config_cannot_make_an_export_build_endless_layers(
@@ -527,7 +543,7 @@ def test_neither_a_link_nor_a_pipe_nor_a_huge_file_is_read_for_run_json(case: Ca
     path.unlink()
     assert _read_record(run) is None
     path.symlink_to(case.outside / "secret.json")
-    with pytest.raises(UserError, match=r"run.json is a link; .*\); remove it"):
+    with pytest.raises(UserError, match=r"run.json is a symlink; .*\); remove it"):
         _read_record(run)
     path.unlink()
     os.mkfifo(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lwo_dist import secret_rule
 from lwo_dist.secret_rule import find_secret, is_secret_file, is_secret_name, without_secrets
 
 ALPHANUMERIC = string.ascii_letters + string.digits
@@ -85,6 +86,142 @@ def test_each_kind_is_found_and_redacted(kind: str) -> None:
     assert "***" in shown and "first line" in shown and "last line" in shown
     if kind != "google account":  # a form of a file, whose secret is a key block
         assert not any(part in shown for part in (secret[-12:], secret[len(secret) // 2 :]))
+
+
+# Kind -> the prefixes of its tokens, and the shortest of what may follow.
+_PREFIXES = {
+    "GitHub token": {"ghp_ gho_ ghu_ ghs_ ghr_": word(36), "github_pat_": word(22)},
+    "Hugging Face token": {"hf_": word(30), "api_org_": word(30, string.ascii_letters)},
+    "npm token": {"npm_": word(36)},
+    "Stripe key": {"sk_live_ rk_live_ sk_test_ rk_test_ whsec_": word(16)},
+    "Docker token": {"dckr_pat_ dckr_oat_": word(24)},
+    "DigitalOcean token": {"doo_v1_ dop_v1_ dor_v1_": word(64, HEX)},
+    "Shopify token": {"shpat_ shpca_ shppa_ shpss_": word(32, HEX)},
+    "Grafana token": {"glsa_ glc_": word(32)},
+    "Sentry token": {"sntrys_ sntryu_": word(40)},
+    "Groq key": {"gsk_": word(40)},
+    "Replicate token": {"r8_": word(37)},
+    "RubyGems key": {"rubygems_": word(48, HEX)},
+    "Linear key": {"lin_api_": word(32)},
+    "GitLab token": {"glpat- gldt- glrt- glft- glptt- glcbt- glimt- glsoat- glagent-": word(20)},
+    "Slack token": {
+        "xoxa- xoxb- xoxc- xoxe- xoxo- xoxp- xoxr- xoxs-": word(12),
+        "xapp-1-": word(10),
+    },
+    "Anthropic key": {"sk-ant-": word(20)},
+    "OpenAI key": {"sk-proj- sk-svcacct- sk-admin- sk-or-": word(20), "sk-": word(32)},
+    "Google token": {"GOCSPX- ya29.": word(20)},
+    "PyPI token": {"pypi-Ag": word(16)},
+    "New Relic key": {"NRAK-": word(27, string.ascii_uppercase)},
+    "Mailgun key": {"key-": word(32, HEX)},
+    "Tailscale key": {"tskey-auth-": word(16)},
+    "Vault token": {"hvs. hvb. hvr.": word(24)},
+    "AWS key": {"AKIA ASIA ABIA ACCA A3TX": word(16, string.ascii_uppercase)},
+    "Google API key": {"AIza": word(35)},
+    "Atlassian token": {"ATATT3": word(50)},
+    "age key": {"AGE-SECRET-KEY-1": word(58, string.ascii_uppercase)},
+    "Databricks token": {"dapi": word(32, HEX)},
+}
+PREFIXES = [
+    (kind, prefix, rest)
+    for kind, tokens in _PREFIXES.items()
+    for prefixes, rest in tokens.items()
+    for prefix in prefixes.split()
+]
+# Without a prefix of their own: kind, a secret, and what only looks like it.
+FORMS = [
+    ("JSON web token", f"eyJ{word(9)}.eyJ{word(9)}.", word(10), word(9)),
+    ("Terraform token", f"{word(14)}.atlasv1.", word(60), word(59)),
+    ("Azure client secret", f"{word(3)}8Q~", word(31), word(30)),
+    ("Slack webhook", "hooks.slack.com/services/", word(20), word(19)),
+    ("Slack webhook", "hooks.slack.com/workflows/", word(20), word(19)),
+    ("Slack webhook", "hooks.slack.com/triggers/", word(20), word(19)),
+    ("Google service account", '"type":', '"service_account"', '"service-account"'),
+    ("Google service account", '"type": ', '"service_account"', '"service-account"'),
+    ("private key", "PuTTY-User-Key-File-3: ", "ecdsa-sha2-nistp256", "none"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "rest"), PREFIXES, ids=[prefix for _, prefix, _ in PREFIXES]
+)
+def test_a_token_is_known_by_its_prefix_and_length(kind: str, prefix: str, rest: str) -> None:
+    token = prefix + rest
+    assert str(find_secret(f"x = '{token}'".encode())) == f"{kind}, line 1"
+    assert rest not in without_secrets(token)
+    assert find_secret(token[:-1].encode()) is None
+    assert find_secret(f"x{token}".encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end", "other_end"),
+    FORMS,
+    ids=[f"{form[0]} {len(form[1])}" for form in FORMS],
+)
+def test_so_are_other_forms(kind: str, start: str, end: str, other_end: str) -> None:
+    assert str(find_secret(f"x = '{start}{end}'".encode())) == f"{kind}, line 1"
+    assert find_secret(f"x = '{start}{other_end}'".encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("literal", "rule"),
+    [(literal, rule) for literal, (_, rules) in secret_rule._TOKENS.items() for rule in rules],
+)
+def test_no_rule_is_without_an_example(
+    literal: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, rules = secret_rule._TOKENS[literal]
+    examples = [around.format(secret) for around, secret, kind in SECRETS.values() if kind == rule]
+    examples += [prefix + rest for kind, prefix, rest in PREFIXES if kind == rule]
+    examples += [start + end for kind, start, end, _ in FORMS if kind == rule]
+    left = {name: pattern for name, pattern in rules.items() if name != rule}
+    tokens = {key: value for key, value in secret_rule._TOKENS.items() if key != literal}
+    monkeypatch.setattr(secret_rule, "_TOKENS", tokens | ({literal: (gate, left)} if left else {}))
+    monkeypatch.setattr(secret_rule, "_patterns", secret_rule._patterns.__wrapped__)
+    found = [find_secret(example.encode()) for example in examples]
+    assert any(secret is None or secret.rule != rule for secret in found)
+
+
+VALUE = word(30) + "07"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("token", "MY_SECRET", "passwd", "password", "passphrase", "credential", "credentials"),
+        *("api_key", "api-key", "apikey", "auth_key", "access_key", "account_key", "AccountKey"),
+        *("private_key", "secret_key", "signing_key", "shared_key", "SharedAccessKey"),
+        *("storage_key", "encryption_key", "master_key", "secret_access_key", "x?sig", "x&sig"),
+    ],
+)
+def test_a_long_value_of_such_a_name_is_a_secret(name: str) -> None:
+    for text in (
+        f"{name}={VALUE}",
+        f"{name}: {VALUE}",
+        f'"{name}" : "{VALUE}"',
+        f"{name} => {VALUE}",
+    ):
+        assert str(find_secret(text.encode())) == "assigned secret, line 1"
+        assert VALUE not in without_secrets(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"key = {VALUE}",
+        f"monkey_key = {VALUE}",
+        f"my_design = {VALUE}",
+        f"token = {VALUE[1:]}",
+        f"token = {word(31, string.ascii_letters)}7",  # a name, with one digit
+        f"token == {VALUE}",
+        f"token != {VALUE}",
+        f"token = {VALUE}(text)",
+        f"token = {VALUE}.attribute",
+        f"token = {VALUE}[0]",
+    ],
+)
+def test_any_other_value_is_none(text: str) -> None:
+    assert find_secret(text.encode()) is None
 
 
 def test_a_key_is_found_in_utf_16_and_in_any_ascii_encoding() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lwo_dist.checkpoint.format import (
 )
 from lwo_dist.checkpoint.writer import CheckpointWriter, Outcome, Piece, Save
 from lwo_dist.files import write_whole
+from lwo_dist.lease import LostRunError
 from lwo_dist.storage import RunFolder
 
 POSITION = {"active_layer": "a", "skipped_steps": 0}
@@ -70,9 +72,12 @@ def model_files(folder: Path) -> None:
 
 
 def make_writer(
-    run: RunFolder, keep: int = 9, files: Callable[[Path], None] = model_files
+    run: RunFolder,
+    keep: int = 9,
+    files: Callable[[Path], None] = model_files,
+    may_write: Callable[[], None] = lambda: None,
 ) -> CheckpointWriter:
-    return CheckpointWriter(run, files, keep=keep)
+    return CheckpointWriter(run, files, keep=keep, may_write=may_write)
 
 
 def piece(layer: str, step: int, value: float = 0.0, size: int = 4) -> Piece:
@@ -187,6 +192,64 @@ def test_old_checkpoints_that_cannot_be_removed_fail_no_save(
     assert committed_steps(run) == [1, 3]
     save(target, 5, piece("a", 5))
     assert committed_steps(run) == [5]
+
+
+# ---- another process takes the run over
+
+
+SEAL = f"{step_folder(3)}/state.json"
+CHECKS = ("a", "b", "folder", "active", "index", "state", "after state", "prune")
+
+
+def test_every_change_is_allowed_first_and_the_seal_afterwards_too(
+    run: RunFolder, disk: Disk
+) -> None:
+    target = make_writer(run, may_write=lambda: disk.written.append("?"))
+    save(target, 3, piece("a", 3), piece("b", 3))
+    assert [name.partition(".")[0] for name in disk.written] == [
+        *("?", "a", "?", "b", "?"),  # the last one to remove what is left in the folder
+        *("?", "active", "?", "model", "?", "state", "?"),
+        "?",  # to remove older checkpoints
+    ]
+
+
+@pytest.mark.parametrize("lost_at", CHECKS)
+def test_a_save_of_a_run_that_is_lost_changes_nothing_more(run: RunFolder, lost_at: str) -> None:
+    """When it looks, the other process has taken the run and committed the same step."""
+    calls = count()
+
+    def may_write() -> None:
+        if next(calls) >= CHECKS.index(lost_at):
+            run.create(SEAL, b"theirs")
+            raise LostRunError("another process took this run over")
+
+    save(make_writer(run), 1, piece("a", 1), piece("b", 1))
+    target = make_writer(run, keep=1, may_write=may_write)
+    if lost_at == "prune":  # it is committed
+        assert save(target, 3, piece("a", 3), piece("b", 3)).error == ""
+    else:
+        with pytest.raises(LostRunError):
+            save(target, 3, piece("a", 3), piece("b", 3))
+    if lost_at in ("after state", "prune"):
+        assert contents(run, 3) == {"a.weight": 3.0, "b.weight": 3.0}
+    else:
+        assert run.read(SEAL, limit=10**6) == b"theirs"
+    assert contents(run, 1) == {"a.weight": 1.0, "b.weight": 1.0}
+
+
+@pytest.mark.parametrize("sealed_after", ["active", "index", "state"])
+def test_the_seal_of_another_process_is_not_overwritten(run: RunFolder, sealed_after: str) -> None:
+    """It commits the step after a look that has found nothing."""
+    calls = count()
+
+    def may_write() -> None:
+        if next(calls) == CHECKS.index(sealed_after):
+            run.create(SEAL, b"theirs")
+
+    target = make_writer(run, may_write=may_write)
+    outcome = save(target, 3, piece("a", 3), piece("b", 3))
+    assert outcome.error == f"another process has committed {step_folder(3)}"
+    assert run.read(SEAL, limit=10**6) == b"theirs"
 
 
 # ---- memory
