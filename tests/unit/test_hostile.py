@@ -552,7 +552,7 @@ def test_neither_a_link_nor_a_pipe_nor_a_huge_file_is_read_for_run_json(case: Ca
     path.unlink()
     with path.open("wb") as file:
         file.truncate(2**40)  # sparse
-    with pytest.raises(UserError, match=r"has more than 134217728 bytes\); remove it"):
+    with pytest.raises(UserError, match=r"is larger than 134217728 bytes\); remove it"):
         _read_record(run)
 
 
