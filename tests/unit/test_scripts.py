@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,14 +72,19 @@ def _environment(place: Path, **more: str) -> dict[str, str]:
     return inherited | {"HOME": str(place), "LWO_VENV": f"{place}/venv", "PATH": path} | more
 
 
-def _start(place: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def _start(place: Path, *arguments: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
         [str(LAUNCH / "ray_cluster.sh"), *arguments],
         env=_environment(place, **more),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
+    ) as script:
+        try:
+            yield script
+        finally:
+            script.terminate()  # if a test has failed; its stand-ins end with it
 
 
 def _wait_for(place: Path, what: str, times: int = 1) -> list[str]:
@@ -158,7 +164,9 @@ def test_bad_input(
 
 
 def _pretend_link(folder: Path) -> None:
-    folder.symlink_to("/")
+    private = folder.with_name("private")
+    private.mkdir(mode=0o700)
+    folder.symlink_to(private)
 
 
 def _pretend_open(folder: Path) -> None:
@@ -173,7 +181,11 @@ def _pretend_others(folder: Path) -> None:
     os.chown(folder, 54321, 54321)
 
 
-@pytest.mark.parametrize("take", [_pretend_link, _pretend_open, _pretend_others, Path.touch])
+def _pretend_file(folder: Path) -> None:
+    folder.touch(mode=0o700)
+
+
+@pytest.mark.parametrize("take", [_pretend_link, _pretend_open, _pretend_others, _pretend_file])
 def test_an_unsafe_temporary_folder_is_refused(place: Path, take: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as short:
         folder = Path(short, f"lwo_dist-{os.getuid()}")
