@@ -153,7 +153,7 @@ class CheckpointWriter:
         """Wait until the last queued checkpoint is written or has failed.
 
         Raises:
-            LostRunError: another process has taken over the run; nothing was committed.
+            LostRunError: another process has taken over the run; the save does not count.
         """
         queue = self._queue
         self._queue = []
@@ -210,9 +210,12 @@ class CheckpointWriter:
 
     def _write_checkpoint(self, job: Save, folder: Path) -> None:
         here = step_folder(job.step)
-        # An existing folder is damaged, or left over from an interrupted save.
+        if folder.exists() or self._run.files(here):
+            # It is damaged, left over from an interrupted save, or another process's: then there
+            # is a later claim by now.
+            self._may_write()
+            self._run.remove_folder(here, first=STATE)
         self._may_write()
-        self._run.remove_folder(here, first=STATE)
         make_folder(self._run.path(here).parent)
         folder.mkdir()
         sync(folder.parent)
