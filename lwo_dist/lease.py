@@ -175,14 +175,14 @@ def renewed(run: RunFolder) -> Iterator[None]:
     beat = _beat_name(this_process()["holder"])
 
     def renew() -> None:
-        with contextlib.suppress(OSError):  # the storage may be back in time
+        with contextlib.suppress(OSError, DamagedError):  # the storage may be back in time
             run.write(beat, _beat())
 
     try:
         with _repeated(renew):
             yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DamagedError):
             run.remove([beat])
 
 

@@ -35,7 +35,7 @@ def test_a_run_that_is_taken_over_ends_in_one_line(folder: Path) -> None:
         with started(command, environment(folder)) as second:
             _, stderr = first.communicate()
             said = [line for line in stderr.splitlines() if line.startswith("lwo-dist: ")]
-            assert len(said) == 1 and "took this run over at" in said[0], stderr
+            assert len(said) == 1 and "took over this run at" in said[0], stderr
             assert "exitcode  : 2" in stderr
             second.terminate()
             _, stderr = second.communicate()
