@@ -57,8 +57,9 @@ __all__ = ["prepare", "prepare_and_run", "run"]
 
 
 def prepare(config: Config) -> Config:
-    """Check everything possible before workers start, and write run.json. Called once by the
-    driver.
+    """Check everything possible before workers start, claim the run, and write run.json. Called
+    once by the driver.
+
     Returns:
         The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
 
