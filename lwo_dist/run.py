@@ -34,6 +34,7 @@ from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
 from .models import PretrainedSource, licence_of, load_tokenizer
+from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
@@ -61,7 +62,8 @@ def prepare(config: Config) -> Config:
     once by the driver.
 
     Returns:
-        The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
+        The config with a run name, absolute paths and, for tiny-code and GGUF files, the folder of
+        the base model.
 
     Raises:
         UserError: a setting, the source, the storage or the batch size is invalid; nothing was
@@ -95,8 +97,9 @@ def prepare(config: Config) -> Config:
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_base_model(default_cache_folder(run_folder.local.parent))
-            model = config.model.model_copy(update={"name": str(base)})
-            config = config.model_copy(update={"model": model})
+            config = _with_model(config, base)
+        elif is_gguf(config.model.name):
+            config = _with_model(config, dequantise(config.model, cache_folder(config)))
     make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
     record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
@@ -318,6 +321,11 @@ def _prepare_model(method: Method, config: Config, model: torch.nn.Module) -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         method.prepare(model, config.lwo)
+
+
+def _with_model(config: Config, folder: Path) -> Config:
+    model = config.model.model_copy(update={"name": str(folder)})
+    return config.model_copy(update={"model": model})
 
 
 def _finish(
