@@ -2,8 +2,8 @@
 
 The run was 20 steps of a tiny model, `replicate`, `state: keep`, 3 steps a layer; it was stopped by
 an exception at its checkpoint of step 11. `expected.json` has the losses of the same code without a
-stop. Its files were tokenised line by line, and files are now tokenised whole: so it is refused as a
-run with other data, unless it gets the examples of then, and its checkpoint their fingerprint.
+stop. Its files were tokenised line by line, and files are now tokenised whole. So it is refused as
+a run with other data, unless it gets the examples of then, and its checkpoint their fingerprint.
 """
 
 from __future__ import annotations
