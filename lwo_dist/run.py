@@ -19,6 +19,7 @@ import torch
 from . import distributed, lease
 from .access import share, share_as_made, umask_of
 from .base_model import default_cache_folder, ensure_base_model
+from .cache import cache_folder
 from .callback import Callback
 from .checkpoint.export import export_model
 from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
@@ -27,7 +28,6 @@ from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
 from .data import PreparedData, check_world_sizes
-from .data.cache import cache_folder
 from .errors import DamagedError, UserError, first_line
 from .files import make_folder, write_whole
 from .git import is_repository_url

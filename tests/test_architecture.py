@@ -23,7 +23,7 @@ FLOORS = [
     {"registry", "extras", "redaction", "access", "files"},
     {"config"},
     {"layers", "distributed", "memory", "storage", "spool", "stop"},
-    {"schedule", "optimizer", "run_info", "lease"},
+    {"schedule", "optimizer", "run_info", "lease", "cache"},
     {"methods", "callback"},
     {"strategies"},
     {"state"},

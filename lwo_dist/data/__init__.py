@@ -1,5 +1,7 @@
 """From source trees to token batches."""
 
+from lwo_dist.cache import cache_folder
+
 from .batches import (
     GlobalBatch,
     check_world_sizes,
@@ -7,7 +9,6 @@ from .batches import (
     global_batch_indices,
     micro_batch_size,
 )
-from .cache import cache_folder
 from .dataset import PreparedData
 from .examples import EvalExample, TrainExample
 from .source_tree import SourceTree, read_source_tree

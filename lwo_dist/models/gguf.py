@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lwo_dist.cache import build_once
 from lwo_dist.config import ModelConfig
-from lwo_dist.data.cache import build_once
 from lwo_dist.errors import UserError
 from lwo_dist.extras import require
 

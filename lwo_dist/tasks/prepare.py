@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lwo_dist import distributed
+from lwo_dist.cache import build_once, cache_folder
 from lwo_dist.config import Config
-from lwo_dist.data.cache import build_once, cache_folder
 from lwo_dist.data.dataset import PreparedData, load_dataset, write_dataset
 from lwo_dist.data.examples import end_of_text_id
 

@@ -13,8 +13,8 @@ import pytest
 
 from lwo_dist.access import Access, access_of, private_folder, scratch_folder, share, umask_of
 from lwo_dist.base_model import Recipe, ensure_base_model
+from lwo_dist.cache import build_once
 from lwo_dist.cluster import nodes
-from lwo_dist.data.cache import build_once
 from lwo_dist.data.repository import clone_repository
 from lwo_dist.errors import UserError
 from lwo_dist.storage import storage_folder
