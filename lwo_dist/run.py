@@ -18,7 +18,6 @@ import torch
 
 from . import distributed, lease
 from .access import share, share_as_made, umask_of
-from .base_model import default_cache_folder, ensure_base_model
 from .cache import cache_folder
 from .callback import Callback
 from .checkpoint.export import export_model
@@ -29,6 +28,7 @@ from .checkpoint.store import LayerStore
 from .config import Config
 from .data import PreparedData, check_world_sizes
 from .errors import DamagedError, UserError, first_line
+from .examples.tiny_code import default_cache_folder, ensure_tiny_code
 from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
@@ -96,7 +96,7 @@ def prepare(config: Config) -> Config:
             )
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
-            base = ensure_base_model(default_cache_folder(run_folder.local.parent))
+            base = ensure_tiny_code(default_cache_folder(run_folder.local.parent))
             config = _with_model(config, base)
         elif is_gguf(config.model.name):
             config = _with_model(config, dequantise(config.model, cache_folder(config)))

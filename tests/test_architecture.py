@@ -33,7 +33,7 @@ FLOORS = [
     {"tasks"},
     {"report", "checkpoint"},
     {"tracking"},
-    {"training", "base_model"},
+    {"training", "examples"},
     {"run"},
     {"cluster", "compare"},
     {"commands"},
