@@ -198,7 +198,7 @@ class CheckpointWriter:
         try:
             prune(self._run, kept, may_remove=self._may_write)
             self._committed = [step for step in self._committed if step in kept]
-        except (OSError, ValueError) as error:
+        except (OSError, DamagedError) as error:
             print(
                 f"warning: old checkpoints in {self._run} could not be removed:"
                 f" {first_line(error)}",
