@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lwo_dist.checkpoint.format import (
     step_folder,
 )
 from lwo_dist.checkpoint.writer import CheckpointWriter, Outcome, Piece, Save
-from lwo_dist.files import write_whole
+from lwo_dist.files import write_new, write_whole
 from lwo_dist.lease import LostRunError
 from lwo_dist.storage import RunFolder
 
@@ -38,7 +39,8 @@ def run(tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    monkeypatch.setattr(writer, "write_whole", disk.write)
+    for write in (write_new, write_whole):
+        monkeypatch.setattr(writer, write.__name__, partial(disk.write, write))
     create = RunFolder.create
 
     def create_noted(run: RunFolder, name: str, data: bytes) -> bool:
@@ -61,9 +63,9 @@ class Disk:
             raise OSError(28, "No space left on device")
         self.written.append(name)
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, write: Callable[[Path, bytes], None], path: Path, data: bytes) -> None:
         self.note(path.name)
-        write_whole(path, data)
+        write(path, data)
 
 
 def model_files(folder: Path) -> None:
