@@ -6,6 +6,7 @@ from .batches import (
     global_batch,
     global_batch_indices,
     micro_batch_size,
+    steps_of_epochs,
 )
 from .cache import cache_folder
 from .dataset import PreparedData
@@ -24,4 +25,5 @@ __all__ = [
     "global_batch_indices",
     "micro_batch_size",
     "read_source_tree",
+    "steps_of_epochs",
 ]
