@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lwo_dist import cli
 from lwo_dist.config import Config, LWOConfig, reading
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
@@ -384,3 +385,55 @@ def test_a_hostile_override_gets_one_short_line(override: str, message: str) -> 
     with pytest.raises(UserError, match=message) as refused:
         load_config(None, [override])
     assert len(str(refused.value)) < 2000
+
+
+# ---- lwo-dist config
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["config", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_defaults_are_printed_as_a_file_that_is_the_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, "--defaults")
+    assert load_config(_write(tmp_path, text)) == load_config()
+    lines = [line.strip() for line in text.splitlines()]
+    shown = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    for key in reading._all_keys(Config):
+        assert any(line.startswith(f"{key.rpartition('.')[2]}: ") for line in lines), key
+    for group in [Config, LWOConfig]:
+        for field in group.model_fields.values():
+            assert field.description is None or field.description in shown
+    assert max(map(len, text.splitlines())) <= 100
+    # The schedule's length follows when the file is given another number of steps.
+    assert load_config(_write(tmp_path, text), ["train.steps=7"]).lwo.max_steps == 7
+
+
+def test_the_settings_of_a_run_are_printed_as_they_are_resolved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _write(tmp_path, "train: {epochs: 2}\nlwo: {lr: 3.0e-4, betas: [0.9, 0.95]}\n")
+    overrides = ["run_name=20261125", "cluster.env={A: off, HF_TOKEN: x}", "data.extensions=[.py]"]
+    text = printed(capsys, "-c", str(file), *overrides)
+    again = load_config(_write(tmp_path, text))
+    assert again.train.epochs == 2 and again.lwo.betas == (0.9, 0.95)
+    assert again.run_name == "20261125" and again.data.extensions == (".py",)
+    assert again.cluster.env == {"A": "off", "HF_TOKEN": "***"}  # no secrets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--defaults", "seed=1"], "--defaults shows what holds without a file; leave -c and"),
+        (["lwo.learning=1"], "unknown key lwo.learning"),
+        (["method=full", "lwo.state=keep"], "lwo.state: keep has no effect with method: full"),
+    ],
+)
+def test_config_refuses_what_a_run_would(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(["config", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
     theirs = {
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8}}
     }
-    with pytest.warns(UserWarning, match=r"lwo wins over optimizer.params: lr 0.0003 -> 1e-05$"):
+    with pytest.warns(UserWarning, match=r"lwo wins over optimizer.params: lr 0.0003 -> 0.0001$"):
         assert "optimizer" not in resolve(make(theirs), 1)
 
 
