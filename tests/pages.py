@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
+from torch import nn
 
 from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from tests import sizes
 
-__all__ = ["GENERATED", "TABLES", "filled", "names", "settings"]
+__all__ = ["GENERATED", "TABLES", "filled", "memory", "names", "settings"]
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -41,8 +44,34 @@ def _rows(model: type[BaseModel], prefix: str = "") -> list[str]:
     return table
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings}
-GENERATED = [("lwo_dist/config/README.md", "settings")]
+_GPUS = ((1, 24), (1, 80), (2, 80), (8, 24), (8, 80))
+_METHODS: dict[str, tuple[Callable[[nn.Module, Config, int], int], list[str]]] = {
+    "LWO": (sizes.lwo_peak, []),
+    "LWO, `fsdp.storage: bf16`": (sizes.lwo_peak, ["train.precision=bf16", "fsdp.storage=bf16"]),
+    "full": (sizes.lwo_peak, ["method=full"]),
+    "LoRA, rank 16": (sizes.lora_peak, []),
+}
+
+
+def memory() -> str:
+    """GB of each GPU for models, methods and numbers of GPUs."""
+    gpus = [f"{count} x {gigabytes} GB" for count, gigabytes in _GPUS]
+    table = [f"| model | method | {' | '.join(gpus)} |", "|---" * (2 + len(gpus)) + "|"]
+    for size in sizes.QWEN_CODER:
+        for method, (peak, overrides) in _METHODS.items():
+            cells = []
+            for count, gigabytes in _GPUS:
+                batch = ["train.sequence_length=2048", f"train.global_batch_size={count}"]
+                settings = [*batch, "train.gradient_checkpointing=true", *overrides]
+                need = peak(sizes.model_of(size), load_config(None, settings), count) / 1e9
+                fits = need <= sizes.USABLE * gigabytes
+                cells.append(f"{need:.0f}" if fits else f"no ({need:.0f})")
+            table.append(f"| {size} | {method} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+TABLES: dict[str, Callable[[], str]] = {"settings": settings, "memory": memory}
+GENERATED = [("lwo_dist/config/README.md", "settings"), ("lwo_dist/strategies/README.md", "memory")]
 """(page, table), all there are."""
 
 
