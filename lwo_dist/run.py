@@ -26,7 +26,7 @@ from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, r
 from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
-from .data import PreparedData, check_world_sizes
+from .data import PreparedData, check_world_sizes, steps_of_epochs
 from .errors import DamagedError, UserError, first_line
 from .examples.tiny_code import default_cache_folder, ensure_tiny_code
 from .files import make_folder, write_whole
@@ -154,6 +154,7 @@ def run(
     """
     stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
+    config = _with_precision(config, device)
     main = distributed.rank() == 0
     run_folder = RunFolder(config.storage, str(config.run_name))
     record = distributed.on_rank_0(_read_record, run_folder)
@@ -172,7 +173,7 @@ def run(
                 stack.enter_context(lease.watched(claim, on_loss))
             trainer.train()
         distributed.on_rank_0(may_write)
-        summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
+        summary = distributed.on_rank_0(_finish, trainer, run_folder, record)
     except lease.LostRunError:
         raise  # the other process reports how the run ends
     except Stopped as stopped:
@@ -209,6 +210,7 @@ def _build(
     tokenizer = load_tokenizer(config.model)
     task: Task = TASKS.get(config.task)
     data = _read_data(config, tokenizer, task)
+    config = _with_length(config, data)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
@@ -262,6 +264,31 @@ def _build(
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
+
+
+def _with_precision(config: Config, device: torch.device) -> Config:
+    """`train.precision: auto` decided by the devices of all ranks."""
+    if config.train.precision != "auto":
+        return config
+    precision = "bf16" if distributed.every_rank_computes_bf16(device) else "fp32"
+    train = config.train.model_copy(update={"precision": precision})
+    return config.model_copy(update={"train": train})
+
+
+def _with_length(config: Config, data: PreparedData) -> Config:
+    """`train.epochs` as steps of these examples."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    sequences = len(data.lengths)
+    steps = steps_of_epochs(epochs, sequences, config.train.global_batch_size)
+    if distributed.rank() == 0:
+        print(
+            f"train.epochs = {epochs:g}: {steps} steps of {config.train.global_batch_size} out of"
+            f" {sequences:,} training sequences",
+            flush=True,
+        )
+    return config.with_steps(steps)
 
 
 def _evaluation(
@@ -328,10 +355,9 @@ def _with_model(config: Config, folder: Path) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def _finish(
-    config: Config, trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]
-) -> dict[str, Any]:
+def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
+    config = trainer.config
     steps = committed_steps(run_folder)
     # Saving the best one may have failed on a full disk.
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]

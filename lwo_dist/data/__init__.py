@@ -8,6 +8,7 @@ from .batches import (
     global_batch,
     global_batch_indices,
     micro_batch_size,
+    steps_of_epochs,
 )
 from .dataset import PreparedData
 from .examples import EvalExample, TrainExample
@@ -25,4 +26,5 @@ __all__ = [
     "global_batch_indices",
     "micro_batch_size",
     "read_source_tree",
+    "steps_of_epochs",
 ]

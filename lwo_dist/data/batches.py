@@ -26,6 +26,7 @@ __all__ = [
     "global_batch",
     "global_batch_indices",
     "micro_batch_size",
+    "steps_of_epochs",
 ]
 
 IGNORED_LABEL = -100
@@ -68,6 +69,12 @@ def check_world_sizes(config: Config) -> None:
             f" workers (with lwo.gradient_accumulation_steps = {accumulation}); set it to a"
             f" multiple of {multiple}, or other numbers of workers"
         )
+
+
+def steps_of_epochs(epochs: float, num_examples: int, global_batch_size: int) -> int:
+    """Optimizer steps of `epochs` passes over the examples; the last one may begin another pass."""
+    # Rounded first: 0.1 x 30 is slightly more than 3 in floating point.
+    return max(1, math.ceil(round(epochs * num_examples / global_batch_size, 6)))
 
 
 def global_batch_indices(

@@ -50,6 +50,7 @@ def config(tmp_path: Path) -> Config:
         "data.held_out_fraction=0.3",
         "lwo.steps_per_layer=3",
         "lwo.lr=1e-3",
+        "lwo.lr_scheduler_type=constant",  # the default of its time
         "lwo.state=keep",
         "train.steps=20",
         "train.global_batch_size=4",

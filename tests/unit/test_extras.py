@@ -25,6 +25,7 @@ NOWHERE = "--address=http://127.0.0.1:1"
 # One way to call each command.
 CALLS = {
     "train": ["train"],
+    "config": ["config", "--defaults"],
     "data": ["data", "data.source=nowhere"],
     "submit": ["submit", NOWHERE],
     "jobs": ["jobs", "list", NOWHERE],
@@ -79,7 +80,13 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
     out, err = _call(environment, [CALLS[name] for name in COMMANDS], tmp_path)
     assert out == [*["2"] * len(COMMANDS), "False"]
     extras = {"train": "run,ray", "submit": "ray", "jobs": "ray", "replay": "mlflow"}
-    extras |= {"data": "run", "export": "run", "checkpoints": "run", "ui": "mlflow"}
+    extras |= {
+        "config": "run",
+        "data": "run",
+        "export": "run",
+        "checkpoints": "run",
+        "ui": "mlflow",
+    }
     for name, line in zip(COMMANDS, err, strict=True):
         assert line.startswith(f"lwo-dist: lwo-dist {name} needs packages that are not installed (")
         assert line.endswith(f": pip install 'lwo-dist[{extras[name]}]'")
