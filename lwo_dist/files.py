@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from .errors import DamagedError
+from .errors import DamagedError, UserError
 
 __all__ = [
     "contained",
@@ -18,6 +18,7 @@ __all__ = [
     "is_plain",
     "is_regular",
     "make_folder",
+    "refuse_existing",
     "sync",
     "temporary_beside",
     "walk",
@@ -155,6 +156,25 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse to write a model to a folder with content.
+
+    Args:
+        overwrite: accept a folder with a model, to replace it.
+
+    Raises:
+        UserError
+    """
+    if not target.exists() or (target.is_dir() and not entries_of(target)):
+        return
+    if not (target / "config.json").is_file():
+        raise UserError(f"--to = {target} exists and is not a model; give a new folder")
+    if not overwrite:
+        raise UserError(
+            f"--to = {target} exists; give a new folder, or --overwrite to replace the model there"
+        )
 
 
 def sync(path: Path) -> None:

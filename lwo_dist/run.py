@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import distributed, lease
-from .access import share, share_as_made, umask_of
+from .access import access_of, share, umask_of
 from .base_model import default_cache_folder, ensure_base_model
 from .callback import Callback
 from .checkpoint.export import export_model
@@ -355,7 +355,8 @@ def _finish(
 
 
 def _share_run(config: Config, run_folder: RunFolder) -> None:
-    share_as_made(run_folder.local)
+    if access_of(run_folder.local) == "group":
+        share(run_folder.local)
     if config.access == "group":
         share(run_folder.local.parent / DATABASE)  # SQLite lets only the owner write to it.
 

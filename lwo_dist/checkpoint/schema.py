@@ -74,7 +74,9 @@ class _Run(_Strict):
     run_name: Text
     method: Text
     task: Text
+    metric: Text | None = None
     base_model: Text
+    base_name: Text | None = None
     revision: Text | None = None
     licence: Text | None = None
     source: Text

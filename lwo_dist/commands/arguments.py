@@ -13,6 +13,7 @@ __all__ = [
     "add_cluster_arguments",
     "add_config_arguments",
     "add_run_argument",
+    "add_target_arguments",
     "read_config",
 ]
 
@@ -55,3 +56,9 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add `RUN`."""
     parser.add_argument("run", metavar="RUN", help="the run's folder or URL, <storage>/<run_name>")
+
+
+def add_target_arguments(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add `--to DIR` and `--overwrite`."""
+    parser.add_argument("--to", type=Path, metavar="DIR", help=f"default: {default}")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in DIR")

@@ -198,7 +198,7 @@ def test_export_and_checkpoints_on_the_command_line(
 def test_bad_commands(
     command: list[str], message: str, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (small_run / "full").mkdir(exist_ok=True)
+    (small_run / "full" / "notes").mkdir(parents=True, exist_ok=True)
     assert main([part.format(small_run) for part in command]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line

@@ -114,7 +114,7 @@ def commands(run: str, target: Path) -> list[list[str]]:
     return [
         ["checkpoints", "list", run],
         ["checkpoints", "verify", run],
-        ["export", run, "--to", str(target)],
+        ["export", run, "--to", str(target), "--overwrite"],
         ["checkpoints", "prune", run],
     ]
 
@@ -248,7 +248,7 @@ def test_no_symlink_is_followed(case: Case, name: str, capsys: pytest.CaptureFix
     with pytest.raises(UserError, match="link"):
         find_checkpoint(Config(), RunFolder.at(str(case.run)))
     try_all(str(case.run), case.run.parent / "out", capsys)
-    main(["export", str(case.run)])
+    main(["export", str(case.run), "--to", str(case.run / "model"), "--overwrite"])
     capsys.readouterr()
     assert files == {path: path.read_bytes() for path in case.outside.rglob("*") if path.is_file()}
     exported = case.run.parent / "out"
@@ -290,7 +290,7 @@ def test_a_run_cannot_make_an_export_run_its_code(
     case: Case, code_in: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add_code(case, code_in)
-    assert main(["export", str(case.run)]) == 2
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 2
     said = capsys.readouterr().err
     assert code_in in said and str(case.step) in said and "--trust-remote-code" in said
     assert not MARKER.exists() and not (case.run / "model").exists()
@@ -301,7 +301,9 @@ def test_an_export_runs_the_code_with_trust_remote_code(
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(case.run.parent / "modules"))
     add_code(case)
-    assert main(["export", str(case.run), "--trust-remote-code"]) == 2  # it defines no model
+    target = str(case.run / "model")
+    # The code defines no model.
+    assert main(["export", str(case.run), "--to", target, "--trust-remote-code"]) == 2
     assert MARKER.exists()
 
 
@@ -329,7 +331,7 @@ def test_code_beside_a_model_or_tokenizer_that_needs_none_is_not_run(case: Case)
     PretrainedSource(config).empty()
     PretrainedSource(config).whole(torch.device("cpu"))
     load_tokenizer(config)
-    assert main(["export", str(case.run)]) == 0
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 0
     assert not MARKER.exists()
 
 
@@ -341,7 +343,7 @@ def test_code_of_a_method_is_not_run(
     state["run"]["method"] = "modeling_mine:Mine"
     case.reseal(state)
     monkeypatch.syspath_prepend(str(case.step))
-    assert main(["export", str(case.run)]) == 2
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 2
     assert "code that a file names is not run" in capsys.readouterr().err
     assert not MARKER.exists()
 
@@ -351,7 +353,7 @@ def test_a_run_cannot_choose_the_folder_of_the_licence(case: Case) -> None:
     state = case.state()
     state["run"]["base_model"] = str(case.outside)
     case.reseal(state)
-    assert main(["export", str(case.run)]) == 0
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 0
     assert "secret-licence" not in (case.run / "model" / "README.md").read_text()
 
 
