@@ -329,10 +329,12 @@ def _finish(
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
     checkpoint = read_checkpoint(run_folder, step)
     method: Method = METHODS.get(config.method)
+    results = trainer.results.summary()
     export = export_model(
         checkpoint,
         run_folder.path("model"),
         method=method,
+        gains=results["eval"]["gain_95"] if results["eval"]["best_step"] == step else {},
         trust_remote_code=config.model.trust_remote_code,
     )
     summary = {
@@ -341,7 +343,7 @@ def _finish(
         "strategy": config.strategy,
         "world_size": distributed.world_size(),
         "steps": config.train.steps,
-        **trainer.results.summary(),
+        **results,
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
         "checkpoint": f"{run_folder}/{step_folder(step)}",

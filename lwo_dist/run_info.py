@@ -107,10 +107,10 @@ def base_name(model: str) -> str:
     snapshot = re.search(r"/models--([^/]+)/snapshots/[0-9a-f]+/*$", model)
     if snapshot:  # in the cache of huggingface_hub
         return snapshot[1].replace("--", "/", 1)
-    path = Path(model).expanduser()
-    if path.is_absolute() or model.startswith(".") or path.exists():
+    is_path = model.startswith((".", "~", "/")) or os.path.exists(model)  # noqa: PTH110  any text
+    if is_path:
         # The folders that are made here end with a fingerprint.
-        return re.sub(r"-[0-9a-f]{12}$", "", path.absolute().name)
+        return re.sub(r"-[0-9a-f]{12}$", "", Path(model).absolute().name)
     return model
 
 

@@ -13,6 +13,7 @@ from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.scores import Score, ScoreSheet
 from lwo_dist.units import human_bytes
 
+from .card import read_gains
 from .export import Dtype, export_model
 from .format import (
     Checkpoint,
@@ -147,9 +148,14 @@ def choose_checkpoint(
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, target: Path, dtype: Dtype, *, trust_remote_code: bool = False
+    run: RunFolder,
+    checkpoint: Checkpoint,
+    target: Path,
+    dtype: Dtype,
+    *,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face model folder. A model that is in `target` is replaced.
+    """Write a checkpoint of `run` as a Hugging Face model folder, in place of one in `target`.
 
     Args:
         trust_remote_code: run the Python code that comes with the model, if any.
@@ -162,7 +168,13 @@ def export_checkpoint(
     """
     try:
         target = target.resolve() if target.is_symlink() else target.absolute()
-        return export_model(checkpoint, target, dtype=dtype, trust_remote_code=trust_remote_code)
+        return export_model(
+            checkpoint,
+            target,
+            dtype=dtype,
+            gains=read_gains(run, checkpoint.step),
+            trust_remote_code=trust_remote_code,
+        )
     except OSError as error:
         raise UserError(
             f"--to = {target}: {error.strerror or error}; give a folder with enough space"

@@ -96,7 +96,7 @@ class _Results(_Strict):
     evaluations: dict[
         Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")], dict[Text, float]
     ]
-    training_seconds: float
+    training_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     blocked_seconds: float
     tokens: Step
     losses: list[float]

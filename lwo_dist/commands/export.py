@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint, which = choose_checkpoint(folder, arguments.step, newest=arguments.newest)
         print(f"step {checkpoint.step}, {printable(which)}", flush=True)
         model = export_checkpoint(
+            folder,
             checkpoint,
             target,
             arguments.dtype,
