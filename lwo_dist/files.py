@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = [
     "is_plain",
     "is_regular",
     "make_folder",
+    "put_in_place",
     "refuse_existing",
     "sync",
     "temporary_beside",
@@ -156,6 +158,24 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target` once it is all on disk, and then remove the old `target`.
+
+    Raises:
+        OSError
+    """
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:

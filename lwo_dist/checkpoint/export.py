@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lwo_dist.access import share_as_made
 from lwo_dist.errors import DamagedError, UserError, first_line
-from lwo_dist.files import sync
+from lwo_dist.files import put_in_place
 from lwo_dist.methods import Method
 from lwo_dist.models import weights
 from lwo_dist.registry import METHODS
@@ -85,24 +85,10 @@ def export_model(
             )
             card.save(temporary / "README.md")
         share_as_made(temporary)
-        _put_in_place(temporary, target)
+        put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target` once it is all on disk, and then remove the old `target`."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
-    sync(folder)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _method_of(about: Mapping[str, Any]) -> Method:

@@ -15,4 +15,4 @@ from __future__ import annotations
 __all__ = ["COMMANDS"]
 
 # In the order shown by --help.
-COMMANDS = ("train", "data", "submit", "jobs", "replay", "export", "checkpoints", "ui")
+COMMANDS = ("train", "data", "submit", "jobs", "replay", "export", "fetch", "checkpoints", "ui")

@@ -357,6 +357,8 @@ def test_a_url_with_a_password_is_refused(
         (["checkpoints", "prune", "s3://bucket/r?secret_key=hunter2"], "RUN = s3://bucket/r"),
         (["replay", "s3://AKIA:hunter2@bucket/r"], "SPOOL = s3://bucket/r"),
         (["replay", "r", "--uri", "https://me:hunter2@mlflow"], "--uri = https://mlflow"),
+        (["fetch", "r", "--uri", "https://me:hunter2@mlflow"], "--uri = https://mlflow"),
+        (["fetch", "s3://AKIA:hunter2@bucket/r"], "RUN = s3://bucket/r"),
         (["jobs", "list", "--address", "http://me:hunter2@h:8265"], "--address = http://h:8265"),
         (["jobs", "stop", "--address", "http://h:1/?token=hunter2", "j"], "--address = http://h:1"),
         (["submit", "--address", "https://me:hunter2@h:8265"], "--address = https://h:8265"),

@@ -30,6 +30,7 @@ CALLS = {
     "jobs": ["jobs", "list", NOWHERE],
     "replay": ["replay", "nowhere"],
     "export": ["export", "nowhere"],
+    "fetch": ["fetch", "nowhere", NOWHERE.replace("address", "uri")],
     "checkpoints": ["checkpoints", "list", "nowhere"],
     "ui": ["ui", "storage=nowhere"],
 }
@@ -79,7 +80,13 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
     out, err = _call(environment, [CALLS[name] for name in COMMANDS], tmp_path)
     assert out == [*["2"] * len(COMMANDS), "False"]
     extras = {"train": "run,ray", "submit": "ray", "jobs": "ray", "replay": "mlflow"}
-    extras |= {"data": "run", "export": "run", "checkpoints": "run", "ui": "mlflow"}
+    extras |= {
+        "data": "run",
+        "export": "run",
+        "checkpoints": "run",
+        "ui": "mlflow",
+        "fetch": "mlflow",
+    }
     for name, line in zip(COMMANDS, err, strict=True):
         assert line.startswith(f"lwo-dist: lwo-dist {name} needs packages that are not installed (")
         assert line.endswith(f": pip install 'lwo-dist[{extras[name]}]'")
@@ -92,7 +99,11 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
         ("ray", {"submit": "http://127.0.0.1:1", "jobs": "http://127.0.0.1:1"}),
         (
             "mlflow",
-            {"replay": "nowhere does not exist", "ui": "storage = nowhere: no runs there"},
+            {
+                "replay": "nowhere does not exist",
+                "ui": "storage = nowhere: no runs there",
+                "fetch": "MLflow at http://127.0.0.1:1: Connection refused; start it, or correct",
+            },
         ),
     ],
 )
