@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from lwo_dist.config import Config
+from lwo_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lwo_dist.cluster.jobs import Jobs
 
 __all__ = [
     "Subparsers",
@@ -14,6 +19,7 @@ __all__ = [
     "add_config_arguments",
     "add_run_argument",
     "add_target_arguments",
+    "open_cluster",
     "read_config",
 ]
 
@@ -44,12 +50,37 @@ def read_config(arguments: argparse.Namespace) -> Config:
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--address URL` and `--insecure-token`."""
     parser.add_argument(
-        "--address", required=True, metavar="URL", help="Ray's dashboard, such as http://head:8265"
+        "--address",
+        metavar="URL",
+        help="Ray's dashboard, such as http://head:8265; default: RAY_API_SERVER_ADDRESS, or"
+        " RAY_ADDRESS",
     )
     parser.add_argument(
         "--insecure-token",
         action="store_true",
         help="send RAY_AUTH_TOKEN over http to another machine all the same",
+    )
+
+
+def open_cluster(arguments: argparse.Namespace) -> tuple[Jobs, str]:
+    """The jobs of the cluster that the arguments, or else Ray's own variables, give; and its
+    address.
+
+    Raises:
+        UserError: none is given, or as `Jobs`.
+    """
+    from lwo_dist.cluster.jobs import Jobs
+
+    given = {"--address": arguments.address} | {
+        name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    }
+    for setting, address in given.items():
+        if address:
+            jobs = Jobs(address, setting=setting, insecure_token=arguments.insecure_token)
+            return jobs, address
+    raise UserError(
+        "no cluster is given; set --address, or RAY_ADDRESS, to the URL of Ray's dashboard, such as"
+        " http://head:8265"
     )
 
 
