@@ -31,6 +31,7 @@ __all__ = [
 Access = Literal["private", "group"]
 _UMASKS: dict[Access, int] = {"private": 0o077, "group": 0o007}
 _OTHERS = 0o077
+_GROUP = 0o070
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def access_of(folder: Path) -> Access:
         mode = folder.stat().st_mode
     except OSError:
         return "private"
-    return "group" if mode & _OTHERS == 0o070 else "private"
+    return "group" if mode & _OTHERS == _GROUP else "private"
 
 
 def share(path: Path) -> None:
@@ -59,23 +60,31 @@ def share(path: Path) -> None:
     left alone; symlinks are not followed.
     """
     for folder, _, names in os.walk(path):
-        _give(Path(folder), stat.S_ISGID)
+        _give(Path(folder), _GROUP, stat.S_ISGID)
         for name in names:
-            _give(Path(folder, name))
+            _give(Path(folder, name), _GROUP)
     if path.is_file():
-        _give(path)
+        _give(path, _GROUP)
 
 
 def share_as_made(folder: Path) -> None:
-    """`share` the contents of `folder` if it was created for the group."""
+    """Open the contents of a folder that this process has just created to those whom the folder's
+    own mode admits, as the umask says.
+    """
     if access_of(folder) == "group":
         share(folder)
+        return
+    admitted = stat.S_IMODE(folder.stat().st_mode) & _OTHERS
+    for path in folder.rglob("*"):
+        _give(path, admitted)
 
 
-def _give(path: Path, more: int = 0) -> None:
+def _give(path: Path, admitted: int, more: int = 0) -> None:
+    """Give the owner's permissions also to others, but at most those in `admitted`."""
     with suppress(FileNotFoundError):  # removed meanwhile
         found = path.lstat()
-        wanted = stat.S_IMODE(found.st_mode) | (found.st_mode & 0o700) >> 3 | more
+        owner = found.st_mode & 0o700
+        wanted = stat.S_IMODE(found.st_mode) | (owner >> 3 | owner >> 6) & admitted | more
         ours = found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode)
         if ours and wanted != stat.S_IMODE(found.st_mode):
             path.chmod(wanted)

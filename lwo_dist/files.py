@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from .errors import DamagedError
+from .errors import DamagedError, UserError
 
 __all__ = [
     "contained",
@@ -18,6 +19,8 @@ __all__ = [
     "is_plain",
     "is_regular",
     "make_folder",
+    "put_in_place",
+    "refuse_existing",
     "sync",
     "temporary_beside",
     "walk",
@@ -166,6 +169,43 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target` once it is all on disk, and then remove the old `target`.
+
+    Raises:
+        OSError
+    """
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse to write a model to a folder with content.
+
+    Args:
+        overwrite: accept a folder with a model, to replace it.
+
+    Raises:
+        UserError
+    """
+    if not target.exists() or (target.is_dir() and not entries_of(target)):
+        return
+    if not (target / "config.json").is_file():
+        raise UserError(f"--to = {target} exists and is not a model; give a new folder")
+    if not overwrite:
+        raise UserError(
+            f"--to = {target} exists; give a new folder, or --overwrite to replace the model there"
+        )
 
 
 def sync(path: Path) -> None:

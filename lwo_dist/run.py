@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import distributed, lease
-from .access import share, share_as_made, umask_of
+from .access import access_of, share, umask_of
 from .cache import cache_folder
 from .callback import Callback
 from .checkpoint.export import export_model
@@ -363,10 +363,12 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]
     checkpoint = read_checkpoint(run_folder, step)
     method: Method = METHODS.get(config.method)
+    results = trainer.results.summary()
     export = export_model(
         checkpoint,
         run_folder.path("model"),
         method=method,
+        gains=results["eval"]["gain_95"] if results["eval"]["best_step"] == step else {},
         trust_remote_code=config.model.trust_remote_code,
     )
     summary = {
@@ -375,7 +377,7 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "strategy": config.strategy,
         "world_size": distributed.world_size(),
         "steps": config.train.steps,
-        **trainer.results.summary(),
+        **results,
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
         "checkpoint": f"{run_folder}/{step_folder(step)}",
@@ -389,7 +391,8 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
 
 
 def _share_run(config: Config, run_folder: RunFolder) -> None:
-    share_as_made(run_folder.local)
+    if access_of(run_folder.local) == "group":
+        share(run_folder.local)
     if config.access == "group":
         share(run_folder.local.parent / DATABASE)  # SQLite lets only the owner write to it.
 

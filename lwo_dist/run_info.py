@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .versions import version_of, versions
 
 __all__ = [
     "RunInfo",
+    "base_name",
     "checkpoint_record",
     "flatten",
     "git_commit",
@@ -81,8 +83,10 @@ def checkpoint_record(info: RunInfo) -> dict[str, Any]:
         "method": config.method,
         "strategy": config.strategy,
         "task": config.task,
+        "metric": config.eval.metric,
         **info.task_record,
         "base_model": config.model.name,
+        "base_name": base_name(config.model.name),
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code,
         "source": str(config.data.source).rstrip("/").rpartition("/")[2],
@@ -91,6 +95,23 @@ def checkpoint_record(info: RunInfo) -> dict[str, Any]:
         "train": config.train.model_dump(mode="json"),
         "versions": dict(info.versions),
     }
+
+
+def base_name(model: str) -> str:
+    """The public name of the base model `model.name`: a Hugging Face id, or the name of a folder or
+    file without its path.
+
+    >>> base_name("Qwen/Qwen2.5-0.5B"), base_name("/runs/cache/tiny-code-0123456789ab")
+    ('Qwen/Qwen2.5-0.5B', 'tiny-code')
+    """
+    snapshot = re.search(r"/models--([^/]+)/snapshots/[0-9a-f]+/*$", model)
+    if snapshot:  # in the cache of huggingface_hub
+        return snapshot[1].replace("--", "/", 1)
+    is_path = model.startswith((".", "~", "/")) or os.path.exists(model)  # noqa: PTH110  any text
+    if is_path:
+        # The folders that are made here end with a fingerprint.
+        return re.sub(r"-[0-9a-f]{12}$", "", Path(model).absolute().name)
+    return model
 
 
 def run_parameters(info: RunInfo) -> dict[str, str]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lwo_dist.access import share_as_made
 from lwo_dist.errors import DamagedError, UserError, first_line
-from lwo_dist.files import is_plain, sync
+from lwo_dist.files import put_in_place
 from lwo_dist.methods import Method
-from lwo_dist.models import licence_of, weights
+from lwo_dist.models import weights
 from lwo_dist.registry import METHODS
-from lwo_dist.tasks.scores import ScoreSheet
 
+from .card import Gains, model_card
 from .format import Checkpoint
 from .schema import INDEX, check_record, read_json, reading
 
@@ -33,7 +32,6 @@ Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARD_BYTES = 2 * 2**30
 """Size of an export file, which bounds memory; a larger tensor gets its own file."""
-_NO_LICENCE = "not stated where it was loaded from; look there before you pass this model on"
 
 
 def export_model(
@@ -42,6 +40,7 @@ def export_model(
     *,
     dtype: Dtype = "fp32",
     method: Method | None = None,
+    gains: Gains | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a checkpoint's model, tokenizer and model card to `target`, completely or not at all.
@@ -52,6 +51,7 @@ def export_model(
 
     Args:
         method: the method of the run; None: the one named in the checkpoint, if it is built in.
+        gains: the intervals of this checkpoint's scores, for the card.
         trust_remote_code: run the Python code that comes with the model, if any.
 
     Raises:
@@ -80,26 +80,15 @@ def export_model(
             _write_shards(tensors, temporary, _DTYPES[dtype])
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
         if about:
-            _card(checkpoint.state, about, dtype).save(temporary / "README.md")
+            card = model_card(
+                checkpoint.state, dtype, gains or {}, has_code=bool(_code_of(checkpoint.folder))
+            )
+            card.save(temporary / "README.md")
         share_as_made(temporary)
-        _put_in_place(temporary, target)
+        put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target` once it is all on disk, and then remove the old `target`."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
-    sync(folder)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _method_of(about: Mapping[str, Any]) -> Method:
@@ -127,7 +116,8 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # the files may hold anything
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"the model needs Python code that comes with it ({_code_of(folder)}); review it in"
+                f"the model needs Python code that comes with it"
+                f" ({_code_of(folder) or 'named in config.json'}); review it in"
                 f" {folder}, then pass --trust-remote-code to run it"
             ) from None
         raise DamagedError(
@@ -137,10 +127,11 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _code_of(folder: Path) -> str:
+    """The model's own classes that config.json names."""
     settings = read_json(folder / "config.json")
     classes = settings.get("auto_map") if isinstance(settings, dict) else None
     named = classes.values() if isinstance(classes, dict) else []
-    return ", ".join(sorted({str(name) for name in named}))[:300] or "named in config.json"
+    return ", ".join(sorted({str(name) for name in named}))[:300]
 
 
 def _save_fused(
@@ -200,81 +191,3 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(
         json.dumps(settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
     )
-
-
-def _card(state: Mapping[str, Any], about: Mapping[str, Any], dtype: Dtype) -> ModelCard:
-    base = about["base_model"]
-    licence = about["licence"] if "licence" in about else _hub_licence(about)
-    data = ModelCardData(
-        base_model=None if Path(base).is_absolute() else base,
-        license=licence,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["code", "lwo_dist", about["method"]],
-    )
-    lwo = about["lwo"]
-    train = about["train"]
-    how = (
-        " (layer-wise optimisation: one layer is trained at a time)"
-        if about["method"] == "lwo"
-        else ""
-    )
-    revision = f", revision {about['revision']}" if about.get("revision") else ""
-    seconds = state["results"]["training_seconds"]
-    counts = ", ".join(
-        f"{name.replace('_', ' ')} {value:,}" for name, value in about["data"].items()
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    evaluations = state["results"]["evaluations"]
-    lines = [
-        f"# {about['run_name']}",
-        "",
-        f"`{_short(base)}` fine-tuned with lwo_dist; method: {about['method']}{how}.",
-        "",
-        f"- **Base model**: `{_short(base)}`{revision}; its licence: {licence or _NO_LICENCE}",
-        f"- **Data**: task {about['task']} on `{about['source']}`: {counts}",
-        (
-            f"- **Training**: {state['step']} steps of {train['global_batch_size']} sequences of up"
-            f" to {train['sequence_length']} tokens, {seconds:.0f} s; AdamW, learning rate"
-            f" {lwo['lr']:g} ({lwo['lr_scheduler_type']}), {lwo['steps_per_layer']} steps a layer,"
-            f" order {lwo['order']}, compute in {train['precision']}"
-        ),
-        f"- **Weights**: the fp32 masters{', rounded to bf16' if dtype == 'bf16' else ''}",
-        f"- **Versions**: {versions}",
-        "",
-        "Scores on held-out files:",
-        "",
-        *_scores_table(about, evaluations),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
-
-
-def _scores_table(
-    about: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, float]]
-) -> list[str]:
-    """The lines of a Markdown table with one row per evaluation."""
-    measured = dict.fromkeys(name for values in evaluations.values() for name in values)
-    sheet = ScoreSheet.read(about, measured)
-    columns = ["step", *(score.heading for score in sheet.scores), sheet.example[1]]
-    rows = [columns, ["---"] * len(columns)]
-    for step, values in evaluations.items():
-        shown = [score.show(values[score.key]) for score in sheet.scores]
-        rows.append([step, *shown, f"{values[sheet.count_key]:.0f}"])
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _hub_licence(about: Mapping[str, Any]) -> str | None:
-    """The licence on the hub, for checkpoints that do not record it.
-
-    Only if the base model is a hub id: a checkpoint must not choose a local folder to read.
-    """
-    revision = about.get("revision")
-    is_id = is_plain(about["base_model"]) and not Path(about["base_model"]).exists()
-    if not is_id or (revision is not None and not is_plain(revision)):
-        return None
-    return licence_of(about["base_model"], revision)
-
-
-def _short(base: str) -> str:
-    """The name of a local folder only: its path should not be published."""
-    return Path(base).name if Path(base).is_absolute() else base

@@ -10,11 +10,13 @@ from lwo_dist import lease
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
-from lwo_dist.tasks.scores import ScoreSheet
+from lwo_dist.tasks.scores import Score, ScoreSheet
 from lwo_dist.units import human_bytes
 
+from .card import read_gains
 from .export import Dtype, export_model
 from .format import (
+    Checkpoint,
     committed_steps,
     newest_checkpoint,
     prune,
@@ -24,7 +26,13 @@ from .format import (
 )
 from .schema import STATE, check_record
 
-__all__ = ["export_run", "list_checkpoints", "prune_checkpoints", "verify_checkpoints"]
+__all__ = [
+    "choose_checkpoint",
+    "export_checkpoint",
+    "list_checkpoints",
+    "prune_checkpoints",
+    "verify_checkpoints",
+]
 
 
 def list_checkpoints(run: RunFolder) -> Iterator[str]:
@@ -109,48 +117,93 @@ def prune_checkpoints(run: RunFolder, keep: int) -> Iterator[str]:
         yield f"removed {name}"
 
 
-def export_run(
+def choose_checkpoint(
+    run: RunFolder, step: int | None = None, *, newest: bool = False
+) -> tuple[Checkpoint, str]:
+    """The checkpoint to export, and in words which one it is.
+
+    Args:
+        step: its step; None: the best one by the score that selects the best checkpoint of this
+            run, or the newest if none was evaluated.
+        newest: take the newest intact one.
+
+    Raises:
+        UserError: no such run or step, or the checkpoint is damaged.
+    """
+    steps = _steps(run)
+    if step is not None:
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"--step = {step}: {run} has the checkpoints {known}")
+        return _intact(run, step), "as given"
+    best, score = (0, None) if newest else _best(run, steps)
+    if score is not None and best > 0:
+        return _intact(run, best), f"the best by {score.label}"
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    if newest:
+        return checkpoint, "the newest"
+    why = "none was evaluated" if score is not None else "this run does not say which one is best"
+    return checkpoint, f"the newest; {why}"
+
+
+def export_checkpoint(
     run: RunFolder,
-    target: Path | None,
-    step: int | None,
+    checkpoint: Checkpoint,
+    target: Path,
     dtype: Dtype,
     *,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face model folder.
+    """Write a checkpoint of `run` as a Hugging Face model folder, in place of one in `target`.
 
     Args:
-        target: the folder to write; None: `model` in the run's folder or, for a run in an object
-            store, a folder with the run's name in the working directory.
-        step: the checkpoint; None: the newest intact one.
         trust_remote_code: run the Python code that comes with the model, if any.
 
     Returns:
-        The folder.
+        The folder, absolute.
 
     Raises:
-        UserError: no such run or step, a damaged checkpoint, a folder that cannot be written.
+        UserError: `target` cannot be written.
     """
-    steps = _steps(run)
-    if step is not None and step not in steps:
-        raise UserError(f"--step = {step}: {run} has the checkpoints {', '.join(map(str, steps))}")
-    try:
-        checkpoint = read_checkpoint(run, step) if step is not None else newest_checkpoint(run)
-    except DamagedError as error:
-        raise UserError(
-            f"--step = {step}: the checkpoint is damaged ({error}); give another step"
-        ) from None
-    assert checkpoint is not None
-    if target is None:
-        target = run.path("model") if run.url is None else Path(run.local.name)
-    if target.exists() and not (target / "config.json").is_file():
-        raise UserError(f"--to = {target} exists and is not a model; give a new folder")
     try:
         target = target.resolve() if target.is_symlink() else target.absolute()
-        return export_model(checkpoint, target, dtype=dtype, trust_remote_code=trust_remote_code)
+        return export_model(
+            checkpoint,
+            target,
+            dtype=dtype,
+            gains=read_gains(run, checkpoint.step),
+            trust_remote_code=trust_remote_code,
+        )
     except OSError as error:
         raise UserError(
             f"--to = {target}: {error.strerror or error}; give a folder with enough space"
+        ) from None
+
+
+def _best(run: RunFolder, steps: list[int]) -> tuple[int, Score | None]:
+    """The best checkpoint's step, 0 without any, and the score that it is the best by."""
+    for step in reversed(steps):
+        try:
+            state = read_state(run, step)
+            check_record(state, "run", "results")
+        except DamagedError:
+            continue  # an older one has the earlier evaluations
+        sheet = ScoreSheet.read(state["run"], ())
+        score = next((s for s in sheet.scores if s.name == state["run"].get("metric")), None)
+        evaluations = {int(step): s for step, s in state["results"]["evaluations"].items()}
+        saved = {step: s for step, s in evaluations.items() if step in steps}
+        return score.best_step(saved) if score is not None else 0, score
+    return 0, None
+
+
+def _intact(run: RunFolder, step: int) -> Checkpoint:
+    try:
+        return read_checkpoint(run, step)
+    except DamagedError as error:
+        raise UserError(
+            f"step {step}: the checkpoint is damaged ({error}); give another one with --step, or"
+            " --newest"
         ) from None
 
 

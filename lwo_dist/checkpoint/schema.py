@@ -74,7 +74,9 @@ class _Run(_Strict):
     run_name: Text
     method: Text
     task: Text
+    metric: Text | None = None
     base_model: Text
+    base_name: Text | None = None
     revision: Text | None = None
     licence: Text | None = None
     source: Text
@@ -94,7 +96,7 @@ class _Results(_Strict):
     evaluations: dict[
         Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")], dict[Text, float]
     ]
-    training_seconds: float
+    training_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     blocked_seconds: float
     tokens: Step
     losses: list[float]

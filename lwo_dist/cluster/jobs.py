@@ -41,6 +41,7 @@ class Jobs:
     """The jobs of the cluster at `address`, such as http://head:8265.
 
     Args:
+        setting: the argument or variable that gave the address, for messages.
         insecure_token: send the token over plain http, even to another machine.
 
     Raises:
@@ -48,9 +49,10 @@ class Jobs:
             missing or wrong token, or a token that would cross the network in the clear.
     """
 
-    def __init__(self, address: str, *, insecure_token: bool = False):
+    def __init__(self, address: str, *, setting: str = "--address", insecure_token: bool = False):
+        self._setting = setting
         refuse_password(
-            "--address",
+            setting,
             address,
             "set the cluster's token in RAY_AUTH_TOKEN, and open a tunnel"
             " (ssh -L, kubectl port-forward) where a proxy asks for a password",
@@ -59,16 +61,16 @@ class Jobs:
         url = urlsplit(self._address)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(
-                f"--address {address}: not a URL; give the URL of Ray's dashboard, such as"
-                " http://head:8265"
+                f"{self._setting} = {address}: not a URL; give the URL of Ray's dashboard, such as"
+                " http://head:8265, in --address"
             )
         token = _token()
         self._has_token = token is not None
         if token and url.scheme == "http" and not _is_loopback(url.hostname) and not insecure_token:
             raise UserError(
-                f"--address {address}: Ray's token would cross the network in the clear; use https,"
-                " forward the port to this machine (ssh -L, kubectl port-forward), or pass"
-                " --insecure-token"
+                f"{self._setting} = {address}: Ray's token would cross the network in the clear;"
+                " use https, forward the port to this machine (ssh -L, kubectl port-forward), or"
+                " pass --insecure-token"
             )
         if _is_loopback(url.hostname):  # a proxy would see the token
             os.environ["NO_PROXY"] = os.environ["no_proxy"] = (
@@ -237,16 +239,16 @@ class Jobs:
         except AuthenticationError:
             problem = "does not match" if self._has_token else "is not set"
             raise UserError(
-                f"--address {self._address}: Ray requires the cluster's token, and RAY_AUTH_TOKEN"
-                f" {problem}; set RAY_AUTH_TOKEN to that token"
+                f"{self._setting} = {self._address}: Ray requires the cluster's token, and"
+                f" RAY_AUTH_TOKEN {problem}; set RAY_AUTH_TOKEN to that token"
             ) from None
         except (ConnectionError, requests.RequestException) as error:
             raise UserError(
-                f"--address {self._address}: {first_line(error)}; give the URL of Ray's dashboard,"
-                " such as http://head:8265"
+                f"{self._setting} = {self._address}: {first_line(error)}; give the URL of Ray's"
+                " dashboard, such as http://head:8265"
             ) from None
         except RuntimeError as error:  # what the server answers to a request that it refuses
-            raise UserError(f"--address {self._address}: {first_line(error)}") from None
+            raise UserError(f"{self._setting} = {self._address}: {first_line(error)}") from None
 
 
 def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:

@@ -8,20 +8,20 @@ from pathlib import Path
 from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
-from .arguments import Subparsers, add_run_argument
+from .arguments import Subparsers, add_run_argument, add_target_arguments
 
 __all__ = ["add_parser", "run"]
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        "export", help="write a checkpoint as a plain Hugging Face folder"
+        "export", help="write a checkpoint as a plain Hugging Face folder, the best by default"
     )
     add_run_argument(parser)
-    parser.add_argument(
-        "--to", type=Path, metavar="DIR", help="default: RUN/model; for a URL ./RUN_NAME"
-    )
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    add_target_arguments(parser, default="./RUN_NAME")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="this checkpoint; default: the best one")
+    which.add_argument("--newest", action="store_true", help="the newest checkpoint")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"
     )
@@ -36,15 +36,20 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     require("run", what="lwo-dist export")
     from lwo_dist.access import access_of, umask_of
-    from lwo_dist.checkpoint.manage import export_run
+    from lwo_dist.checkpoint.manage import choose_checkpoint, export_checkpoint
+    from lwo_dist.files import refuse_existing
     from lwo_dist.storage import RunFolder
 
     folder = RunFolder.at(arguments.run)
+    target = arguments.to or Path(folder.local.name)
     with umask_of(access_of(folder.local)):
-        model = export_run(
+        refuse_existing(target, overwrite=arguments.overwrite)
+        checkpoint, which = choose_checkpoint(folder, arguments.step, newest=arguments.newest)
+        print(f"step {checkpoint.step}, {printable(which)}", flush=True)
+        model = export_checkpoint(
             folder,
-            arguments.to,
-            arguments.step,
+            checkpoint,
+            target,
             arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
         )

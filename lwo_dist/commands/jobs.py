@@ -8,7 +8,7 @@ import sys
 from lwo_dist.errors import printable
 from lwo_dist.extras import require
 
-from .arguments import Subparsers, add_cluster_arguments
+from .arguments import Subparsers, add_cluster_arguments, open_cluster
 from .following import follow
 
 __all__ = ["add_parser", "run"]
@@ -39,16 +39,14 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     require("ray", what="lwo-dist jobs")
-    from lwo_dist.cluster.jobs import Jobs
-
-    jobs = Jobs(arguments.address, insecure_token=arguments.insecure_token)
+    jobs, address = open_cluster(arguments)
     if arguments.action == "list":
         for line in jobs.lines():
             print(printable(line))
     elif arguments.action == "stop":
         print(f"stopping {printable(jobs.stop(arguments.job))}")
     elif arguments.follow:
-        return follow(jobs, jobs.find(arguments.job), arguments.address)
+        return follow(jobs, jobs.find(arguments.job), address)
     else:
         sys.stdout.write(jobs.logs(arguments.job))
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lwo_dist.extras import require
 
-from .arguments import Subparsers, add_cluster_arguments, add_config_arguments
+from .arguments import Subparsers, add_cluster_arguments, add_config_arguments, open_cluster
 from .following import follow, how_to_follow
 
 __all__ = ["add_parser", "run"]
@@ -32,12 +32,10 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     require("ray", what="lwo-dist submit")
-    from lwo_dist.cluster.jobs import Jobs
-
-    jobs = Jobs(arguments.address, insecure_token=arguments.insecure_token)
+    jobs, address = open_cluster(arguments)
     job = jobs.submit(arguments.config, arguments.overrides, arguments.working_dir)
     print(f"job {job}", flush=True)
     if arguments.detach:
-        print(how_to_follow(arguments.address, job))
+        print(how_to_follow(address, job))
         return 0
-    return follow(jobs, job, arguments.address)
+    return follow(jobs, job, address)

@@ -7,6 +7,7 @@ declaration, and none of them knows a specific score. A run stores it with its n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -50,6 +51,16 @@ class Score:
     def heading(self) -> str:
         """Label and unit, for a column heading."""
         return f"{self.label}, {self.unit}" if self.unit else self.label
+
+    def best_step(self, evaluations: Mapping[int, Mapping[str, float]]) -> int:
+        """The trained step with the best value of this score; 0 if none was evaluated."""
+        sign = 1 if self.higher_is_better else -1
+
+        def goodness(step: int) -> float:
+            value = evaluations[step][self.key]
+            return -math.inf if math.isnan(value) else sign * value
+
+        return max((step for step in evaluations if step > 0), key=goodness, default=0)
 
     def show(self, value: float, sign: str = "") -> str:
         """Format `value` with the score's decimals; `sign="+"` for a difference."""

@@ -1,5 +1,5 @@
-"""One run in MLflow: a server or a database. With `mlflow_model.py` the only module that imports
-MLflow.
+"""One run in MLflow: a server or a database. With `mlflow_model.py` and `mlflow_fetch.py` the only
+module that imports MLflow.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class MLflowStore:
 
         logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=self._address)
+
+    @property
+    def client(self) -> Any:
+        """MLflow's client, with the settings of this store."""
+        return self._client
 
     def find_experiment(self, name: str) -> str | None:
         experiment = self._client.get_experiment_by_name(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,7 @@ class Results:
     @property
     def best_step(self) -> int:
         """The trained step with the best score; 0 before the first evaluation of a trained step."""
-        score = self.task.score_named(self.metric)
-        sign = 1 if score.higher_is_better else -1
-
-        def goodness(step: int) -> float:
-            value = self.evaluations[step][score.key]
-            return -math.inf if math.isnan(value) else sign * value
-
-        return max((step for step in self.evaluations if step > 0), key=goodness, default=0)
+        return self.task.score_named(self.metric).best_step(self.evaluations)
 
     def gains(self) -> dict[str, dict[str, float]]:
         """Difference between the best checkpoint and the base model for each per-example score.

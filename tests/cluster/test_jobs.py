@@ -296,7 +296,7 @@ def test_without_the_token_there_is_one_line(
     command = [sys.executable, "-m", "lwo_dist.cli", *_submit(head, source, "refused")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     expected = (
-        f"lwo-dist: --address {head}: Ray requires the cluster's token, and {why}; set"
+        f"lwo-dist: --address = {head}: Ray requires the cluster's token, and {why}; set"
         " RAY_AUTH_TOKEN to that token\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
@@ -309,7 +309,7 @@ def test_no_cluster_at_the_address(source: Path, capfd: pytest.CaptureFixture[st
     address = f"http://127.0.0.1:{_free_port()}"
     assert main(_submit(address, source, "nowhere")) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"lwo-dist: --address {address}: Failed to connect")
+    assert line.startswith(f"lwo-dist: --address = {address}: Failed to connect")
 
 
 def test_an_unknown_job(head: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,13 +167,12 @@ def test_export_and_checkpoints_on_the_command_line(
     card = (target / "README.md").read_text()
     for text in (
         "license: apache-2.0",
-        "`model` fine-tuned",
-        "method: lwo",
-        "10 steps of 8 sequences",
+        "base_model: model\n",
+        "`model`, tuned on `source` with lwo_dist (layer-wise optimisation",
+        "- Steps: 10 of 8 sequences",
         "rounded to bf16",
-        "on `source`",
-        "windows ",
-        "| 0 | ",
+        "11 train files",
+        "Step 10 was not evaluated",
     ):
         assert text in card, text
     assert str(tmp_path) not in card
@@ -198,7 +200,7 @@ def test_export_and_checkpoints_on_the_command_line(
 def test_bad_commands(
     command: list[str], message: str, small_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (small_run / "full").mkdir(exist_ok=True)
+    (small_run / "full" / "notes").mkdir(parents=True, exist_ok=True)
     assert main([part.format(small_run) for part in command]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
@@ -210,6 +212,52 @@ def small_run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     config = prepare(make_config(inputs, folder, "cluster.num_workers=1", "train.steps=4"))
     run_ranks(run_and_listen, 1, config)
     return folder
+
+
+def test_the_model_card_says_what_the_model_is(small_run: Path, tmp_path: Path) -> None:
+    text = (small_run / "r" / "model" / "README.md").read_text()
+    assert main(["export", str(small_run / "r"), "--to", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "README.md").read_text() == text
+    data = ModelCard(text).data
+    assert data.to_dict() == {
+        "base_model": "model",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["code", "lwo_dist", "lwo"],
+    }
+    scores = json.loads((small_run / "r" / "summary.json").read_text())["eval"]
+    before, after = (scores[when]["eval/loss"] for when in ("before", "after"))
+    gain = scores["gain_95"]["loss"]
+    interval = f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+    row = f"| loss, nats (lower is better) | {before:.3f} | {after:.3f} | {interval} |"
+    assert row in text.splitlines()
+    for heading in ("Usage", "Scores", "Training", "Intended use and limits", "Licence"):
+        assert f"\n## {heading}\n" in text
+    for private in (str(small_run), "/tmp", "total_"):
+        assert private not in text
+
+
+def test_the_usage_in_the_model_card_runs_as_pasted(small_run: Path) -> None:
+    folder = small_run / "r" / "model"
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def add(a, b):\n")
+
+
+def test_a_step_that_is_not_the_best_one_gets_no_interval(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = ("cluster.num_workers=1", "train.steps=4", "eval.steps=2", "checkpoint.keep=9")
+    run_ranks(run_and_listen, 1, prepare(make_config(inputs, tmp_path, *settings)))
+    best = json.loads((tmp_path / "r" / "summary.json").read_text())["eval"]["best_step"]
+    for step in (2, 4):
+        target = tmp_path / str(step)
+        assert main(["export", str(tmp_path / "r"), "--step", str(step), "--to", str(target)]) == 0
+        card = (target / "README.md").read_text()
+        assert f"- Steps: {step} of" in card and "was not evaluated" not in card
+        assert ("(+" in card or "(-" in card) is (step == best)
 
 
 def test_a_large_export_is_cut_into_files(

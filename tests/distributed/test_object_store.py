@@ -102,6 +102,10 @@ def test_a_run_goes_on_on_other_machines(
     assert main(["checkpoints", "verify", f"{bucket}/r"]) == 0
     assert "step 14  whole: " in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
+    assert main(["export", f"{bucket}/r"]) == 0
+    whole = load_file(tmp_path / "r" / "model.safetensors")
+    assert all(torch.equal(expected[name], whole[name]) for name in expected)
+    assert " to +" in (tmp_path / "r" / "README.md").read_text()  # the intervals of the summary
     assert main(["export", f"{bucket}/r", "--to", "mine", "--dtype", "bf16"]) == 0
     bf16 = load_file(tmp_path / "mine" / "model.safetensors")
     assert all(torch.equal(expected[name].bfloat16(), bf16[name]) for name in expected)

@@ -125,13 +125,17 @@ def test_it_goes_on_where_it_was(
 
 
 def test_its_checkpoint_is_listed_verified_and_exported(
-    config: Config, capsys: pytest.CaptureFixture[str]
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(config.storage) / "round1"
+    monkeypatch.chdir(folder.parents[1])
     assert main(["checkpoints", "list", str(folder)]) == 0
     assert main(["checkpoints", "verify", str(folder)]) == 0
     assert main(["export", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "step 11" in said and "whole: " in said
-    AutoModelForCausalLM.from_pretrained(folder / "model")
-    assert "| exact_match |" in (folder / "model" / "README.md").read_text()
+    assert "step 11, the newest; this run does not say which one is best" in said
+    AutoModelForCausalLM.from_pretrained("round1")
+    card = Path("round1", "README.md").read_text()
+    assert "| exact_match | 0.000 |  |  |" in card and "Step 11 was not evaluated" in card
+    assert "base_model: tiny\n" in card  # not the path that the record holds

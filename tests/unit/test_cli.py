@@ -357,6 +357,8 @@ def test_a_url_with_a_password_is_refused(
         (["checkpoints", "prune", "s3://bucket/r?secret_key=hunter2"], "RUN = s3://bucket/r"),
         (["replay", "s3://AKIA:hunter2@bucket/r"], "SPOOL = s3://bucket/r"),
         (["replay", "r", "--uri", "https://me:hunter2@mlflow"], "--uri = https://mlflow"),
+        (["fetch", "r", "--uri", "https://me:hunter2@mlflow"], "--uri = https://mlflow"),
+        (["fetch", "s3://AKIA:hunter2@bucket/r"], "RUN = s3://bucket/r"),
         (["jobs", "list", "--address", "http://me:hunter2@h:8265"], "--address = http://h:8265"),
         (["jobs", "stop", "--address", "http://h:1/?token=hunter2", "j"], "--address = http://h:1"),
         (["submit", "--address", "https://me:hunter2@h:8265"], "--address = https://h:8265"),
@@ -370,6 +372,79 @@ def test_so_is_one_on_a_command_line(
     assert said.err.startswith(f"lwo-dist: {named}")
     assert "contains a password; set " in said.err and len(said.err.splitlines()) == 1
     assert "hunter2" not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "used"),
+    [
+        ({"RAY_ADDRESS": "http://a:1"}, [], ("RAY_ADDRESS", "http://a:1")),
+        (
+            {"RAY_ADDRESS": "a:6379", "RAY_API_SERVER_ADDRESS": "http://b:1"},
+            [],
+            ("RAY_API_SERVER_ADDRESS", "http://b:1"),
+        ),
+        (
+            {"RAY_ADDRESS": "http://a:1", "RAY_API_SERVER_ADDRESS": "http://b:1"},
+            ["--address", "http://c:1"],
+            ("--address", "http://c:1"),
+        ),
+    ],
+)
+def test_the_cluster_is_that_of_the_arguments_or_of_ray_variables(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    arguments: list[str],
+    used: tuple[str, str],
+) -> None:
+    from lwo_dist.cluster import jobs
+
+    class Cluster:
+        def __init__(self, address: str, *, setting: str, insecure_token: bool) -> None:
+            assert (setting, address) == used
+
+        def submit(self, *_: Any) -> str:
+            return "job-1"
+
+        def lines(self) -> list[str]:
+            return ["job-1"]
+
+    monkeypatch.setattr(jobs, "Jobs", Cluster)
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["jobs", "list", *arguments]) == 0
+    assert cli.main(["submit", "--detach", *arguments]) == 0
+    assert f"lwo-dist jobs stop --address {used[1]} job-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, "no cluster is given; set --address, or RAY_ADDRESS, to the URL of Ray's dashboard"),
+        ("", "no cluster is given; "),
+        ("auto", "RAY_ADDRESS = auto: not a URL; give the URL of Ray's dashboard, such as"),
+        ("head:6379", "RAY_ADDRESS = head:6379: not a URL; give the URL of Ray's dashboard"),
+        ("http://me:hunter2@h:8265", "RAY_ADDRESS = http://h:8265 contains a password; set the"),
+        ("http://192.0.2.1:8265", "RAY_ADDRESS = http://192.0.2.1:8265: Ray's token would cross"),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    address: str | None,
+    message: str,
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    for command in (["jobs", "list"], ["submit"]):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1 and "hunter2" not in said
 
 
 def test_data_counts_used_and_skipped_files(

@@ -31,6 +31,7 @@ CALLS = {
     "jobs": ["jobs", "list", NOWHERE],
     "replay": ["replay", "nowhere"],
     "export": ["export", "nowhere"],
+    "fetch": ["fetch", "nowhere", NOWHERE.replace("address", "uri")],
     "checkpoints": ["checkpoints", "list", "nowhere"],
     "ui": ["ui", "storage=nowhere"],
 }
@@ -86,6 +87,7 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
         "export": "run",
         "checkpoints": "run",
         "ui": "mlflow",
+        "fetch": "mlflow",
     }
     for name, line in zip(COMMANDS, err, strict=True):
         assert line.startswith(f"lwo-dist: lwo-dist {name} needs packages that are not installed (")
@@ -99,7 +101,11 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
         ("ray", {"submit": "http://127.0.0.1:1", "jobs": "http://127.0.0.1:1"}),
         (
             "mlflow",
-            {"replay": "nowhere does not exist", "ui": "storage = nowhere: no runs there"},
+            {
+                "replay": "nowhere does not exist",
+                "ui": "storage = nowhere: no runs there",
+                "fetch": "MLflow at http://127.0.0.1:1: Connection refused; start it, or correct",
+            },
         ),
     ],
 )

@@ -17,12 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import FileType
@@ -40,6 +42,7 @@ from lwo_dist.models import hub
 from lwo_dist.models.source import PretrainedSource, load_tokenizer
 from lwo_dist.run import _read_record
 from lwo_dist.storage import RunFolder
+from lwo_dist.tasks.scores import Score
 from lwo_dist.tracking.sender import reason
 
 RUN = Path(__file__).parents[1] / "data" / "round1" / "run"
@@ -114,7 +117,7 @@ def commands(run: str, target: Path) -> list[list[str]]:
     return [
         ["checkpoints", "list", run],
         ["checkpoints", "verify", run],
-        ["export", run, "--to", str(target)],
+        ["export", run, "--to", str(target), "--overwrite"],
         ["checkpoints", "prune", run],
     ]
 
@@ -248,7 +251,7 @@ def test_no_symlink_is_followed(case: Case, name: str, capsys: pytest.CaptureFix
     with pytest.raises(UserError, match="link"):
         find_checkpoint(Config(), RunFolder.at(str(case.run)))
     try_all(str(case.run), case.run.parent / "out", capsys)
-    main(["export", str(case.run)])
+    main(["export", str(case.run), "--to", str(case.run / "model"), "--overwrite"])
     capsys.readouterr()
     assert files == {path: path.read_bytes() for path in case.outside.rglob("*") if path.is_file()}
     exported = case.run.parent / "out"
@@ -290,7 +293,7 @@ def test_a_run_cannot_make_an_export_run_its_code(
     case: Case, code_in: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add_code(case, code_in)
-    assert main(["export", str(case.run)]) == 2
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 2
     said = capsys.readouterr().err
     assert code_in in said and str(case.step) in said and "--trust-remote-code" in said
     assert not MARKER.exists() and not (case.run / "model").exists()
@@ -301,7 +304,9 @@ def test_an_export_runs_the_code_with_trust_remote_code(
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(case.run.parent / "modules"))
     add_code(case)
-    assert main(["export", str(case.run), "--trust-remote-code"]) == 2  # it defines no model
+    target = str(case.run / "model")
+    # The code defines no model.
+    assert main(["export", str(case.run), "--to", target, "--trust-remote-code"]) == 2
     assert MARKER.exists()
 
 
@@ -329,7 +334,7 @@ def test_code_beside_a_model_or_tokenizer_that_needs_none_is_not_run(case: Case)
     PretrainedSource(config).empty()
     PretrainedSource(config).whole(torch.device("cpu"))
     load_tokenizer(config)
-    assert main(["export", str(case.run)]) == 0
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 0
     assert not MARKER.exists()
 
 
@@ -341,7 +346,7 @@ def test_code_of_a_method_is_not_run(
     state["run"]["method"] = "modeling_mine:Mine"
     case.reseal(state)
     monkeypatch.syspath_prepend(str(case.step))
-    assert main(["export", str(case.run)]) == 2
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 2
     assert "code that a file names is not run" in capsys.readouterr().err
     assert not MARKER.exists()
 
@@ -351,8 +356,42 @@ def test_a_run_cannot_choose_the_folder_of_the_licence(case: Case) -> None:
     state = case.state()
     state["run"]["base_model"] = str(case.outside)
     case.reseal(state)
-    assert main(["export", str(case.run)]) == 0
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 0
     assert "secret-licence" not in (case.run / "model" / "README.md").read_text()
+
+
+def test_a_run_cannot_put_markup_into_the_model_card(case: Case) -> None:
+    markup = "<script>`[x](http://evil)|\n# Pay here\n```python\nimport evil\n```\n---\n"
+    state = case.state()
+    for key in ("run_name", "task", "base_model", "source", "licence", "revision"):
+        state["run"][key] = f"{markup}{key}"
+    for values in (state["run"]["lwo"], state["run"]["train"], state["run"]["versions"]):
+        values |= {key: markup for key, value in values.items() if isinstance(value, str)}
+    state["run"]["data"] = {markup: 1}
+    name = Score(f"x{markup}", markup, markup)
+    state["run"] |= {"scores": [asdict(name)], "example": [markup, markup]}
+    state["results"]["evaluations"] = {"0": {name.key: 1.0}, "11": {name.key: 2.0}}
+    case.reseal(state)
+    gain = {"mean": 1.0, "low": 0.0, "high": 2.0}
+    summary = {"eval": {"best_step": 11, "gain_95": {name.name: gain}}}
+    (case.run / "summary.json").write_text(json.dumps(summary))
+    target = case.run / "model"
+    assert main(["export", str(case.run), "--to", str(target)]) == 0
+    text = ModelCard.load(target / "README.md").text
+    assert "evil" in text and "+1.00 (+0.00 to +2.00)" in text
+    for found in ("<script", "[x](", "\n# Pay", "\nimport evil"):
+        assert found not in text
+    assert len(re.findall("```", text)) == 2  # the usage
+    assert all(line.count("|") in (0, 5) for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"\xff", b"{}", b'{"eval": {"best_step": 11, "gain_95": {"loss": 1}}}']
+)
+def test_a_malformed_summary_only_costs_the_intervals(case: Case, data: bytes) -> None:
+    (case.run / "summary.json").write_bytes(data)
+    assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 0
+    assert "| before | after |" in (case.run / "model" / "README.md").read_text()
 
 
 # ---- terminal output

@@ -16,6 +16,7 @@ import lwo_dist
 from lwo_dist.config import ClusterConfig, Config, DataConfig, ModelConfig, TrackingConfig
 from lwo_dist.run_info import (
     RunInfo,
+    base_name,
     checkpoint_record,
     flatten,
     git_commit,
@@ -141,7 +142,8 @@ def test_a_checkpoint_s_record_keeps_the_keys_of_round_1() -> None:
     )
     data = {"windows": 7, "skipped": {"too large": 1}}
     record = checkpoint_record(make_info(config, data=data, versions={"python": "3.12.1"}))
-    assert list(record) == RECORD_KEYS
+    assert set(RECORD_KEYS) <= set(record)
+    assert (record["metric"], record["base_name"]) == ("loss", "a/base")
     assert json.loads(json.dumps(record)) == record  # it goes into state.json
     assert (record["run_name"], record["base_model"], record["revision"]) == ("r", "a/base", "main")
     assert record["source"] == "b"  # not the path or host before it
@@ -149,6 +151,24 @@ def test_a_checkpoint_s_record_keeps_the_keys_of_round_1() -> None:
     assert record["versions"] == {"python": "3.12.1"}
     assert record["lwo"]["steps_per_layer"] == config.lwo.steps_per_layer
     assert record["train"]["global_batch_size"] == config.train.global_batch_size
+
+
+def test_the_name_of_a_base_model_holds_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for model, name in {
+        "gpt2": "gpt2",
+        "Qwen/Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B",
+        "models/mine": "mine",
+        "../other/mine": "mine",
+        "~/models/mine": "mine",
+        "/runs/cache/tiny-code-0123456789ab": "tiny-code",
+        "/cache/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0123abcd": "Qwen/Qwen2.5-0.5B",
+        "/cache/hub/models--gpt2/snapshots/0123abcd/": "gpt2",
+    }.items():
+        assert base_name(model) == name
 
 
 def test_tags_name_the_job_the_hosts_and_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

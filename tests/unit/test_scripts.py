@@ -232,7 +232,9 @@ def test_nothing_recommends_the_c10d_rendezvous() -> None:
     assert len(names) > 100 and found == []
 
 
-def _sbatch(place: Path, code: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _sbatch(
+    place: Path, code: int, *arguments: str, job: str = "41"
+) -> subprocess.CompletedProcess[str]:
     python = (
         'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*";'
         f" exit {code}"
@@ -249,7 +251,7 @@ exit $code"""
         'if [[ $1 == show ]]; then printf "n1\\nn2\\n"; else echo "scontrol $*"; fi',
     )
     slurm = {
-        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_ID": job,
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2",
@@ -269,6 +271,37 @@ def test_slurm_starts_each_rank(place: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     end = "2 2 n1 20041: launch/train.py -c a config.yaml seed=1 run_name=slurm-41"
     assert done.stdout.splitlines() == [f"0 0 {end}", f"1 1 {end}"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run_name=mine"],
+        ["run_name=mine", "-c", "plain.yaml"],
+        ["-c", "named.yaml"],
+        ["--config=named.yaml", "seed=1"],
+    ],
+)
+def test_slurm_keeps_the_run_name_that_the_user_gives(place: Path, arguments: list[str]) -> None:
+    (place / "named.yaml").write_text("run_name: mine  # and no other\n")
+    (place / "plain.yaml").write_text("data:\n  run_name: other\nrun_name:  # by its job\n")
+    given = [argument.replace("named", f"{place}/named") for argument in arguments]
+    given = [argument.replace("plain", f"{place}/plain") for argument in given]
+    first = _sbatch(place, 1, *given)
+    started = [line.partition(": ")[2] for line in first.stdout.splitlines()]
+    assert started == [" ".join(["launch/train.py", *given])] * 2
+    assert first.stderr == "ended with 1; to go on from the last checkpoint, submit it again\n"
+
+
+def test_slurm_names_a_run_that_has_no_name_and_says_how_to_go_on(place: Path) -> None:
+    (place / "plain.yaml").write_text("data:\n  run_name: other\nrun_name:  # by its job\n")
+    done = _sbatch(place, 1, "-c", f"{place}/plain.yaml")
+    assert all(line.endswith(" run_name=slurm-41") for line in done.stdout.splitlines())
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("submit it again with run_name=slurm-41")
+    again = _sbatch(place, 0, "-c", f"{place}/plain.yaml", "run_name=slurm-41", job="42")
+    for line in again.stdout.splitlines():
+        assert line.endswith(f"launch/train.py -c {place}/plain.yaml run_name=slurm-41")
 
 
 @pytest.mark.parametrize(("code", "queued_again"), [(75, True), (1, False), (2, False)])

@@ -1,0 +1,227 @@
+"""The model card of an exported folder, README.md: what the model is, how to use it, its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict
+
+from lwo_dist.errors import DamagedError, printable
+from lwo_dist.files import is_plain
+from lwo_dist.models import licence_of
+from lwo_dist.run_info import base_name
+from lwo_dist.storage import RunFolder
+from lwo_dist.tasks.scores import ScoreSheet
+from lwo_dist.units import human_seconds
+
+from .schema import reading
+
+__all__ = ["Gains", "model_card", "read_gains"]
+
+Gains = Mapping[str, Mapping[str, float]]
+"""Score -> `mean`, `low` and `high` of its gain per example, with a 95 % interval."""
+
+_MAX_SUMMARY_BYTES = 2**20
+_MAX_TEXT = 200
+
+_USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # the folder with this file, or the model's id on the Hugging Face Hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("def add(a, b):\\n", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+_CODE = """
+The model comes with Python code of its own. Review it, then pass `trust_remote_code=True` to both
+`from_pretrained` calls."""
+
+_LIMITS = """\
+Intended use: to complete text of the kind that it was tuned on, for people who may read that text,
+or as a start for more tuning.
+
+- The scores are of held-out files of the same source. Expect lower ones on other text.
+- Review what it writes: it may look right and be wrong or insecure. Tuning adds no safety measures,
+  and the limits of the base model remain.
+- It may repeat passages of its training data. Keep it as private as that data, and respect the
+  licences of what it repeats."""
+
+
+def model_card(
+    state: Mapping[str, Any], dtype: str, gains: Gains, *, has_code: bool = False
+) -> ModelCard:
+    """The card of a checkpoint's model.
+
+    Args:
+        state: the values in state.json, checked (`check_record`); its texts are not trusted.
+        dtype: of the exported weights: fp32 or bf16.
+        gains: of the scores at this step; empty if unknown.
+        has_code: the model needs Python code of its own.
+    """
+    about = state["run"]
+    base = about.get("base_name") or base_name(about["base_model"])
+    licence = about["licence"] if "licence" in about else _hub_licence(about)
+    data = ModelCardData(
+        base_model=base,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["code", "lwo_dist", about["method"]],
+    )
+    sections = [
+        f"# {_safe(about['run_name'])}",
+        f"`{_safe(base)}`, tuned on `{_safe(about['source'])}` with lwo_dist"
+        f" ({_method(about['method'])}).",
+        "## Usage",
+        _USAGE + (_CODE if has_code else ""),
+        "## Scores",
+        "\n".join(_scores(state, gains)),
+        "## Training",
+        "\n".join(_training(state, base, dtype)),
+        "## Intended use and limits",
+        _LIMITS,
+        "## Licence",
+        _licence(licence),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def read_gains(run: RunFolder, step: int) -> Gains:
+    """The gains at `step` from the run's summary.json; empty if that is missing, malformed or of
+    another step.
+    """
+    try:
+        data = run.read("summary.json", limit=_MAX_SUMMARY_BYTES)
+        if data is None:
+            return {}
+        with reading("summary.json"):
+            scores = _Summary.model_validate(json.loads(data)).eval
+    except (OSError, DamagedError):
+        return {}
+    if scores.best_step != step:
+        return {}
+    return {name: gain.model_dump() for name, gain in scores.gain_95.items()}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Gain(_Strict):
+    mean: float
+    low: float
+    high: float
+
+
+class _Scores(_Strict):
+    best_step: int
+    gain_95: dict[str, _Gain]
+
+
+class _Summary(_Strict):
+    eval: _Scores
+
+
+def _scores(state: Mapping[str, Any], gains: Gains) -> Iterator[str]:
+    evaluations = state["results"]["evaluations"]
+    before = evaluations.get("0", {})
+    after = evaluations.get(str(state["step"]), {})
+    sheet = ScoreSheet.read(state["run"], {**before, **after})
+    if not after:
+        yield f"Step {state['step']} was not evaluated; the scores are those of the base model."
+        yield ""
+    one, many = map(_safe, sheet.example)
+    count = (after or before).get(sheet.count_key)
+    held_out = f"{count:.0f} held-out {many}" if count is not None else f"held-out {many}"
+    rows = [(held_out, "before", "after", f"gain per {one} (95 % interval)"), ("---",) * 4]
+    for score in sheet.scores:
+        heading = score.heading if score.higher_is_better else f"{score.heading} (lower is better)"
+        shown = [
+            score.show(scores[score.key]) if score.key in scores else ""
+            for scores in (before, after)
+        ]
+        interval = ""
+        if after and score.name in gains:
+            mean, low, high = (
+                score.show(gains[score.name][name], sign="+") for name in ("mean", "low", "high")
+            )
+            interval = f"{mean} ({low} to {high})"
+        rows.append((_safe(heading), shown[0], shown[1], interval))
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    if gains:
+        yield ""
+        yield f"A positive gain is better; intervals are bootstrapped over the {many}."
+
+
+def _training(state: Mapping[str, Any], base: str, dtype: str) -> Iterator[str]:
+    about = state["run"]
+    lwo = about["lwo"]
+    train = about["train"]
+    revision = f", revision `{_safe(about['revision'])}`" if about.get("revision") else ""
+    counts = ", ".join(
+        f"{value:,} {_safe(name).replace('_', ' ')}" for name, value in about["data"].items()
+    )
+    layers = ""
+    if about["method"] == "lwo":
+        layers = f", {lwo['steps_per_layer']} steps per layer, order {_safe(lwo['order'])}"
+    versions = ", ".join(
+        f"{_safe(name)} {_safe(version)}" for name, version in about["versions"].items()
+    )
+    yield f"- Base model: `{_safe(base)}`{revision}"
+    yield f"- Data: task {_safe(about['task'])} on `{_safe(about['source'])}`: {counts}"
+    yield (
+        f"- Steps: {state['step']} of {train['global_batch_size']} sequences of up to"
+        f" {train['sequence_length']} tokens, in"
+        f" {human_seconds(state['results']['training_seconds'])}"
+    )
+    yield (
+        f"- Optimizer: AdamW, learning rate {lwo['lr']:g} ({_safe(lwo['lr_scheduler_type'])})"
+        f"{layers}, compute in {_safe(train['precision'])}"
+    )
+    yield f"- Weights: the fp32 masters{', rounded to bf16' if dtype == 'bf16' else ''}"
+    yield f"- Versions: {versions}"
+
+
+def _method(name: str) -> str:
+    if name == "lwo":
+        return "layer-wise optimisation, LWO: one layer is trained at a time"
+    return f"method {_safe(name)}"
+
+
+def _licence(licence: str | None) -> str:
+    if licence is None:
+        return (
+            "The base model states no licence where it was loaded from; look there before you pass"
+            " this model on."
+        )
+    return (
+        f"That of the base model: `{_safe(licence)}`. The training data may add terms of its own."
+    )
+
+
+def _hub_licence(about: Mapping[str, Any]) -> str | None:
+    """The licence on the hub, for checkpoints that do not record it.
+
+    Only if the base model is a hub id: a checkpoint must not choose a local folder to read.
+    """
+    revision = about.get("revision")
+    is_id = is_plain(about["base_model"]) and not Path(about["base_model"]).exists()
+    if not is_id or (revision is not None and not is_plain(revision)):
+        return None
+    return licence_of(about["base_model"], revision)
+
+
+def _safe(text: str) -> str:
+    """`text` for a line of Markdown, where it can start no link, HTML or table cell."""
+    text = printable(text[:_MAX_TEXT]).replace("`", "'")
+    for character in "<|[":
+        text = text.replace(character, f"&#{ord(character)};")
+    return text
