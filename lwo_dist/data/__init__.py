@@ -2,10 +2,8 @@
 
 from .batches import (
     GlobalBatch,
-    check_world_sizes,
     global_batch,
     global_batch_indices,
-    micro_batch_size,
 )
 from .cache import cache_folder
 from .dataset import PreparedData
@@ -19,9 +17,7 @@ __all__ = [
     "SourceTree",
     "TrainExample",
     "cache_folder",
-    "check_world_sizes",
     "global_batch",
     "global_batch_indices",
-    "micro_batch_size",
     "read_source_tree",
 ]
