@@ -26,14 +26,16 @@ from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, r
 from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
-from .data import PreparedData, check_world_sizes, steps_of_epochs
-from .errors import DamagedError, UserError, first_line
+from .config.batch import check_world_sizes
+from .console import say
+from .data import PreparedData, steps_of_epochs
+from .errors import DamagedError, UserError, first_line, printable
 from .examples.tiny_code import default_cache_folder, ensure_tiny_code
 from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
-from .models import PretrainedSource, licence_of, load_tokenizer
+from .models import PretrainedSource, check_model, licence_of, load_tokenizer
 from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
@@ -57,17 +59,20 @@ from .training.trainer import Trainer
 __all__ = ["prepare", "prepare_and_run", "run"]
 
 
-def prepare(config: Config) -> Config:
+def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     """Check everything possible before workers start, claim the run, and write run.json. Called
     once by the driver.
+
+    Args:
+        elsewhere: the workers run on other machines, which may have a model that is not here.
 
     Returns:
         The config with a run name, absolute paths and, for tiny-code and GGUF files, the folder of
         the base model.
 
     Raises:
-        UserError: a setting, the source, the storage or the batch size is invalid; nothing was
-            written. Or another process is writing this run.
+        UserError: a setting, the source, the model, the storage or the batch size is invalid;
+            nothing was written. Or another process is writing this run.
     """
     source = config.data.source
     if source is None:
@@ -94,6 +99,9 @@ def prepare(config: Config) -> Config:
                 f"run_name = {run_name}: {run_folder} holds a run and checkpoint.resume is never; "
                 "choose another run_name, or resume: auto"
             )
+        if config.model.name != "tiny-code" and not is_gguf(config.model.name):
+            check_model(config.model, elsewhere=elsewhere)
+        say(f"reading {printable(source)}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_tiny_code(default_cache_folder(run_folder.local.parent))
@@ -324,6 +332,7 @@ def _read_data(config: Config, tokenizer: Any, task: Task) -> PreparedData:
 
 def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.device) -> LWO:
     """The model, built by the strategy, with the hook attached at the current position."""
+    say(f"loading model {printable(config.model.name)}")
     method: Method = METHODS.get(config.method)
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     from_checkpoint = checkpoint is not None and not method.changes_model

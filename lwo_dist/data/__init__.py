@@ -4,10 +4,8 @@ from lwo_dist.cache import cache_folder
 
 from .batches import (
     GlobalBatch,
-    check_world_sizes,
     global_batch,
     global_batch_indices,
-    micro_batch_size,
     steps_of_epochs,
 )
 from .dataset import PreparedData
@@ -21,10 +19,8 @@ __all__ = [
     "SourceTree",
     "TrainExample",
     "cache_folder",
-    "check_world_sizes",
     "global_batch",
     "global_batch_indices",
-    "micro_batch_size",
     "read_source_tree",
     "steps_of_epochs",
 ]

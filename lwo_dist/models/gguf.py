@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lwo_dist.cache import build_once
 from lwo_dist.config import ModelConfig
-from lwo_dist.errors import UserError
+from lwo_dist.console import say
+from lwo_dist.errors import UserError, printable
 from lwo_dist.extras import require
 
 from .hub import AGAIN, one_line
@@ -51,7 +52,7 @@ def dequantise(config: ModelConfig, cache: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     def build(folder: Path) -> None:
-        print(f"dequantising {path.name} to fp32, once", flush=True)
+        say(f"dequantising {printable(path.name)} to fp32, once")
         with one_line(config, "GGUF file", "give a decoder that transformers reads from GGUF"):
             _convert(path, folder)
 

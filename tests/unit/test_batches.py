@@ -12,14 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lwo_dist.config.batch import check_world_sizes, micro_batch_size
 from lwo_dist.config.reading import load_config
 from lwo_dist.data import batches
 from lwo_dist.data.batches import (
     GlobalBatch,
-    check_world_sizes,
     global_batch,
     global_batch_indices,
-    micro_batch_size,
     steps_of_epochs,
 )
 from lwo_dist.errors import UserError
