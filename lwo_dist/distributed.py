@@ -26,6 +26,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "errors_on_all_ranks",
+    "every_rank_computes_bf16",
     "first_reason",
     "gather_floats",
     "gather_objects",
@@ -65,6 +66,12 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def every_rank_computes_bf16(device: torch.device) -> bool:
+    """Whether the `device` of every rank is a GPU with bf16 arithmetic of its own. A collective."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return all(gather_objects(native))
 
 
 def init_process_group(timeout_s: int) -> torch.device:

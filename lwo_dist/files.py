@@ -24,6 +24,7 @@ __all__ = [
     "sync",
     "temporary_beside",
     "walk",
+    "write_new",
     "write_whole",
 ]
 
@@ -97,6 +98,20 @@ def is_regular(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Create a file. Its bytes are on disk when this returns; its name is after a `sync` of the
+    folder.
+
+    Raises:
+        FileExistsError: there is one of that name.
+        OSError
+    """
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a local file atomically; it is on disk when this returns.
 
@@ -106,10 +121,7 @@ def write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # left by an interrupted write, or a planted symlink
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(temporary, data)
         temporary.rename(path)
     except OSError:
         with suppress(OSError):
@@ -127,21 +139,20 @@ def create_whole(path: Path, data: bytes) -> bool:
     """`write_whole` for a file that must not exist yet; False if it does."""
     temporary = temporary_beside(path)
     try:
-        write_whole(temporary, data)
+        write_new(temporary, data)
         try:
             os.link(temporary, path)
         except FileExistsError:
             # NFS may repeat a request that succeeded: then the link is ours.
-            return temporary.stat().st_nlink > 1
+            if temporary.stat().st_nlink == 1:
+                return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            with suppress(FileExistsError), path.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                return True
-            return False
+            try:
+                write_new(path, data)
+            except FileExistsError:
+                return False
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

@@ -130,7 +130,7 @@ def take(run: RunFolder, *, force: bool = False) -> Lease:
     Waits up to `EXPIRES_S` for the holder's heartbeat, and prints a line if it does.
 
     Args:
-        force: take the run over from a live holder.
+        force: take the run over from a live holder, and print a line that names it.
 
     Raises:
         UserError: the run is held by another process, or its storage takes no claim.
@@ -140,10 +140,18 @@ def take(run: RunFolder, *, force: bool = False) -> Lease:
         for _ in range(_ATTEMPTS):
             newest = _newest(run)
             number, claim = newest or (0, {})
-            if claim.get("holder") not in (None, me["holder"]) and not force:
+            is_mine = claim.get("holder") in (None, me["holder"])
+            is_held = not is_mine and _live_beat(run, claim) is not None
+            if is_held and not force:
                 _wait_until_dead(run, claim)
             run.write(_beat_name(me["holder"]), _beat())
             if (lease := _claim(run, number + 1, me)) is not None:
+                if is_held and force:
+                    print(
+                        f"took over the run {run.local.name} from {_who(claim)}, which had been"
+                        f" writing it since {_since(claim)}",
+                        flush=True,
+                    )
                 return lease
             # Another process was faster; check whether it is alive.
     raise _no_claim(run)
@@ -283,10 +291,15 @@ def _newest(run: RunFolder) -> tuple[int, dict[str, Any]] | None:
     return max(numbers), claim if sound else {"holder": "nobody"}
 
 
+def _live_beat(run: RunFolder, claim: dict[str, Any]) -> bytes | None:
+    """The holder's heartbeat; None if the holder has ended or is known to be dead."""
+    beat = run.read(_beat_name(claim["holder"]), limit=_MAX_BEAT_BYTES)
+    return None if _has_died(claim) else beat
+
+
 def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
-    beat = _beat_name(claim["holder"])
-    last = run.read(beat, limit=_MAX_BEAT_BYTES)
-    if last is None or _has_died(claim):
+    last = _live_beat(run, claim)
+    if last is None:
         return
     print(
         f"{_who(claim)} has claimed the run {run.local.name}; waiting up to {EXPIRES_S:.0f} s for"
@@ -296,7 +309,7 @@ def _wait_until_dead(run: RunFolder, claim: dict[str, Any]) -> None:
     give_up = time.monotonic() + EXPIRES_S
     while time.monotonic() < give_up:
         time.sleep(_LOOK_S)
-        now = run.read(beat, limit=_MAX_BEAT_BYTES)
+        now = run.read(_beat_name(claim["holder"]), limit=_MAX_BEAT_BYTES)
         if now is None:
             return
         if now != last:

@@ -18,7 +18,7 @@ import torch
 
 from . import distributed, lease
 from .access import access_of, share, umask_of
-from .base_model import default_cache_folder, ensure_base_model
+from .cache import cache_folder
 from .callback import Callback
 from .checkpoint.export import export_model
 from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
@@ -26,14 +26,17 @@ from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, r
 from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
-from .data import PreparedData, check_world_sizes
-from .data.cache import cache_folder
-from .errors import DamagedError, UserError, first_line
+from .config.batch import check_world_sizes
+from .console import say
+from .data import PreparedData, steps_of_epochs
+from .errors import DamagedError, UserError, first_line, printable
+from .examples.tiny_code import default_cache_folder, ensure_tiny_code
 from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
-from .models import PretrainedSource, licence_of, load_tokenizer
+from .models import PretrainedSource, check_model, licence_of, load_tokenizer
+from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
@@ -56,16 +59,20 @@ from .training.trainer import Trainer
 __all__ = ["prepare", "prepare_and_run", "run"]
 
 
-def prepare(config: Config) -> Config:
+def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     """Check everything possible before workers start, claim the run, and write run.json. Called
     once by the driver.
 
+    Args:
+        elsewhere: the workers run on other machines, which may have a model that is not here.
+
     Returns:
-        The config with a run name, absolute paths and, for tiny-code, the folder of the base model.
+        The config with a run name, absolute paths and, for tiny-code and GGUF files, the folder of
+        the base model.
 
     Raises:
-        UserError: a setting, the source, the storage or the batch size is invalid; nothing was
-            written. Or another process is writing this run.
+        UserError: a setting, the source, the model, the storage or the batch size is invalid;
+            nothing was written. Or another process is writing this run.
     """
     source = config.data.source
     if source is None:
@@ -92,11 +99,15 @@ def prepare(config: Config) -> Config:
                 f"run_name = {run_name}: {run_folder} holds a run and checkpoint.resume is never; "
                 "choose another run_name, or resume: auto"
             )
+        if config.model.name != "tiny-code" and not is_gguf(config.model.name):
+            check_model(config.model, elsewhere=elsewhere)
+        say(f"reading {printable(source)}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
-            base = ensure_base_model(default_cache_folder(run_folder.local.parent))
-            model = config.model.model_copy(update={"name": str(base)})
-            config = config.model_copy(update={"model": model})
+            base = ensure_tiny_code(default_cache_folder(run_folder.local.parent))
+            config = _with_model(config, base)
+        elif is_gguf(config.model.name):
+            config = _with_model(config, dequantise(config.model, cache_folder(config)))
     make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
     record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
@@ -151,6 +162,7 @@ def run(
     """
     stop = stop or StopRequest(config.train.max_seconds)
     device = distributed.init_process_group(config.cluster.timeout_s)
+    config = _with_precision(config, device)
     main = distributed.rank() == 0
     run_folder = RunFolder(config.storage, str(config.run_name))
     record = distributed.on_rank_0(_read_record, run_folder)
@@ -169,7 +181,7 @@ def run(
                 stack.enter_context(lease.watched(claim, on_loss))
             trainer.train()
         distributed.on_rank_0(may_write)
-        summary = distributed.on_rank_0(_finish, config, trainer, run_folder, record)
+        summary = distributed.on_rank_0(_finish, trainer, run_folder, record)
     except lease.LostRunError:
         raise  # the other process reports how the run ends
     except Stopped as stopped:
@@ -206,6 +218,7 @@ def _build(
     tokenizer = load_tokenizer(config.model)
     task: Task = TASKS.get(config.task)
     data = _read_data(config, tokenizer, task)
+    config = _with_length(config, data)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
@@ -261,6 +274,31 @@ def _build(
     return trainer
 
 
+def _with_precision(config: Config, device: torch.device) -> Config:
+    """`train.precision: auto` decided by the devices of all ranks."""
+    if config.train.precision != "auto":
+        return config
+    precision = "bf16" if distributed.every_rank_computes_bf16(device) else "fp32"
+    train = config.train.model_copy(update={"precision": precision})
+    return config.model_copy(update={"train": train})
+
+
+def _with_length(config: Config, data: PreparedData) -> Config:
+    """`train.epochs` as steps of these examples."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    sequences = len(data.lengths)
+    steps = steps_of_epochs(epochs, sequences, config.train.global_batch_size)
+    if distributed.rank() == 0:
+        print(
+            f"train.epochs = {epochs:g}: {steps} steps of {config.train.global_batch_size} out of"
+            f" {sequences:,} training sequences",
+            flush=True,
+        )
+    return config.with_steps(steps)
+
+
 def _evaluation(
     config: Config, lwo: LWO, tokenizer: Any, task: Task, data: PreparedData, device: torch.device
 ) -> Callable[[Callable[[], None]], Evaluation]:
@@ -294,6 +332,7 @@ def _read_data(config: Config, tokenizer: Any, task: Task) -> PreparedData:
 
 def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.device) -> LWO:
     """The model, built by the strategy, with the hook attached at the current position."""
+    say(f"loading model {printable(config.model.name)}")
     method: Method = METHODS.get(config.method)
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     from_checkpoint = checkpoint is not None and not method.changes_model
@@ -320,10 +359,14 @@ def _prepare_model(method: Method, config: Config, model: torch.nn.Module) -> No
         method.prepare(model, config.lwo)
 
 
-def _finish(
-    config: Config, trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]
-) -> dict[str, Any]:
+def _with_model(config: Config, folder: Path) -> Config:
+    model = config.model.model_copy(update={"name": str(folder)})
+    return config.model_copy(update={"model": model})
+
+
+def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """Export the best checkpoint and write summary.json."""
+    config = trainer.config
     steps = committed_steps(run_folder)
     # Saving the best one may have failed on a full disk.
     step = trainer.results.best_step if trainer.results.best_step in steps else steps[-1]

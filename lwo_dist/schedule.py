@@ -125,18 +125,17 @@ def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> floa
 
 
 def _shape(config: LWOConfig, offset: int, length: int | None) -> float:
+    kind = config.lr_scheduler_type
+    if kind == "auto":
+        kind = "constant" if length is None else "cosine"
     if offset < config.warmup_steps:
         return (offset + 1) / config.warmup_steps
-    if config.lr_scheduler_type == "constant":
+    if kind == "constant":
         return 1.0
     if length is None:
         raise UserError(
-            f"lr_scheduler_type: {config.lr_scheduler_type} over the run needs its length; set"
-            " max_steps, or lr_schedule_over: cycle or visit"
+            f"lr_scheduler_type: {kind} over the run needs its length; set max_steps, or"
+            " lr_schedule_over: cycle or visit"
         )
     done = min(1.0, (offset - config.warmup_steps) / max(1, length - config.warmup_steps))
-    return (
-        1.0 - done
-        if config.lr_scheduler_type == "linear"
-        else 0.5 * (1.0 + math.cos(math.pi * done))
-    )
+    return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

@@ -6,13 +6,21 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 
-__all__ = ["END_OF_TEXT", "code", "make_config", "make_tokenizer", "write_tree"]
+__all__ = [
+    "END_OF_TEXT",
+    "KINDS",
+    "code",
+    "make_config",
+    "make_tokenizer",
+    "tokenizer_of_kind",
+    "write_tree",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -51,8 +59,57 @@ def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 400 tokens; no pad token unless asked for. Shared: do not
     change it.
     """
+    return _trained(pre_tokenizers.ByteLevel(add_prefix_space=False), special_tokens)
+
+
+KINDS = ("gpt2", "qwen2", "llama2")
+
+
+@lru_cache
+def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer that treats line ends as those of many models do. Shared: do not change it.
+
+    gpt2: a line end and the indentation after it are one token. qwen2: signs and the line end after
+    them are one token. llama2: a text gets a space before it, and a line end is a token alone.
+    """
+    if kind == "gpt2":
+        return make_tokenizer()
+    if kind == "qwen2":
+        return _trained(Qwen2Tokenizer().backend_tokenizer.pre_tokenizer, {})
+    letters = [chr(i) for i in range(33, 127)]
+    merges = [("\u2581", "\u2581"), ("\u2581" * 2, "\u2581" * 2), ("d", "e"), ("de", "f")]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    words = ["<unk>", END_OF_TEXT, *bytes_, "\u2581", *letters, *("".join(m) for m in merges)]
+    model = models.BPE(
+        {word: i for i, word in enumerate(words)},
+        merges,
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, unk_token="<unk>"
+    )
+
+
+def _trained(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, special_tokens: dict[str, str]
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     special_tokens = {"eos_token": END_OF_TEXT} | special_tokens
     trainer = trainers.BpeTrainer(

@@ -76,7 +76,12 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
             f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name "
             f"is {base}; choose another run_name, or set it back"
         )
-    names = {"fingerprint": "the examples (source files, tokenizer or sequence length)"}
+    names = {
+        "fingerprint": (
+            "the examples (source files, tokenizer or sequence length; an older lwo_dist cut"
+            " files differently)"
+        )
+    }
     for key, value in data_record(config, data).items():
         if state["data"][key] != value:
             raise UserError(

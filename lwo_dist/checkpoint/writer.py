@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lwo_dist.errors import DamagedError, first_line
-from lwo_dist.files import make_folder, sync, write_whole
+from lwo_dist.files import make_folder, sync, write_new, write_whole
 from lwo_dist.storage import RunFolder
 
 from .format import (
@@ -198,7 +198,7 @@ class CheckpointWriter:
         try:
             prune(self._run, kept, may_remove=self._may_write)
             self._committed = [step for step in self._committed if step in kept]
-        except (OSError, ValueError) as error:
+        except (OSError, DamagedError) as error:
             print(
                 f"warning: old checkpoints in {self._run} could not be removed:"
                 f" {first_line(error)}",
@@ -236,9 +236,10 @@ class CheckpointWriter:
             (INDEX, json.dumps(index, indent=1).encode()),
         ):
             self._may_write()
-            write_whole(folder / name, data)
+            write_new(folder / name, data)
             digests[name] = hashlib.sha256(data).hexdigest()
             self._bytes += len(data)
+        sync(folder)
         self._run.push(f"{here}/{path.name}" for path in sorted(folder.iterdir()))
         self._run.push_small()
         # Written last, because it commits the checkpoint. Created, never overwritten: a process

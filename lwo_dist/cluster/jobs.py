@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lwo_dist.config import Config
+from lwo_dist.config.batch import check_world_sizes
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError, first_line, printable
 from lwo_dist.git import is_repository_url
@@ -257,6 +258,7 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
     """
     config = load_config(file, tuple(overrides))
     check_config(config, elsewhere=True)
+    check_world_sizes(config)
     source = config.data.source
     if source is None:
         raise UserError(
@@ -266,6 +268,12 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
         raise UserError(
             f"data.source = {source}: a path on this machine; give a git URL, or an absolute path"
             " on the cluster"
+        )
+    model = config.model.name
+    if not model.startswith("/") and (model.startswith((".", "~")) or Path(model).exists()):
+        raise UserError(
+            f"model.name = {model}: a path on this machine; give a Hugging Face id, or an absolute"
+            " path on the cluster"
         )
     if "://" not in config.storage and not config.storage.startswith("/"):
         raise UserError(

@@ -15,4 +15,15 @@ from __future__ import annotations
 __all__ = ["COMMANDS"]
 
 # In the order shown by --help.
-COMMANDS = ("train", "data", "submit", "jobs", "replay", "export", "fetch", "checkpoints", "ui")
+COMMANDS = (
+    "train",
+    "config",
+    "data",
+    "submit",
+    "jobs",
+    "replay",
+    "export",
+    "fetch",
+    "checkpoints",
+    "ui",
+)

@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     require("run", what="lwo-dist data")
-    from lwo_dist.data.cache import cache_folder
+    from lwo_dist.cache import cache_folder
     from lwo_dist.data.source_tree import divide, find_files
 
     config = read_config(arguments)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from lwo_dist.config import Config
+from lwo_dist.config.batch import check_world_sizes
+from lwo_dist.console import say
 from lwo_dist.extras import require
 from lwo_dist.stop import Stopped
 
@@ -33,6 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments)
     if config.tracking.enabled:
         require("mlflow", what="tracking.enabled: true", otherwise="set tracking.enabled=false")
+    say("checking the settings, the model and the source")  # the imports below take seconds
+    if not under_torchrun:  # torchrun's number of ranks counts, not the config's
+        check_world_sizes(config)
     from lwo_dist.strategies.checks import check_config, require_extras
 
     check_config(config)

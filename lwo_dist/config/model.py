@@ -13,7 +13,8 @@ class ModelConfig(Settings):
     """Which model is tuned."""
 
     name: str = Field(
-        "tiny-code", description="a Hugging Face id, a folder, or tiny-code (made here, offline)"
+        "tiny-code",
+        description="a Hugging Face id, a folder, a GGUF file, or tiny-code (made here, offline)",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,40 @@ _MAX_BYTES = 2**20
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
 _MAX_SHOWN = 200  # characters of a value shown in a message
+
+# What people type who know Hugging Face's TrainingArguments -> what to set here.
+_HF_NAMES = {
+    "adam_beta1": "lwo.betas",
+    "adam_beta2": "lwo.betas",
+    "adam_epsilon": "lwo.eps",
+    "bf16": "train.precision=bf16",
+    "block_size": "train.sequence_length",
+    "dataset_name": "data.source",
+    "eval_steps": "eval.steps",
+    "eval_strategy": "eval.steps",
+    "fp16": "train.precision, bf16 or fp32",
+    "learning_rate": "lwo.lr",
+    "load_best_model_at_end": "eval.metric; the best checkpoint is always exported",
+    "max_length": "train.sequence_length",
+    "max_seq_length": "train.sequence_length",
+    "max_steps": "train.steps",
+    "metric_for_best_model": "eval.metric",
+    "model_name_or_path": "model.name",
+    "num_epochs": "train.epochs",
+    "num_processes": "cluster.num_workers",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "storage and run_name",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "per_device_train_batch_size": "train.global_batch_size, sequences over all workers",
+    "report_to": "tracking.enabled",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "save_steps": "checkpoint.steps",
+    "save_total_limit": "checkpoint.keep",
+    "torch_dtype": "train.precision",
+    "train_batch_size": "train.global_batch_size, sequences over all workers",
+    "train_file": "data.source",
+    "warmup_ratio": "lwo.warmup_steps",
+}
 
 
 def load_config(
@@ -38,18 +73,14 @@ def load_config(
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
-    if config.lwo.max_steps is None:
-        config = config.model_copy(
-            update={"lwo": config.lwo.model_copy(update={"max_steps": config.train.steps})}
-        )
-    return config
+    return config.with_steps(config.train.steps) if config.train.steps else config
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
-        values = _parse(data.decode())
+        values = _parse(data.decode(), Config)
     except OSError as error:
         raise UserError(
             f"config file {path}: {error.strerror}; give the path of a YAML file"
@@ -78,8 +109,8 @@ class _TooMuchError(Exception):
 _NOT_YAML = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
-def _parse(text: str) -> Any:
-    """The values of a YAML text.
+def _parse(text: str, kind: Any) -> Any:
+    """The values of a YAML text, with what `kind` says is text kept as it is written.
 
     Its events are counted first: nested aliases can expand to more values than fit in memory, and
     deep nesting exhausts the stack.
@@ -96,7 +127,60 @@ def _parse(text: str) -> Any:
             raise _TooMuchError(f"is nested more than {_MAX_DEPTH} levels deep")
         if number > _MAX_NODES:
             raise _TooMuchError(f"has more than {_MAX_NODES} values")
-    return yaml.safe_load(text)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _keep_text(node, kind)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+_YAML = "tag:yaml.org,2002:"
+_NOT_TEXT = {f"{_YAML}bool", f"{_YAML}float", f"{_YAML}int", f"{_YAML}timestamp", f"{_YAML}value"}
+
+
+def _keep_text(node: yaml.Node, kind: Any) -> None:
+    """Make strings of the scalars that are text by `kind`, a type or an annotation.
+
+    YAML reads 20261125 as a number, 2024-11-25 as a date and off as false; as a run's name or a
+    commit they are text.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in _NOT_TEXT and any(map(_is_text, _members(kind))):
+            node.tag = f"{_YAML}str"
+    elif isinstance(node, yaml.SequenceNode):
+        (item_kind,) = _arguments(kind, list, tuple)[:1] or (Any,)
+        for item in node.value:
+            _keep_text(item, item_kind)
+    elif isinstance(node, yaml.MappingNode):
+        (key_kind,) = _arguments(kind, dict)[:1] or (Any,)
+        for key, value in node.value:
+            _keep_text(key, key_kind)
+            _keep_text(value, _kind_of(kind, str(key.value)))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _arguments(kind: Any, *containers: type) -> tuple[Any, ...]:
+    """What `kind` says is in such a container; () if it allows none."""
+    return next((get_args(k) for k in _members(kind) if get_origin(k) in containers), ())
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and isinstance(get_args(kind)[0], str))
+
+
+def _kind_of(kind: Any, name: str) -> Any:
+    """The annotation of the entry `name` of a group of settings, or of a mapping."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(name)
+        return field.annotation if field is not None else Any
+    return (_arguments(kind, dict)[1:] or (Any,))[0]
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -106,7 +190,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *groups, name = key.split(".")
     if len(groups) > _MAX_DEPTH:
         raise UserError(f"override {override[:_MAX_SHOWN]!r} has more than {_MAX_DEPTH} groups")
+    kind: Any = Config
     for group in groups:
+        kind = _kind_of(kind, group)
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
             raise UserError(
@@ -114,7 +200,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 " of keys"
             )
     try:
-        values[name] = _parse(text)
+        values[name] = _parse(text, _kind_of(kind, name))
     except _TooMuchError as error:
         raise UserError(f"override {override[:_MAX_SHOWN]!r} {error}") from None
     except _NOT_YAML:
@@ -129,6 +215,8 @@ def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix:
         field = model.model_fields.get(str(key))
         if field is None:
             key = str(key)[:_MAX_SHOWN]
+            if key in _HF_NAMES:
+                raise UserError(f"unknown key {prefix}{key}; here it is {_HF_NAMES[key]}")
             hint = _nearest_key(key, model, prefix)
             mend = (
                 f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"

@@ -87,3 +87,13 @@ class Config(Settings):
         refuse_password("tracking.uri", self.tracking.uri or "", NO_TRACKING_PASSWORD)
         refuse_password("storage", self.storage, NO_PASSWORD)
         return self
+
+    def with_steps(self, steps: int) -> Config:
+        """This run with a known length: `train.epochs` turned into steps, and the schedule's
+        `max_steps` filled in where it is unset.
+        """
+        train = self.train.model_copy(update={"steps": steps, "epochs": None})
+        lwo = self.lwo
+        if lwo.max_steps is None:
+            lwo = lwo.model_copy(update={"max_steps": steps})
+        return self.model_copy(update={"train": train, "lwo": lwo})

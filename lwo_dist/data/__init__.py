@@ -1,13 +1,13 @@
 """From source trees to token batches."""
 
+from lwo_dist.cache import cache_folder
+
 from .batches import (
     GlobalBatch,
-    check_world_sizes,
     global_batch,
     global_batch_indices,
-    micro_batch_size,
+    steps_of_epochs,
 )
-from .cache import cache_folder
 from .dataset import PreparedData
 from .examples import EvalExample, TrainExample
 from .source_tree import SourceTree, read_source_tree
@@ -19,9 +19,8 @@ __all__ = [
     "SourceTree",
     "TrainExample",
     "cache_folder",
-    "check_world_sizes",
     "global_batch",
     "global_batch_indices",
-    "micro_batch_size",
     "read_source_tree",
+    "steps_of_epochs",
 ]

@@ -40,6 +40,7 @@ _HELD_OUT = Features(
         "text": Value("large_string"),
         "name": Value("string"),
         "line": Value("int32"),
+        "begins_with": Value("string"),
     }
 )
 

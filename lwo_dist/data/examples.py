@@ -11,19 +11,23 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from lwo_dist.errors import UserError
 
 __all__ = [
     "EvalExample",
+    "LineTokenizer",
+    "TokenizedText",
     "TrainExample",
     "context_start",
     "cut_windows",
     "end_of_text_id",
     "pad_id",
-    "tokenize_lines",
+    "token_texts",
 ]
 
 
@@ -47,32 +51,80 @@ class EvalExample:
     context: Sequence[int]
     """At least one token."""
     target: Sequence[int]
-    """The tokens of `text`, as many as may be generated."""
+    """The tokens of `text`, as many as may be generated, and of `begins_with` before it."""
     text: str
     """The whole line, without its "\\n"."""
     name: str
     """Of the file, below the source."""
     line: int
     """From 1."""
+    begins_with: str = ""
+    """Known text between the context and `text`; only tokens that start with it may be generated
+    first."""
 
 
-def tokenize_lines(tokenizer: Any, text: str) -> list[list[int]]:
-    """Token ids of each line, its "\\n" included: a line's end is a token's end. No special tokens
-    are added.
+@dataclass(frozen=True)
+class TokenizedText:
+    """The tokens of a whole text, and where its lines lie in them."""
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        text: ends in "\\n", as `read_text` gives it.
+    tokens: list[int]
+    breaks: list[int]
+    """[line ends], for each "\\n" of the text the index of the token that contains it."""
+    edges: list[int]
+    """Token indices between which the text may be cut, ascending, from 0 to the number of tokens:
+    behind the token that ends a line, or before it if it also holds the next line's indentation."""
+
+
+class LineTokenizer:
+    """Tokenises whole texts, as the model saw them in its pretraining.
+
+    Line by line the tokens would differ: for many tokenizers a line end and the indentation that
+    follows are one token, and others put a space before each text. No special tokens are added,
+    and none are recognised in the text.
     """
-    lines = [line + "\n" for line in text.split("\n")[:-1]]
-    # verbose=False: a line may be longer than the model's context; it is cut later.
-    tokens: list[list[int]] = tokenizer(
-        lines, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    return tokens
+
+    def __init__(self, tokenizer: Any):
+        self.texts = token_texts(tokenizer)
+        self._tokenizer = tokenizer
+        self._line_ends = np.array([text.count("\n") for text in self.texts])
+        self._is_last = np.array([text.endswith("\n") for text in self.texts])
+
+    def __call__(self, text: str) -> TokenizedText:
+        """Tokenise a text that ends in "\\n", as `read_text` gives it.
+
+        Raises:
+            UserError: the tokens do not hold the line ends of the text.
+        """
+        # verbose=False: a text may be longer than the model's context; it is cut later.
+        tokens: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            split_special_tokens=True,
+            verbose=False,
+        )["input_ids"]
+        ids = np.array(tokens)
+        breaks = np.repeat(np.arange(len(ids)), self._line_ends[ids])
+        if len(breaks) != text.count("\n"):
+            raise UserError(
+                f"the tokenizer {_name(self._tokenizer)} keeps {len(breaks)} of the"
+                f" {text.count(chr(10))} line ends of a text that begins with {text[:40]!r}; use a"
+                " model of code or of running text"
+            )
+        inner = np.unique(breaks + self._is_last[ids[breaks]])
+        edges = sorted({0, *inner.tolist(), len(tokens)})
+        return TokenizedText(tokens, breaks.tolist(), edges)
 
 
-def cut_windows(lines: Sequence[Sequence[int]], length: int) -> Iterator[TrainExample]:
+def token_texts(tokenizer: Any) -> list[str]:
+    """[vocabulary], what each token reads alone."""
+    texts: list[str] = tokenizer.batch_decode(
+        [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
+    )
+    return texts
+
+
+def cut_windows(tokens: Sequence[int], edges: Sequence[int], length: int) -> Iterator[TrainExample]:
     """Cut one file into windows of at most `length` tokens, so that each token is a target exactly
     once.
 
@@ -80,10 +132,11 @@ def cut_windows(lines: Sequence[Sequence[int]], length: int) -> Iterator[TrainEx
     up to a quarter of the window (the nearest tokens, where the line before is longer than that),
     and then holds as many whole lines as fit. A line that does not fit behind its context is cut
     into pieces that do.
+
+    Args:
+        edges: where a line may be cut from the next, ascending, from 0 to the number of tokens.
     """
     context = length // 4
-    tokens = [token for line in lines for token in line]
-    edges = list(accumulate(map(len, lines), initial=0))
     ends = [
         end
         for a, b in pairwise(edges)
@@ -117,7 +170,7 @@ def end_of_text_id(tokenizer: Any) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no eos_token,"
+            f"the tokenizer {_name(tokenizer)} has no eos_token,"
             " which ends a file; add eos_token to its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
@@ -144,7 +197,8 @@ def pad_id(tokenizer: Any) -> int:
             and "\n" not in tokenizer.decode([token])
         ):
             return int(token)
-    raise UserError(
-        f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no token to pad"
-        " with"
-    )
+    raise UserError(f"the tokenizer {_name(tokenizer)} has no token to pad with")
+
+
+def _name(tokenizer: Any) -> str:
+    return str(tokenizer.name_or_path or type(tokenizer).__name__)

@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from lwo_dist.cache import build_once
 from lwo_dist.config.data import NO_PASSWORD
 from lwo_dist.errors import UserError
 from lwo_dist.git import GitError, Repository, clone
 from lwo_dist.redaction import holds_password, redact, refuse_password, without_credentials
-
-from .cache import build_once
 
 __all__ = ["clone_repository", "tracked_files"]
 

@@ -26,10 +26,35 @@ from lwo_dist.errors import UserError
 from . import weights
 from .hub import one_line, read_settings, resolve, whole_model
 
-__all__ = ["PretrainedSource", "load_tokenizer"]
+__all__ = ["PretrainedSource", "check_model", "load_tokenizer"]
 
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 _SAVE_TOKENIZER = "save one there with tokenizer.save_pretrained(folder)"
+
+
+def check_model(config: ModelConfig, *, elsewhere: bool = False) -> None:
+    """Refuse a model that cannot be loaded, before any worker starts. Reads no weights.
+
+    Args:
+        elsewhere: it is loaded on other machines; only a folder that is also here is checked.
+
+    Raises:
+        UserError: no such folder or id, the hub is unreachable, no decoder, no weights, no
+            tokenizer.
+    """
+    if elsewhere and not Path(config.name).expanduser().exists():
+        return
+    folder = resolve(config, _SETTINGS)
+    read_settings(config, folder)
+    if Path(config.name).expanduser().is_dir() and not any(
+        any(folder.glob(pattern)) for pattern in _WEIGHTS
+    ):
+        raise UserError(
+            f"model.name {config.name!r} is a folder without weights; save a model there with"
+            " save_pretrained(folder)"
+        )
+    load_tokenizer(config)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -106,8 +106,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
-        """The answer in the generated tokens, which may continue past its end."""
+    def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
+        """The answer in the generated tokens, which begin with `example.begins_with` and may
+        continue past the answer's end."""
 
     @abstractmethod
     def score(
@@ -128,6 +129,7 @@ class Task(ABC):
     def context_shown(self, tokenizer: Any, example: EvalExample) -> str:
         """The end of the context to show beside an answer: its last three lines."""
         text = str(tokenizer.decode(list(example.context), clean_up_tokenization_spaces=False))
+        text += example.begins_with
         return "\n".join(text.removesuffix("\n").split("\n")[-3:])
 
 

@@ -1,8 +1,12 @@
 """Line completion: given the lines before, write the next one.
 
-Files are tokenised line by line, in training and in evaluation, so that a line always ends at a
-token boundary. Every line of a training window is an example, because each is predicted from the
-lines before it.
+Files are tokenised whole, in training and in evaluation, as in the model's pretraining. Every line
+of a training window is an example, because each is predicted from the lines before it.
+
+A held-out line's context ends before the token with the preceding line end, as that token may also
+hold the line's indentation. It is the first token to generate, and must begin with the text up to
+the line end, which is known; the rest of the answer is free. So no token of the context tells more
+about the line than the text before it does.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ import numpy.typing as npt
 from lwo_dist.config import Config, DataConfig
 from lwo_dist.data.examples import (
     EvalExample,
+    LineTokenizer,
     TrainExample,
     context_start,
     cut_windows,
     end_of_text_id,
-    tokenize_lines,
+    token_texts,
 )
 from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
 from lwo_dist.errors import UserError
@@ -35,12 +39,15 @@ from .scores import Column, Score, Scores
 
 __all__ = ["LineCompletion"]
 
+_PROBE = "if x:\n\n    y = f( 'a  b' )\n\treturn\n"
+
 
 class LineCompletion(Task):
     """`task: completion`."""
 
     name = "completion"
     example = ("line", "lines")
+    version = 2
     scores = (
         Score("exact_match", "exact match", "%", headline=True, count_label="lines exactly right"),
         Score("edit_similarity", "edit similarity", "%"),
@@ -57,11 +64,12 @@ class LineCompletion(Task):
     ) -> Iterator[TrainExample]:
         """Windows of whole lines from one file; the end-of-text token after them is learned too."""
         end_of_text = end_of_text_id(tokenizer)
+        tokenize = LineTokenizer(tokenizer)
         for file in source.train:
-            lines = tokenize_lines(tokenizer, _text(file))
-            yield from cut_windows(
-                [*lines[:-1], [*lines[-1], end_of_text]], config.train.sequence_length
-            )
+            found = tokenize(_text(file))
+            tokens = [*found.tokens, end_of_text]
+            edges = [*found.edges[:-1], len(tokens)]
+            yield from cut_windows(tokens, edges, config.train.sequence_length)
 
     def evaluation_examples(
         self, source: SourceTree, tokenizer: Any, config: Config
@@ -69,27 +77,31 @@ class LineCompletion(Task):
         """`eval.num_lines` lines with a letter or digit from the held-out files, by file and line.
 
         The choice depends only on the contents: one line from each file in turn until enough are
-        found. A file's first line has no context and is never used.
+        found. A file's first line has no context and is never used, nor are blank lines before it.
 
         Raises:
             UserError: fewer than two such lines, too few for a confidence interval.
         """
         chosen = _choose_lines(source, config.eval.num_lines)
         limit = config.train.sequence_length - config.eval.max_new_tokens
+        tokenize = LineTokenizer(tokenizer)
         examples = []
         for file in source.held_out:
             if file.sha256 not in chosen:
                 continue
             text = _text(file)
-            texts = text.split("\n")
-            lines = tokenize_lines(tokenizer, text)
-            edges = list(accumulate(map(len, lines), initial=0))
-            tokens = [token for line in lines for token in line]
+            lines = text.split("\n")
+            found = tokenize(text)
             for i in sorted(chosen[file.sha256]):
-                context = tokens[context_start(edges, edges[i], limit) : edges[i]]
-                target = lines[i][: config.eval.max_new_tokens]
-                if context and target:
-                    examples.append(EvalExample(context, target, texts[i], file.name, i + 1))
+                first, last = found.breaks[i - 1 : i + 1]
+                if first == 0 or first == last:  # the line is within one token
+                    continue
+                context = found.tokens[context_start(found.edges, first, limit) : first]
+                target = found.tokens[first : last + 1][: config.eval.max_new_tokens]
+                begin, line_end, _ = tokenize.texts[target[0]].rpartition("\n")
+                examples.append(
+                    EvalExample(context, target, lines[i], file.name, i + 1, begin + line_end)
+                )
         if len(examples) < 2:
             raise UserError(
                 f"data.source = {source.source}: {len(examples)} lines to complete in its"
@@ -102,27 +114,32 @@ class LineCompletion(Task):
         """The tokens that end a line: any with a "\\n" in it, and the end of the text.
 
         Raises:
-            UserError: the tokenizer has no end-of-text token, or cannot encode a newline.
+            UserError: the tokenizer has no end-of-text token, or changes code.
         """
         end_of_text = end_of_text_id(tokenizer)
-        texts = tokenizer.batch_decode(
-            [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
-        )
-        line_ends = [i for i, text in enumerate(texts) if "\n" in text]
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        line_ends = [i for i, text in enumerate(token_texts(tokenizer)) if "\n" in text]
         if not line_ends:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot write a"
-                " line end, so it cannot complete lines; use a model of code or of running text"
+                f"the tokenizer {name} cannot write a line end, so it cannot complete lines; use a"
+                " model of code or of running text"
+            )
+        probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        written = tokenizer.decode(probe, clean_up_tokenization_spaces=False)
+        if written != _PROBE:
+            raise UserError(
+                f"the tokenizer {name} turns {_PROBE!r} into {written!r}, so it cannot complete"
+                " lines of code; use a model of code or of running text"
             )
         return sorted({*line_ends, end_of_text})
 
-    def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
-        """The generated line: the text up to the first "\\n" or the end of the text."""
+    def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
+        """The generated line: the text up to its "\\n" or the end of the text."""
         end_of_text = end_of_text_id(tokenizer)
         if end_of_text in token_ids:
             token_ids = token_ids[: token_ids.index(end_of_text)]
         text = str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
-        return text.partition("\n")[0]
+        return text.removeprefix(example.begins_with).partition("\n")[0]
 
     def score(
         self,
@@ -156,7 +173,8 @@ def _choose_lines(source: SourceTree, num_lines: int) -> dict[str, list[int]]:
     # By hash: if not every file contributes, the choice does not depend on the file names.
     for file in sorted(source.held_out, key=lambda file: file.sha256):
         lines = _text(file).split("\n")
-        worth = [i for i, line in enumerate(lines) if i > 0 and any(map(str.isalnum, line))]
+        first = next(i for i, line in enumerate(lines) if line.strip())
+        worth = [i for i, line in enumerate(lines) if i > first and any(map(str.isalnum, line))]
         random.Random(file.sha256).shuffle(worth)
         if worth:
             candidates[file.sha256] = worth

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lwo_dist import distributed
+from lwo_dist.cache import build_once, cache_folder
 from lwo_dist.config import Config
-from lwo_dist.data.cache import build_once, cache_folder
+from lwo_dist.console import say
 from lwo_dist.data.dataset import PreparedData, load_dataset, write_dataset
 from lwo_dist.data.examples import end_of_text_id
 
@@ -64,6 +65,7 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def write(folder: Path) -> None:
+        say("tokenising the source")
         held_out = task.evaluation_examples(source, tokenizer, config)
         many = task.example[1]
         counts = {

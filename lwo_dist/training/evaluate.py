@@ -2,7 +2,8 @@
 
 Batches are formed once, longest context first, and distributed over the ranks; they do not depend
 on the number of ranks, so neither do the scores. Each context is computed once: its cache serves
-both the loss of the reference and the greedy answer. The task decides what is scored, and how.
+both the loss of the reference and the greedy answer, whose first token is chosen among those that
+begin with what is known. The task decides what is scored, and how.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional
 from transformers import Cache, GenerationConfig
 
 from lwo_dist import distributed
-from lwo_dist.data.examples import EvalExample, pad_id
+from lwo_dist.data.examples import EvalExample, pad_id, token_texts
 from lwo_dist.errors import UserError
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.scores import Column, Scores
@@ -69,6 +70,8 @@ class _Batch:
     attention_mask: torch.Tensor
     width: int
     target_lengths: list[int]
+    first_tokens: list[torch.Tensor | None]
+    """For each example the ids with which its answer may begin; None: all."""
 
 
 @torch.no_grad()
@@ -101,13 +104,14 @@ def evaluate(
     ordered = sorted(range(len(examples)), key=lambda i: (-len(examples[i].context), i))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(max_new_tokens - 1, 1),  # the first token is chosen by us
         do_sample=False,
         use_cache=True,
         pad_token_id=pad_id(tokenizer),
         eos_token_id=task.end_token_ids(tokenizer),
     )
     synced = synced and world_size > 1
+    first_tokens = _first_tokens(tokenizer, examples, torch.device(device))
     answers: list[tuple[int, float, list[int]]] = []
     with _evaluating(model):
         for first in range(0, len(batches), world_size):
@@ -117,15 +121,22 @@ def evaluate(
                 break
             indices = batches[min(number, len(batches) - 1)]
             batch = _collate(
-                [examples[i] for i in indices], config.pad_token_id, torch.device(device)
+                [examples[i] for i in indices],
+                config.pad_token_id,
+                first_tokens,
+                torch.device(device),
             )
             losses, written = _complete(model, batch, config, synced)
             if number < len(batches):
-                answers += zip(indices, losses, written, strict=True)
+                answers += zip(
+                    indices, losses, (tokens[:max_new_tokens] for tokens in written), strict=True
+                )
     results: list[tuple[int, float, str]] = []
     # Not between the forward passes: a task that fails on one rank would leave the others there.
     with distributed.errors_on_all_ranks():
-        results += [(i, loss, task.decode(tokenizer, tokens)) for i, loss, tokens in answers]
+        results += [
+            (i, loss, task.decode(tokenizer, examples[i], tokens)) for i, loss, tokens in answers
+        ]
     gathered = [results]
     if world_size > 1:
         gathered = [[] for _ in range(world_size)]
@@ -149,7 +160,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _collate(examples: Sequence[EvalExample], pad: int, device: torch.device) -> _Batch:
+def _first_tokens(
+    tokenizer: Any, examples: Sequence[EvalExample], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Each `begins_with` of the examples -> the ids of the tokens that start with it."""
+    known = {example.begins_with for example in examples} - {""}
+    texts = token_texts(tokenizer) if known else []
+    return {
+        begin: torch.tensor(
+            [i for i, text in enumerate(texts) if text.startswith(begin)], device=device
+        )
+        for begin in known
+    }
+
+
+def _collate(
+    examples: Sequence[EvalExample],
+    pad: int,
+    first_tokens: Mapping[str, torch.Tensor],
+    device: torch.device,
+) -> _Batch:
     width = max(len(example.context) for example in examples)
     targets = max(len(example.target) for example in examples)
     input_ids = torch.full((len(examples), width + targets), pad, dtype=torch.int64)
@@ -163,6 +193,7 @@ def _collate(examples: Sequence[EvalExample], pad: int, device: torch.device) ->
         attention_mask.to(device),
         width,
         [len(example.target) for example in examples],
+        [first_tokens.get(example.begins_with) for example in examples],
     )
 
 
@@ -206,9 +237,16 @@ def _complete(
             for row, target, length in zip(logits, targets, batch.target_lengths, strict=True)
         ]
     )
+    first = torch.stack(
+        [
+            row[0].argmax() if allowed is None else allowed[row[0, allowed].argmax()]
+            for row, allowed in zip(logits, batch.first_tokens, strict=True)
+        ]
+    )
+    attention_mask = batch.attention_mask[:, : batch.width]
     written = model.generate(
-        batch.input_ids[:, : batch.width],
-        attention_mask=batch.attention_mask[:, : batch.width],
+        torch.cat([batch.input_ids[:, : batch.width], first[:, None]], dim=1),
+        attention_mask=functional.pad(attention_mask, (0, 1), value=1),
         generation_config=config,
         synced_gpus=synced,
         **({} if cache is None else {"past_key_values": cache}),

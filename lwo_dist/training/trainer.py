@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from lwo_dist import distributed
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
+from lwo_dist.console import say
 from lwo_dist.data import GlobalBatch, PreparedData, global_batch
 from lwo_dist.data.batches import IGNORED_LABEL
 from lwo_dist.errors import UserError
@@ -185,6 +186,9 @@ class Trainer:
     def _evaluate(self) -> None:
         step = self.lwo.step_count
         self.lwo.flush()
+        if step == 0:
+            many = self.results.task.example[1]
+            say(f"evaluating before training: {len(self.data.held_out)} held-out {many}")
         with self.meter.off_the_clock(), self.watchdog.paused("evaluation"):
             evaluation = self.evaluate(self.stop.now)
         self.results.add_evaluation(step, evaluation)

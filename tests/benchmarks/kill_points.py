@@ -120,12 +120,19 @@ def _patch_writer(killer: _Killer) -> None:
         killer.writes = 0
         return original(*args, **more)
 
-    @_around(writer, "write_whole")
     def write(original: Callable, path: Path, data: bytes) -> Any:
-        last = path.name == "state.json"
-        killer.strike("save", killer.now, last=last)
+        killer.strike("save", killer.now)
         killer.writes += 1
         return original(path, data)
+
+    for name in ("write_new", "write_whole"):
+        _around(writer, name)(write)
+
+    @_around(writer.RunFolder, "create")
+    def create(original: Callable, run: Any, name: str, data: bytes) -> Any:
+        if name.endswith("/state.json"):
+            killer.strike("save", killer.now, last=True)
+        return original(run, name, data)
 
 
 class _Killer:

@@ -4,6 +4,7 @@ happens to them.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,11 +22,13 @@ from tests.cluster.launching import (
     Followed,
     environment,
     followed,
+    free_port,
     make_inputs,
     overrides,
     summary_of,
 )
 from tests.hosts import Host, hosts, why_not
+from tests.listening import Watch, listed
 
 REASON = why_not()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -153,6 +156,46 @@ def in_mid_visit(cluster: Cluster, job: Followed, run_name: str) -> None:
     ):
         assert job.process.poll() is None and time.monotonic() < deadline, job.said
         time.sleep(0.05)
+
+
+def test_a_cluster_listens_as_documented(cluster: Cluster) -> None:
+    """While it runs a job."""
+    watches = [Watch(host.namespace) for host in (cluster.head, *cluster.workers)]
+    with cluster.submit("listening", *STRATEGIES["fsdp"], "train.steps=10") as job:
+        said = job.end()
+    assert job.process.returncode == 0, said
+    head, first, second = [watch.stop() for watch in watches]
+    listeners = listed("ray_cluster.sh worker") | listed("lwo-dist submit, worker")
+    assert first == second == listeners
+    assert head == listed("ray_cluster.sh head") | listed("lwo-dist submit, head")
+
+
+def test_torchrun_on_two_hosts_listens_as_documented(tmp_path: Path) -> None:
+    folder = make_inputs(tmp_path / "inputs")
+    with hosts(2) as pair:
+        launcher = [
+            sys.executable,
+            *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+            *("--master-addr", pair[0].address, "--master-port", str(free_port())),
+        ]
+        script = [str(REPOSITORY / "launch" / "train.py"), *overrides(folder, "r")]
+        settings = environment(folder, OMP_NUM_THREADS="1")
+        watches = [Watch(host.namespace) for host in pair]
+        agents = [
+            host.start(
+                *launcher,
+                *("--node-rank", str(rank), *script),
+                cwd=folder / "home",
+                env=settings,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for rank, host in enumerate(pair)
+        ]
+        assert [agent.wait(240) for agent in agents] == [0, 0]
+        first, second = [watch.stop() for watch in watches]
+    assert first == listed("torchrun, several hosts")
+    assert second == {("rank", "own")}
 
 
 def test_a_run_across_hosts(cluster: Cluster, unbroken: Unbroken) -> None:

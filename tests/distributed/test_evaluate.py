@@ -87,7 +87,7 @@ def new_model(architecture: str, root: Path) -> torch.nn.Module:
     )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-2)
     model.train()
-    for step in range(60):
+    for step in range(100):
         (batch,) = global_batch(
             data, seed=0, step=step, global_batch_size=8, world_size=1, rank=0, accumulation=1
         ).micro_batches
@@ -124,16 +124,21 @@ def run(
 def plainly(model: torch.nn.Module, line: EvalExample) -> tuple[float, str]:
     """The line's mean loss and its greedy completion: no batch, no padding, no cache."""
     tokenizer = make_tokenizer()
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     model.eval()
     whole = torch.tensor([[*line.context, *line.target]])
     logits = model(whole).logits[0, len(line.context) - 1 : -1]
     loss = torch.nn.functional.cross_entropy(logits, whole[0, len(line.context) :]).item()
+    begins = {i for i, text in enumerate(texts) if text.startswith(line.begins_with)}
     tokens, text = list(line.context), ""
     for _ in range(NEW_TOKENS):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        ranked = model(torch.tensor([tokens])).logits[0, -1].argsort(descending=True).tolist()
+        if len(tokens) == len(line.context):
+            ranked = [i for i in ranked if i in begins]
+        tokens.append(ranked[0])
         if tokens[-1] == tokenizer.eos_token_id:
             break
-        text = tokenizer.decode(tokens[len(line.context) :])
+        text = tokenizer.decode(tokens[len(line.context) :])[len(line.begins_with) :]
         if "\n" in text:
             break
     return loss, text.partition("\n")[0]

@@ -118,25 +118,37 @@ def test_a_run_has_one_writer(storage: str, notes: Path, seed: int, scene: objec
     scene(storage, notes, random.Random(seed))
 
 
-def test_take_over_from_a_live_driver(storage: str, notes: Path) -> None:
+def test_take_over_from_a_live_driver(
+    storage: str, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     driver, worker = contenders.start(storage, notes, "a", 1000)
     contenders.wait_for(notes / "commits.log", lines=2)
     run = RunFolder(storage, "r")
     claim = lease.take(run, force=True)
     worker.join(contenders.DEADLINE_S)
-    assert "took over this run" in contenders.error(notes, "a")
     finish(notes, driver)
+    assert "took over this run" in contenders.error(notes, "a")
+    assert re.fullmatch(
+        rf"took over the run r from process {driver.pid} of user \S+ on \S+, which had been writing"
+        r" it since [\d: +-]+\n",
+        capsys.readouterr().out,
+    )
     claim.check()
     lease.refuse_held(run)  # ours
 
 
-def test_a_finished_run_is_free_at_once(storage: str, notes: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_a_finished_run_is_free_at_once(
+    storage: str, notes: Path, force: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     driver, worker = contenders.start(storage, notes, "a", 1)
     worker.join(contenders.DEADLINE_S)
     finish(notes, driver)
     run = RunFolder(storage, "r")
     lease.refuse_held(run)
-    assert lease.take(run).number == 3
+    assert lease.take(run, force=force).number == 3
+    assert lease.take(run, force=force).number == 4  # our own
+    assert capsys.readouterr().out == ""
 
 
 def test_a_new_worker_group_revokes_the_previous_claim(tmp_path: Path) -> None:

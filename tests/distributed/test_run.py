@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import socket
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lwo_dist
+from lwo_dist import distributed
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
-from lwo_dist.run import prepare, run
+from lwo_dist.run import _with_precision, prepare, run
 from lwo_dist.run_info import RunInfo
 from tests.models import save_tiny_model
 from tests.ranks import RanksError, run_ranks
@@ -120,6 +123,55 @@ def test_a_run_leaves_a_model_that_loads_and_a_summary(
         all(torch.equal(direct.state_dict()[n], p) for n, p in model.state_dict().items())
         or len(kept) == 2
     )
+
+
+def test_epochs_are_the_steps_that_the_data_makes_of_them(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    epochs = ("train.steps=0", "train.epochs=1.5")
+    config = prepare(make_config(inputs, tmp_path / "epochs", *epochs))
+    (summary, losses), _ = run_ranks(run_and_record, 2, config)
+    state = read_state(tmp_path / "epochs" / "r")
+    sequences = state["run"]["data"]["windows"]
+    steps = math.ceil(1.5 * sequences / 8)
+    assert summary["steps"] == state["run"]["train"]["steps"] == steps != config.train.steps
+    assert state["run"]["lwo"]["max_steps"] == steps
+    # The cosine ends with the run: the same losses as those of a run of so many steps.
+    same = prepare(make_config(inputs, tmp_path / "steps", f"train.steps={steps}"))
+    assert run_ranks(run_and_record, 2, same)[0][1] == losses
+    # With 32-bit arithmetic, which is what a CPU has.
+    assert config.train.precision == "auto" and state["run"]["train"]["precision"] == "fp32"
+
+
+def read_state(run_dir: Path) -> dict:
+    folder = max((run_dir / "checkpoints").iterdir())
+    state: dict = json.loads((folder / "state.json").read_text())
+    return state
+
+
+def bf16_on(ranks: list[int], device: str) -> bool:
+    native = distributed.rank() in ranks
+    with patch("torch.cuda.is_bf16_supported", lambda including_emulation: native):
+        return distributed.every_rank_computes_bf16(torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "expected"),
+    [([0, 1], "cuda", True), ([0], "cuda", False), ([1], "cuda", False), ([0, 1], "cpu", False)],
+)
+def test_auto_is_bf16_only_where_all_ranks_have_it(
+    ranks: list[int], device: str, expected: bool
+) -> None:
+    assert run_ranks(bf16_on, 2, ranks, device) == [expected, expected]
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_the_precision_that_auto_becomes_is_the_runs(native: bool, precision: str) -> None:
+    with patch("lwo_dist.distributed.every_rank_computes_bf16", lambda device: native):
+        config = _with_precision(load_config(), torch.device("cpu"))
+        assert config.train.precision == precision
+        asked = load_config(None, ["train.precision=fp32"])
+        assert _with_precision(asked, torch.device("cpu")).train.precision == "fp32"
 
 
 @pytest.mark.parametrize("shown", [True, False])

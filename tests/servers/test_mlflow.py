@@ -117,7 +117,7 @@ def test_the_default_store_holds_all_that_the_run_said(storage, first_use, capfd
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "whole"
     assert run.info.end_time >= run.info.start_time
-    assert run.data.params["lwo.lr"] == "1e-05"
+    assert run.data.params["lwo.lr"] == "0.0001"
     assert len(run.data.params["data.long"]) == 6000
     assert all(run.data.params[f"data.fact_{i}"] == str(i) for i in range(150))
     assert (run.data.params["device"], run.data.params["world_size"]) == ("cpu", "2")

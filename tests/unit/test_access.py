@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from lwo_dist.access import Access, access_of, private_folder, scratch_folder, share, umask_of
-from lwo_dist.base_model import Recipe, ensure_base_model
+from lwo_dist.cache import build_once
 from lwo_dist.cluster import nodes
-from lwo_dist.data.cache import build_once
 from lwo_dist.data.repository import clone_repository
 from lwo_dist.errors import UserError
+from lwo_dist.examples.tiny_code import Recipe, ensure_tiny_code
 from lwo_dist.storage import storage_folder
 
 OTHER_USER = 54321
@@ -226,7 +226,7 @@ def test_caches_follow_the_umask(
         if what == "clone":
             clone_repository(repository, cache)
         elif what == "tiny-code":  # LWO_CACHE_DIR; safetensors writes 0600 whatever the umask
-            ensure_base_model(cache, recipe=TINY, log=lambda line: None)
+            ensure_tiny_code(cache, recipe=TINY, log=lambda line: None)
         else:
             build_once(cache / "t", lambda folder: (folder / "f").touch(mode=0o600))
     found = _tree(cache)

@@ -12,14 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lwo_dist.config.batch import check_world_sizes, micro_batch_size
 from lwo_dist.config.reading import load_config
 from lwo_dist.data import batches
 from lwo_dist.data.batches import (
     GlobalBatch,
-    check_world_sizes,
     global_batch,
     global_batch_indices,
-    micro_batch_size,
+    steps_of_epochs,
 )
 from lwo_dist.errors import UserError
 from tests.prepared import PAD, prepared
@@ -99,6 +99,21 @@ def test_the_ranks_parts_make_up_the_global_batch(
         assert part.indices.tolist() == expected
         assert part.label_tokens == labels
         assert part.tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("epochs", "examples", "batch_size", "steps"),
+    [(1, 32, 8, 4), (1, 33, 8, 5), (2.5, 32, 8, 10), (0.1, 30, 1, 3), (0.001, 10, 8, 1)],
+)
+def test_steps_of_epochs(epochs: float, examples: int, batch_size: int, steps: int) -> None:
+    assert steps_of_epochs(epochs, examples, batch_size) == steps
+
+
+def test_in_the_steps_of_an_epoch_every_example_is_drawn() -> None:
+    steps = steps_of_epochs(1, 33, 8)
+    drawn = [global_batch_indices(33, 8, 0, step) for step in range(steps)]
+    assert {int(i) for indices in drawn for i in indices} == set(range(33))
+    assert len({int(i) for indices in drawn[:-1] for i in indices}) == 32
 
 
 def test_the_indices_of_a_step_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

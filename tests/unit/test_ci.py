@@ -37,7 +37,9 @@ if [[ -e {tmp_path}/fails ]]; then [[ "$*" != *"$(cat {tmp_path}/fails)"* ]]; fi
     python.chmod(0o755)
     requirements = [REPOSITORY / "pyproject.toml", REPOSITORY / "launch" / "constraints.txt"]
     stamp = "".join(path.read_text() for path in requirements)
-    (tmp_path / ".lwo-dist").write_text(f"run ray mlflow deepspeed test\n{stamp}{REPOSITORY}\n")
+    (tmp_path / ".lwo-dist").write_text(
+        f"run ray mlflow deepspeed gguf test\n{stamp}{REPOSITORY}\n"
+    )
     return tmp_path
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lwo_dist.config import Config, LWOConfig
+from lwo_dist import cli
+from lwo_dist.config import Config, LWOConfig, reading
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.strategies.checks import check_config
@@ -58,6 +60,127 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
     assert getattr(getattr(load_config(None, [override]), group), name) == value
 
 
+TEXTS = [
+    ("run_name", "20261125"),
+    ("run_name", "2024-11-25"),
+    ("run_name", "2026-99-99"),
+    ("run_name", "off"),
+    ("run_name", "1_000"),
+    ("model.name", "1e5"),
+    ("model.revision", "1234567"),
+    ("model.revision", "007"),
+    ("tracking.experiment", "1"),
+    ("tracking.experiment", "="),
+    ("cluster.env.X", "1"),
+    ("cluster.env.X", "on"),
+    ("deepspeed", "12"),
+]
+
+
+@pytest.mark.parametrize(("key", "text"), TEXTS)
+def test_where_text_is_meant_a_value_is_text_as_written(
+    tmp_path: Path, key: str, text: str
+) -> None:
+    *groups, name = key.split(".")
+    line = f"{name}: {text}"
+    for group in reversed(groups):
+        line = f"{group}: {{{line}}}"
+    for config in (load_config(None, [f"{key}={text}"]), load_config(_write(tmp_path, line))):
+        value: object = config
+        for part in key.split("."):
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+        assert value == text
+
+
+def test_texts_inside_of_lists_and_mappings_are_as_written_too() -> None:
+    config = load_config(
+        None, ["data.extensions=[1, .py, on]", "cluster.env={1: 2.50, off: 2024-11-25}"]
+    )
+    assert config.data.extensions == ("1", ".py", "on")
+    assert config.cluster.env == {"1": "2.50", "off": "2024-11-25"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "epochs"),
+    [
+        ((), 300, None),
+        (("train.steps=7",), 7, None),
+        (("train.epochs=1.5",), 0, 1.5),
+        (("train.epochs=2", "train.steps=0"), 0, 2.0),
+        (("train.epochs=null", "train.steps=7"), 7, None),
+    ],
+)
+def test_a_run_is_as_long_as_its_steps_or_its_epochs(
+    tmp_path: Path, overrides: tuple[str, ...], steps: int, epochs: float | None
+) -> None:
+    config = load_config(None, overrides)
+    assert (config.train.steps, config.train.epochs) == (steps, epochs)
+    assert config.lwo.max_steps == (steps or None)
+    assert load_config(_write(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_epochs_become_steps_and_the_length_of_the_schedule() -> None:
+    config = load_config(None, ["train.epochs=2"]).with_steps(40)
+    assert (config.train.steps, config.train.epochs, config.lwo.max_steps) == (40, None, 40)
+    own = load_config(None, ["train.epochs=2", "lwo.max_steps=50"]).with_steps(40)
+    assert own.lwo.max_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("train.epochs=2", "train.steps=10"),
+            "train: steps = 10 and epochs = 2 both say how long the run is; drop one, or override"
+            " it with train.steps=0 or train.epochs=null",
+        ),
+        (("train.steps=0",), "train: steps = 0 needs train.epochs; set train.steps or"),
+        (("train.epochs=0",), "train.epochs = 0: must be greater than 0 (passes over the"),
+    ],
+)
+def test_a_run_of_no_length_or_of_two_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, overrides)
+    assert str(error.value).startswith(message)
+
+
+def test_null_unsets_a_text_and_numbers_stay_numbers() -> None:
+    config = load_config(
+        None, ["run_name=null", "tracking.uri=", "train.steps=1_000", "deepspeed={steps: 12}"]
+    )
+    assert config.run_name is None and config.tracking.uri is None
+    assert config.train.steps == 1000
+    assert config.deepspeed == {"steps": 12}
+    with pytest.raises(UserError, match="tracking.experiment = None: must be a valid string"):
+        load_config(None, ["tracking.experiment=null"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=1e-4", "unknown key learning_rate; here it is lwo.lr"),
+        ("train.learning_rate=1e-4", "unknown key train.learning_rate; here it is lwo.lr"),
+        ("num_train_epochs=3", "unknown key num_train_epochs; here it is train.epochs"),
+        ("bf16=true", "unknown key bf16; here it is train.precision=bf16"),
+        (
+            "per_device_train_batch_size=4",
+            "unknown key per_device_train_batch_size; here it is train.global_batch_size,",
+        ),
+        ("max_steps=100", "unknown key max_steps; here it is train.steps"),
+    ],
+)
+def test_a_name_of_hugging_face_is_answered_with_ours(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, [override])
+    assert str(error.value).startswith(message)
+
+
+def test_the_hints_for_hugging_faces_names_are_keys_of_the_config() -> None:
+    for hint in reading._HF_NAMES.values():
+        for key in re.findall(r"\b\w+\.\w+\b", hint):
+            assert key in reading._all_keys(Config)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -90,7 +213,7 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
         (
             "fsdp.storage=bf16",
             (
-                "fsdp.storage: bf16 cannot be used with train.precision: fp32; set train.precision:"
+                "fsdp.storage: bf16 cannot be used with train.precision: auto; set train.precision:"
                 " bf16"
             ),
         ),
@@ -262,3 +385,55 @@ def test_a_hostile_override_gets_one_short_line(override: str, message: str) -> 
     with pytest.raises(UserError, match=message) as refused:
         load_config(None, [override])
     assert len(str(refused.value)) < 2000
+
+
+# ---- lwo-dist config
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["config", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_defaults_are_printed_as_a_file_that_is_the_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, "--defaults")
+    assert load_config(_write(tmp_path, text)) == load_config()
+    lines = [line.strip() for line in text.splitlines()]
+    shown = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    for key in reading._all_keys(Config):
+        assert any(line.startswith(f"{key.rpartition('.')[2]}: ") for line in lines), key
+    for group in [Config, LWOConfig]:
+        for field in group.model_fields.values():
+            assert field.description is None or field.description in shown
+    assert max(map(len, text.splitlines())) <= 100
+    # The schedule's length follows when the file is given another number of steps.
+    assert load_config(_write(tmp_path, text), ["train.steps=7"]).lwo.max_steps == 7
+
+
+def test_the_settings_of_a_run_are_printed_as_they_are_resolved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _write(tmp_path, "train: {epochs: 2}\nlwo: {lr: 3.0e-4, betas: [0.9, 0.95]}\n")
+    overrides = ["run_name=20261125", "cluster.env={A: off, HF_TOKEN: x}", "data.extensions=[.py]"]
+    text = printed(capsys, "-c", str(file), *overrides)
+    again = load_config(_write(tmp_path, text))
+    assert again.train.epochs == 2 and again.lwo.betas == (0.9, 0.95)
+    assert again.run_name == "20261125" and again.data.extensions == (".py",)
+    assert again.cluster.env == {"A": "off", "HF_TOKEN": "***"}  # no secrets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--defaults", "seed=1"], "--defaults shows what holds without a file; leave -c and"),
+        (["lwo.learning=1"], "unknown key lwo.learning"),
+        (["method=full", "lwo.state=keep"], "lwo.state: keep has no effect with method: full"),
+    ],
+)
+def test_config_refuses_what_a_run_would(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(["config", *arguments]) == 2
+    assert message in capsys.readouterr().err

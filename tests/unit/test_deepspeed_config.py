@@ -17,6 +17,7 @@ from lwo_dist import extras
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
+from lwo_dist.registry import STRATEGIES
 from lwo_dist.strategies.checks import check_config, require_extras
 from lwo_dist.strategies.deepspeed.builder import load_deepspeed
 from lwo_dist.strategies.deepspeed.settings import read_config, refuse_settings, resolve
@@ -31,7 +32,13 @@ def make(settings: Any = None, *overrides: str) -> Config:
 
 def test_what_is_left_open_is_filled_in() -> None:
     settings = resolve(
-        make(None, "lwo.gradient_accumulation_steps=2", "lwo.max_grad_norm=0.5"), world_size=4
+        make(
+            None,
+            "lwo.gradient_accumulation_steps=2",
+            "lwo.max_grad_norm=0.5",
+            "train.precision=fp32",
+        ),
+        world_size=4,
     )
     assert settings["zero_optimization"] == {"stage": 3}
     assert settings["train_batch_size"] == 16 and settings["train_micro_batch_size_per_gpu"] == 2
@@ -80,7 +87,7 @@ def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
     theirs = {
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8}}
     }
-    with pytest.warns(UserWarning, match=r"lwo wins over optimizer.params: lr 0.0003 -> 1e-05$"):
+    with pytest.warns(UserWarning, match=r"lwo wins over optimizer.params: lr 0.0003 -> 0.0001$"):
         assert "optimizer" not in resolve(make(theirs), 1)
 
 
@@ -130,7 +137,11 @@ def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
         ),
         ({"train_batch_size": 8}, (), r"train_batch_size = 8, but train.global_batch_size = 16"),
         ({"train_micro_batch_size_per_gpu": 3}, (), r"= 3, but the size of a micro-batch = 8"),
-        ({"bf16": {"enabled": True}}, (), r"enabled = True, but train.precision = fp32"),
+        (
+            {"bf16": {"enabled": True}},
+            ("train.precision=fp32",),
+            r"enabled = True, but train.precision = fp32",
+        ),
         ({"zero_optimization": [1]}, (), r"zero_optimization = \[1\] must be a mapping"),
     ],
 )
@@ -140,6 +151,17 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         resolve(make(settings, *overrides), 2)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("enabled", "precision"), [(True, "bf16"), (False, "fp32"), ("auto", "auto"), (None, "auto")]
+)
+def test_the_deepspeed_config_decides_precision_auto(enabled: object, precision: str) -> None:
+    config = make({"bf16": {"enabled": enabled}} if enabled is not None else {})
+    resolved = STRATEGIES.get("deepspeed").resolve(config)
+    assert resolved.train.precision == precision
+    discards = make({"bf16": {"enabled": enabled}}, "lwo.inactive_master=discard")
+    assert STRATEGIES.get("deepspeed").stores_16_bit(discards) == (precision == "bf16")
 
 
 @pytest.mark.parametrize(

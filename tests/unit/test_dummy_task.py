@@ -90,7 +90,7 @@ class Sums(Task):
     def end_token_ids(self, tokenizer: Any) -> list[int]:
         return [tokenizer.encode(";")[0], tokenizer.eos_token_id]
 
-    def decode(self, tokenizer: Any, token_ids: list[int]) -> str:
+    def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids)).partition(";")[0]
 
     def score(

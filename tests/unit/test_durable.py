@@ -45,6 +45,11 @@ def _removals(synced: dict[str, int], now: dict[str, int]) -> dict[str, int]:
     return {name: inode for name, inode in kept.items() if inode is not None}
 
 
+def _seals(synced: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """Of the new names, only the seal's is on disk."""
+    return synced | {name: inode for name, inode in now.items() if name == "state.json"}
+
+
 class Disk:
     """The durable state of the folder `root`, while `os` is patched.
 
@@ -75,7 +80,7 @@ class Disk:
                 self._busy = True
                 if name == "fsync":
                     self._sync(os.dup(arguments[0]))
-                for names in (_all, _none, _removals):
+                for names in (_all, _none, _removals, _seals):
                     crashed = self._scratch / str(self.crashes)
                     self._build(self._root, crashed, names)
                     self._check(crashed)
@@ -121,8 +126,13 @@ def _names_in(folder: Path) -> dict[str, int]:
     return {entry.name: entry.inode() for entry in os.scandir(folder)}
 
 
+def _refuse(*_: Any, **__: Any) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("link", [os.link, _refuse])
 def test_a_crash_at_any_moment_keeps_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: Callable[..., None]
 ) -> None:
     root = tmp_path / "runs"
     root.mkdir()
@@ -133,6 +143,7 @@ def test_a_crash_at_any_moment_keeps_the_last_checkpoint(
         assert committed == 0 or (found is not None and found.step >= committed)
 
     with monkeypatch.context() as patch:
+        patch.setattr(os, "link", link)
         disk = Disk(root, tmp_path / "crashed", check, patch)
         writer = CheckpointWriter(RunFolder(str(root), "r"), model_files, keep=1)
         for step in (1, 2, 3):
@@ -154,12 +165,9 @@ def test_files_are_durable_before_the_commit_and_the_commit_before_the_prune(
                 run = RunFolder(str(crashed), "r")
                 assert newest_checkpoint(run) is not None
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
     (tmp_path / "runs").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", refuse)
+        patch.setattr(os, "link", _refuse)
         disk = Disk(tmp_path / "runs", tmp_path / "crashed", check, patch)
         writer = CheckpointWriter(RunFolder(str(tmp_path / "runs"), "r"), model_files, keep=1)
         for step in (1, 2):

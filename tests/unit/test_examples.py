@@ -8,27 +8,43 @@ import json
 import pickle
 import re
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lwo_dist import distributed
 from lwo_dist.config import Config
 from lwo_dist.data.dataset import PreparedData, load_dataset
-from lwo_dist.data.examples import TrainExample, cut_windows, pad_id, tokenize_lines
+from lwo_dist.data.examples import (
+    EvalExample,
+    LineTokenizer,
+    TrainExample,
+    cut_windows,
+    pad_id,
+)
 from lwo_dist.data.source_tree import SourceTree
 from lwo_dist.errors import UserError
 from lwo_dist.registry import TASKS
 from lwo_dist.tasks import prepare as prepare_module
 from lwo_dist.tasks.completion import LineCompletion
 from lwo_dist.tasks.prepare import prepare_dataset
-from tests.code_samples import END_OF_TEXT, code, make_config, make_tokenizer, write_tree
+from tests.code_samples import (
+    END_OF_TEXT,
+    KINDS,
+    code,
+    make_config,
+    make_tokenizer,
+    tokenizer_of_kind,
+    write_tree,
+)
 from tests.ranks import run_ranks
 
 TASK: LineCompletion = TASKS.get("completion")
@@ -42,13 +58,18 @@ def tree(config: Config, cache: Path) -> SourceTree:
     return TASK.read(config.data, cache)
 
 
+def in_windows(lines: list[list[int]], window: int) -> list[TrainExample]:
+    edges = list(accumulate(map(len, lines), initial=0))
+    return list(cut_windows(list(chain(*lines)), edges, window))
+
+
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(8, 40))
 def test_every_token_is_a_target_once_after_its_nearest_context(
     lengths: list[int], window: int
 ) -> None:
     ids = iter(range(10_000))
     lines = [[next(ids) for _ in range(length)] for length in lengths]
-    windows = list(cut_windows(lines, window))
+    windows = in_windows(lines, window)
     targets = [list(w.input_ids[w.target_start :]) for w in windows]
     assert list(chain(*targets)) == list(chain(*lines))
     line_starts, line_ends = {line[0] for line in lines}, {line[-1] for line in lines}
@@ -77,33 +98,101 @@ def test_every_token_is_a_target_once_after_its_nearest_context(
 
 def test_cut_windows_by_hand() -> None:
     lines = [[1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11, 12]]
-    assert list(cut_windows(lines, 8)) == [
+    assert in_windows(lines, 8) == [
         TrainExample([1, 2, 3, 4, 5, 6, 7, 8], 0),
         TrainExample([7, 8, 9, 10, 11, 12], 2),
     ]
-    assert list(cut_windows([[1, 2, 3], [4, 5], [6, 7], [8, 9, 10, 11, 12]], 11)) == [
+    assert in_windows([[1, 2, 3], [4, 5], [6, 7], [8, 9, 10, 11, 12]], 11) == [
         TrainExample([1, 2, 3, 4, 5, 6, 7], 0),
         TrainExample([6, 7, 8, 9, 10, 11, 12], 2),
     ]
-    assert list(cut_windows([list(range(14))], 8)) == [
+    assert in_windows([list(range(14))], 8) == [
         TrainExample([0, 1, 2, 3, 4, 5], 0),
         TrainExample([4, 5, 6, 7, 8, 9, 10, 11], 2),
         TrainExample([10, 11, 12, 13], 2),
     ]
-    assert [w.label_tokens for w in cut_windows(lines, 8)] == [7, 4]
+    assert [w.label_tokens for w in in_windows(lines, 8)] == [7, 4]
 
 
-def test_a_line_ends_where_a_token_ends() -> None:
+def test_no_special_token_is_added_or_recognised() -> None:
     tokenizer = pickle.loads(pickle.dumps(make_tokenizer(bos_token="<s>")))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         "<s> $A", None, [("<s>", tokenizer.bos_token_id)]
     )
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    text = code(3) + "\n\n    x\f = 'é\u2028'\n"
-    lines = tokenize_lines(tokenizer, text)
-    texts = [tokenizer.decode(line) for line in lines]
-    assert texts == [line + "\n" for line in text.split("\n")[:-1]]
-    assert all(tokenizer.bos_token_id not in line for line in lines)
+    text = code(3) + f"\n\n    x\f = 'é\u2028{END_OF_TEXT}<s>'\n"
+    tokens = LineTokenizer(tokenizer)(text).tokens
+    assert tokenizer.decode(tokens) == text
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id}.intersection(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_hold_the_tokens_of_the_whole_text(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of_kind(kind)
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path)
+    source = tree(config, tmp_path)
+    learned = []
+    for window in TASK.training_examples(source, tokenizer, config):
+        learned += window.input_ids[window.target_start :]
+    whole = []
+    for file in source.train:
+        ids = tokenizer(file.path.read_text(), add_special_tokens=False)["input_ids"]
+        whole += [*ids, tokenizer.eos_token_id]
+    assert learned == whole
+    # Otherwise this tests nothing: line by line the tokens are others.
+    lines = "".join(file.path.read_text() for file in source.train).splitlines(keepends=True)
+    assert list(chain(*tokenizer(lines, add_special_tokens=False)["input_ids"])) != [
+        token for token in whole if token != tokenizer.eos_token_id
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_are_cut_between_lines(kind: str) -> None:
+    tokenizer = tokenizer_of_kind(kind)
+    text = code(3)
+    found = LineTokenizer(tokenizer)(text)
+    pieces = [
+        tokenizer.decode(found.tokens[a:b], clean_up_tokenization_spaces=False)
+        for a, b in pairwise(found.edges)
+    ]
+    assert len(pieces) > 5
+    for before, after in pairwise(pieces):
+        assert before.endswith("\n") or after.startswith("\n")
+        assert "\n" not in before.strip("\n ")  # every line is one piece
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_tells_no_more_than_the_text_before_the_line(kind: str, tmp_path: Path) -> None:
+    """It ends at a token of the whole text, and with the known start of the answer it is the text
+    before the line: the line's indentation is not known."""
+    tokenizer = tokenizer_of_kind(kind)
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path, "train.sequence_length=600")
+    source = tree(config, tmp_path)
+    texts = {file.name: file.path.read_text() for file in source.held_out}
+    examples = TASK.evaluation_examples(source, tokenizer, config)
+    assert len(examples) == 20
+    indented = 0
+    for example in examples:
+        before = "".join(texts[example.name].splitlines(keepends=True)[: example.line - 1])
+        context = tokenizer.decode(example.context, clean_up_tokenization_spaces=False)
+        assert context + example.begins_with == before
+        assert example.begins_with.endswith("\n")
+        whole = tokenizer(texts[example.name], add_special_tokens=False)["input_ids"]
+        here = [*example.context, *example.target]
+        assert whole[: len(here)] == here
+        indented += not tokenizer.decode([example.target[0]]).endswith("\n")
+        if len(example.target) < config.eval.max_new_tokens:
+            assert TASK.decode(tokenizer, example, example.target) == example.text
+    assert indented > 3 or kind != "gpt2"
+
+
+def test_a_tokenizer_that_changes_code(tmp_path: Path) -> None:
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path)
+    lower = pickle.loads(pickle.dumps(make_tokenizer()))
+    lower.backend_tokenizer.normalizer = Replace("  ", " ")
+    with pytest.raises(UserError, match="so it cannot complete lines of code") as error:
+        prepare_dataset(config, lower, TASK)
+    assert "\n" not in str(error.value)
 
 
 def test_the_end_of_a_file_is_learned(tmp_path: Path) -> None:
@@ -142,14 +231,18 @@ def test_end_tokens() -> None:
 
 def test_decode_stops_at_the_line_or_the_text() -> None:
     tokenizer = make_tokenizer()
+    example = EvalExample([1], [1], "", "", 1)
 
     def decoded(text: str) -> str:
-        return TASK.decode(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+        return TASK.decode(tokenizer, example, tokenizer.encode(text, add_special_tokens=False))
 
     assert decoded("    return x\nmore\n") == "    return x"
     assert decoded(f"    return{END_OF_TEXT} x\n") == "    return"
     assert decoded("unfinished") == "unfinished"
-    assert decoded("\nmore") == decoded(END_OF_TEXT) == TASK.decode(tokenizer, []) == ""
+    assert decoded("\nmore") == decoded(END_OF_TEXT) == TASK.decode(tokenizer, example, []) == ""
+    example = replace(example, begins_with="\n\n")
+    assert decoded("\n\n  x\ny") == "  x"
+    assert decoded("\n\n\ny") == ""
 
 
 def test_tokenizers_that_cannot_complete_lines(tmp_path: Path) -> None:
@@ -181,16 +274,20 @@ def test_held_out_lines(tmp_path: Path) -> None:
         lines = texts[example.name]
         assert example.text == lines[example.line - 1]
         assert any(map(str.isalnum, example.text))
-        assert tokenizer.decode(example.target) == example.text + "\n"
+        written = tokenizer.decode(example.target).removeprefix(example.begins_with)
+        assert written.rstrip(" ") == example.text + "\n"
         before = "".join(line + "\n" for line in lines[: example.line - 1])
-        context = tokenizer.decode(example.context)
-        assert context and before.endswith(context)
+        context = tokenizer.decode(example.context) + example.begins_with
+        assert example.context and before.endswith(context)
         assert len(example.context) <= limit
         if context != before:
             full += 1
-            assert before[: -len(context)].endswith("\n")  # whole lines, and one more would not fit
-            previous = before[: -len(context)].rstrip("\n").rpartition("\n")[2] + "\n"
-            assert len(example.context) + len(tokenizer.encode(previous)) > limit
+            # Whole lines, and one more would not fit.
+            found = LineTokenizer(tokenizer)("\n".join(lines))
+            end = found.breaks[example.line - 2]
+            start = end - len(example.context)
+            assert found.tokens[start:end] == example.context
+            assert found.edges[found.edges.index(start) - 1] < end - limit
     assert full > 5
 
 
@@ -208,7 +305,7 @@ def test_held_out_lines_do_not_depend_on_other_files(tmp_path: Path) -> None:
     worth = [
         line
         for file in held_out
-        for line in file.path.read_text().split("\n")[1:]
+        for line in file.path.read_text().strip("\n").split("\n")[1:]
         if line.strip() not in ("", ")")
     ]
     assert len(after) == len(worth)
@@ -381,7 +478,7 @@ def test_a_new_version_of_a_task_makes_its_examples_anew(
 ) -> None:
     config = make_config(write_tree(tmp_path / "tree"), tmp_path / "storage")
     first = prepare(config)
-    monkeypatch.setattr(LineCompletion, "version", 2)
+    monkeypatch.setattr(LineCompletion, "version", LineCompletion.version + 1)
     assert prepare(config).folder != first.folder
 
 

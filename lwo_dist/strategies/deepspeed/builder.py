@@ -37,16 +37,18 @@ class DeepSpeedBuilder(StrategyBuilder):
         return inner
 
     def stores_16_bit(self, config: Config) -> bool:
-        return config.train.precision == "bf16"
+        return settings.precision(config) == "bf16"
 
     def resolve(self, config: Config) -> Config:
-        """Add the contents of the DeepSpeed JSON, so that the workers need not see the file.
+        """Add the contents of the DeepSpeed JSON, so that the workers need not see the file; its
+        bf16.enabled decides `train.precision: auto`.
 
         Raises:
             UserError: a setting that cannot be honoured or contradicts ours, at any world size.
         """
         read = settings.read_config(config.deepspeed)
-        config = config.model_copy(update={"deepspeed": read})
+        train = config.train.model_copy(update={"precision": settings.precision(config)})
+        config = config.model_copy(update={"deepspeed": read, "train": train})
         for world_size in config.cluster.world_sizes:
             settings.resolve(config, world_size)
         return config

@@ -17,7 +17,7 @@ from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.errors import UserError
 
-__all__ = ["DEFAULT_STAGE", "read_config", "refuse_settings", "resolve"]
+__all__ = ["DEFAULT_STAGE", "precision", "read_config", "refuse_settings", "resolve"]
 
 DEFAULT_STAGE = 3
 _MAX_BYTES = 2**20
@@ -145,12 +145,13 @@ def resolve(config: Config, world_size: int) -> dict[str, Any]:
     micro = train.global_batch_size // (world_size * accumulation)
     _agree(settings, "train_micro_batch_size_per_gpu", micro, "the size of a micro-batch")
     bf16 = settings.setdefault("bf16", {})
-    _agree(
-        bf16,
-        "enabled",
-        train.precision == "bf16",
-        f"train.precision = {train.precision}, so bf16.enabled",
-    )
+    if train.precision != "auto":  # auto: unknown until the workers have their devices
+        _agree(
+            bf16,
+            "enabled",
+            train.precision == "bf16",
+            f"train.precision = {train.precision}, so bf16.enabled",
+        )
     if train.precision == "bf16":  # as train.precision promises: reductions stay fp32
         settings.setdefault("communication_data_type", "fp32")
         settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -159,6 +160,14 @@ def resolve(config: Config, world_size: int) -> dict[str, Any]:
     settings.setdefault("steps_per_print", 2**31)
     _warn_overruled((settings.pop("optimizer", None) or {}).get("params") or {}, lwo)
     return settings
+
+
+def precision(config: Config) -> str:
+    """`train.precision`, or what the DeepSpeed config says instead of auto."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    enabled = _at(read_config(config.deepspeed), "bf16.enabled")
+    return "auto" if enabled is None else "bf16" if enabled else "fp32"
 
 
 def _warn_overruled(theirs: Mapping[str, Any], lwo: LWOConfig) -> None:

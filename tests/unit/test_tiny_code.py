@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lwo_dist import base_model
-from lwo_dist.base_model import Recipe, default_cache_folder, ensure_base_model
 from lwo_dist.errors import UserError
+from lwo_dist.examples import tiny_code
+from lwo_dist.examples.tiny_code import Recipe, default_cache_folder, ensure_tiny_code
 from tests.ranks import RanksError, run_ranks
 
 TINY = Recipe(
@@ -45,7 +45,7 @@ def unexpected(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_base_model(tmp_path_factory.mktemp("cache"), recipe=TINY, log=silent)
+    return ensure_tiny_code(tmp_path_factory.mktemp("cache"), recipe=TINY, log=silent)
 
 
 def test_is_an_ordinary_folder(folder: Path) -> None:
@@ -84,7 +84,7 @@ def test_tokenizer(folder: Path) -> None:
             " caf\u00e9 \U0001f40d\n"
         ),
         ":\n:\n)\n",
-        Path(base_model.__file__).read_text(),
+        Path(tiny_code.__file__).read_text(),
     ]
     for text in texts:
         ids = tokenizer(text).input_ids
@@ -94,12 +94,12 @@ def test_tokenizer(folder: Path) -> None:
 
 
 def test_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ensure_base_model(folder.parent, recipe=TINY, log=unexpected) == folder
+    assert ensure_tiny_code(folder.parent, recipe=TINY, log=unexpected) == folder
     with pytest.raises(AssertionError, match="built again"):
-        ensure_base_model(folder.parent, recipe=replace(TINY, seed=1), log=unexpected)
+        ensure_tiny_code(folder.parent, recipe=replace(TINY, seed=1), log=unexpected)
     monkeypatch.setattr("sys.version_info", (3, 99, 0))
     with pytest.raises(AssertionError, match="built again"):
-        ensure_base_model(folder.parent, recipe=TINY, log=unexpected)
+        ensure_tiny_code(folder.parent, recipe=TINY, log=unexpected)
 
 
 def test_deterministic_on_any_number_of_cores(
@@ -109,7 +109,7 @@ def test_deterministic_on_any_number_of_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: others)
     torch.manual_seed(1234)
     rng, threads = torch.get_rng_state(), torch.get_num_threads()
-    again = ensure_base_model(tmp_path, recipe=TINY, log=silent)
+    again = ensure_tiny_code(tmp_path, recipe=TINY, log=silent)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
     assert torch.equal(torch.get_rng_state(), rng) and torch.get_num_threads() == threads
@@ -117,7 +117,7 @@ def test_deterministic_on_any_number_of_cores(
 
 def die_at_the_last_moment(cache: Path) -> None:
     Path.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
-    ensure_base_model(cache, recipe=TINY, log=silent)
+    ensure_tiny_code(cache, recipe=TINY, log=silent)
 
 
 def test_killed(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_killed(tmp_path: Path) -> None:
     left = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert [path.suffix for path in left] == [".unfinished"] and any(left[0].iterdir())
     (left[0] / "of-the-killed").touch()
-    folder = ensure_base_model(tmp_path, recipe=TINY, log=silent)
+    folder = ensure_tiny_code(tmp_path, recipe=TINY, log=silent)
     assert not (folder / "of-the-killed").exists()
     AutoModelForCausalLM.from_pretrained(folder)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
@@ -136,11 +136,11 @@ def test_waits_for_another_process(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: Queue[Any] = Queue()
-    monkeypatch.setattr(base_model, "_build", lambda *args: said.put("builds too"))
+    monkeypatch.setattr(tiny_code, "_build", lambda *args: said.put("builds too"))
     with (tmp_path / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiter = threading.Thread(
-            target=lambda: said.put(ensure_base_model(tmp_path, recipe=TINY, log=said.put)),
+            target=lambda: said.put(ensure_tiny_code(tmp_path, recipe=TINY, log=said.put)),
             daemon=True,
         )
         waiter.start()
@@ -154,13 +154,13 @@ def test_waits_for_another_process(
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be kept in .*LWO_CACHE_DIR"):
-        ensure_base_model(tmp_path / "file" / "cache", recipe=TINY)
+        ensure_tiny_code(tmp_path / "file" / "cache", recipe=TINY)
     monkeypatch.setenv("LWO_TINY_CODE", "huge")
     with pytest.raises(UserError, match="LWO_TINY_CODE = 'huge' must be one of full, small"):
-        ensure_base_model(tmp_path)
+        ensure_tiny_code(tmp_path)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="only 0 of its sources"):
-        ensure_base_model(tmp_path / "cache", recipe=TINY)
+        ensure_tiny_code(tmp_path / "cache", recipe=TINY)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 

@@ -30,10 +30,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from .access import share_as_made
-from .errors import UserError
+from lwo_dist.access import share_as_made
+from lwo_dist.errors import UserError
 
-__all__ = ["Recipe", "default_cache_folder", "ensure_base_model"]
+__all__ = ["Recipe", "default_cache_folder", "ensure_tiny_code"]
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -111,7 +111,7 @@ def default_cache_folder(storage: str | Path) -> Path:
 _print = partial(print, flush=True)  # A job's log is a file: it shows each line at once.
 
 
-def ensure_base_model(
+def ensure_tiny_code(
     cache_folder: Path, *, recipe: Recipe | None = None, log: Callable[[str], None] = _print
 ) -> Path:
     """The folder of tiny-code, as `save_pretrained` writes one; it is made if `cache_folder` does

@@ -1,0 +1,101 @@
+"""The tables of the pages that are made from the code.
+
+    python -m tests.pages    # writes them anew
+
+A page marks where one stands: `<!-- NAME, made by python -m tests.pages -->` ... `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
+from torch import nn
+
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from tests import sizes
+
+__all__ = ["GENERATED", "TABLES", "filled", "memory", "names", "settings"]
+
+REPOSITORY = Path(__file__).parents[1]
+
+_MARKED = re.compile(
+    r"(<!-- (\w+), made by python -m tests\.pages -->\n).*?(<!-- end -->)", re.DOTALL
+)
+
+
+def settings() -> str:
+    """A row for each setting."""
+    return "\n".join(["| key | default | what it is |", "|---|---|---|", *_rows(Config)])
+
+
+def _rows(model: type[BaseModel], prefix: str = "") -> list[str]:
+    table = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            table += _rows(field.annotation, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            shown = "" if default in (None, {}) else f"`{default}`"
+            table.append(f"| `{prefix}{name}` | {shown} | {field.description} |")
+    return table
+
+
+_GPUS = ((1, 24), (1, 80), (2, 80), (8, 24), (8, 80))
+_METHODS: dict[str, tuple[Callable[[nn.Module, Config, int], int], list[str]]] = {
+    "LWO": (sizes.lwo_peak, []),
+    "LWO, `fsdp.storage: bf16`": (sizes.lwo_peak, ["train.precision=bf16", "fsdp.storage=bf16"]),
+    "full": (sizes.lwo_peak, ["method=full"]),
+    "LoRA, rank 16": (sizes.lora_peak, []),
+}
+
+
+def memory() -> str:
+    """GB of each GPU for models, methods and numbers of GPUs."""
+    gpus = [f"{count} x {gigabytes} GB" for count, gigabytes in _GPUS]
+    table = [f"| model | method | {' | '.join(gpus)} |", "|---" * (2 + len(gpus)) + "|"]
+    for size in sizes.QWEN_CODER:
+        for method, (peak, overrides) in _METHODS.items():
+            cells = []
+            for count, gigabytes in _GPUS:
+                batch = ["train.sequence_length=2048", f"train.global_batch_size={count}"]
+                settings = [*batch, "train.gradient_checkpointing=true", *overrides]
+                need = peak(sizes.model_of(size), load_config(None, settings), count) / 1e9
+                fits = need <= sizes.USABLE * gigabytes
+                cells.append(f"{need:.0f}" if fits else f"no ({need:.0f})")
+            table.append(f"| {size} | {method} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+TABLES: dict[str, Callable[[], str]] = {"settings": settings, "memory": memory}
+GENERATED = [("lwo_dist/config/README.md", "settings"), ("lwo_dist/strategies/README.md", "memory")]
+"""(page, table), all there are."""
+
+
+def names(text: str) -> list[str]:
+    """The tables that a page has a place for."""
+    return [match[2] for match in _MARKED.finditer(text)]
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """The page with the given tables in their places."""
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        return f"{begin}\n{tables[name]}\n\n{end}" if name in tables else match[0]
+
+    return _MARKED.sub(fill, text)
+
+
+def main() -> None:
+    tables = {name: make() for name, make in TABLES.items()}
+    for page in sorted({page for page, _ in GENERATED}):
+        path = REPOSITORY / page
+        path.write_text(filled(path.read_text(), tables))
+
+
+if __name__ == "__main__":
+    main()
