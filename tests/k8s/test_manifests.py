@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lwo_dist.config.reading import load_config
+from tests import sizes
+
 from .manifests import K8S, OVERLAYS, Object, build, containers, pods, render, schema_problems
 from .operator_rules import OPERATOR_RULES
 from .policy_rules import POLICY_RULES
@@ -493,6 +496,13 @@ def test_the_page_gives_the_sizes_of_the_manifests(overlay: str) -> None:
         f"{float(_volumes(render(overlay))):g} GiB",
     ]
     assert f"| {' | '.join(cells)} |" in (K8S / "README.md").read_text()
+
+
+def test_the_page_gives_the_gpu_memory_of_the_formulas() -> None:
+    config = load_config(K8S / "overlays" / "gpu-kueue" / "config.yaml")
+    peak = sizes.lwo_peak(sizes.model_of("1.5B"), config, config.cluster.num_workers)
+    assert config.model.name.endswith("-1.5B")
+    assert f"takes {peak / 1e9:.0f} GB of each GPU" in (K8S / "README.md").read_text()
 
 
 def test_the_queue_of_the_page_admits_the_run_with_gpus() -> None:
