@@ -32,12 +32,16 @@ from .files import (
     write_whole,
 )
 from .redaction import refuse_password
+from .units import human_bytes
 
 __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "storage_path"]
 
 T = TypeVar("T")
 
 _LARGE_FOLDERS = ("layers", "checkpoints", "model")
+_MAX_SMALL_BYTES = 2 * 2**30
+"""Of each other file; metrics.jsonl of a long run has some hundred MB."""
+_CHUNK_BYTES = 16 * 2**20
 _LEASE_FOLDER = "lease"  # always read from the store: a local copy would be stale
 _WRITTEN_BY_RAY = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 
@@ -201,11 +205,15 @@ class RunFolder:
             with self.path(name).open("rb") as source:
                 self._reach(lambda n=name, s=source: self._upload(n, s))  # type: ignore[misc]
 
-    def pull(self, name: str) -> Path:
+    def pull(self, name: str, *, limit: int | None = None) -> Path:
         """Fetch a file from the store, replacing any local copy. Returns its local path.
 
+        Args:
+            limit: the most bytes that are fetched.
+
         Raises:
-            DamagedError: `name` is not plain, or its local path is not a regular file.
+            DamagedError: `name` is not plain, its local path is not a regular file, or the file in
+                the store is larger than `limit`.
             FileNotFoundError: the store has no such file.
             OSError: the store cannot be reached.
         """
@@ -214,7 +222,7 @@ class RunFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_beside(path)
             try:
-                self._reach(lambda: self._download(name, temporary))
+                self._reach(lambda: self._download(name, temporary, limit))
                 temporary.rename(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -311,6 +319,7 @@ class RunFolder:
         """Fetch what `push_small` sent; existing local files are kept.
 
         Raises:
+            DamagedError: a file is too large for one of these.
             OSError
         """
         if self._fs is not None:
@@ -319,7 +328,7 @@ class RunFolder:
                     continue
                 try:
                     if not self.path(name).exists():
-                        self.pull(name)
+                        self.pull(name, limit=_MAX_SMALL_BYTES)
                 except (FileNotFoundError, FileExistsError, NotADirectoryError):
                     self._warn(name)  # a folder marker, or a key below a name that is also a file
 
@@ -405,20 +414,26 @@ class RunFolder:
 
     def _upload(self, name: str, source: Any) -> None:
         with self._fs.open_output_stream(f"{self._base}/{name}") as target:
-            shutil.copyfileobj(source, target, 16 * 2**20)
+            shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
-    def _download(self, name: str, target: Path) -> None:
+    def _download(self, name: str, target: Path, limit: int | None) -> None:
         with (
             self._fs.open_input_stream(f"{self._base}/{name}") as source,
             target.open("wb") as file,
         ):
-            shutil.copyfileobj(source, file, 16 * 2**20)
+            while chunk := source.read(_CHUNK_BYTES):
+                file.write(chunk)
+                if limit is not None and file.tell() > limit:
+                    raise DamagedError(
+                        f"{name} is larger than {human_bytes(limit)}, too large for such a file;"
+                        f" remove it from {self}"
+                    )
 
     def _reach(self, call: Callable[[], T]) -> T:
         """Call the store; every failure becomes an OSError that names the run's URL."""
         try:
             return call()
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedError):
             raise
         except Exception as error:  # pyarrow raises OSError, but ArrowInvalid for a bad request
             raise OSError(f"{self.url}: {first_line(error)}") from error

@@ -34,6 +34,7 @@ from lwo_dist.storage import RunFolder
 from .schema import (
     INDEX,
     LAYERS,
+    MAX_BYTES,
     MOMENTS,
     STATE,
     check_depth,
@@ -168,7 +169,7 @@ def read_state(run: RunFolder, step: int) -> dict[str, Any]:
     """
     name = f"{step_folder(step)}/{STATE}"
     try:
-        state = _open_seal(read_json(run.pull(name)))
+        state = _open_seal(read_json(run.pull(name, limit=MAX_BYTES)))
     except OSError as error:
         raise DamagedError(f"{name} cannot be read: {error.strerror or error}") from None
     if state["step"] != step:
@@ -257,7 +258,7 @@ def _files_of(run: RunFolder, checkpoint: str) -> list[str]:
 def _check(run: RunFolder, name: str, digest: str) -> None:
     path = run.file(name)
     if run.url is not None and not (path.is_file() and sha256_of(path) == digest):
-        run.pull(name)
+        run.pull(name, limit=None if name.endswith(".safetensors") else MAX_BYTES)
     if sha256_of(path) != digest:
         raise DamagedError(f"{name} does not have the sha256 of {STATE}")
 

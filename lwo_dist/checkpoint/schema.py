@@ -36,7 +36,7 @@ MOMENTS = "active.safetensors"
 RECORD = "run.json"
 
 MAX_BYTES = 128 * 2**20
-"""Of a JSON file. state.json holds the loss of every step, about 20 bytes each."""
+"""Of a file without tensors. state.json holds the loss of every step, about 20 bytes each."""
 _MAX_ENTRIES = 1_000_000
 _MAX_LAYERS = 1000
 """A config.json with more layers must come with as many weights: from one number alone,

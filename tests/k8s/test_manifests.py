@@ -7,15 +7,22 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from .manifests import K8S, OVERLAYS, Object, build, containers, render, schema_problems
+from lwo_dist.config.reading import load_config
+from tests import sizes
+
+from .manifests import K8S, OVERLAYS, Object, build, containers, pods, render, schema_problems
 from .operator_rules import OPERATOR_RULES
 from .policy_rules import POLICY_RULES
+from .quantities import quantity
 
 RULES = (*OPERATOR_RULES, *POLICY_RULES)
 HEAD = "RayJob.spec.rayClusterSpec.headGroupSpec"
@@ -443,6 +450,71 @@ def test_overlays_differ_where_they_say_so() -> None:
         "RayJob workers, container ray-worker",
     ]
     assert not [thing for thing in smoke if thing["metadata"]["name"] == "https"]  # no way out
+
+
+REQUESTS = {"cpu": "CPUs", "memory": "GiB", "nvidia.com/gpu": "GPU"}
+
+
+def _pods_with_requests(objects: list[Object]) -> Iterator[dict[str, Decimal]]:
+    """What each pod of a run requests, by the words of README.md."""
+    [job] = [thing for thing in objects if thing["kind"] == "RayJob"]
+    workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    for name, pod in pods(objects):
+        spec = pod["spec"]
+        requests = {}
+        for resource, word in REQUESTS.items():
+            side_by_side, first = (
+                [quantity(c["resources"]["requests"].get(resource, 0)) for c in spec.get(key, [])]
+                for key in ("containers", "initContainers")
+            )
+            amount = max([sum(side_by_side, Decimal()), *first])
+            requests[word] = amount / 2**30 if resource == "memory" else amount
+        yield from [requests] * (workers if name == "RayJob workers" else 1)
+
+
+def _volumes(objects: list[Object]) -> Decimal:
+    claims = [thing for thing in objects if thing["kind"] == "PersistentVolumeClaim"]
+    for thing in objects:
+        claims += thing["spec"].get("volumeClaimTemplates", []) if "spec" in thing else []
+    sizes = [quantity(claim["spec"]["resources"]["requests"]["storage"]) for claim in claims]
+    return sum(sizes, Decimal()) / 2**30
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_page_gives_the_sizes_of_the_manifests(overlay: str) -> None:
+    found = list(_pods_with_requests(render(overlay)))
+    total = {word: sum((pod[word] for pod in found), Decimal()) for word in REQUESTS.values()}
+    largest = max(found, key=lambda pod: pod["GiB"])
+    assert all(largest[word] == max(pod[word] for pod in found) for word in REQUESTS.values())
+    shown = ", ".join(f"{float(amount):g} {word}" for word, amount in largest.items() if amount)
+    cells = [
+        f"`{overlay}`",
+        f"{float(total['CPUs']):g}",
+        f"{float(total['GiB']):g} GiB",
+        f"{float(total['GPU']):g}",
+        shown,
+        f"{float(_volumes(render(overlay))):g} GiB",
+    ]
+    assert f"| {' | '.join(cells)} |" in (K8S / "README.md").read_text()
+
+
+def test_the_page_gives_the_gpu_memory_of_the_formulas() -> None:
+    config = load_config(K8S / "overlays" / "gpu-kueue" / "config.yaml")
+    peak = sizes.lwo_peak(sizes.model_of("1.5B"), config, config.cluster.num_workers)
+    assert config.model.name.endswith("-1.5B")
+    assert f"takes {peak / 1e9:.0f} GB of each GPU" in (K8S / "README.md").read_text()
+
+
+def test_the_queue_of_the_page_admits_the_run_with_gpus() -> None:
+    """Kueue admits all pods of a run at once, or none."""
+    [text] = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+    [queue] = [thing for thing in yaml.safe_load_all(text) if thing["kind"] == "ClusterQueue"]
+    [flavor] = queue["spec"]["resourceGroups"][0]["flavors"]
+    quota = {entry["name"]: quantity(entry["nominalQuota"]) for entry in flavor["resources"]}
+    run = list(_pods_with_requests(render("overlays/gpu-kueue")))
+    for resource, word in REQUESTS.items():
+        unit = 2**30 if resource == "memory" else 1
+        assert sum(pod[word] for pod in run) * unit <= quota[resource]
 
 
 def test_mlflow_knows_its_own_names() -> None:

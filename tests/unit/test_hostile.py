@@ -679,6 +679,49 @@ def test_odd_object_keys_are_ignored(
             shutil.rmtree(scratch)
 
 
+class Counted(io.BytesIO):
+    """Counts the bytes that are read of an object."""
+
+    read_bytes = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        Counted.read_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("run.json", lambda run: run.fetch_small()),
+        ("report.html", lambda run: run.fetch_small()),
+        (f"{STEP}/{STATE}", newest_checkpoint),
+        (f"{STEP}/config.json", newest_checkpoint),
+    ],
+)
+def test_an_oversized_object_is_not_downloaded(
+    case: Case, name: str, call: Callable[[RunFolder], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 200_000  # more than the others have
+    monkeypatch.setattr(storage, "_MAX_SMALL_BYTES", limit)
+    monkeypatch.setattr("lwo_dist.checkpoint.format.MAX_BYTES", limit)
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1000)
+    with bucket_of(case, [], monkeypatch) as (url, bucket):
+        bucket.keys[f"bucket/runs/r/{name}"] = b" " * 10**7
+        reader = bucket.open_input_stream
+
+        def open_counted(key: str) -> io.BytesIO:
+            return Counted(reader(key).getvalue()) if key.endswith(name) else reader(key)
+
+        monkeypatch.setattr(bucket, "open_input_stream", open_counted)
+        monkeypatch.setattr(Counted, "read_bytes", 0)
+        with pytest.raises(UserError, match=f"{name} is larger than 200 KB, .*; remove it from s3"):
+            call(RunFolder.at(url))
+        assert limit < Counted.read_bytes <= limit + 1000
+        scratch = case.run.parent / "scratch"
+        assert all(path.stat().st_size <= limit for path in scratch.rglob("*"))
+
+
 # ---- random artefacts
 
 
