@@ -56,7 +56,8 @@ class Progress(Callback):
         self._say(f"checkpoint {folder}")
 
     def on_run_failed(self, error: BaseException) -> None:
-        self._say(f"the run failed: {type(error).__name__}")
+        if not isinstance(error, KeyboardInterrupt):  # the command says how that ended
+            self._say(f"the run failed: {type(error).__name__}")
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
