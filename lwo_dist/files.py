@@ -18,6 +18,7 @@ __all__ = [
     "is_plain",
     "is_regular",
     "make_folder",
+    "refresh",
     "sync",
     "temporary_beside",
     "walk",
@@ -166,6 +167,18 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def refresh(folder: Path) -> None:
+    """Ask the server of a network file system for the folder's current names.
+
+    An NFS client that found a name missing assumes so for up to a minute, unless the folder is
+    opened.
+
+    Raises:
+        OSError
+    """
+    os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def sync(path: Path) -> None:
