@@ -27,6 +27,7 @@ from .files import (
     is_plain,
     is_regular,
     make_folder,
+    refresh,
     temporary_beside,
     walk,
     write_whole,
@@ -257,6 +258,7 @@ class RunFolder:
         try:
             if self._fs is not None:
                 return self._reach(lambda: self._read(name, limit))
+            refresh(self.path(name).parent)
             with self.file(name).open("rb") as file:
                 return file.read(limit)
         except FileNotFoundError:
