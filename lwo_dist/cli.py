@@ -17,7 +17,7 @@ from typing import NoReturn
 from . import __version__
 from .commands import COMMANDS
 from .errors import UserError, printable
-from .stop import EXIT_CODE, Stopped
+from .stop import CTRL_C, EXIT_CODE, Stopped
 
 __all__ = ["main"]
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 after bad input, 75 after a stop that the same command can resume, 130
-            after Ctrl-C; for `submit`, that of the job.
+            after Ctrl-C, which it can resume too; for `submit`, that of the job.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The command attaches a note on how to resume.
             said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
             print(f"lwo-dist: {printable(said)}", file=sys.stderr)
-        return EXIT_CODE
+        return 130 if stopped.reason == CTRL_C else EXIT_CODE
     except KeyboardInterrupt:
         return 130
     return code or 0

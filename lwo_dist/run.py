@@ -40,13 +40,13 @@ from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
-from .stop import Stopped, StopRequest, StopVote
+from .stop import CTRL_C, Stopped, StopRequest, StopVote
 from .storage import RunFolder, is_url, new_run_name, storage_folder, storage_path
 from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tasks.base import Task
 from .tasks.prepare import prepare_dataset
-from .tracking.mlflow import DATABASE, MLflowCallback, create_run, tracking_uri
+from .tracking.mlflow import DATABASE, MLflowCallback, create_run, end_run, tracking_uri
 from .training.describe import describe_run
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
@@ -56,7 +56,7 @@ from .training.saver import Saver
 from .training.system_metrics import SystemMetrics
 from .training.trainer import Trainer
 
-__all__ = ["prepare", "prepare_and_run", "run"]
+__all__ = ["ending_tracking", "prepare", "prepare_and_run", "run", "stopped_early"]
 
 
 def prepare(config: Config, *, elsewhere: bool = False) -> Config:
@@ -113,26 +113,61 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
     record["attempts"] += 1
     record["holder"] = claim.holder
-    record["mlflow_run_id"] = create_run(config, run_folder.local.parent, run_name)
-    write_whole(run_folder.path(RECORD), json.dumps(record, indent=1).encode())
-    run_folder.push([RECORD])
-    if config.access == "group" and storage_is_new:
-        share(run_folder.local.parent)
-    _share_run(config, run_folder)
+    with ending_tracking(config):
+        record["mlflow_run_id"] = create_run(config, run_folder.local.parent, run_name)
+        write_whole(run_folder.path(RECORD), json.dumps(record, indent=1).encode())
+        run_folder.push([RECORD])
+        if config.access == "group" and storage_is_new:
+            share(run_folder.local.parent)
+        _share_run(config, run_folder)
     return config
+
+
+@contextmanager
+def ending_tracking(config: Config) -> Iterator[None]:
+    """If an error leaves the block, end the MLflow run: workers that were killed, or that have not
+    started, could not. Nothing happens if another process has taken over the run.
+    """
+    try:
+        yield
+    except Stopped:
+        raise  # the workers have ended it
+    except BaseException as error:
+        run_folder = RunFolder(config.storage, str(config.run_name))
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        if lease.is_ours(run_folder):
+            end_run(config, run_folder.local.parent, str(config.run_name), status)
+        raise
+
+
+def stopped_early(config: Config, reason: str) -> Stopped:
+    """The end of a run that was interrupted while it could not save; it names what there is."""
+    if config.run_name is None:
+        return Stopped(reason, 0, None)
+    run_folder = RunFolder(config.storage, config.run_name)
+    steps = committed_steps(run_folder)
+    if not steps:
+        return Stopped(reason, 0, None)
+    return Stopped(reason, steps[-1], run_folder.local / step_folder(steps[-1]))
 
 
 def prepare_and_run(config: Config) -> dict[str, Any] | None:
     """For ranks without a driver (torchrun, Slurm): rank 0 prepares, then all ranks run."""
-    distributed.init_process_group(config.cluster.timeout_s)
-    cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
-    with ExitStack() as stack:
-        stack.enter_context(umask_of(config.access))
-        config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
-        if distributed.rank() == 0:
-            run_folder = RunFolder(config.storage, str(config.run_name))
-            stack.enter_context(lease.renewed(run_folder))
-        return run(config)
+    stop = StopRequest(config.train.max_seconds)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(umask_of(config.access))
+            stack.enter_context(stop.interrupting())
+            distributed.init_process_group(config.cluster.timeout_s)
+            cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
+            config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
+            if distributed.rank() == 0:
+                stack.enter_context(ending_tracking(config))
+                run_folder = RunFolder(config.storage, str(config.run_name))
+                stack.enter_context(lease.renewed(run_folder))
+            return run(config, stop=stop)
+    except KeyboardInterrupt:
+        raise stopped_early(config, stop.reason or CTRL_C) from None
 
 
 def run(
@@ -149,8 +184,8 @@ def run(
         callbacks: used on rank 0; ignored on other ranks.
         on_commit: called on every rank, at the same place in the loop, with each committed
             checkpoint.
-        stop: polled about once a second; None: SIGTERM, SIGUSR1 and `train.max_seconds` stop the
-            run.
+        stop: polled about once a second; None: SIGTERM, SIGUSR1, Ctrl-C and `train.max_seconds`
+            stop the run.
         holder: id of the process that called `prepare`, if that was on another machine.
 
     Returns:

@@ -1,9 +1,9 @@
 """Graceful stops: schedulers give notice before they reclaim a machine.
 
-SIGTERM (Slurm, Kubernetes), SIGUSR1 (`sbatch --signal`), a wall-clock limit known from the start,
-and anything a launcher polls for, such as Ray's preemption notice. The ranks agree on it after a
-full step; the trainer then saves and raises `Stopped`, and the process exits with EXIT_CODE: run it
-again later and the run resumes.
+SIGTERM (Slurm, Kubernetes), SIGUSR1 (`sbatch --signal`), Ctrl-C, a wall-clock limit known from the
+start, and anything a launcher polls for, such as Ray's preemption notice. The ranks agree on it
+after a full step; the trainer then saves and raises `Stopped`, and the process exits with
+EXIT_CODE, after Ctrl-C with 130: run it again later and the run resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,10 +21,12 @@ from typing import Any
 # Import no torch here, and no psutil at the top: the command line needs `Stopped` before it needs a
 # model, and even if neither is installed.
 
-__all__ = ["EXIT_CODE", "StopNow", "StopRequest", "Stopped", "StopVote"]
+__all__ = ["CTRL_C", "EXIT_CODE", "StopNow", "StopRequest", "Stopped", "StopVote"]
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CTRL_C = "Ctrl-C"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ECHO_S = 2.0
 
 
 class Stopped(Exception):  # noqa: N818
@@ -64,6 +66,7 @@ class StopRequest:
         import psutil
 
         self._reason: str | None = None
+        self._asked_at = float("-inf")
         self._polls: list[Callable[[], str | None]] = []
         self._max_seconds = max_seconds
         # torchrun's ranks outlive a killed torchrun, and must not write into the run that follows.
@@ -82,7 +85,9 @@ class StopRequest:
 
     def request(self, reason: str) -> None:
         # No lock: a signal handler may interrupt this method in its own thread.
-        self._reason = self._reason or reason
+        if self._reason is None:
+            self._asked_at = time.monotonic()
+            self._reason = reason
 
     def add_poll(self, poll: Callable[[], str | None]) -> None:
         """Add a function that returns a reason or None.
@@ -98,28 +103,55 @@ class StopRequest:
                 self.request(found)
         return self.reason
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Treat SIGTERM and SIGUSR1 as requests inside; only in the main thread, else do nothing.
+    def listening(self) -> AbstractContextManager[None]:
+        """Treat SIGTERM, SIGUSR1 and Ctrl-C as requests inside: there is something to save.
 
-        After a request they are ignored permanently: a launcher that sees the first rank exit sends
-        SIGTERM to the others, which are still reporting or about to exit.
+        A Ctrl-C after the first request raises KeyboardInterrupt. Only in the main thread, else do
+        nothing.
         """
+        return self._handling(self._ask)
+
+    def interrupting(self) -> AbstractContextManager[None]:
+        """As `listening`, but the first signal raises KeyboardInterrupt: nothing is to be saved."""
+        return self._handling(self._interrupt)
+
+    @contextmanager
+    def _handling(self, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[int, Any] = {
-            number: signal.signal(number, self._on_signal) for number in SIGNALS
-        }
+        before: dict[int, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                then = signal.SIG_IGN if self._reason is not None else handler
+                # After a request SIGTERM is ignored permanently: a launcher that sees the first
+                # rank exit sends it to the others, which are still reporting or about to exit.
+                ignored = self._reason is not None and number != signal.SIGINT
+                then = signal.SIG_IGN if ignored else handler
                 signal.signal(number, then if then is not None else signal.SIG_DFL)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.request(signal.Signals(number).name)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._reason is None:
+            self.request(_name(number))
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                # Not print: the handler may have interrupted another print.
+                os.write(1, b"saving a checkpoint, then stopping; Ctrl-C again stops at once\n")
+        elif number == signal.SIGINT and not self._is_echo():
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._reason is None or (number == signal.SIGINT and not self._is_echo()):
+            self.request(_name(number))
+            raise KeyboardInterrupt
+
+    def _is_echo(self) -> bool:
+        """Whether torchrun passes on a Ctrl-C that its ranks have had from the terminal."""
+        return self._launcher is not None and time.monotonic() - self._asked_at < _ECHO_S
+
+
+def _name(number: int) -> str:
+    return CTRL_C if number == signal.SIGINT else signal.Signals(number).name
 
 
 class StopVote:

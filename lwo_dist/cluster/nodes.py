@@ -198,13 +198,15 @@ def _start_ray(machine: Node, folder: Path) -> None:
                 logging_level=logging.WARNING,
                 _temp_dir=str(folder),
             )
-        except Exception as error:
+        except BaseException as error:
             # A busy machine may exceed Ray's start timeout of 30 s. Ray does not clean up then.
             for child in set(psutil.Process().children()) - before:
                 with contextlib.suppress(psutil.Error):
                     child.kill()
                     child.wait(10)
             del os.environ["RAY_API_SERVER_ADDRESS"]
+            if not isinstance(error, Exception):
+                raise
             if attempt == _START_ATTEMPTS:
                 raise UserError(
                     f"a local Ray did not start in {attempt} attempts ({first_line(error)}); try"
@@ -220,6 +222,9 @@ def _init_ray(**settings: Any) -> None:
 
     try:
         ray.init(**settings)
+    except SystemExit:  # Ray's handler of SIGTERM while it starts
+        ray.shutdown()
+        raise KeyboardInterrupt from None
     except BaseException:
         ray.shutdown()
         raise

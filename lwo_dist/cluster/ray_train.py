@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -19,10 +18,11 @@ from typing import Any
 from lwo_dist import lease
 from lwo_dist.access import umask_of
 from lwo_dist.config import Config
+from lwo_dist.console import say
 from lwo_dist.distributed import loopback_only
 from lwo_dist.errors import UserError
 from lwo_dist.stop import Stopped, StopRequest
-from lwo_dist.storage import RunFolder, storage_folder
+from lwo_dist.storage import RunFolder
 
 from .nodes import (
     joined_ray,
@@ -81,43 +81,47 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         UserError: bad input, found here or on a worker; too few CPUs or GPUs; no cluster at
             RAY_ADDRESS.
-        Stopped: SIGTERM, SIGUSR1, `train.max_seconds`, or Ray took a node away and the others have
-            no room.
+        Stopped: SIGTERM, SIGUSR1, Ctrl-C, `train.max_seconds`, or Ray took a node away and the
+            others have no room. Before the first step, or after a second Ctrl-C, nothing is saved.
         ray.train.TrainingFailedError: another failure of a worker.
-        KeyboardInterrupt: Ctrl-C; the workers are gone by then.
     """
     joins = _set_environment()
     stop = StopRequest(config.train.max_seconds)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(umask_of(config.access))
-        nodes = stack.enter_context(joined_ray()) if joins else [this_machine()]
-        resources = resources_per_worker(config.cluster, nodes)
-        from lwo_dist.run import prepare
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(umask_of(config.access))
+            stack.enter_context(stop.interrupting())
+            if joins:
+                say("joining Ray")
+                nodes = stack.enter_context(joined_ray())
+                stack.enter_context(stop.interrupting())  # Ray sets a handler of its own
+            else:
+                nodes = [this_machine()]
+            resources = resources_per_worker(config.cluster, nodes)
+            from lwo_dist.run import ending_tracking, prepare
 
-        config = prepare(config)
-        run_folder = RunFolder(config.storage, str(config.run_name))
-        stack.enter_context(lease.renewed(run_folder))
-        if not joins:
-            stack.enter_context(local_ray(nodes[0]))
-        threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
-        try:
-            with (
-                stop.listening(),
-                forwarded(stop) as flag,
-                watched_waiting(config, resources, stop),
-            ):
-                return _fit_until_done(config, resources, threads, flag)
-        except Stopped:
-            raise
-        except BaseException as error:
-            from lwo_dist.tracking.mlflow import end_run
+            config = prepare(config, elsewhere=joins)
+            stack.enter_context(ending_tracking(config))
+            stack.enter_context(lease.renewed(RunFolder(config.storage, str(config.run_name))))
+            if not joins:
+                say("starting Ray")
+                stack.enter_context(local_ray(nodes[0]))
+            say(f"starting {config.cluster.max_workers} worker(s)")
+            threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
+            stack.enter_context(stop.listening())
+            flag = stack.enter_context(forwarded(stop))
+            stack.enter_context(watched_waiting(config, resources, stop))
+            return _fit_until_done(config, resources, threads, flag)
+    except KeyboardInterrupt:
+        from lwo_dist.run import stopped_early
 
-            # Workers that were killed could not tell MLflow.
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            if lease.is_ours(run_folder):
-                end_run(config, storage_folder(config.storage), str(config.run_name), status)
-            _raise_user_error(error)
-            raise
+        # Ray turns a SIGTERM while it starts into its own exit.
+        raise stopped_early(config, stop.reason or "SIGTERM") from None
+    except Stopped:
+        raise
+    except Exception as error:
+        _raise_user_error(error)
+        raise
 
 
 def _set_environment() -> bool:
@@ -186,9 +190,10 @@ def _fit_until_done(
 def _fit(config: Config, resources: dict[str, float], threads: int | None, flag: Any) -> Any:
     """The summary, or Interrupted."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from .failures import Failures
+    from .trainer import Trainer
 
     cluster = config.cluster
     use_gpu = "GPU" in resources
@@ -208,7 +213,7 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
         callbacks=[Failures(cluster.max_failures)],
     )
     _forget_reports(run_config.storage_context)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _train_loop(config, flag),
         # Connecting takes its time on a busy machine.
         torch_config=TorchConfig(
@@ -222,15 +227,11 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
         ),
         run_config=run_config,
     )
-    handler = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit().return_value
-    except (
-        SystemExit
-    ):  # Ray's handler of Ctrl-C ends the workers, then exits with 0, as if all were well.
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
 
 
 def _forget_reports(storage: Any) -> None:

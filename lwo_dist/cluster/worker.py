@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,18 +40,22 @@ class _StopFlag:
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._was_asked = False
 
-    def set(self, reason: str) -> None:
+    def set(self, reason: str) -> bool:
+        """Whether a worker listens: before the first step none does."""
         self._reason = reason
+        return self._was_asked
 
     def get(self) -> str | None:
+        self._was_asked = True
         return self._reason
 
 
 @contextlib.contextmanager
 def forwarded(stop: StopRequest) -> Iterator[Any]:
     """A handle for `run_on_worker` that carries the driver's request to stop, from whichever thread
-    it comes.
+    it comes. While no worker listens yet, KeyboardInterrupt is raised in the main thread instead.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -58,12 +63,16 @@ def forwarded(stop: StopRequest) -> Iterator[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     flag = ray.remote(num_cpus=0, scheduling_strategy=here)(_StopFlag).remote()
     over = threading.Event()
+    can_interrupt = threading.current_thread() is threading.main_thread()
 
     def forward() -> None:
         while not over.wait(0.2):
-            if (reason := stop.reason) is not None:
-                flag.set.remote(reason)
-                return
+            if (reason := stop.reason) is None:
+                continue
+            with contextlib.suppress(Exception):  # Ray is going; the main thread sees why
+                if not ray.get(flag.set.remote(reason)) and can_interrupt and not over.is_set():
+                    os.kill(os.getpid(), signal.SIGINT)  # after a request: KeyboardInterrupt
+            return
 
     thread = threading.Thread(target=forward, name="lwo-dist-stop", daemon=True)
     thread.start()

@@ -151,7 +151,7 @@ def test_the_end_of_a_run_that_is_lost_is_for_the_other_process_to_say(
     run = RunFolder(str(tmp_path), "r")
     said: list[str] = []
 
-    def prepare(config: Config) -> Config:
+    def prepare(config: Config, *, elsewhere: bool) -> Config:
         lease.take(run)
         return config
 
@@ -170,7 +170,7 @@ def test_the_end_of_a_run_that_is_lost_is_for_the_other_process_to_say(
     monkeypatch.setattr(ray_train, "forwarded", lambda _: nullcontext())
     monkeypatch.setattr(ray_train, "watched_waiting", lambda *_: nullcontext())
     monkeypatch.setattr(ray_train, "_fit_until_done", fails)
-    monkeypatch.setattr("lwo_dist.tracking.mlflow.end_run", lambda *told: said.append(told[-1]))
+    monkeypatch.setattr("lwo_dist.run.end_run", lambda *told: said.append(told[-1]))
     with pytest.raises(RuntimeError, match="peer is gone"):
         ray_train.train(Config(run_name="r", storage=str(tmp_path)))
     assert said == ended

@@ -323,6 +323,8 @@ def test_an_unknown_job(head: str, capfd: pytest.CaptureFixture[str]) -> None:
         ("storage=runs", "storage = runs: would be deleted with the job's folder"),
         ("data.source=../src", "data.source = ../src: a path on this machine"),
         ("train.stepz=1", "unknown key train.stepz"),
+        ("cluster.num_workers=7", "must be divisible by 7 = 7 workers"),
+        ("model.name=../model", "model.name = ../model: a path on this machine"),
         (f"run_name={TOKEN}", "holds the value of RAY_AUTH_TOKEN"),
     ],
 )

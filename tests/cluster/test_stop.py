@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -80,7 +81,10 @@ def test_a_signal_to_one_rank_of_torchrun_stops_all(folder: Path) -> None:
     assert "Error" not in stderr.replace("ChildFailedError", "").replace("error_file", "")
 
 
-@pytest.mark.parametrize(("number", "reason"), [(15, "SIGTERM"), (9, "the death of its launcher")])
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(15, "SIGTERM"), (2, "Ctrl-C"), (9, "the death of its launcher")],
+)
 def test_a_signal_to_torchrun_itself_stops_all(number: int, reason: str, folder: Path) -> None:
     with started(torchrun(folder, f"signal-{number}", *ENDLESS), environment(folder)) as launcher:
         launcher.send_signal(number)
@@ -108,9 +112,63 @@ def test_a_stopped_rank_ends_the_run_and_is_named(folder: Path) -> None:
     assert not [path for path in killing.glob("pid_*") if psutil.pid_exists(int(path.read_text()))]
 
 
-def test_sigterm_to_the_driver_of_ray_saves(folder: Path) -> None:
-    with started(command(folder, "ray", *ENDLESS), environment(folder)) as driver:
-        driver.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("number", "reason", "code"), [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_signal_to_the_driver_of_ray_saves(
+    number: signal.Signals, reason: str, code: int, folder: Path
+) -> None:
+    name = f"ray-{number}"
+    with started(command(folder, name, *ENDLESS), environment(folder)) as driver:
+        driver.send_signal(number)
+        out, stderr = driver.communicate()
+    assert driver.returncode == code, stderr
+    step = stopped_line(stderr, reason, folder / "runs" / name)
+    assert step >= 20
+    assert out.count("Ctrl-C again stops at once") == (number == signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_a_run_that_cannot_save(folder: Path) -> None:
+    with started(command(folder, "twice", *ENDLESS), environment(folder)) as driver:
+        workers = [
+            child
+            for child in psutil.Process(driver.pid).children(recursive=True)
+            if "RayTrainWorker" in "".join(child.cmdline()[:1])
+        ]
+        assert len(workers) == 2
+        try:
+            for worker in workers:
+                worker.suspend()
+            driver.send_signal(signal.SIGINT)
+            assert driver.stdout is not None
+            assert any("Ctrl-C again stops at once" in line for line in driver.stdout)
+            driver.send_signal(signal.SIGINT)
+            driver.wait()
+        finally:
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
         _, stderr = driver.communicate()
-    assert driver.returncode == 75, stderr
-    stopped_line(stderr, "SIGTERM", folder / "runs" / "ray")
+    assert driver.returncode == 130, stderr
+    assert "stopped by Ctrl-C at step 0; no step was done, so nothing was saved" in stderr
+
+
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+def test_a_signal_while_a_run_starts_ends_it_at_once(launcher: str, folder: Path) -> None:
+    name = f"starting-{launcher}"
+    make, until = {"ray": (command, "starting Ray"), "torchrun": (torchrun, "loading model")}[
+        launcher
+    ]
+    tracked = make(folder, name, *ENDLESS, "tracking.enabled=true")
+    with started(tracked, environment(folder), until=until) as process:
+        process.send_signal(signal.SIGTERM)
+        out, stderr = process.communicate()
+    said = "lwo-dist: stopped by SIGTERM at step 0; no step was done, so nothing was saved; the"
+    assert said in stderr
+    assert "step 2" not in out
+    if launcher == "ray":
+        assert process.returncode == 75
+        assert len(stderr.splitlines()) == 1, stderr  # no stack of Ray's
+    with sqlite3.connect(folder / "runs" / "mlflow.db") as database:
+        found = database.execute("SELECT status FROM runs WHERE name = ?", (name,))
+        assert found.fetchall() == [("KILLED",)]

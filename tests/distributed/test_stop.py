@@ -179,3 +179,30 @@ def test_signals_are_requests_while_a_run_listens() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_ctrl_c_asks_once_then_ends_and_ends_at_once_where_nothing_is_to_be_saved(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, starting = StopRequest(), StopRequest()
+    with training.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert training.reason == "Ctrl-C"
+        assert capfd.readouterr().out.endswith("Ctrl-C again stops at once\n")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    try:
+        with starting.interrupting(), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert starting.reason == "SIGTERM"
+    finally:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    under_torchrun = StopRequest()
+    with under_torchrun.listening():
+        for _ in range(2):  # one from the terminal, one from torchrun
+            os.kill(os.getpid(), signal.SIGINT)
+    assert under_torchrun.reason == "Ctrl-C"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)

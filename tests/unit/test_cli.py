@@ -54,7 +54,12 @@ def _run(folder: Path, *command: str, **environment: str) -> subprocess.Complete
 def _check_refused(
     result: subprocess.CompletedProcess[str], folder: Path, left: set[str], message: str
 ) -> None:
-    assert result.stdout == ""
+    # It is told before Ray starts.
+    assert set(result.stdout.splitlines()) <= {
+        "checking the settings, the model and the source",
+        *(f"reading {folder / name}" for name in ("nowhere", "no_code", "source")),
+        "reading https://localhost:1/x.git",
+    }
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("lwo-dist: ")
@@ -120,7 +125,13 @@ def test_bad_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str)
     _check_refused(result, tmp_path, set(), message)
 
 
-SOURCE = {"source", "source/a.py", "source/b.py", "no_code", "no_code/x.bin"}
+FILES = {
+    "source/a.py": "x = 1\n",
+    "source/b.py": "x = 2\n",
+    "no_code/x.bin": "\0",
+    "bad_model/config.json": "{}",
+}
+SOURCE = {*FILES, "source", "no_code", "bad_model"}
 SLOW = {
     "a source that is not there": (
         ("data.source=nowhere",),
@@ -129,6 +140,31 @@ SLOW = {
     ),
     "a source without code": (("data.source=no_code",), {}, "no usable files"),
     "no source": ((), {}, "data.source is not set"),
+    "a batch that does not divide": (
+        ("data.source=source", "cluster.num_workers=2", "train.global_batch_size=3"),
+        {},
+        "train.global_batch_size = 3 must be divisible by 2 = 2 workers",
+    ),
+    "a model that is not there": (
+        ("data.source=source", "model.name=./nowhere"),
+        {},
+        "model.name './nowhere' is not a folder; give a folder written by save_pretrained",
+    ),
+    "a model out of reach": (
+        ("data.source=source", "model.name=nobody/nothing"),
+        {"HF_HUB_OFFLINE": "1"},
+        "model.name 'nobody/nothing' is no folder, is not in the cache",
+    ),
+    "a model without config.json": (
+        ("data.source=source", "model.name=no_code"),
+        {},
+        "model.name 'no_code' is a folder without config.json",
+    ),
+    "a model whose config.json is none": (
+        ("data.source=source", "model.name=bad_model"),
+        {},
+        "model.name 'bad_model': its config.json cannot be read",
+    ),
     "no git": (("data.source=https://localhost:1/x.git",), {"PATH": "/nonexistent"}, "git"),
     "too many workers": (
         ("data.source=source", "cluster.num_workers=1000", "train.global_batch_size=1000"),
@@ -157,11 +193,9 @@ def slow_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tu
         runs = {}
         for case, (arguments, environment, _) in SLOW.items():
             folder = tmp_path_factory.mktemp("cli")
-            for name in ("source/a.py", "source/b.py", "no_code/x.bin"):
+            for name, text in FILES.items():
                 (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(
-                    b"\0" if name.endswith("bin") else f"x = {name!r}\n".encode()
-                )
+                (folder / name).write_text(text)
             runs[case] = (folder, pool.submit(_run, folder, *TRAIN, *arguments, **environment))
         yield runs
 
@@ -221,6 +255,10 @@ def test_after_a_stop_it_says_how_to_go_on(
     assert cli.main(["train", *overrides]) == 75
     error = capsys.readouterr().err
     assert error.startswith("lwo-dist: stopped by SIGTERM at step 7; ") and said in error
+    stopped.reason = "Ctrl-C"
+    assert cli.main(["train", *overrides]) == 130  # who restarts after 75 must not after Ctrl-C
+    capsys.readouterr()
+    stopped.reason = "SIGTERM"
     monkeypatch.setenv("RANK", "1")  # The first rank has said it.
     assert cli.main(["train", *overrides]) == 75
     assert capsys.readouterr().err == ""
@@ -505,6 +543,7 @@ def test_the_last_line_shows_how_to_open_mlflow(
     monkeypatch.setattr(results, "format_summary", lambda summary: f"{summary['steps']} steps")
     assert cli.main(["train", f"storage={tmp_path}/a b", "train.steps=3"]) == 0
     assert seen[0].train.steps == 3
-    assert capsys.readouterr().out == f"3 steps\nMLflow: lwo-dist ui 'storage={tmp_path}/a b'\n"
+    said = capsys.readouterr().out
+    assert said.endswith(f"\n3 steps\nMLflow: lwo-dist ui 'storage={tmp_path}/a b'\n")
     assert cli.main(["train", "tracking.enabled=false"]) == 0
     assert capsys.readouterr().out == "3 steps\n"
