@@ -110,7 +110,7 @@ def base_name(model: str) -> str:
     is_path = model.startswith((".", "~", "/")) or os.path.exists(model)  # noqa: PTH110  any text
     if is_path:
         # The folders that are made here end with a fingerprint.
-        return re.sub(r"-[0-9a-f]{12}$", "", Path(model).absolute().name)
+        return re.sub(r"-([0-9a-f]{12}|[0-9a-f]{16})$", "", Path(model).absolute().name)
     return model
 
 

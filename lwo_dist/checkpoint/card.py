@@ -167,8 +167,13 @@ def _training(state: Mapping[str, Any], base: str, dtype: str) -> Iterator[str]:
     train = about["train"]
     revision = f", revision `{_safe(about['revision'])}`" if about.get("revision") else ""
     counts = ", ".join(
-        f"{value:,} {_safe(name).replace('_', ' ')}" for name, value in about["data"].items()
+        f"{value:,} {_safe(name).replace('_', ' ')}"
+        for name, value in about["data"].items()
+        if not name.endswith("_asked")
     )
+    schedule = lwo["lr_scheduler_type"]
+    if schedule == "auto":
+        schedule = "cosine"  # as the length of a run is known
     layers = ""
     if about["method"] == "lwo":
         layers = f", {lwo['steps_per_layer']} steps per layer, order {_safe(lwo['order'])}"
@@ -183,7 +188,7 @@ def _training(state: Mapping[str, Any], base: str, dtype: str) -> Iterator[str]:
         f" {human_seconds(state['results']['training_seconds'])}"
     )
     yield (
-        f"- Optimizer: AdamW, learning rate {lwo['lr']:g} ({_safe(lwo['lr_scheduler_type'])})"
+        f"- Optimizer: AdamW, learning rate {lwo['lr']:g} ({_safe(schedule)})"
         f"{layers}, compute in {_safe(train['precision'])}"
     )
     yield f"- Weights: the fp32 masters{', rounded to bf16' if dtype == 'bf16' else ''}"

@@ -146,10 +146,11 @@ def licence_of(name: str, revision: str | None = None) -> str | None:
             card = ModelCard.load(folder / "README.md")
         else:
             card = ModelCard.load(hf_hub_download(name, "README.md", revision=revision))
-        licence: str | None = card.data.get("license")
+        found = card.data.get("license")
     except Exception:  # no card, no network or invalid YAML: the licence is optional
         return None
-    return licence
+    licences = found if isinstance(found, list) else [found]
+    return ", ".join(str(licence) for licence in licences if licence) or None
 
 
 @contextmanager

@@ -22,7 +22,15 @@ from .scores import Column, Score, Scores, ScoreSheet
 
 __all__ = ["LOSS", "Source", "Task", "token_losses"]
 
-LOSS = Score("loss", "loss", "nats", higher_is_better=False, digits=3, headline=True)
+LOSS = Score(
+    "loss",
+    "loss",
+    "nats per token",
+    higher_is_better=False,
+    digits=3,
+    headline=True,
+    weight="token",
+)
 """Loss of the reference answer, from `token_losses`. Every task that learns tokens has it."""
 
 

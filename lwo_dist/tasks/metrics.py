@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rapidfuzz import fuzz
 from sacrebleu.metrics import BLEU
 
@@ -76,9 +78,14 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 
 def paired_interval(
-    before: Sequence[float] | Column, after: Sequence[float] | Column
+    before: Sequence[float] | Column,
+    after: Sequence[float] | Column,
+    weights: Sequence[float] | npt.NDArray[Any] | None = None,
 ) -> tuple[float, float, float]:
     """Mean of `after - before` over lines, and its 95 % percentile bootstrap interval.
+
+    Args:
+        weights: [lines], such as their tokens, for a weighted mean; None: all alike.
 
     Bootstrap: Efron (1979). Resamples are drawn with a fixed seed, so that the same scores give the
     same interval.
@@ -91,12 +98,15 @@ def paired_interval(
         raise ValueError(
             f"an interval needs scores of at least 2 lines, got shape {difference.shape}"
         )
+    weight = np.ones_like(difference) if weights is None else np.asarray(weights, dtype=np.float64)
     random = np.random.RandomState(0)
     # A few rows of resamples at a time: all at once would take 80 kB per line.
     rows = max(1, _CHUNK // len(difference))
-    sizes = [
-        (min(rows, _RESAMPLES - first), len(difference)) for first in range(0, _RESAMPLES, rows)
-    ]
-    means = np.concatenate([random.choice(difference, size).mean(axis=1) for size in sizes])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    means = []
+    for first in range(0, _RESAMPLES, rows):
+        size = (min(rows, _RESAMPLES - first), len(difference))
+        lines = random.randint(0, len(difference), size)
+        sums = (weight * difference)[lines].sum(axis=1)
+        means.append(sums / weight[lines].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(np.average(difference, weights=weight)), float(low), float(high)

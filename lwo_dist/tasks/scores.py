@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ class Score:
     """Number of decimals shown."""
     headline: bool = False
     """Whether it is one of the few figures at the top of a report."""
+    weight: Literal["example", "token"] = "example"
+    """What the total is a mean over, and so its gain: all examples, or all tokens of them."""
     count_label: str = ""
     """For a percentage: what is counted, such as "lines exactly right"; the summary then also shows
     the count."""

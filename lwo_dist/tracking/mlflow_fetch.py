@@ -14,6 +14,7 @@ from typing import Any
 from lwo_dist.access import umask_of
 from lwo_dist.errors import UserError, printable
 from lwo_dist.files import is_plain, is_regular, put_in_place, refuse_existing, walk
+from lwo_dist.redaction import redact
 
 from .mlflow_store import MLflowStore
 from .sender import reason
@@ -44,6 +45,10 @@ def fetch_model(uri: str, run: str, target: Path | None = None, *, overwrite: bo
         UserError: no such server or run, several runs of that name, a run without a model, odd
             file names, or `target` exists or cannot be written.
     """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        # MLflow would create it.
+        raise UserError(f"MLflow at {redact(uri)}: no such database; correct --uri")
     store = MLflowStore(uri, Path(), _TIMEOUT_S)
     with _one_line(store.uri, "start it, or correct --uri"):
         found = _find_run(store.client, run, store.uri)

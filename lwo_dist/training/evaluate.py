@@ -31,13 +31,15 @@ from lwo_dist.tasks.scores import Column, Scores
 
 __all__ = ["Evaluation", "Sample", "evaluate"]
 
-_SAMPLES = 8
+_SAMPLES = 512  # the report shows those among them that changed
 
 
 @dataclass(frozen=True)
 class Sample:
     """One held-out example and the model's answer."""
 
+    index: int
+    """Among the held-out examples."""
     name: str
     line: int
     context: str
@@ -59,7 +61,7 @@ class Evaluation:
     """[examples], tokens of each target."""
     predictions: tuple[str, ...]
     samples: tuple[Sample, ...]
-    """A few, spread evenly over the examples."""
+    """At most `_SAMPLES`, spread evenly over the examples."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,7 @@ def _scored(
     }
     samples = tuple(
         Sample(
+            i,
             examples[i].name,
             examples[i].line,
             task.context_shown(tokenizer, examples[i]),

@@ -50,7 +50,6 @@ class Meter:
         system: the load of every node.
         device: where the losses are.
         clock: seconds, as `time.perf_counter`.
-        clock: seconds, as `time.perf_counter`.
     """
 
     def __init__(
@@ -141,6 +140,7 @@ class Meter:
             "train/learning_rate": report.lr,
             "train/grad_norm": float(self._report.grad_norm),
             "train/tokens_per_second": self._tokens / elapsed,
+            "train/tokens": float(self._results.tokens),
             "train/elapsed_seconds": self._results.training_seconds,
             "train/skipped_steps": float(self._lwo.skipped_steps),
             "lwo/active_layer": float(self._index_of(report.layer)),

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lwo_dist.files import write_whole
 from lwo_dist.redaction import redact_values
 from lwo_dist.tasks.base import Task
-from lwo_dist.tasks.metrics import paired_interval
-from lwo_dist.tasks.scores import Score, ScoreSheet
+from lwo_dist.tasks.comparison import changes, gains, score_rows
+from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_bytes, human_seconds
 
 from .evaluate import Evaluation
@@ -70,8 +68,13 @@ class Results:
         samples = [redact_values(vars(sample)) for sample in evaluation.samples]
         if not self._with_samples:
             samples = []
-        text = json.dumps({"scores": evaluation.scores, "lines": lines, "samples": samples})
-        write_whole(path, text.encode())
+        record = {
+            "scores": evaluation.scores,
+            "lines": lines,
+            "tokens": evaluation.tokens.tolist(),
+            "samples": samples,
+        }
+        write_whole(path, json.dumps(record).encode())
 
     @property
     def best_step(self) -> int:
@@ -79,23 +82,16 @@ class Results:
         return self.task.score_named(self.metric).best_step(self.evaluations)
 
     def gains(self) -> dict[str, dict[str, float]]:
-        """Difference between the best checkpoint and the base model for each per-example score.
+        """The gain of the best checkpoint over the base model, as in `tasks.comparison.gains`."""
+        return gains(self.task.sheet, self._read(0), self._read(self.best_step))
 
-        Paired by example, as mean and 95 % interval; positive is better.
-        """
-        before, after = (
-            json.loads(self._path(step).read_text())["lines"] for step in (0, self.best_step)
-        )
-        gains = {}
-        for score in self.task.scores:
-            if not score.per_example:
-                continue
-            sign = 1 if score.higher_is_better else -1
-            mean, low, high = paired_interval(
-                sign * np.array(before[score.name]), sign * np.array(after[score.name])
-            )
-            gains[score.name] = {"mean": mean, "low": low, "high": high}
-        return gains
+    def changed(self) -> dict[str, dict[str, int]]:
+        """Score -> how many examples became right (`gained`) and wrong (`lost`)."""
+        found = changes(self.task.sheet, self._read(0), self._read(self.best_step))
+        return {
+            name: {change: len(indices) for change, indices in by_change.items()}
+            for name, by_change in found.items()
+        }
 
     def summary(self) -> dict[str, Any]:
         """The measured part of summary.json.
@@ -119,6 +115,7 @@ class Results:
                 "after": self.evaluations[self.best_step],
                 "best_step": self.best_step,
                 "gain_95": self.gains(),
+                "changed": self.changed(),
                 **self.task.sheet.record(),
             },
         }
@@ -141,26 +138,20 @@ class Results:
         self.losses = list(state_dict["losses"])
         self.peaks = dict(state_dict["peaks"])
 
+    def _read(self, step: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._path(step).read_text())
+        return record
+
     def _path(self, step: int) -> Path:
         return self.folder / "evaluations" / f"step_{step:06d}.json"
 
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as text: scores before and after, cost, and the path of the model."""
-    before, after, gains = (summary["eval"][key] for key in ("before", "after", "gain_95"))
-    sheet = ScoreSheet.read(summary["eval"], after)
-    one, many = sheet.example
-    count = after[sheet.count_key]
-    rows = [(f"{count:.0f} held-out {many}", "before", "after", f"gain per {one} (95 % interval)")]
-    for score in sheet.scores:
-        start = score.show(before[score.key])
-        end = score.show(after[score.key])
-        gain = _interval(score, gains[score.name]) if score.name in gains else ""
-        rows.append((score.heading, start, end, gain))
-    for score in sheet.scores:
-        if score.count_label:
-            start, end = (f"{scores[score.key] * count / 100:.0f}" for scores in (before, after))
-            rows.append((score.count_label, start, end, ""))
+    scores = summary["eval"]
+    before, after = scores["before"], scores["after"]
+    sheet = ScoreSheet.read(scores, after)
+    rows = score_rows(sheet, before, after, scores["gain_95"], scores.get("changed", {}))
     width = max(_LABEL_WIDTH, *(len(label) + 1 for label, *_ in rows))
     table = [
         f"{label:<{width}}{start:>10}{end:>10}   {gain}".rstrip()
@@ -171,22 +162,14 @@ def format_summary(summary: dict[str, Any]) -> str:
             *table,
             (
                 f"training time {human_seconds(summary['training_seconds'])} for {summary['steps']}"
-                f" steps, {summary['tokens_per_second']:,.0f} tokens/s"
+                f" steps, {summary['tokens_per_second']:,.0f} tokens/s on average; saves blocked"
+                f" training for {human_seconds(summary['checkpoint_blocked_seconds'])}"
             ),
             (
-                f"peak memory {human_bytes(summary['peak_memory_bytes'])} a worker, of it optimizer"
-                f" state {human_bytes(summary['optimizer_state_bytes'])}"
+                f"peak memory {human_bytes(summary['peak_memory_bytes'])} per worker (optimizer"
+                f" state: {human_bytes(summary['optimizer_state_bytes'])}); sent"
+                f" {human_bytes(summary['comm_bytes_per_step'])} per step"
             ),
-            (
-                f"checkpoints held up the loop for {summary['checkpoint_blocked_seconds']:.1f} s"
-                " in all"
-            ),
-            f"sent {human_bytes(summary['comm_bytes_per_step'])} per step",
             f"model: {summary['export']}",
         ]
     )
-
-
-def _interval(score: Score, gain: Mapping[str, float]) -> str:
-    mean, low, high = (score.show(gain[name], sign="+") for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"

@@ -91,6 +91,10 @@ def test_a_run_that_cannot_be_fetched_gets_one_line(
         ([logged, *server_uri, "--to", "full"], "--to = full exists and is not a model"),
         ([logged], "no MLflow is given; set --uri, or MLFLOW_TRACKING_URI, to a server"),
         ([logged, "--uri", "http://127.0.0.1:9"], "http://127.0.0.1:9: Connection refused; start"),
+        (
+            [logged, "--uri", f"sqlite:///{here}/none.db"],
+            "/none.db: no such database; correct --uri",
+        ),
         (["s3://bucket/runs/r"], "RUN = s3://bucket/runs/r: not a run of MLflow; to write the"),
     ):
         assert main(["fetch", *arguments]) == 2

@@ -30,7 +30,7 @@ def evaluation(*lines: str) -> Evaluation:
         columns=dict.fromkeys(names, column),
         tokens=np.ones(2, dtype=np.int64),
         predictions=(lines[2], lines[2]),
-        samples=(Sample("a.py", 3, *lines),),
+        samples=(Sample(0, "a.py", 3, *lines),),
     )
 
 

@@ -30,7 +30,7 @@ from lwo_dist import distributed
 from lwo_dist.config import ModelConfig, TrainConfig
 from lwo_dist.errors import UserError
 from lwo_dist.models import hub as folders
-from lwo_dist.models import load_tokenizer
+from lwo_dist.models import licence_of, load_tokenizer
 from lwo_dist.models import weights as loading
 from tests.loading import load_model
 
@@ -322,3 +322,21 @@ def test_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: type[Exception], pa
 
     monkeypatch.setattr(folders, "snapshot_download", fail)
     assert part in refusal("some/model", revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("line", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: []", None),
+        ("license: 3", "3"),
+        ("tags: [code]", None),
+        ("license: [", None),
+    ],
+)
+def test_a_licence_is_one_line_of_text_or_none(
+    tmp_path: Path, line: str, licence: str | None
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{line}\n---\n")
+    assert licence_of(str(tmp_path)) == licence

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def evaluation(columns: Mapping[str, list[float]], **totals: float) -> Evaluatio
         columns={name: np.array(column) for name, column in columns.items()},
         tokens=np.ones(count, dtype=np.int64),
         predictions=("x",) * count,
-        samples=(Sample("a.py", 3, "before", "x = 1", "x"),),
+        samples=(Sample(0, "a.py", 3, "before", "x = 1", "x"),),
     )
 
 
@@ -111,6 +112,30 @@ def test_a_gain_is_positive_where_it_is_better(tmp_path: Path) -> None:
     assert gains["tests_passed"] == {"mean": mean, "low": low, "high": high}
 
 
+def test_a_gain_is_after_minus_before_of_the_totals(tmp_path: Path) -> None:
+    """The total loss is a mean over tokens, and lines differ in length."""
+    task = Repair()
+    results = Results(tmp_path, task, "loss", writes=True)
+    tokens = np.array([1, 2, 30, 4])
+    for step, losses in ((0, [9.0, 8.0, 1.0, 5.0]), (4, [1.0, 2.0, 1.5, 4.0])):
+        total = float(np.average(losses, weights=tokens))
+        repair = repaired([0] * 4, [1] * 4, losses)
+        scores = {**repair.scores, "eval/loss": total}
+        results.add_evaluation(step, replace(repair, scores=scores, tokens=tokens))
+    gain = results.gains()["loss"]
+    before, after = (results.evaluations[step]["eval/loss"] for step in (0, 4))
+    assert gain["mean"] == pytest.approx(before - after)
+    assert gain["mean"] != pytest.approx(np.mean([8.0, 6.0, -0.5, 1.0]))
+    assert gain["low"] < gain["mean"] < gain["high"]
+
+
+def test_what_became_right_and_wrong_is_counted(tmp_path: Path) -> None:
+    results = filled(tmp_path)
+    results.add_evaluation(12, repaired([100, 100, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]))
+    assert results.best_step == 12
+    assert results.changed() == {"tests_passed": {"gained": 2, "lost": 1}}
+
+
 def test_an_evaluation_on_disk(tmp_path: Path) -> None:
     filled(tmp_path)
     names = sorted(path.name for path in (tmp_path / "evaluations").iterdir())
@@ -124,6 +149,7 @@ def test_an_evaluation_on_disk(tmp_path: Path) -> None:
     }
     assert written["samples"] == [
         {
+            "index": 0,
             "name": "a.py",
             "line": 3,
             "context": "before",
@@ -181,16 +207,14 @@ def test_the_summary_for_people(tmp_path: Path) -> None:
         return f"{mean} ({low} to {high})"
 
     assert text.splitlines() == [
-        "4 held-out functions        before     after   gain per function (95 % interval)",
+        "4 held-out functions        before     after   gain (95 % interval)",
         "tests passed, %              25.00     50.00   " + interval("tests_passed", 2),
         "edits, characters              8.2       2.8   " + interval("edits", 1),
         "variety                       7.50      7.50",
-        "loss, nats                   4.250     2.250   " + interval("loss", 3),
-        "functions repaired               1         2",
-        "training time 20s for 8 steps, 250 tokens/s",
-        "peak memory 2.0 GB a worker, of it optimizer state 5.0 MB",
-        "checkpoints held up the loop for 0.0 s in all",
-        "sent 1.0 MB per step",
+        "loss, nats per token         4.250     2.250   " + interval("loss", 3),
+        "functions repaired               1         2   1 gained, 0 lost",
+        "training time 20s for 8 steps, 250 tokens/s on average; saves blocked training for 0s",
+        "peak memory 2.0 GB per worker (optimizer state: 5.0 MB); sent 1.0 MB per step",
         "model: runs/r/model",
     ]
     assert interval("edits", 1).startswith("+5.5 (+")
@@ -204,7 +228,10 @@ def test_the_summary_of_an_older_run_has_the_plain_names(tmp_path: Path) -> None
     results.add_evaluation(0, evaluation(columns, bleu=1.0, lines=2.0))
     results.add_evaluation(8, evaluation(columns, bleu=2.0, lines=2.0))
     summary = summary_of(results)
-    assert "lines exactly right              1         1" in format_summary(summary).splitlines()
+    assert (
+        "lines exactly right              1         1   0 gained, 0 lost"
+        in format_summary(summary).splitlines()
+    )
     for name in ("scores", "example"):
         del summary["eval"][name]
     rows = format_summary(summary).splitlines()

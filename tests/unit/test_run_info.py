@@ -165,6 +165,7 @@ def test_the_name_of_a_base_model_holds_no_path(
         "../other/mine": "mine",
         "~/models/mine": "mine",
         "/runs/cache/tiny-code-0123456789ab": "tiny-code",
+        "/runs/cache/models/Small.Q4_1-0123456789abcdef": "Small.Q4_1",
         "/cache/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0123abcd": "Qwen/Qwen2.5-0.5B",
         "/cache/hub/models--gpt2/snapshots/0123abcd/": "gpt2",
     }.items():
