@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from lwo_dist.hook import LWO
 from lwo_dist.memory import deepspeed_bytes, fsdp_bytes, park_bytes, replicate_bytes
+from lwo_dist.strategies.fsdp.shards import fsdp_groups
 from tests import oracle
 from tests.distributed import training, zero
 from tests.distributed.test_parks import FP32_SUMS, attach_sharded
@@ -85,3 +87,34 @@ def test_replicate_and_fsdp_hold_what_the_formulas_say(world_size: int) -> None:
 
 def test_deepspeed_holds_what_the_formulas_say() -> None:
     check(2, ZERO, deepspeed=True)
+
+
+def gather() -> tuple[list[int], int, int]:
+    """Bytes of gathered weights whenever a layer runs, forward and backward; parameters outside of
+    the transformer layers, and of one of them.
+    """
+    lwo = training.attach("fsdp", RECIPE, tied=False, dtype=torch.float32)
+    stack = lwo.model.model.layers
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (lwo.model, stack[0])]
+    seen: list[int] = []
+
+    def look(*_: Any) -> None:
+        modules = [module for module in lwo.model.modules() if isinstance(module, FSDPModule)]
+        items = [item for m in modules for group in fsdp_groups(m) for item in group.fsdp_params]
+        storages = [t.untyped_storage() for item in items for t in item.all_gather_outputs]
+        seen.append(sum(storage.size() for storage in storages))
+
+    for layer in stack:
+        for module in (layer.input_layernorm, layer.mlp):  # inside of what is gathered at once
+            module.register_forward_hook(look)
+            module.register_full_backward_pre_hook(look)
+    for step in range(2 * len(lwo.layers)):
+        training.train_step(lwo, step)
+    return seen, sizes[0] - len(stack) * sizes[1], sizes[1]
+
+
+def test_fsdp_has_embedding_head_and_one_layer_gathered() -> None:
+    """The estimate has two more layers: a GPU gathers the next one ahead, into a buffer."""
+    for seen, outside, layer in run_ranks(gather, 2):
+        padding = 4 * 2 * 64  # a row of embedding and head: of 61 rows, each rank has 31
+        assert 4 * (outside + layer) <= min(seen) <= max(seen) <= 4 * (outside + layer) + padding
