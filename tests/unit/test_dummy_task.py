@@ -246,18 +246,19 @@ def test_the_report_has_its_cards(summary: dict[str, Any]) -> None:
 
 def test_the_model_card_and_the_list_have_its_scores(summary: dict[str, Any]) -> None:
     card = (Path(summary["export"]) / "README.md").read_text()
-    assert "| 6 held-out sums | before | after | gain per sum (95 % interval) |" in card
+    assert "| 6 held-out sums | before | after | gain (95 % interval) |" in card
     before = summary["eval"]["before"]
     after = summary["eval"]["after"]
     gain = summary["eval"]["gain_95"]["distance"]
     assert (
-        f"| distance, units (lower is better) | {before['eval/distance']:.1f}"
+        f"| distance, units | {before['eval/distance']:.1f}"
         f" | {after['eval/distance']:.1f}"
         f" | {gain['mean']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f}) |"
     ) in card
     # A share of all sums has no interval of its own.
     answered = f"{before['eval/answered']:.2f} | {after['eval/answered']:.2f} |  |"
     assert f"| answered, % | {answered}" in card
+    assert "Lower is better: distance, loss." in card
     place = RunFolder(str(Path(summary["export"]).parents[1]), "r")
     newest = newest_checkpoint(place)
     assert newest is not None and newest.state["run"]["example"] == ["sum", "sums"]
@@ -282,7 +283,7 @@ def test_what_reads_a_run_later_imports_no_code_that_it_names(
     newest = newest_checkpoint(RunFolder(str(folder.parent), "r"))
     assert newest is not None
     card = (export_model(newest, tmp_path / "model") / "README.md").read_text()
-    assert "| distance, units (lower is better) | " in card
+    assert "| distance, units | " in card
 
 
 def test_a_run_from_before_shows_plain_names(summary: dict[str, Any], tmp_path: Path) -> None:
