@@ -26,7 +26,7 @@ class Callback:
         """Model, data and hook are ready; no step has been made yet."""
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Every `train.logging_steps` optimizer steps, by MLflow name: `train/loss`,
+        """Every `train.logging_steps` optimizer steps, by name: `train/loss`,
         `lwo/active_layer`, ...
         """
 

@@ -20,6 +20,7 @@ __all__ = [
     "is_regular",
     "make_folder",
     "put_in_place",
+    "refresh",
     "refuse_existing",
     "sync",
     "temporary_beside",
@@ -187,6 +188,18 @@ def put_in_place(folder: Path, target: Path) -> None:
     folder.rename(target)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def refresh(folder: Path) -> None:
+    """Ask the server of a network file system for the folder's current names.
+
+    An NFS client that found a name missing assumes so for up to a minute, unless the folder is
+    opened.
+
+    Raises:
+        OSError
+    """
+    os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:

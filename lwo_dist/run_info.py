@@ -27,12 +27,15 @@ __all__ = [
     "RunInfo",
     "base_name",
     "checkpoint_record",
+    "dataset_record",
     "flatten",
     "git_commit",
     "job_metadata",
+    "model_name",
     "public_config",
     "run_parameters",
     "run_tags",
+    "source_name",
 ]
 
 
@@ -61,6 +64,8 @@ class RunInfo:
     """The hosts of all ranks, each once."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """`PreparedData.counts`: examples, tokens, files read and skipped."""
+    fingerprint: str = ""
+    """`PreparedData.fingerprint`."""
     held_out_examples: int = 0
     task_record: Mapping[str, Any] = field(default_factory=dict)
     """How the task's scores are shown (`ScoreSheet.record`): keys `scores` and `example`."""
@@ -89,7 +94,7 @@ def checkpoint_record(info: RunInfo) -> dict[str, Any]:
         "base_name": base_name(config.model.name),
         "revision": config.model.revision,
         "trust_remote_code": config.model.trust_remote_code,
-        "source": str(config.data.source).rstrip("/").rpartition("/")[2],
+        "source": source_name(config),
         "data": {name: count for name, count in info.data.items() if isinstance(count, int)},
         "lwo": config.lwo.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
@@ -117,6 +122,7 @@ def base_name(model: str) -> str:
 def run_parameters(info: RunInfo) -> dict[str, str]:
     """The configuration and the facts of `info`, flat, as MLflow parameters."""
     facts = {
+        "model.name": model_name(info.config),
         "world_size": info.world_size,
         "layers": ", ".join(info.layers),
         "device": info.device,
@@ -129,27 +135,57 @@ def run_parameters(info: RunInfo) -> dict[str, str]:
     return flatten(public_config(info.config)) | flatten(redact_values(facts))
 
 
-def run_tags(config: Config, hosts: Sequence[str] = ()) -> dict[str, str]:
+def run_tags(
+    config: Config, hosts: Sequence[str] = (), device: str | None = None
+) -> dict[str, str]:
     """MLflow tags to find a run by: what it is, where it runs, which code it runs.
 
     Args:
         hosts: the hosts of all ranks; empty: this host.
+        device: `RunInfo.device`, once it is known.
     """
     job = _job_metadata()
     tags = {
         "method": config.method,
         "strategy": config.strategy,
         "task": config.task,
-        "model": config.model.name,
+        "model": model_name(config),
+        "device": device,
         "hosts": ", ".join(hosts or [socket.gethostname()]),
-        **{f"version.{package}": version for package, version in versions().items()},
         "ray_job_id": os.environ.get("RAY_JOB_ID"),
         "ray_submission_id": job.get("job_submission_id"),
-        # The two below are MLflow's own names: its pages show them in columns of their own.
+        # The rest are MLflow's own names: its pages show them in columns of their own.
+        "mlflow.source.name": "lwo-dist train",
+        "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": job.get("git_commit") or git_commit(),
         "mlflow.user": _user(),
     }
     return {name: redact(value) for name, value in tags.items() if value}
+
+
+def dataset_record(info: RunInfo) -> dict[str, Any]:
+    """The data of a run: `name`, `digest` (the first digits of the fingerprint, as in the name of
+    the cache's folder), `source` without a password, and `counts`.
+    """
+    return {
+        "name": source_name(info.config),
+        "digest": info.fingerprint[:16],
+        "source": redact(str(info.config.data.source)),
+        "counts": {name: count for name, count in info.data.items() if isinstance(count, int)},
+    }
+
+
+def model_name(config: Config) -> str:
+    """The model for people: a Hugging Face id, or the name of a folder without its path."""
+    name = config.model.name
+    if cached := re.search(r"/models--(.+?)--(.+?)/snapshots/", name):
+        return "/".join(cached.groups())
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def source_name(config: Config) -> str:
+    """The last part of `data.source`: the name of a folder or repository."""
+    return redact(str(config.data.source)).rstrip("/").rpartition("/")[2]
 
 
 def job_metadata(config: Config, run_name: str, folder: Path) -> dict[str, str]:

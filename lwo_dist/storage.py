@@ -8,6 +8,7 @@ fetches them. On a plain file system both do nothing, so callers need not distin
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import os
 import secrets
@@ -27,6 +28,7 @@ from .files import (
     is_plain,
     is_regular,
     make_folder,
+    refresh,
     temporary_beside,
     walk,
     write_whole,
@@ -257,8 +259,12 @@ class RunFolder:
         try:
             if self._fs is not None:
                 return self._reach(lambda: self._read(name, limit))
-            with self.file(name).open("rb") as file:
-                return file.read(limit)
+            try:
+                return self._read_local(name, limit)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                return self._read_local(name, limit)  # NFS: replaced since it was opened
         except FileNotFoundError:
             return None
 
@@ -392,6 +398,11 @@ class RunFolder:
         )
         found = self._reach(lambda: self._fs.get_file_info(selector))
         return [info.path for info in found if info.type == FileType.File]
+
+    def _read_local(self, name: str, limit: int) -> bytes:
+        refresh(self.path(name).parent)
+        with self.file(name).open("rb") as file:
+            return file.read(limit)
 
     def _read(self, name: str, limit: int) -> bytes:
         with self._fs.open_input_stream(f"{self._base}/{name}") as source:

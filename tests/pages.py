@@ -18,7 +18,7 @@ from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from tests import sizes
 
-__all__ = ["GENERATED", "TABLES", "filled", "memory", "names", "settings"]
+__all__ = ["GENERATED", "TABLES", "filled", "fits", "memory", "names", "settings"]
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -53,25 +53,43 @@ _METHODS: dict[str, tuple[Callable[[nn.Module, Config, int], int], list[str]]] =
 }
 
 
+_FITS = (("1.5B", 1, 24), ("7B", 1, 80), ("14B", 1, 80), ("32B", 2, 80), ("32B", 8, 80))
+
+
 def memory() -> str:
     """GB of each GPU for models, methods and numbers of GPUs."""
     gpus = [f"{count} x {gigabytes} GB" for count, gigabytes in _GPUS]
     table = [f"| model | method | {' | '.join(gpus)} |", "|---" * (2 + len(gpus)) + "|"]
     for size in sizes.QWEN_CODER:
-        for method, (peak, overrides) in _METHODS.items():
-            cells = []
-            for count, gigabytes in _GPUS:
-                batch = ["train.sequence_length=2048", f"train.global_batch_size={count}"]
-                settings = [*batch, "train.gradient_checkpointing=true", *overrides]
-                need = peak(sizes.model_of(size), load_config(None, settings), count) / 1e9
-                fits = need <= sizes.USABLE * gigabytes
-                cells.append(f"{need:.0f}" if fits else f"no ({need:.0f})")
+        for method in _METHODS:
+            cells = [_need(size, method, *gpu) for gpu in _GPUS]
             table.append(f"| {size} | {method} | {' | '.join(cells)} |")
     return "\n".join(table)
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings, "memory": memory}
-GENERATED = [("lwo_dist/config/README.md", "settings"), ("lwo_dist/strategies/README.md", "memory")]
+def fits() -> str:
+    """Some of `memory`, for the front page: a row for each model, a column for each method."""
+    table = [f"| model | GPUs | {' | '.join(_METHODS)} |", "|---" * (2 + len(_METHODS)) + "|"]
+    for size, *gpu in _FITS:
+        cells = [_need(size, method, *gpu) for method in _METHODS]
+        table.append(f"| {size} | {gpu[0]} x {gpu[1]} GB | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def _need(size: str, method: str, count: int, gigabytes: int) -> str:
+    peak, overrides = _METHODS[method]
+    batch = ["train.sequence_length=2048", f"train.global_batch_size={count}"]
+    settings = [*batch, "train.gradient_checkpointing=true", *overrides]
+    need = peak(sizes.model_of(size), load_config(None, settings), count) / 1e9
+    return f"{need:.0f}" if need <= sizes.USABLE * gigabytes else f"no ({need:.0f})"
+
+
+TABLES: dict[str, Callable[[], str]] = {"settings": settings, "memory": memory, "fits": fits}
+GENERATED = [
+    ("README.md", "fits"),
+    ("lwo_dist/config/README.md", "settings"),
+    ("lwo_dist/strategies/README.md", "memory"),
+]
 """(page, table), all there are."""
 
 

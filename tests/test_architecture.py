@@ -73,7 +73,7 @@ NOT_CORE = re.compile(r"lwo_dist/config/reading\.py")
 ONLY_IN = {
     "ray": re.compile(r"lwo_dist/cluster/"),
     "mlflow": re.compile(r"lwo_dist/tracking/mlflow\w*\.py|k8s/base/mlflow_users\.py"),
-    "deepspeed": re.compile(r"lwo_dist/strategies/deepspeed/"),
+    "deepspeed": re.compile(r"lwo_dist/strategies/deepspeed/|launch/examples/deepspeed_loop\.py"),
     "matplotlib": re.compile(r"lwo_dist/report/"),
     "peft": re.compile(r"lwo_dist/methods/lora\.py"),
 }

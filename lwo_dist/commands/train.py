@@ -60,7 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     print(format_summary(summary))
     if config.tracking.enabled:
-        print(f"MLflow: {_ui_command(arguments)}")
+        from lwo_dist.tracking.mlflow import run_page
+
+        page = run_page(config, summary.get("mlflow_run_id"))
+        print(f"MLflow: {page or _ui_command(arguments)}")
 
 
 def _go_on(config: Config, stopped: Stopped) -> str:

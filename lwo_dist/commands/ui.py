@@ -57,9 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"storage = {config.storage}: no runs there ({database}); give -c FILE or storage=DIR"
             " as in training"
         )
+    page = experiment_page(config.tracking, uri, f"http://127.0.0.1:{arguments.port}")
     print(
-        f"http://127.0.0.1:{arguments.port} shows the runs in {redact(uri)}, without a login, to"
-        " every user of this machine; press Ctrl-C to stop",
+        f"{page} shows the runs in {redact(uri)}, without a login, to every user of this machine;"
+        " press Ctrl-C to stop",
         flush=True,
     )
     _become_server(uri, arguments.port)

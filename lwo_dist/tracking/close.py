@@ -27,6 +27,7 @@ def append_end(
     error: str | None = None,
     time_ms: int | None = None,
     best_step: int | None = None,
+    description: str | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report, then the records that name the run's files, its model and its end.
@@ -36,6 +37,7 @@ def append_end(
         error: why the run failed or was killed, in one line.
         time_ms: when the run ended, in milliseconds since 1970; None: now.
         best_step: the checkpoint that the report compares with the start; None: the newest.
+        description: what the run's page in MLflow says of the run; None: what it says already.
         model: the fields of the record that logs the exported model; None: no model is logged.
 
     Raises:
@@ -57,6 +59,8 @@ def append_end(
     end: dict[str, Any] = {"status": status, "attempt": spool.attempts}
     if error:
         end["error"] = error
+    if description:
+        end["description"] = description
     if time_ms:
         end["time_ms"] = time_ms
     spool.append("end", **end)

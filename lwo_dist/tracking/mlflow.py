@@ -21,11 +21,19 @@ from lwo_dist.config import Config, TrackingConfig
 from lwo_dist.config.tracking import NO_PASSWORD
 from lwo_dist.errors import UserError, printable
 from lwo_dist.redaction import redact, refuse_password
-from lwo_dist.run_info import RunInfo, public_config, run_parameters, run_tags
+from lwo_dist.run_info import (
+    RunInfo,
+    dataset_record,
+    public_config,
+    run_parameters,
+    run_tags,
+)
 from lwo_dist.spool import SPOOL_NAME, Sent, Spool, is_being_written, read_spool
-from lwo_dist.storage import RunFolder
+from lwo_dist.storage import RunFolder, storage_folder
+from lwo_dist.tasks.scores import ScoreSheet
 
 from .close import append_end, end_dead_run, known_store, replay_hint
+from .description import describe_result, describe_start
 from .mlflow_store import MLflowStore
 from .restarts import Restarts
 from .sender import Sender, reason, send_spool, unsent
@@ -37,6 +45,7 @@ __all__ = [
     "end_run",
     "experiment_page",
     "replay",
+    "run_page",
     "tracking_uri",
 ]
 
@@ -65,8 +74,12 @@ def tracking_uri(tracking: TrackingConfig, storage: Path) -> str:
     )
 
 
-def experiment_page(tracking: TrackingConfig, uri: str) -> str:
-    """The URL of the experiment's page.
+def experiment_page(tracking: TrackingConfig, uri: str, pages: str | None = None) -> str:
+    """The URL of the page with the experiment's runs.
+
+    Args:
+        uri: the store.
+        pages: the address of the server that shows it; None: `uri` is one.
 
     Raises:
         UserError: the server does not answer or has no such experiment.
@@ -84,7 +97,26 @@ def experiment_page(tracking: TrackingConfig, uri: str) -> str:
             f"tracking.experiment = {tracking.experiment}: MLflow at {redact(uri)} has no such"
             " experiment yet; start a run, or correct the name"
         )
-    return f"{redact(uri).rstrip('/')}/#/experiments/{printable(str(experiment_id)[:100])}"
+    return _page(pages or uri, f"{experiment_id}/runs")
+
+
+def run_page(config: Config, run_id: str | None) -> str | None:
+    """The URL of a run's page; None if only `lwo-dist ui` shows it, or MLflow does not answer."""
+    uri = tracking_uri(config.tracking, storage_folder(config.storage))
+    if run_id is None or not uri.startswith(("http://", "https://")):
+        return None
+    try:
+        store = MLflowStore(uri, Path(), CALL_TIMEOUT_S)
+        experiment_id = store.find_experiment(config.tracking.experiment)
+    except Exception:  # the run is done, and it has been said that MLflow lacks something
+        return None
+    return _page(uri, f"{experiment_id}/runs/{run_id}") if experiment_id else None
+
+
+def _page(server: str, path: str) -> str:
+    # Without the parameter MLflow opens its pages for language-model applications.
+    address = redact(server).rstrip("/")
+    return f"{address}/#/experiments/{printable(path[:200])}?workflowType=machine_learning"
 
 
 def create_run(config: Config, storage: Path, run_name: str) -> str | None:
@@ -216,6 +248,8 @@ class MLflowCallback(Callback):
         self._given_run_id = run_id
         self._spool: Spool | None = None
         self._sender: Sender | None = None
+        self._info: RunInfo | None = None
+        self._count_key = ""
         self._restarts: Restarts | None = None
         self._complaints: set[str] = set()
 
@@ -246,10 +280,14 @@ class MLflowCallback(Callback):
             layer_sizes=info.layer_sizes,
             model_size=info.parameters,
             parameters=run_parameters(info),
-            tags=run_tags(info.config, info.hosts),
+            tags=run_tags(info.config, info.hosts, info.device),
+            dataset=dataset_record(info) if info.fingerprint else None,
+            description=describe_start(info),
             **info.task_record,
         )
         spool.append("artifact", path="config.yaml")
+        self._info = info
+        self._count_key = ScoreSheet.read(info.task_record, ()).count_key
         self._spool = spool
         self._sender = Sender(path, MLflowStore(uri, self._storage, CALL_TIMEOUT_S), sent)
         self._restarts = Restarts(spool)
@@ -268,7 +306,9 @@ class MLflowCallback(Callback):
 
     @_never_raises
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        self._points(step, scores)
+        # The number of examples never changes; it is a parameter.
+        count = self._count_key
+        self._points(step, {name: value for name, value in scores.items() if name != count})
 
     @_never_raises
     def on_switch(self, step: int, layer: str) -> None:
@@ -291,11 +331,19 @@ class MLflowCallback(Callback):
         ):
             model = {
                 "path": "model",
-                "name": "model",
+                # MLflow lists the models of all runs together, and allows no dot in a name.
+                "name": self._spool.path.parent.name.replace(".", "-"),
                 "step": best_step,
                 "register_as": self._tracking.register_as,
             }
-        self._end("FINISHED", self._tracking.flush_timeout_s, best_step=best_step, model=model)
+        description = self._describe(summary, model["name"] if model else None)
+        self._end(
+            "FINISHED",
+            self._tracking.flush_timeout_s,
+            best_step=best_step,
+            description=description,
+            model=model,
+        )
 
     @_never_raises
     def on_run_stopped(self, reason: str) -> None:
@@ -316,6 +364,15 @@ class MLflowCallback(Callback):
         if self._spool and self._sender:
             self._spool.append_metrics(step, values)
             self._sender.wake()
+
+    def _describe(self, summary: Mapping[str, Any], model: str | None) -> str | None:
+        if self._info is None or self._sender is None:
+            return None
+        try:
+            return describe_result(self._info, summary, str(self._sender.sent.uri), model)
+        except Exception as problem:  # no reason to leave a run without its end
+            logger.warning("the description could not be written: %s", reason(problem))
+            return None
 
     def _end(self, status: str, timeout_s: float, **more: Any) -> None:
         spool = self._spool

@@ -27,19 +27,49 @@ def log_model(client: Any, run_id: str, folder: Path, fields: Mapping[str, Any])
     """
     from mlflow.entities import LoggedModelOutput
 
-    experiment = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", max_results=1)
     model = (
         found[0]
         if found
-        else client.create_logged_model(experiment, fields["name"], run_id, model_type="llm")
+        else client.create_logged_model(
+            experiment, fields["name"], run_id, params=run.data.params, model_type="llm"
+        )
     )
     if model.status != "READY":
         _upload(client, run_id, model.model_id, folder)
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=fields["step"] or 0)])
+        _log_scores(client, run, model.model_id, fields["step"])
         client.finalize_logged_model(model.model_id, "READY")
     if fields["register_as"]:
         _register(client, run_id, model, fields["register_as"])
+
+
+def _log_scores(client: Any, run: Any, model_id: str, step: int | None) -> None:
+    """Log the run's scores at `step` as those of the model, on the dataset of the run."""
+    from mlflow.entities import Metric
+
+    datasets = [used.dataset for used in run.inputs.dataset_inputs]
+    dataset = datasets[0] if datasets else None
+    scores = [
+        Metric(
+            point.key,
+            point.value,
+            point.timestamp,
+            point.step,
+            model_id=model_id,
+            dataset_name=dataset and dataset.name,
+            dataset_digest=dataset and dataset.digest,
+            run_id=run.info.run_id,
+        )
+        for name in run.data.metrics
+        if name.startswith("eval/")
+        for point in client.get_metric_history(run.info.run_id, name)
+        if point.step == step
+    ]
+    if scores:
+        client.log_batch(run.info.run_id, metrics=scores)
 
 
 def _upload(client: Any, run_id: str, model_id: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ module that imports MLflow.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -18,7 +19,9 @@ from lwo_dist.redaction import redact
 from lwo_dist.report.tables import FOLDER as TABLES
 from lwo_dist.spool import Point
 
+from .description import RUN_ID
 from .mlflow_model import log_model
+from .shown import shown_parameters, shown_points
 
 __all__ = ["MLflowStore"]
 
@@ -26,6 +29,8 @@ MAX_PARAMETER = 6000
 MAX_TAG = 5000
 SLOWEST_UPLOAD = 10_000_000  # bytes a second
 _KEY_TAG = "lwo_dist_run"
+_NOTE = "mlflow.note.content"  # the description
+_NOTE_DIGEST = "mlflow.note.lwo_dist"  # of the last one that was written here
 
 
 class MLflowStore:
@@ -89,7 +94,7 @@ class MLflowStore:
                 f"attempt.{attempt}.started": started,
             }
         parameters = []
-        for name, value in fields["parameters"].items():
+        for name, value in shown_parameters(fields["parameters"]).items():
             name = name[:250]
             value = value[:MAX_PARAMETER]
             if name not in known:
@@ -101,6 +106,9 @@ class MLflowStore:
             params=parameters,
             tags=[RunTag(name, value[:MAX_TAG]) for name, value in tags.items()],
         )
+        if dataset := fields.get("dataset"):
+            self._log_dataset(run.info.run_id, dataset)
+        self._describe(run, fields.get("description"))
         if "error" in run.data.tags:  # of the attempt before, which keeps it under its own name
             self._client.delete_tag(run.info.run_id, "error")
         if run.info.status != "RUNNING":
@@ -112,9 +120,9 @@ class MLflowStore:
 
         # With the spool's own times: a batch that is sent twice is then the same points, and MLflow
         # keeps one.
-        self._client.log_batch(
-            run_id, metrics=[Metric(p.name, p.value, p.time_ms, p.step) for p in points]
-        )
+        metrics = [Metric(p.name, p.value, p.time_ms, p.step) for p in shown_points(points)]
+        if metrics:
+            self._client.log_batch(run_id, metrics=metrics)
 
     def upload(self, run_id: str, file: Path, folder: str | None) -> None:
         with self._patience(file) as client:
@@ -131,7 +139,36 @@ class MLflowStore:
             self._client.set_tag(run_id, "error", fields["error"])
         how = ": ".join([fields["status"], *([fields["error"]] if "error" in fields else [])])
         self._client.set_tag(run_id, f"attempt.{fields['attempt']}.ended", how)
+        self._describe(self._client.get_run(run_id), fields.get("description"))
         self._client.set_terminated(run_id, fields["status"], time_ms)
+
+    def _log_dataset(self, run_id: str, dataset: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = dataset["source"]
+        kind, key = ("http", "url") if source.startswith("http") else ("local", "uri")
+        entity = Dataset(
+            dataset["name"][:500],
+            dataset["digest"],
+            kind,
+            json.dumps({key: source}),
+            profile=json.dumps(dataset["counts"]),
+        )
+        tag = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(run_id, datasets=[DatasetInput(entity, [tag])])
+
+    def _describe(self, run: Any, text: str | None) -> None:
+        """Set the description, unless somebody has changed it on MLflow's pages."""
+        from mlflow.entities import RunTag
+
+        if text is None:
+            return
+        tags = run.data.tags
+        if _NOTE in tags and _digest(tags[_NOTE]) != tags.get(_NOTE_DIGEST):
+            return
+        text = text.replace(RUN_ID, run.info.run_id)[:MAX_TAG]
+        note = [RunTag(_NOTE, text), RunTag(_NOTE_DIGEST, _digest(text))]
+        self._client.log_batch(run.info.run_id, tags=note)
 
     @contextmanager
     def _patience(self, *files: Path) -> Iterator[Any]:
@@ -178,3 +215,7 @@ class MLflowStore:
             name, artifacts, {"mlflow.experimentKind": "custom_model_development"}
         )
         return str(created)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

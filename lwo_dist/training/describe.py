@@ -49,6 +49,7 @@ def describe_run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         hosts=tuple(hosts),
         data=dict(data.counts),
+        fingerprint=data.fingerprint,
         held_out_examples=len(data.held_out),
         task_record=TASKS.get(config.task).sheet.record(),
     )

@@ -31,8 +31,8 @@ class Reading:
     """What was measured since the previous reading."""
 
     metrics: dict[str, float]
-    """By the names in the README's table. Memory and switch times are the maximum over ranks; other
-    times are this rank's.
+    """By the names in the spool, which tracking/README.md lists. Memory and switch times are the
+    maximum over ranks; other times are this rank's.
     """
     visits: list[Visit]
     """Visits that have ended, as `visit/...`."""

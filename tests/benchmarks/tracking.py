@@ -32,9 +32,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lwo_dist.spool import SPOOL_NAME, count_points
+from lwo_dist.spool import SPOOL_NAME
 from lwo_dist.tracking.mlflow import create_run, replay
-from tests.tracking import Server, begin, client_of, config_for, history
+from tests.tracking import Server, begin, client_of, config_for, history, shown_of
 
 AILMENTS = (
     "none",
@@ -203,7 +203,7 @@ def measure(seconds: float, rounds: int, folder: Path) -> dict[str, Any]:
     ]
     return {
         "cases": cases,
-        "points_spooled": count_points(spool),
+        "points_spooled": len(shown_of(spool)),
         "points_held": held,
         "status": status,
     }

@@ -24,6 +24,7 @@ from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.run import _with_precision, prepare, run
 from lwo_dist.run_info import RunInfo
+from lwo_dist.spool import SPOOL_NAME, points_of, read_spool
 from tests.models import save_tiny_model
 from tests.ranks import RanksError, run_ranks
 
@@ -197,26 +198,26 @@ def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(
     [experiment] = client.search_experiments(filter_string="name = 'e'")
     [found] = client.search_runs([experiment.experiment_id])
     assert found.info.run_id == summary["mlflow_run_id"] and found.info.status == "FINISHED"
-    names = """train/loss train/learning_rate train/grad_norm train/tokens_per_second
-        train/elapsed_seconds train/skipped_steps lwo/active_layer lwo/cycle
-        memory/peak_bytes memory/parameter_bytes memory/gradient_bytes
-        memory/optimizer_state_bytes comm/bytes_per_step time/step_seconds
-        time/switch_seconds eval/loss eval/exact_match eval/edit_similarity eval/bleu
-        visit/layer visit/loss_drop visit/grad_norm visit/change_norm visit/seconds
-        memory/ranks/peak_bytes_0 memory/ranks/peak_bytes_1 run/attempt
-        time/lost_seconds"""
-    assert set(names.split()) <= set(found.data.metrics)
+    names = """eval/loss eval/exact_match eval/edit_similarity eval/bleu train/loss
+        train/tokens_per_second update/learning_rate update/grad_norm visit/layer
+        visit/loss_drop visit/change_norm system/peak_memory_GB system/optimizer_state_GB
+        system/training_seconds"""
+    nodes = {name for name in found.data.metrics if name.count("/") == 2}  # of system/HOST/
+    assert set(found.data.metrics) - nodes == set(names.split())
+    assert found.data.metrics["system/peak_memory_GB"] < 100
     assert [point.step for point in client.get_metric_history(found.info.run_id, "train/loss")] == [
         *range(2, 15, 2)
     ]
     assert found.data.metrics["eval/loss"] == pytest.approx(summary["eval"]["after"]["eval/loss"])
     assert found.data.params["lwo.steps_per_layer"] == "3" and found.data.tags["strategy"] == "fsdp"
     page = (Path(lwo_dist.__file__).parent / "tracking" / "README.md").read_text()
-    for name in found.data.metrics:
-        shown = (
-            "system/HOST/" if name.startswith("system/") else f"`{re.sub('_[0-9]+$', '_N', name)}`"
-        )
-        assert shown in page or name == "eval/lines", name
+    records = read_spool(tmp_path / "r" / SPOOL_NAME)
+    spooled = {point.name for record in records for point in points_of(record)}
+    assert {"memory/ranks/peak_bytes_1", "run/attempt", "lwo/cycle"} <= spooled
+    for name in {*found.data.metrics, *spooled}:
+        host = name.startswith("system/") and name.count("/") == 2
+        said = "system/HOST/" if host else f"`{re.sub('_[0-9]+$', '_N', name)}`"
+        assert said in page, name
     assert [p.step for p in client.get_metric_history(found.info.run_id, "visit/loss_drop")] == [
         3,
         6,

@@ -1,5 +1,6 @@
 """Tracking against a real MLflow: a sqlite store, and `mlflow server` on loopback."""
 
+import json
 import logging
 import os
 import shutil
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lwo_dist.config import Config, TrainConfig
+from lwo_dist.config import Config, DataConfig, TrainConfig
 from lwo_dist.errors import UserError
-from lwo_dist.spool import Sent, count_points, read_spool
+from lwo_dist.spool import Sent, Spool, count_points, read_spool
 from lwo_dist.tracking.mlflow import create_run, end_run, replay
 from tests.tracking import (
     FILES,
@@ -33,6 +34,7 @@ from tests.tracking import (
 )
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
+NOTE = "mlflow.note.content"
 
 
 def test_a_server_that_starts_after_the_training(server, tmp_path, caplog):
@@ -130,6 +132,72 @@ def test_the_default_store_holds_all_that_the_run_said(storage, first_use, capfd
     assert Config.model_validate(yaml.safe_load((place / "config.yaml").read_text())) == config
     assert first_use[1] == ""  # MLflow tells of every migration of a new database, if one lets it
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_the_run_says_what_it_is(storage):
+    config = config_for().model_copy(
+        update={"data": DataConfig(source="https://github.com/a/shop"), "run_name": "said"}
+    )
+    callback = begin(config, storage, "said")
+    client = client_of(f"sqlite:///{storage}/mlflow.db")
+    until(lambda: callback.run_id and NOTE in client.get_run(callback.run_id).data.tags, 60)
+    run = client.get_run(callback.run_id)
+    assert run.data.tags[NOTE].startswith("Tunes **tiny-code** on **shop**")
+    assert run.data.tags["mlflow.source.name"] == "lwo-dist train"
+    assert {"method": "lwo", "model": "tiny-code", "device": "cpu"}.items() <= run.data.tags.items()
+    [used] = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("shop", "0123456789abcdef")
+    assert json.loads(used.dataset.source) == {"url": "https://github.com/a/shop"}
+    assert json.loads(used.dataset.profile)["fact_7"] == 7
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+
+    train(callback)
+    scores = {"eval/loss": 2.0, "eval/lines": 5.0}
+    result = {"before": scores, "after": scores, "best_step": 20, "gain_95": {}}
+    callback.on_run_end({"eval": result, "training_seconds": 5.0, "tokens_per_second": 9.0})
+    spool = storage / "said" / "metrics.jsonl"
+    for _ in range(2):  # the second time, all of it is sent again
+        run = client.get_run(callback.run_id)
+        assert run.data.tags[NOTE].startswith("**tiny-code** before and after step 20, on 5 held")
+        assert len(run.inputs.dataset_inputs) == 1
+        spool.with_suffix(".sent.json").unlink()
+        replay(spool)
+
+
+def test_a_description_that_somebody_wrote_stays(storage):
+    callback = begin(config_for(), storage, "edited")
+    client = client_of(f"sqlite:///{storage}/mlflow.db")
+    until(lambda: callback.run_id and NOTE in client.get_run(callback.run_id).data.tags, 60)
+    client.set_tag(callback.run_id, NOTE, "mine")
+    callback.on_run_end({})
+    begin(config_for(), storage, "edited", callback.run_id).on_run_end({})
+    assert client.get_run(callback.run_id).data.tags[NOTE] == "mine"
+
+
+def test_a_run_of_an_earlier_version_replays(storage):
+    """Its spool has neither a dataset nor a description, and the parameters have everything."""
+    spool = Spool(storage / "earlier" / "metrics.jsonl")
+    parameters = {"seed": "0", "zero_stage": "null", "storage": "runs", "lwo.betas": "[0.9, 1]"}
+    spool.append(
+        "run",
+        experiment="lwo_dist",
+        run_name="earlier",
+        key="k",
+        attempt=1,
+        start_step=0,
+        layers=["embed", "head"],
+        parameters=parameters,
+        tags={"method": "lwo"},
+    )
+    spool.append_metrics(5, {"train/loss": 2.0, "memory/peak_bytes": 1e9, "lwo/cycle": 0.0})
+    spool.append("end", status="FINISHED", attempt=1)
+    spool.close()
+    assert replay(spool.path, f"sqlite:///{storage}/mlflow.db") == 3
+    client = client_of(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(Sent.load(spool.path).run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "0", "lwo.betas": "0.9, 1"}
+    assert run.data.metrics == {"train/loss": 2.0, "system/peak_memory_GB": 1.0}
 
 
 def test_a_resumed_run_stays_one_run_and_no_step_counts_twice(storage):

@@ -4,6 +4,7 @@ leaves there.
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def finished(storage: Path):
         (folder / "evaluations").mkdir()
         (folder / "evaluations" / "step_000000.json").write_text(evaluation("    retur", 3.0))
         (folder / "evaluations" / "step_000100.json").write_text(evaluation("    return x", 2.0))
-        callback.on_run_end(
-            {"export": str(folder / "model"), "steps": 100, "eval": {"best_step": 100}}
-        )
+        scores = {"eval/loss": 2.0, "eval/lines": 2.0}
+        result = {"before": scores, "after": scores, "best_step": 100, "gain_95": {}}
+        callback.on_run_end({"eval": result, "training_seconds": 9.0, "tokens_per_second": 8.0})
         return callback.run_id, client_of(f"sqlite:///{storage}/mlflow.db")
 
     return finish
@@ -74,6 +75,13 @@ def test_the_model_is_logged_registered_and_loads(
     [output] = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
     assert (str(model.status), model.source_run_id, output.step) == ("READY", run_id, 100)
+    assert model.name == "with-model"
+    assert model.params["train.steps"] == "100"
+    scores = [(m.key, m.value, m.step, m.dataset_digest) for m in model.metrics]
+    assert ("eval/loss", 0.02, 100, "0123456789abcdef") in scores
+    assert {step for _, _, step, _ in scores} == {100}
+    assert dict(history(client, run_id)["eval/loss"])[100] == 0.02  # once in the run
+    assert len(history(client, run_id)["eval/loss"]) == 5
     [version] = client.search_model_versions("name = 'tuned'")
     assert version.run_id == run_id
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
@@ -85,6 +93,9 @@ def test_the_model_is_logged_registered_and_loads(
     pinned = (Path(place) / "requirements.txt").read_text().split()
     assert f"torch=={torch.__version__.partition('+')[0]}" in pinned
     assert all("==" in line for line in pinned)
+    said = run.data.tags["mlflow.note.content"]
+    [address] = re.findall(r'load_model\("(.+)"\)', said)
+    assert mlflow.transformers.load_model(address).model.num_parameters() > 0
     pipeline = mlflow.transformers.load_model("models:/tuned/1")
     assert pipeline("def f(x):", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith(
         "def f(x):"
@@ -103,6 +114,14 @@ def test_the_model_is_logged_registered_and_loads(
         len(client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"))
         == 1
     )
+
+
+def test_a_description_that_cannot_be_written_harms_nothing(storage, caplog):
+    callback = begin(config_for(), storage, "odd")
+    callback.on_run_end({"eval": {"best_step": 7}})
+    assert "the description could not be written" in caplog.text
+    run = client_of(f"sqlite:///{storage}/mlflow.db").get_run(callback.run_id)
+    assert run.info.status == "FINISHED"
 
 
 def test_no_model_is_logged_where_none_is_wanted(finished):
@@ -180,15 +199,9 @@ def test_a_restart_is_marked_and_what_it_cost_is_counted(storage, monkeypatch):
     second.on_run_end({})
     client = client_of(f"sqlite:///{storage}/mlflow.db")
     held = history(client, second.run_id)
-    lost = dict(held["time/lost_seconds"])
-    assert (lost[1], lost[50], lost[51], lost[70]) == (
-        0.0,
-        0.0,
-        50.0,
-        50.0,
-    )  # 30 s of nothing, 10 steps twice
-    attempt = dict(held["run/attempt"])
-    assert (attempt[50], attempt[51], attempt[70]) == (1.0, 2.0, 2.0)
+    # 30 s of nothing, 10 steps twice; before the restart there is nothing to show.
+    assert held["system/lost_seconds"] == [(step, 50.0) for step in range(51, 71)]
+    assert held["system/attempt"] == [(step, 2.0) for step in range(51, 71)]
     tags = client.get_run(second.run_id).data.tags
     assert (tags["attempts"], tags["attempt.2.start_step"]) == ("2", "40")
     assert tags["attempt.2.started"] == "1970-01-01 00:18:50+00:00"

@@ -13,7 +13,8 @@ from tests.listening import Watch, listed
 
 
 def test_ui_listens_as_documented(storage: Path) -> None:
-    command = [sys.executable, "-m", "lwo_dist.cli", "ui", f"storage={storage}", "--port"]
+    command = [sys.executable, "-m", "lwo_dist.cli", "ui", f"storage={storage}"]
+    command += ["tracking.experiment=first", "--port"]
     inherited = {name: value for name, value in os.environ.items() if "MLFLOW" not in name}
     watch = Watch()
     server = subprocess.Popen(

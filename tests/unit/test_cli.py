@@ -21,6 +21,7 @@ from lwo_dist.commands import COMMANDS
 from lwo_dist.config import Config, reading
 from lwo_dist.errors import UserError
 from lwo_dist.stop import Stopped
+from lwo_dist.tracking.mlflow_store import MLflowStore
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "lwo_dist.cli", "train")
@@ -297,9 +298,14 @@ def test_ui_runs_mlflow_on_this_machine_only(
     commands = []
     monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
     monkeypatch.setattr(os, "umask", lambda mask: 0)
-    capsys.readouterr()
+    found: list[str | None] = [None, "7"]
+    monkeypatch.setattr(MLflowStore, "find_experiment", lambda *_: found.pop(0))
+    assert cli.main(["ui", f"storage={storage}"]) == 2
+    assert "has no such experiment yet; start a run" in capsys.readouterr().err
     assert cli.main(["ui", f"storage={storage}", "--port", "5005"]) == 0
     (said,) = capsys.readouterr().out.splitlines()
+    page = "http://127.0.0.1:5005/#/experiments/7/runs?workflowType=machine_learning"
+    assert said.split()[0] == page
     assert "without a login, to every user of this machine" in said
     path, command, environment = commands[0]
     assert path == command[0] == sys.executable
@@ -314,6 +320,7 @@ def test_ui_keeps_a_password_off_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hunter2@db/mlflow")
+    monkeypatch.setattr(MLflowStore, "find_experiment", lambda *_: "7")
     commands: list[Any] = []
     monkeypatch.setattr(os, "execve", lambda *arguments: commands.append(arguments))
     monkeypatch.setattr(os, "umask", lambda mask: 0)
@@ -547,3 +554,30 @@ def test_the_last_line_shows_how_to_open_mlflow(
     assert said.endswith(f"\n3 steps\nMLflow: lwo-dist ui 'storage={tmp_path}/a b'\n")
     assert cli.main(["train", "tracking.enabled=false"]) == 0
     assert capsys.readouterr().out == "3 steps\n"
+
+
+def test_the_last_line_is_the_page_of_the_run_if_a_server_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lwo_dist import run
+    from lwo_dist.training import results
+
+    for name, value in LONE_RANK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@mlflow.example/team/")
+    monkeypatch.setattr(results, "format_summary", lambda summary: "done")
+    experiments = ["7", None, "7"]
+    monkeypatch.setattr(MLflowStore, "find_experiment", lambda *_: experiments.pop(0))
+    command = f"lwo-dist ui storage={tmp_path}"
+    page = "https://mlflow.example/team/#/experiments/7/runs/0a1b?workflowType=machine_learning"
+    # The second time the server does not know the experiment, the third time there is no run.
+    for run_id, last in [("0a1b", page), ("0a1b", command), (None, command)]:
+        monkeypatch.setattr(
+            run, "prepare_and_run", lambda config, run_id=run_id: {"mlflow_run_id": run_id}
+        )
+        assert cli.main(["train", f"storage={tmp_path}"]) == 0
+        assert capsys.readouterr().out == f"done\nMLflow: {last}\n"
+    monkeypatch.setattr(MLflowStore, "find_experiment", lambda *_: _raise(OSError("down")))
+    monkeypatch.setattr(run, "prepare_and_run", lambda config: {"mlflow_run_id": "0a1b"})
+    assert cli.main(["train", f"storage={tmp_path}"]) == 0
+    assert capsys.readouterr().out == f"done\nMLflow: {command}\n"

@@ -26,8 +26,8 @@ from lwo_dist.config import DataConfig
 from lwo_dist.data.source_tree import read_source_tree, read_text
 from lwo_dist.errors import UserError
 from tests.code_samples import code
+from tests.hostile import ESCAPE, MARKER, time_limit, watch
 from tests.unit.test_git import git, repository
-from tests.unit.test_hostile import ESCAPE, MARKER, time_limit, watch
 
 CANARY = "canary_of_another_folder"
 PROGRAM = f"#!/bin/sh\ntouch {MARKER}\n"

@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests import pages
+from tests import oracle, pages
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted(
@@ -92,6 +93,32 @@ def test_no_generated_table_is_left_out() -> None:
         (page, name) for page in LINKED for name in pages.names((REPOSITORY / page).read_text())
     }
     assert marked == set(pages.GENERATED)
+
+
+def test_the_loop_runs_as_pasted() -> None:
+    """The blocks that import lwo_dist are whole, but for `model` and `batches`."""
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loops = [block for block in blocks if block.startswith("import lwo_dist\n")]
+    assert loops
+    for loop in loops:
+        model = oracle.tiny_model(tied=True)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        losses = losses_of(loop, model)
+        assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+        after = model.state_dict()
+        assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def losses_of(loop: str, model: torch.nn.Module) -> list[float]:
+    """Run the source of a loop over the same batch, three times."""
+    tokens, labels = oracle.global_batch(0)
+    batches = [{"input_ids": tokens, "labels": labels}] * 3
+    losses: list[float] = []
+    model.register_forward_hook(lambda *call: losses.append(call[-1].loss.detach().item()))
+    exec(compile(loop, "README.md", "exec"), {"model": model, "batches": batches})
+    return losses
 
 
 def links(page: str) -> list[str]:

@@ -18,9 +18,11 @@ from lwo_dist.run_info import (
     RunInfo,
     base_name,
     checkpoint_record,
+    dataset_record,
     flatten,
     git_commit,
     job_metadata,
+    model_name,
     public_config,
     run_parameters,
     run_tags,
@@ -89,6 +91,7 @@ def test_no_secret_of_the_config_is_shown(tmp_path: Path) -> None:
         run_parameters(info),
         run_tags(config),
         checkpoint_record(info),
+        dataset_record(info),
         job_metadata(config, "x", tmp_path),
     )
     for values in shown:
@@ -178,13 +181,42 @@ def test_tags_name_the_job_the_hosts_and_the_code(monkeypatch: pytest.MonkeyPatc
         "RAY_JOB_CONFIG_JSON_ENV_VAR",
         '{"metadata": {"job_submission_id": "raysubmit_x", "git_commit": "ab12"}}',
     )
-    tags = run_tags(Config(method="full"), ["node-a", "node-b"])
+    model = ModelConfig(name="/data/cache/tiny-code-0a1b")
+    tags = run_tags(Config(method="full", model=model), ["node-a", "node-b"], "NVIDIA H100")
     assert tags["hosts"] == "node-a, node-b"
     assert (tags["ray_job_id"], tags["ray_submission_id"]) == ("02000000", "raysubmit_x")
     # The commit that was sent: the job's own folder is no git work tree.
     assert tags["mlflow.source.git.commit"] == "ab12"
     assert (tags["method"], tags["strategy"]) == ("full", "fsdp")
-    assert tags["version.torch"] == importlib.metadata.version("torch")
+    assert (tags["model"], tags["device"]) == ("tiny-code-0a1b", "NVIDIA H100")
+    # MLflow shows no source without both.
+    assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == ("lwo-dist train", "LOCAL")
+    assert "device" not in run_tags(Config())  # the driver does not know it
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("org/name", "org/name"),
+        ("/data/models/Base-1B", "Base-1B"),
+        ("/x/hub/models--org--name-2b/snapshots/0a1b2c", "org/name-2b"),
+    ],
+)
+def test_a_model_is_named_without_a_path(name: str, shown: str) -> None:
+    config = Config(model=ModelConfig(name=name))
+    assert model_name(config) == shown
+    assert run_parameters(make_info(config))["model.name"] == shown
+
+
+def test_the_dataset_is_the_source_with_its_fingerprint() -> None:
+    config = Config(data=DataConfig(source="https://github.com/a/shop/"))
+    data = {"windows": 7, "skipped": {"too large": 1}}
+    assert dataset_record(make_info(config, fingerprint="0123456789abcdef" * 4, data=data)) == {
+        "name": "shop",
+        "digest": "0123456789abcdef",
+        "source": "https://github.com/a/shop/",
+        "counts": {"windows": 7},
+    }
 
 
 @pytest.mark.parametrize("value", ["", "{", "[]", '{"metadata": null}'])
@@ -242,7 +274,9 @@ def test_a_run_is_described_from_its_parts(tmp_path: Path) -> None:
     info = describe_run(
         Config(),
         lwo,
-        SimpleNamespace(counts=counts, held_out=range(5)),  # type: ignore[arg-type]
+        SimpleNamespace(  # type: ignore[arg-type]
+            counts=counts, held_out=range(5), fingerprint="0a1b"
+        ),
         run_dir=tmp_path,
         device=torch.device("cpu"),
         hosts=["node-a"],
@@ -256,4 +290,5 @@ def test_a_run_is_described_from_its_parts(tmp_path: Path) -> None:
     )
     assert (info.run_dir, info.world_size, info.start_step) == (tmp_path, 1, 0)
     assert (info.device, info.hosts, info.data) == ("CPU", ("node-a",), counts)
+    assert info.fingerprint == "0a1b"
     assert info.versions["torch"] == importlib.metadata.version("torch")

@@ -401,6 +401,57 @@ def test_it_is_created_without_hard_links_too(
     assert [path.name for path in (run.local / "lease").iterdir()] == ["1.json"]
 
 
+def test_a_new_file_is_read_past_a_client_s_cache_of_missing_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS, a name that was missing stays so until its folder is opened."""
+    run = RunFolder(str(tmp_path), "r")
+    run.write("lease/1.json", b"theirs")
+    missing: set[Path] = set()
+    open_file, open_folder = Path.open, os.open
+
+    def cached(path: Path, *arguments: Any) -> Any:
+        try:
+            assert path not in missing
+            return open_file(path, *arguments)
+        except (AssertionError, FileNotFoundError):
+            missing.add(path)
+            raise FileNotFoundError from None
+
+    def opened(path: Path, *arguments: Any) -> int:
+        missing.difference_update(Path(path).iterdir())
+        return open_folder(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", cached)
+    monkeypatch.setattr(os, "open", opened)
+    assert run.read("lease/2.json", limit=100) is None
+    os.link(run.path("lease/1.json"), run.path("lease/2.json"))
+    assert run.read("lease/2.json", limit=100) == b"theirs"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS reports it as a stale file handle, and one that is gone for good as well."""
+    run = RunFolder(str(tmp_path), "r")
+    run.write("lease/1.alive", b"beat")
+    stale = [OSError(errno.ESTALE, "Stale file handle")] * times
+    open_file = Path.open
+
+    def opened(path: Path, *arguments: Any) -> Any:
+        if stale:
+            raise stale.pop()
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", opened)
+    if times == 1:
+        assert run.read("lease/1.alive", limit=100) == b"beat"
+    else:
+        with pytest.raises(OSError, match="Stale"):
+            run.read("lease/1.alive", limit=100)
+
+
 @pytest.mark.usefixtures("store")
 def test_a_store_that_ignores_the_condition_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -1,0 +1,67 @@
+"""The loops of `launch/examples`, each on two ranks of torchrun, as their first lines say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.launching import REPOSITORY, free_port
+
+EXAMPLES = REPOSITORY / "launch" / "examples"
+LOOPS = ("plain_loop.py", "fsdp2_loop.py", "deepspeed_loop.py")
+
+
+def run(loop: str, steps: int, checkpoint: Path) -> list[tuple[int, float, str]]:
+    """Step, loss and layer of each line that the loop prints."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}"]
+    arguments = ["--steps", str(steps), "--checkpoint", str(checkpoint)]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(EXAMPLES / loop), *arguments],
+        cwd=checkpoint.parent,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = re.findall(r"^step (\d+)  loss ([\d.]+)  (\w+)$", done.stdout, re.MULTILINE)
+    return [(int(step), float(loss), layer) for step, loss, layer in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float, str]]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    loops = ("plain_loop.py", "fsdp2_loop.py")
+    found = {loop: run(loop, 6, folder / f"{loop}.pt") for loop in loops}
+    # ZeRO computes what a plain loop does.
+    return found | {"deepspeed_loop.py": found["plain_loop.py"]}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_learns_and_goes_on_from_its_checkpoint(
+    loop: str, unbroken: dict[str, list[tuple[int, float, str]]], tmp_path: Path
+) -> None:
+    expected = unbroken[loop]
+    assert [step for step, _, _ in expected] == [1, 2, 3, 4, 5, 6]
+    assert [layer for _, _, layer in expected[::2]] == ["embed_head", "layer_0", "layer_1"]
+    assert expected[-1][1] < expected[0][1] - 0.05
+    # Three steps end in the middle of a visit.
+    first = run(loop, 3, tmp_path / "checkpoint.pt")
+    found = first + run(loop, 6, tmp_path / "checkpoint.pt")
+    assert [(step, layer) for step, _, layer in found] == [(step, x) for step, _, x in expected]
+    losses = [loss for _, loss, _ in expected]
+    assert [loss for _, loss, _ in found] == pytest.approx(losses, abs=1e-5)
+    # It went on: from the start its losses would be those of the first steps.
+    assert found[3][1] != pytest.approx(found[0][1], abs=1e-3)
+
+
+def test_every_example_is_run_and_says_how() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*LOOPS, "common.py"}
+    for loop in LOOPS:
+        port = "torchrun --master-port 29500 --nproc-per-node 2"
+        assert f"    {port} launch/examples/{loop}\n" in (EXAMPLES / loop).read_text()
