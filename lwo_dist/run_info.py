@@ -176,11 +176,8 @@ def dataset_record(info: RunInfo) -> dict[str, Any]:
 
 
 def model_name(config: Config) -> str:
-    """The model for people: a Hugging Face id, or the name of a folder without its path."""
-    name = config.model.name
-    if cached := re.search(r"/models--(.+?)--(.+?)/snapshots/", name):
-        return "/".join(cached.groups())
-    return Path(name).name if Path(name).is_absolute() else name
+    """The model for people: `base_name` of `model.name`."""
+    return base_name(config.model.name)
 
 
 def source_name(config: Config) -> str:
