@@ -135,8 +135,11 @@ def _completions(completions: Table) -> str:
         cells = dict(zip(columns, row, strict=True))
         where = f"{cells['file']}:{cells['line']}"
         answers = "".join(
-            f"<td data-label={name}><pre>{_marked(cells[name], cells['reference'])}</pre></td>"
-            for name in ("reference", "before", "after")
+            f"<td data-label={name}><pre>{text}</pre></td>"
+            for name, text in (
+                ("reference", html.escape(cells["reference"])),
+                *((name, _marked(cells[name], cells["reference"])) for name in ("before", "after")),
+            )
         )
         shown.append(
             f"<tr><td colspan=3 class=context><small><b class={cells['change']}>{cells['change']}"

@@ -75,14 +75,18 @@ def completions_table(
         index = sample.get("index", -1)
         change = next((name for name in changed if index in changed[name]), "random")
         by_change[change].append((sample, prediction))
-    rest = by_change["random"]
-    by_change["random"] = random.Random(0).sample(rest, min(_SHOWN, len(rest)))
     rows = [
         [change, s["name"], s["line"], s["context"], s["reference"], s["prediction"], prediction]
         for change, found in by_change.items()
-        for s, prediction in found[:_SHOWN]
+        for s, prediction in _some(found)
     ]
     return columns, [redact_values(row) for row in rows]
+
+
+def _some(found: list[Any]) -> list[Any]:
+    """At most `_SHOWN`, at random, in their order."""
+    chosen = random.Random(0).sample(range(len(found)), min(_SHOWN, len(found)))
+    return [found[i] for i in sorted(chosen)]
 
 
 def first_and_best(
