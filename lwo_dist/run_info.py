@@ -24,6 +24,7 @@ from .secret_rule import is_secret_name
 from .versions import version_of, versions
 
 __all__ = [
+    "LORA_RANK",
     "RunInfo",
     "base_name",
     "checkpoint_record",
@@ -37,6 +38,10 @@ __all__ = [
     "run_tags",
     "source_name",
 ]
+
+
+LORA_RANK = 16
+"""The rank of the LoRA that a run's memory is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class RunInfo:
     """Parameters of each layer; as long as `layers`."""
     parameters: int
     """Parameters of the whole model."""
+    lora_parameters: int = 0
+    """Parameters that LoRA of rank `LORA_RANK` on all linear layers would train; 0: unknown."""
     device: str
     """The kind of device that the workers compute on: a GPU's name, or CPU."""
     host: str = field(default_factory=socket.gethostname)
