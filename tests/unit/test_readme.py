@@ -39,6 +39,15 @@ RUN_BY = {
     ),
     "torchrun --master-port 29500 --nproc-per-node 2 launch/train.py "
     "-c launch/configs/debug_cpu.yaml data.source=DIR": "tests/cluster/test_ray_train.py",
+    # On two ranks, with a tiny model.
+    "lwo-dist train -c launch/configs/7b_1gpu_80gb.yaml data.source=DIR": (
+        "tests/distributed/test_configs.py"
+    ),
+    "lwo-dist train -c launch/configs/7b_8gpu_80gb.yaml data.source=DIR": (
+        "tests/distributed/test_configs.py"
+    ),
+    "torchrun --master-port 29500 --nproc-per-node 8 launch/train.py "
+    "-c launch/configs/7b_8gpu_80gb.yaml data.source=DIR": "tests/distributed/test_configs.py",
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export s3://bucket/runs/NAME": "tests/distributed/test_object_store.py",
@@ -86,6 +95,10 @@ def test_the_tables_are_as_made(page: str, name: str) -> None:
     """On failure, run `python -m tests.pages`."""
     text = (REPOSITORY / page).read_text()
     assert pages.filled(text, {name: pages.TABLES[name]()}) == text
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text().split()) <= 1100
 
 
 def test_no_generated_table_is_left_out() -> None:
