@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "full_fine_tuning_bytes",
     "local_bytes",
     "lora_bytes",
+    "lora_numel",
     "optimizer_state_bytes",
     "padded_numel",
     "park_bytes",
@@ -206,6 +207,11 @@ def full_fine_tuning_bytes(
     all layers, are counted as measured.
     """
     return peak + (gradient + state) * (numel / active_numel - 1)
+
+
+def lora_numel(shapes: Iterable[Sequence[int]], rank: int) -> int:
+    """Parameters of LoRA adapters of `rank` (Hu et al., 2022) on every matrix of these shapes."""
+    return sum(rank * sum(shape) for shape in shapes if len(shape) == 2)
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -412,7 +412,7 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         checkpoint,
         run_folder.path("model"),
         method=method,
-        gains=results["eval"]["gain_95"] if results["eval"]["best_step"] == step else {},
+        comparison=results["eval"] if results["eval"]["best_step"] == step else {},
         trust_remote_code=config.model.trust_remote_code,
     )
     summary = {

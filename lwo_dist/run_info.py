@@ -24,6 +24,7 @@ from .secret_rule import is_secret_name
 from .versions import version_of, versions
 
 __all__ = [
+    "LORA_RANK",
     "RunInfo",
     "base_name",
     "checkpoint_record",
@@ -37,6 +38,10 @@ __all__ = [
     "run_tags",
     "source_name",
 ]
+
+
+LORA_RANK = 16
+"""The rank of the LoRA that a run's memory is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class RunInfo:
     """Parameters of each layer; as long as `layers`."""
     parameters: int
     """Parameters of the whole model."""
+    lora_parameters: int = 0
+    """Parameters that LoRA of rank `LORA_RANK` on all linear layers would train; 0: unknown."""
     device: str
     """The kind of device that the workers compute on: a GPU's name, or CPU."""
     host: str = field(default_factory=socket.gethostname)
@@ -176,11 +183,8 @@ def dataset_record(info: RunInfo) -> dict[str, Any]:
 
 
 def model_name(config: Config) -> str:
-    """The model for people: a Hugging Face id, or the name of a folder without its path."""
-    name = config.model.name
-    if cached := re.search(r"/models--(.+?)--(.+?)/snapshots/", name):
-        return "/".join(cached.groups())
-    return Path(name).name if Path(name).is_absolute() else name
+    """The model for people: `base_name` of `model.name`."""
+    return base_name(config.model.name)
 
 
 def source_name(config: Config) -> str:

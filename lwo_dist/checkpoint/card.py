@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from lwo_dist.files import is_plain
 from lwo_dist.models import licence_of
 from lwo_dist.run_info import base_name
 from lwo_dist.storage import RunFolder
+from lwo_dist.tasks.comparison import score_rows
 from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_seconds
 
-from .schema import reading
+from .schema import STATE, reading
 
-__all__ = ["Gains", "model_card", "read_gains"]
+__all__ = ["Comparison", "model_card", "read_comparison"]
 
-Gains = Mapping[str, Mapping[str, float]]
-"""Score -> `mean`, `low` and `high` of its gain per example, with a 95 % interval."""
+Comparison = Mapping[str, Any]
+"""What summary.json says of a step's scores and the base model's: `gain_95` and `changed`."""
 
 _MAX_SUMMARY_BYTES = 2**20
 _MAX_TEXT = 200
@@ -55,14 +56,14 @@ or as a start for more tuning.
 
 
 def model_card(
-    state: Mapping[str, Any], dtype: str, gains: Gains, *, has_code: bool = False
+    state: Mapping[str, Any], dtype: str, comparison: Comparison, *, has_code: bool = False
 ) -> ModelCard:
     """The card of a checkpoint's model.
 
     Args:
         state: the values in state.json, checked (`check_record`); its texts are not trusted.
         dtype: of the exported weights: fp32 or bf16.
-        gains: of the scores at this step; empty if unknown.
+        comparison: of this step; empty if unknown.
         has_code: the model needs Python code of its own.
     """
     about = state["run"]
@@ -82,7 +83,7 @@ def model_card(
         "## Usage",
         _USAGE + (_CODE if has_code else ""),
         "## Scores",
-        "\n".join(_scores(state, gains)),
+        "\n".join(_scores(state, comparison)),
         "## Training",
         "\n".join(_training(state, base, dtype)),
         "## Intended use and limits",
@@ -93,9 +94,9 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def read_gains(run: RunFolder, step: int) -> Gains:
-    """The gains at `step` from the run's summary.json; empty if that is missing, malformed or of
-    another step.
+def read_comparison(run: RunFolder, step: int) -> Comparison:
+    """The comparison at `step` from the run's summary.json; empty if that is missing, malformed or
+    of another step.
     """
     try:
         data = run.read("summary.json", limit=_MAX_SUMMARY_BYTES)
@@ -105,9 +106,7 @@ def read_gains(run: RunFolder, step: int) -> Gains:
             scores = _Summary.model_validate(json.loads(data)).eval
     except (OSError, DamagedError):
         return {}
-    if scores.best_step != step:
-        return {}
-    return {name: gain.model_dump() for name, gain in scores.gain_95.items()}
+    return scores.model_dump() if scores.best_step == step else {}
 
 
 class _Strict(BaseModel):
@@ -120,45 +119,51 @@ class _Gain(_Strict):
     high: float
 
 
+class _Change(_Strict):
+    gained: int
+    lost: int
+
+
 class _Scores(_Strict):
     best_step: int
     gain_95: dict[str, _Gain]
+    changed: dict[str, _Change] = {}
 
 
 class _Summary(_Strict):
     eval: _Scores
 
 
-def _scores(state: Mapping[str, Any], gains: Gains) -> Iterator[str]:
+def _scores(state: Mapping[str, Any], comparison: Comparison) -> Iterator[str]:
+    """The lines of a Markdown table: before and after or, at a step without an evaluation, before
+    alone.
+    """
     evaluations = state["results"]["evaluations"]
-    before = evaluations.get("0", {})
-    after = evaluations.get(str(state["step"]), {})
-    sheet = ScoreSheet.read(state["run"], {**before, **after})
+    before = evaluations.get("0")
+    after = evaluations.get(str(state["step"]))
+    if before is None:
+        yield "The base model was not evaluated."
+        return
+    sheet = ScoreSheet.read(state["run"], before)
+    gains, changed = comparison.get("gain_95", {}), comparison.get("changed", {})
+    with reading(STATE):
+        rows = score_rows(sheet, before, after or before, gains, changed)
+    columns = 4 if after else 2
     if not after:
-        yield f"Step {state['step']} was not evaluated; the scores are those of the base model."
+        yield f"Step {state['step']} was not evaluated; these are the scores of the base model."
         yield ""
-    one, many = map(_safe, sheet.example)
-    count = (after or before).get(sheet.count_key)
-    held_out = f"{count:.0f} held-out {many}" if count is not None else f"held-out {many}"
-    rows = [(held_out, "before", "after", f"gain per {one} (95 % interval)"), ("---",) * 4]
-    for score in sheet.scores:
-        heading = score.heading if score.higher_is_better else f"{score.heading} (lower is better)"
-        shown = [
-            score.show(scores[score.key]) if score.key in scores else ""
-            for scores in (before, after)
-        ]
-        interval = ""
-        if after and score.name in gains:
-            mean, low, high = (
-                score.show(gains[score.name][name], sign="+") for name in ("mean", "low", "high")
-            )
-            interval = f"{mean} ({low} to {high})"
-        rows.append((_safe(heading), shown[0], shown[1], interval))
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-    if gains:
+    yield _row(rows[0][:columns])
+    yield _row(("---",) * columns)
+    for row in rows[1:]:
+        yield _row(row[:columns])
+    better = [score.label for score in sheet.scores if not score.higher_is_better]
+    if better:
         yield ""
-        yield f"A positive gain is better; intervals are bootstrapped over the {many}."
+        yield f"Lower is better: {', '.join(map(_safe, better))}. A positive gain is always better."
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_safe, cells))} |"
 
 
 def _training(state: Mapping[str, Any], base: str, dtype: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from lwo_dist.methods import Method
 from lwo_dist.models import weights
 from lwo_dist.registry import METHODS
 
-from .card import Gains, model_card
+from .card import Comparison, model_card
 from .format import Checkpoint
 from .schema import INDEX, check_record, read_json, reading
 
@@ -40,7 +40,7 @@ def export_model(
     *,
     dtype: Dtype = "fp32",
     method: Method | None = None,
-    gains: Gains | None = None,
+    comparison: Comparison | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a checkpoint's model, tokenizer and model card to `target`, completely or not at all.
@@ -51,7 +51,7 @@ def export_model(
 
     Args:
         method: the method of the run; None: the one named in the checkpoint, if it is built in.
-        gains: the intervals of this checkpoint's scores, for the card.
+        comparison: of this checkpoint's scores with the base model's, for the card.
         trust_remote_code: run the Python code that comes with the model, if any.
 
     Raises:
@@ -81,7 +81,10 @@ def export_model(
         _set_dtype(temporary / "config.json", _DTYPES[dtype])
         if about:
             card = model_card(
-                checkpoint.state, dtype, gains or {}, has_code=bool(_code_of(checkpoint.folder))
+                checkpoint.state,
+                dtype,
+                comparison or {},
+                has_code=bool(_code_of(checkpoint.folder)),
             )
             card.save(temporary / "README.md")
         share_as_made(temporary)

@@ -13,7 +13,7 @@ from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.scores import Score, ScoreSheet
 from lwo_dist.units import human_bytes
 
-from .card import read_gains
+from .card import read_comparison
 from .export import Dtype, export_model
 from .format import (
     Checkpoint,
@@ -172,7 +172,7 @@ def export_checkpoint(
             checkpoint,
             target,
             dtype=dtype,
-            gains=read_gains(run, checkpoint.step),
+            comparison=read_comparison(run, checkpoint.step),
             trust_remote_code=trust_remote_code,
         )
     except OSError as error:

@@ -69,7 +69,7 @@ def _watch(
         began = began or time.monotonic()
         waited = time.monotonic() - began
         if stop.reason is not None and (waited >= _PATIENCE_S or stop.reason == CTRL_C):
-            if can_interrupt:
+            if can_interrupt and not over.is_set():
                 os.kill(os.getpid(), signal.SIGINT)  # after a request it is a KeyboardInterrupt
             return
         if waited >= next_line:

@@ -33,7 +33,9 @@ class TrainConfig(Settings):
         False, description="recompute activations in backward (non-reentrant)"
     )
     logging_steps: int = Field(
-        10, ge=1, description="a progress line and a metrics point every so many steps"
+        10,
+        ge=1,
+        description="a metrics point every so many steps; about 30 of them become progress lines",
     )
     max_skipped_steps: int = Field(
         10, ge=1, description="stop after so many non-finite steps in a row"

@@ -14,11 +14,18 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lwo_dist.units import byte_unit
+from lwo_dist.units import byte_unit, human_bytes
 
-from .history import Band, History, Series, Visit
+from .history import PARKS, Band, History, Series, Visit
 
-__all__ = ["figures", "layers_figure", "loss_figure", "memory_figure", "save_pictures"]
+__all__ = [
+    "figures",
+    "layers_figure",
+    "loss_figure",
+    "memory_figure",
+    "memory_parts_figure",
+    "save_pictures",
+]
 
 INK = "#1f2430"
 SOFT = "#6b7280"
@@ -38,6 +45,13 @@ PARTS = (
     ("memory/optimizer_state_bytes", "optimizer state", "#f4b03f"),
 )
 PEAK = ("memory/peak_bytes", "activations and the rest", "#e8eaef")
+PART_COLOURS = {
+    "weights": "#4a6fd8",
+    "gradients": "#3fbccb",
+    "optimizer state": "#f4b03f",
+    PARKS: "#a78bda",
+    PEAK[1]: PEAK[2],
+}
 PANELS = (
     ("loss_drop", "fall of the training loss"),
     ("grad_norm", "gradient norm"),
@@ -184,6 +198,41 @@ def memory_figure(
     return figure
 
 
+def memory_parts_figure(parts: Mapping[str, Mapping[str, float]]) -> Figure:
+    """A bar for each method, made of its parts.
+
+    Args:
+        parts: method -> part -> bytes; the first method is on top.
+    """
+    height = 1.5 + 0.6 * len(parts)
+    figure = Figure(figsize=(11, height), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    totals = {method: sum(sizes.values()) for method, sizes in parts.items()}
+    unit, scale = byte_unit(max(totals.values(), default=0.0))
+    labelled = set()
+    for row, (method, sizes) in enumerate(parts.items()):
+        left = 0.0
+        for part, size in sizes.items():
+            label = None if part in labelled or not size else part
+            labelled |= {part} if size else set()
+            axes.barh(
+                row, size / scale, left=left, height=0.62, color=PART_COLOURS[part], label=label
+            )
+            left += size / scale
+        text = f" {human_bytes(totals[method])}"
+        axes.text(left, row, text, va="center", ha="left", color=INK, fontsize=10)
+    axes.set_yticks(range(len(parts)), list(parts))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(totals.values(), default=1.0) / scale)
+    axes.set_xlabel(f"{unit} of the fullest worker", color=SOFT)
+    axes.set_title("Memory by part", loc="left", color=INK, fontsize=13, pad=12)
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, labelcolor=INK)
+    return figure
+
+
 def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
     """The layers by the loss that fell in their visits, the one with most on top; a dot is a visit,
     a bar their mean.
@@ -233,7 +282,7 @@ def layers_figure(visits: Sequence[Visit], layers: Sequence[str]) -> Figure:
 
 
 def figures(history: History) -> dict[str, Figure]:
-    """What there are points for: loss_by_layer, memory, layers_by_loss_drop."""
+    """What there are points for: loss_by_layer, memory_by_part, memory, layers_by_loss_drop."""
     drawn: dict[str, Figure] = {}
     points = history.points
     layers = history.layers
@@ -243,14 +292,19 @@ def figures(history: History) -> dict[str, Figure]:
         drawn["loss_by_layer"] = loss_figure(
             loss, history.bands(), layers, evaluations, history.restarts
         )
+    if parts := history.memory_parts():
+        drawn["memory_by_part"] = memory_parts_figure(parts)
     names = [name for name in (*(name for name, *_ in PARTS), PEAK[0]) if name in points]
+    on_cpu = history.run.get("device") == "CPU"
+    if on_cpu and len(names) > 1:  # the peak of a process would dwarf what training takes
+        names.remove(PEAK[0])
     if names:
         steps = {name: points[name] for name in names}
         hours = {name: series for name in names if (series := history.hours(name)) is not None}
         timed = len(hours) == len(names)
         label = "training time" if timed else "optimizer step"
         drawn["memory"] = memory_figure(
-            hours if timed else steps, label, timed, history.full_fine_tuning()
+            hours if timed else steps, label, timed, None if on_cpu else history.full_fine_tuning()
         )
     if visits := history.visits():
         drawn["layers_by_loss_drop"] = layers_figure(visits, layers)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from lwo_dist.memory import full_fine_tuning_bytes
+from lwo_dist.run_info import LORA_RANK
 from lwo_dist.spool import Record, points_of
 
 __all__ = ["Band", "History", "Series", "Visit", "layer_bands"]
@@ -17,6 +18,15 @@ Series = Sequence[tuple[float, float]]
 """(x, y) in order of x; x is a step, or hours."""
 Band = tuple[float, float, str]
 """From step, to step, the layer that was active between them."""
+
+
+PARKS = "parks, in host memory"
+MEMORY_PARTS = {
+    "memory/parameter_bytes": "weights",
+    "memory/gradient_bytes": "gradients",
+    "memory/optimizer_state_bytes": "optimizer state",
+    "memory/park_bytes": PARKS,
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,50 @@ class History:
             ),
             default=None,
         )
+
+    def memory_parts(self) -> dict[str, dict[str, float]]:
+        """Method -> part -> bytes of the fullest worker: this run as measured, others as computed.
+
+        The others take this run's weights, and its gradients and optimizer state for each parameter
+        that they train. Nothing is known of their activations. {} without the points.
+        """
+        if not self.points.get("memory/parameter_bytes"):
+            return {}
+        own = {
+            part: max(y for _, y in self.points[name])
+            for name, part in MEMORY_PARTS.items()
+            if self.points.get(name)
+        }
+        if (peak := self.points.get("memory/peak_bytes")) and self.run.get("device") != "CPU":
+            on_device = sum(size for part, size in own.items() if part != PARKS)
+            own["activations and the rest"] = max(0.0, max(y for _, y in peak) - on_device)
+        parts = {"this run (measured)": own}
+        sizes = self.run.get("layer_sizes") or ()
+        total = self.run.get("model_size")
+        if len(sizes) < 2 or not total:
+            return parts
+        names = ("memory/gradient_bytes", "memory/optimizer_state_bytes")
+        active = dict(self.points.get("lwo/active_layer", ()))
+        per_parameter = [
+            max(
+                (y / sizes[int(active[x])] for x, y in self.points.get(name, ()) if x in active),
+                default=0.0,
+            )
+            for name in names
+        ]
+        weights = own[MEMORY_PARTS["memory/parameter_bytes"]]
+        lora = self.run.get("lora_size") or 0
+        for method, trained, added in (
+            (f"LoRA, rank {LORA_RANK} (computed)", lora, lora),
+            ("full fine-tuning (computed)", total, 0),
+        ):
+            if trained:
+                parts[method] = {
+                    "weights": weights * (total + added) / total,
+                    "gradients": per_parameter[0] * trained,
+                    "optimizer state": per_parameter[1] * trained,
+                }
+        return parts
 
     def visits(self) -> list[Visit]:
         """The visits that were reported, in order."""

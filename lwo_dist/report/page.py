@@ -13,11 +13,11 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_bytes, human_seconds
 
 from .charts import figures
 from .history import History, Series
+from .outcome import Outcome
 from .tables import Table
 from .template import HEADINGS, PAGE
 
@@ -26,14 +26,18 @@ __all__ = ["save_report"]
 _MOST_POINTS = 1500  # of a curve: more than the page has pixels for
 
 
-def save_report(history: History, completions: Table, file: Path) -> Path:
+def save_report(history: History, outcome: Outcome, completions: Table, file: Path) -> Path:
     """Write the page about `history` to `file` and return it. Raises: OSError."""
+    sections = []
+    if outcome.rows:
+        head, *rows = outcome.rows
+        sections.append(_section("scores", _table(head, rows, "figures")))
     drawn = figures(_thinned(history))
-    sections = [_section(name, _svg(figure)) for name, figure in drawn.items()]
+    sections += [_section(name, f"<div class=wide>{_svg(f)}</div>") for name, f in drawn.items()]
     if visits := _visits(history):
         sections.append(_section("visits", visits))
     if completions[1]:
-        sections.append(_section("completions", _completions(completions)))
+        sections.append(_section("completions", _completions(completions), outcome.change))
     sections.append(_section("configuration", _configuration(history)))
     tags = history.run.get("tags", {})
     facts = [
@@ -47,20 +51,26 @@ def save_report(history: History, completions: Table, file: Path) -> Path:
         name=html.escape(str(history.run.get("run_name", "run"))),
         status=html.escape(history.status),
         facts=html.escape(" · ".join(filter(None, facts))),
-        cards="".join(_card(*card) for card in _cards(history)),
+        cards="".join(_card(*card) for card in _cards(history, outcome)),
         sections="\n".join(sections),
     )
     file.write_text(page)
     return file
 
 
-def _cards(history: History) -> Iterable[tuple[str, str, str]]:
+def _cards(history: History, outcome: Outcome) -> Iterable[tuple[str, str, str]]:
     """(label, value, remark)"""
-    for score in ScoreSheet.read(history.run, history.points).scores:
+    for score in outcome.sheet.scores:
         series = history.points.get(score.key, [])
-        if score.headline and series:
-            before = f"before: {score.show(series[0][1])}" if len(series) > 1 else ""
-            yield f"held-out {score.heading}", score.show(series[-1][1]), before
+        if score.headline and outcome.after:
+            before = score.show(outcome.before[score.key])
+            yield (
+                f"held-out {score.heading}",
+                score.show(outcome.after[score.key]),
+                f"before: {before}",
+            )
+        elif score.headline and series:
+            yield f"held-out {score.heading}", score.show(series[-1][1]), ""
     newest = history.newest
     if (seconds := newest("train/elapsed_seconds")) is not None:
         lost = newest("time/lost_seconds") or 0.0
@@ -71,18 +81,22 @@ def _cards(history: History) -> Iterable[tuple[str, str, str]]:
             else ""
         )
         yield "training time", human_seconds(seconds), remark
-    if (rate := newest("train/tokens_per_second")) is not None:
-        sent = newest("comm/bytes_per_step")
-        yield "tokens a second", f"{rate:,.0f}", f"{human_bytes(sent)} sent a step" if sent else ""
+        # Runs of version 0.1 did not log their tokens.
+        if seconds and (tokens := newest("train/tokens")) is not None:
+            yield "tokens/s on average", f"{tokens / seconds:,.0f}", f"{tokens:,.0f} tokens"
     if peaks := [value for _, value in history.points.get("memory/peak_bytes", ())]:
-        full = history.full_fine_tuning()
+        kind = "the whole process" if history.run.get("device") == "CPU" else "on the GPU"
+        yield "peak memory per worker", human_bytes(max(peaks)), kind
+    parts = {method: sum(sizes.values()) for method, sizes in history.memory_parts().items()}
+    if parts and history.run.get("device") == "CPU":  # a GPU's bars have activations too
+        own, *others = parts.items()
         yield (
-            "peak memory",
-            human_bytes(max(peaks)),
-            f"full fine-tuning: {human_bytes(full)} or more" if full else "",
+            "weights, gradients, optimizer",
+            human_bytes(own[1]),
+            f"full fine-tuning: {human_bytes(others[-1][1])}" if others else "",
         )
-    if state := [value for _, value in history.points.get("memory/optimizer_state_bytes", ())]:
-        yield "optimizer state", human_bytes(max(state)), "of the fullest worker"
+    elif state := [value for _, value in history.points.get("memory/optimizer_state_bytes", ())]:
+        yield "optimizer state per worker", human_bytes(max(state)), ""
 
 
 def _visits(history: History) -> str:
@@ -116,28 +130,31 @@ _COLUMNS = {
 
 def _completions(completions: Table) -> str:
     columns, rows = completions
-    column = {name: columns.index(name) for name in columns}
     shown = []
     for row in rows:
-        context, reference, before, after = (
-            row[column[name]] for name in ("context", "reference", "before", "after")
+        cells = dict(zip(columns, row, strict=True))
+        where = f"{cells['file']}:{cells['line']}"
+        answers = "".join(
+            f"<td data-label={name}><pre>{text}</pre></td>"
+            for name, text in (
+                ("reference", html.escape(cells["reference"])),
+                *((name, _marked(cells[name], cells["reference"])) for name in ("before", "after")),
+            )
         )
-        marks = [
-            f"<mark>{html.escape(text)}</mark>" if text == reference else html.escape(text)
-            for text in (before, after)
-        ]
-        where = f"{row[column['file']]}:{row[column['line']]}"
         shown.append(
-            f"<tr><td colspan=3 class=context><small>{html.escape(where)}</small>"
-            f"<pre>{html.escape(context)}</pre></td></tr><tr"
-            f" class=answers><td><pre>{html.escape(reference)}</pre></td>"
-            f"<td><pre>{marks[0]}</pre></td><td><pre>{marks[1]}</pre></td></tr>"
+            f"<tr><td colspan=3 class=context><small><b class={cells['change']}>{cells['change']}"
+            f"</b> {html.escape(where)}</small><pre>{html.escape(cells['context'])}</pre></td></tr>"
+            f"<tr class=answers>{answers}</tr>"
         )
     return (
-        "<div class=wide><table"
-        " class=code><thead><tr><th>reference</th><th>before</th><th>after</th></tr></thead>"
-        f"<tbody>{''.join(shown)}</tbody></table></div>"
+        "<table class=code><thead><tr><th>reference</th><th>before</th><th>after</th></tr></thead>"
+        f"<tbody>{''.join(shown)}</tbody></table>"
     )
+
+
+def _marked(answer: str, reference: str) -> str:
+    text = html.escape(answer)
+    return f"<mark>{text}</mark>" if answer.strip() == reference.strip() else text
 
 
 def _configuration(history: History) -> str:
@@ -158,8 +175,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str
     )
 
 
-def _section(name: str, content: str) -> str:
-    title, text = HEADINGS[name]
+def _section(name: str, content: str, text: str = "") -> str:
+    title, usual = HEADINGS[name]
+    text = html.escape(text) or usual
     return f"<section id={name}><h2>{title}</h2><p>{text}</p>{content}</section>"
 
 

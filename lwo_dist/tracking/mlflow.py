@@ -279,6 +279,8 @@ class MLflowCallback(Callback):
             layers=info.layers,
             layer_sizes=info.layer_sizes,
             model_size=info.parameters,
+            lora_size=info.lora_parameters,
+            device=info.device,
             parameters=run_parameters(info),
             tags=run_tags(info.config, info.hosts, info.device),
             dataset=dataset_record(info) if info.fingerprint else None,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lwo_dist import distributed
 from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.hook import LWO
+from lwo_dist.memory import lora_numel
 from lwo_dist.registry import TASKS
-from lwo_dist.run_info import RunInfo
+from lwo_dist.run_info import LORA_RANK, RunInfo
 
 __all__ = ["describe_run"]
 
@@ -46,6 +49,7 @@ def describe_run(
             sum(sizes[name] for name in layer.parameter_names) for layer in lwo.layers
         ),
         parameters=sum(sizes.values()),
+        lora_parameters=lora_numel(_matrices(lwo), LORA_RANK),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         hosts=tuple(hosts),
         data=dict(data.counts),
@@ -53,6 +57,18 @@ def describe_run(
         held_out_examples=len(data.held_out),
         task_record=TASKS.get(config.task).sheet.record(),
     )
+
+
+def _matrices(lwo: LWO) -> list[tuple[int, ...]]:
+    """Shapes of the weights of linear layers, but for the head."""
+    find_head: Any = getattr(lwo.module, "get_output_embeddings", lambda: None)
+    head = find_head()
+    weights: list[Tensor] = [
+        module.weight
+        for module in lwo.module.modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 
 
 def _parameter_sizes(lwo: LWO) -> dict[str, int]:

@@ -58,6 +58,16 @@ def test_a_local_ray_trains_and_says_each_line_once(folder: Path, tmp_path: Path
     assert (summary["world_size"], summary["steps"]) == (2, STEPS)
 
     lines = result.stdout.splitlines()
+    assert lines[:6] == [
+        "checking the settings, the model and the source",
+        f"reading {folder}/source",
+        "starting Ray",
+        "starting 2 worker(s)",
+        "tokenising the source",
+        f"loading model {folder}/model",
+    ]
+    assert lines[7].startswith("evaluating before training: ")
+    assert len(lines) < 25
     progress = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in progress] == [f"{step}/{STEPS}" for step in (2, 4, 6)]
     # Nothing is doubled, prefixed or coloured.

@@ -128,6 +128,7 @@ def test_a_signal_to_the_driver_of_ray_saves(
     assert out.count("Ctrl-C again stops at once") == (number == signal.SIGINT)
 
 
+@pytest.mark.long  # three minutes: Ray takes its time to end workers that do not move
 def test_a_second_ctrl_c_ends_a_run_that_cannot_save(folder: Path) -> None:
     with started(command(folder, "twice", *ENDLESS), environment(folder)) as driver:
         workers = [

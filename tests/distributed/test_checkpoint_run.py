@@ -145,6 +145,7 @@ def test_export_and_checkpoints_on_the_command_line(
     )
     run_ranks(run_and_listen, 2, config)
     folder = str(tmp_path / "r")
+    capsys.readouterr()
     assert main(["checkpoints", "list", folder]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 5", "step 10", "step 14"]
@@ -230,8 +231,9 @@ def test_the_model_card_says_what_the_model_is(small_run: Path, tmp_path: Path) 
     before, after = (scores[when]["eval/loss"] for when in ("before", "after"))
     gain = scores["gain_95"]["loss"]
     interval = f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
-    row = f"| loss, nats (lower is better) | {before:.3f} | {after:.3f} | {interval} |"
+    row = f"| loss, nats per token | {before:.3f} | {after:.3f} | {interval} |"
     assert row in text.splitlines()
+    assert "| lines exactly right | 0 | 0 | 0 gained, 0 lost |" in text.splitlines()
     for heading in ("Usage", "Scores", "Training", "Intended use and limits", "Licence"):
         assert f"\n## {heading}\n" in text
     for private in (str(small_run), "/tmp", "total_"):

@@ -137,5 +137,5 @@ def test_its_checkpoint_is_listed_verified_and_exported(
     assert "step 11, the newest; this run does not say which one is best" in said
     AutoModelForCausalLM.from_pretrained("round1")
     card = Path("round1", "README.md").read_text()
-    assert "| exact_match | 0.000 |  |  |" in card and "Step 11 was not evaluated" in card
+    assert "| exact_match | 0.000 |\n" in card and "Step 11 was not evaluated" in card
     assert "base_model: tiny\n" in card  # not the path that the record holds

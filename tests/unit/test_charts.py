@@ -6,7 +6,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from lwo_dist.report.charts import _shades, layers_figure, loss_figure, memory_figure, save_pictures
+from lwo_dist.memory import lora_numel
+from lwo_dist.report.charts import (
+    _shades,
+    figures,
+    layers_figure,
+    loss_figure,
+    memory_figure,
+    memory_parts_figure,
+    save_pictures,
+)
 from lwo_dist.report.history import History, Visit, layer_bands
 from lwo_dist.spool import Spool, read_spool
 
@@ -176,3 +185,51 @@ def test_what_full_fine_tuning_needs_is_the_highest_lower_bound(tmp_path):
     assert history.full_fine_tuning() == max(1000 + 12 * 90, 1500 + 12 * 70)
     history.run["layer_sizes"] = [100]  # this is full fine-tuning
     assert history.full_fine_tuning() is None
+
+
+def test_memory_by_part_compares_this_run_with_what_others_would_train(tmp_path):
+    spool = Spool(tmp_path / "metrics.jsonl")
+    sizes = {"layers": ["a", "b"], "layer_sizes": [10, 30], "model_size": 100, "lora_size": 20}
+    spool.append("run", device="H100", **sizes)
+    for step, layer, peak in ((1, 0, 1000), (2, 1, 1500)):
+        size = (10, 30)[layer]
+        metrics = {
+            "memory/parameter_bytes": 400,
+            "memory/gradient_bytes": 4 * size,
+            "memory/optimizer_state_bytes": 8 * size,
+            "memory/park_bytes": 50 * step,
+        }
+        active = {"lwo/active_layer": layer, "memory/peak_bytes": peak}
+        spool.append_metrics(step, metrics | active)
+    history = History.read(read_spool(spool.path))
+    this, lora, full = history.memory_parts().values()
+    assert this == {
+        "weights": 400,
+        "gradients": 120,
+        "optimizer state": 240,
+        "parks, in host memory": 100,
+        "activations and the rest": 1500 - 760,
+    }
+    assert lora == {"weights": 480, "gradients": 80, "optimizer state": 160}
+    assert full == {"weights": 400, "gradients": 400, "optimizer state": 800}
+    figure = memory_parts_figure(history.memory_parts())
+    rendered(figure)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "this run (measured)",
+        "LoRA, rank 16 (computed)",
+        "full fine-tuning (computed)",
+    ]
+    assert [text.get_text() for text in axes.texts] == [" 1.6 KB", " 720 B", " 1.6 KB"]
+    # A process on a CPU holds Python and its libraries: that is no part of training.
+    history.run["device"] = "CPU"
+    assert "activations and the rest" not in history.memory_parts()["this run (measured)"]
+    legend = figures(history)["memory"].axes[0].get_legend()
+    assert "peak" not in [text.get_text() for text in legend.get_texts()]
+    history.run["layer_sizes"] = [100]  # this is full fine-tuning
+    assert list(history.memory_parts()) == ["this run (measured)"]
+    assert History().memory_parts() == {}
+
+
+def test_lora_trains_two_thin_matrices_for_each_matrix():
+    assert lora_numel([(4, 6), (8,), (2, 2)], rank=3) == 3 * (4 + 6) + 3 * (2 + 2)

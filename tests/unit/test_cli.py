@@ -85,6 +85,17 @@ def test_help_is_quick_and_imports_nothing_heavy(
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+def test_training_says_its_first_words_before_it_imports_anything_heavy(tmp_path: Path) -> None:
+    heavy = {"torch", "ray", "mlflow", "transformers", "datasets", "psutil"}
+    code = (
+        "import sys; from lwo_dist import console\ndef say(line):\n    print(line,"
+        f" sorted({heavy} & set(sys.modules)))\n    sys.exit(0)\nconsole.say = say\n"
+        "from lwo_dist.cli import main\nmain(['train', 'data.source=x'])"
+    )
+    result = _run(tmp_path, sys.executable, "-c", code)
+    assert result.stdout == "checking the settings, the model and the source []\n", result.stderr
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])

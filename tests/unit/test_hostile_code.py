@@ -198,7 +198,11 @@ def test_a_run_cannot_put_markup_into_the_model_card(case: Case) -> None:
     state["run"]["data"] = {markup: 1}
     name = Score(f"x{markup}", markup, markup)
     state["run"] |= {"scores": [asdict(name)], "example": [markup, markup]}
-    state["results"]["evaluations"] = {"0": {name.key: 1.0}, "11": {name.key: 2.0}}
+    count = {f"eval/{markup}": 3.0}
+    state["results"]["evaluations"] = {
+        "0": {name.key: 1.0, **count},
+        "11": {name.key: 2.0, **count},
+    }
     case.reseal(state)
     gain = {"mean": 1.0, "low": 0.0, "high": 2.0}
     summary = {"eval": {"best_step": 11, "gain_95": {name.name: gain}}}
@@ -219,4 +223,4 @@ def test_a_run_cannot_put_markup_into_the_model_card(case: Case) -> None:
 def test_a_malformed_summary_only_costs_the_intervals(case: Case, data: bytes) -> None:
     (case.run / "summary.json").write_bytes(data)
     assert main(["export", str(case.run), "--to", str(case.run / "model")]) == 0
-    assert "| before | after |" in (case.run / "model" / "README.md").read_text()
+    assert " held-out lines | before |" in (case.run / "model" / "README.md").read_text()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lwo_dist.config.batch import check_world_sizes
 from lwo_dist.config.reading import load_config
-from lwo_dist.data import check_world_sizes
 from lwo_dist.memory import DecoderSize, fsdp_bytes, local_bytes, step_bytes
 from lwo_dist.methods import Method
 from lwo_dist.models.source import _enable_checkpointing

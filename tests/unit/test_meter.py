@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 TOKENS = 50
-NAMES = """train/loss train/learning_rate train/grad_norm train/tokens_per_second
+NAMES = """train/loss train/tokens train/learning_rate train/grad_norm train/tokens_per_second
     train/elapsed_seconds train/skipped_steps lwo/active_layer lwo/cycle comm/bytes_per_step
     time/step_seconds time/switch_seconds memory/peak_bytes memory/parameter_bytes
     memory/gradient_bytes memory/optimizer_state_bytes memory/park_bytes
@@ -85,7 +85,7 @@ def test_a_reading_is_of_the_steps_since_the_restart(tmp_path: Path) -> None:
     assert metrics["train/tokens_per_second"] == TOKENS
     assert metrics["time/step_seconds"] == reading.step_seconds == 1.0
     assert metrics["train/elapsed_seconds"] == run.results.training_seconds == 6.0
-    assert run.results.tokens == 6 * TOKENS
+    assert metrics["train/tokens"] == run.results.tokens == 6 * TOKENS
     assert metrics["train/learning_rate"] == run.lwo.config.lr
     assert metrics["train/grad_norm"] > 0
     assert metrics["lwo/active_layer"] == 2.0  # the layer that the last step trained
