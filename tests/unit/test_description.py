@@ -84,6 +84,8 @@ def test_no_secret_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "model" / "README.md").write_text(f"ghp_{'a1' * 18}")
     info = info_for(tmp_path)
     data = DataConfig.model_construct(source="https://me:hunter2@host/ghp_" + "a1" * 18)
-    info = make_info(info.config.model_copy(update={"data": data}), run_dir=tmp_path)
+    model = ModelConfig(name=f"org/ghp_{'a1' * 18}")
+    changed = info.config.model_copy(update={"data": data, "model": model})
+    info = make_info(changed, run_dir=tmp_path)
     text = describe_start(info) + describe_result(info, {}, "http://mlflow", None)
     assert "hunter2" not in text and "ghp_a" not in text
