@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import paired_interval
+from .intervals import paired_interval
 from .scores import Score, ScoreSheet
 
 __all__ = ["changes", "gains", "score_rows"]

@@ -9,13 +9,13 @@ import math
 import numpy as np
 import pytest
 
+from lwo_dist.tasks.intervals import paired_interval
 from lwo_dist.tasks.metrics import (
     bleu,
     edit_similarities,
     edit_similarity,
     exact_match,
     exact_matches,
-    paired_interval,
 )
 
 

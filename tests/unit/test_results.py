@@ -18,7 +18,7 @@ import pytest
 from lwo_dist.registry import TASKS
 from lwo_dist.tasks.base import LOSS
 from lwo_dist.tasks.completion import LineCompletion
-from lwo_dist.tasks.metrics import paired_interval
+from lwo_dist.tasks.intervals import paired_interval
 from lwo_dist.tasks.scores import Score
 from lwo_dist.training.evaluate import Evaluation, Sample
 from lwo_dist.training.results import Results, format_summary
