@@ -71,7 +71,7 @@ def _scores(info: RunInfo, scores: Mapping[str, Any]) -> str:
     """A list, as MLflow sets the columns of a table without a space between them."""
     before, after, gains = scores["before"], scores["after"], scores["gain_95"]
     sheet = ScoreSheet.read(scores, after)
-    one, many = sheet.example
+    many = sheet.example[1]
     lines = [
         f"**{model_name(info.config)}** before and after step {scores['best_step']}, on"
         f" {after[sheet.count_key]:.0f} held-out {many} of **{source_name(info.config)}**:",
@@ -84,7 +84,7 @@ def _scores(info: RunInfo, scores: Mapping[str, Any]) -> str:
             mean, low, high = (
                 score.show(gains[score.name][name], sign="+") for name in ("mean", "low", "high")
             )
-            line += f", gain per {one} {mean} (95 % interval {low} to {high})"
+            line += f", gain {mean} (95 % interval {low} to {high})"
         lines.append(line)
     return "\n".join(lines)
 

@@ -55,8 +55,7 @@ def test_the_result_begins_with_the_scores_and_their_intervals(tmp_path: Path) -
     scores = lines[: lines.index("")]
     assert len(scores) == len(SHEET.scores)
     assert (
-        "- edit similarity: 10.00 to **52.30** %, gain per line +5.50 (95 % interval +4.00 to"
-        " +7.00)"
+        "- edit similarity: 10.00 to **52.30** %, gain +5.50 (95 % interval +4.00 to +7.00)"
     ) in scores
     # MLflow hides what comes after the first lines.
     assert [line.partition(":")[0] for line in scores[:2]] == ["- exact match", "- loss"]
