@@ -144,7 +144,7 @@ def test_people_see_their_runs(browser: Browser, server: Server, runs: dict[str,
     text = browser.text()
     for said in (
         "tiny-code before and after step 100, on 200 held-out lines of shop:",
-        "loss: 3.000 to 2.000, gain per line +1.000 (95 % interval +0.500 to +1.500)",
+        "loss: 3.000 to 2.000, gain +1.000 (95 % interval +0.500 to +1.500)",
         "shop (0123456789abcdef)",
         "lwo-dist train",
         "model\n: tiny-code",
