@@ -207,13 +207,15 @@ def test_lines_come_back_in_their_order(root: Path) -> None:
     assert back.columns["loss"] == pytest.approx(forth.columns["loss"][::-1], rel=1e-9)
 
 
-def test_samples(root: Path) -> None:
+def test_samples(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SAMPLES", 8)
     lines = held_out(root)
     result = run(new_model("qwen2", root), lines)
     assert len(result.samples) == 8
     at = {(line.name, line.line): i for i, line in enumerate(lines)}
     for sample in result.samples:
         i = at[sample.name, sample.line]
+        assert sample.index == i
         assert (sample.reference, sample.prediction) == (lines[i].text, result.predictions[i])
         before = (root / "tree" / sample.name).read_text().split("\n")[: sample.line - 1]
         assert "\n".join(before).endswith(sample.context) and len(sample.context.split("\n")) <= 3

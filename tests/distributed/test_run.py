@@ -201,7 +201,7 @@ def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(
     names = """eval/loss eval/exact_match eval/edit_similarity eval/bleu train/loss
         train/tokens_per_second update/learning_rate update/grad_norm visit/layer
         visit/loss_drop visit/change_norm system/peak_memory_GB system/optimizer_state_GB
-        system/training_seconds"""
+        system/training_seconds system/training_tokens"""
     nodes = {name for name in found.data.metrics if name.count("/") == 2}  # of system/HOST/
     assert set(found.data.metrics) - nodes == set(names.split())
     assert found.data.metrics["system/peak_memory_GB"] < 100
