@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from .base import Settings
 
@@ -31,4 +33,26 @@ class DataConfig(Settings):
     held_out_fraction: float = Field(
         0.15, gt=0, lt=1, description="share of the files kept for evaluation"
     )
+    validation_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the files kept for choosing settings; no training, no final score",
+    )
+    evaluate_on: Literal["held_out", "validation"] = Field(
+        "held_out", description="which files are scored; validation: to choose settings"
+    )
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if self.held_out_fraction + self.validation_fraction >= 1:
+            raise ValueError(
+                f"held_out_fraction = {self.held_out_fraction:g} and validation_fraction ="
+                f" {self.validation_fraction:g} leave no files to train on; make them smaller"
+            )
+        if self.evaluate_on == "validation" and not self.validation_fraction:
+            raise ValueError(
+                "evaluate_on: validation needs a validation_fraction, such as 0.1; set it"
+            )
+        return self

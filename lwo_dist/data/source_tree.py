@@ -5,8 +5,7 @@ Files are judged by their text alone, so any text language works. Skipped files 
 reason, such as secrets, Git LFS pointers, and symlinks and other non-regular files. Nothing outside
 the folder is opened.
 
-The split is by file: a file is held out if the hash of its content says so, hence it neither moves
-when others come or go nor when it is renamed, and equal contents can never be on both sides.
+The split is by file and by the hash of its content (`split`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +28,7 @@ from lwo_dist.redaction import without_credentials
 from lwo_dist.secret_rule import find_secret, is_secret_file
 
 from .repository import clone_repository, tracked_files
+from .split import split_by_hash
 
 __all__ = [
     "Skipped",
@@ -211,16 +212,19 @@ def find_files(config: DataConfig, cache: Path) -> tuple[Path, list[SourceFile],
 def divide(
     config: DataConfig, files: list[SourceFile], skipped: Sequence[Skipped]
 ) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...]]:
-    """The files to train on, and those held out. Raises: UserError for fewer than two files."""
-    if len(files) < 2:
+    """The files to train on, and those held out. Raises: UserError for too few files."""
+    least = 3 if config.validation_fraction else 2
+    if len(files) < least:
         counts = sorted(Counter(skip.reason for skip in skipped).items())
         shown = ", ".join(f"{n} {reason}" for reason, n in counts) or "nothing there"
         raise UserError(
             f"data.source = {without_credentials(str(config.source))}: {len(files) or 'no'} usable"
-            f" file{'' if files else 's'} (skipped: {shown}); give a source with at least 2 text"
-            " files of different content, and see data.extensions"
+            f" file{'' if files else 's'} (skipped: {shown}); give a source with at least {least}"
+            " text files of different content, and see data.extensions"
         )
-    return _split(files, config.held_out_fraction)
+    train, held_out = split_by_hash(files, lambda file: file.sha256, config)
+    by_name = attrgetter("name")
+    return tuple(sorted(train, key=by_name)), tuple(sorted(held_out, key=by_name))
 
 
 def read_text(path: Path) -> str | None:
@@ -382,24 +386,6 @@ def _pruned(folder: str) -> str:
         if folder == "__pycache__" or folder.endswith((".egg-info", ".dist-info"))
         else ""
     )
-
-
-def _split(
-    files: list[SourceFile], held_out_fraction: float
-) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...]]:
-    """A file is held out if its hash, read as a number in [0, 1), is below the fraction.
-
-    Only where that leaves a side empty, which takes few files, does the file nearest to that side
-    move over.
-    """
-    by_hash = sorted(files, key=lambda file: file.sha256)
-    limit = sum(int(file.sha256[:13], 16) / 16**13 < held_out_fraction for file in by_hash)
-    limit = min(max(limit, 1), len(by_hash) - 1)
-    train, held_out = (
-        tuple(sorted(side, key=lambda file: file.name))
-        for side in (by_hash[limit:], by_hash[:limit])
-    )
-    return train, held_out
 
 
 def _is_bare_repository(folder: Path) -> bool:

@@ -412,3 +412,33 @@ def test_what_a_killed_builder_left_is_cleared_later(tmp_path: Path) -> None:
     os.utime(old, (two_days_ago, two_days_ago))
     build_once(tmp_path / "target", lambda folder: None)
     assert {path.name for path in tmp_path.iterdir()} == {".building-new", "target"}
+
+
+def test_validation_files_are_neither_trained_on_nor_held_out(tmp_path):
+    """Naming the validation files does not move the held-out ones, and nothing trains on either."""
+    root = write_tree(tmp_path / "tree", files=60)
+    whole = read(root, tmp_path, held_out_fraction=0.2)
+    settings = {"held_out_fraction": 0.2, "validation_fraction": 0.2}
+    final = read(root, tmp_path, **settings)
+    chosen = read(root, tmp_path, **settings, evaluate_on="validation")
+
+    assert final.held_out == whole.held_out
+    assert final.train == chosen.train
+    validation = set(whole.train) - set(final.train)
+    assert set(chosen.held_out) == validation
+    assert 6 <= len(validation) <= 18
+
+
+def test_three_sides_of_three_files(tmp_path):
+    root = write_tree(tmp_path / "tree", files=3)
+    settings = {"held_out_fraction": 0.01, "validation_fraction": 0.01}
+    final = read(root, tmp_path, **settings)
+    chosen = read(root, tmp_path, **settings, evaluate_on="validation")
+    assert len({*final.train, *final.held_out, *chosen.held_out}) == 3
+
+
+def test_validation_needs_files_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match="evaluate_on: validation needs a validation_fraction"):
+        DataConfig(evaluate_on="validation")
+    with pytest.raises(ValueError, match="leave no files to train on"):
+        DataConfig(held_out_fraction=0.5, validation_fraction=0.5)

@@ -1,0 +1,102 @@
+"""Pairs of texts: what a task from text to text learns, whatever it was read from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lwo_dist.config import DataConfig
+from lwo_dist.errors import UserError
+
+from .split import split_by_hash
+
+__all__ = ["Pair", "Pairs", "split_pairs"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One example of a task from text to text."""
+
+    source: str
+    """What the model is given, without the task's prompt around it."""
+    target: str
+    """What it should write; for a choice, one of the task's answers."""
+    name: str
+    """Where it comes from: a file below the source, or of a data set."""
+    line: int
+    """From 1."""
+    language: str = ""
+    """Name of the programming language, such as "python"; "" where it is not known."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{self.source}\0{self.target}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The usable pairs of a source, neither side empty; a `tasks.base.Source`."""
+
+    source: str
+    """As the user gave it, without a password."""
+    train: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+    skipped: Mapping[str, int]
+    """Reason -> number of examples (or files) that are not used."""
+
+    @property
+    def identity(self) -> list[list[str]]:
+        """Side, name, line and content of every pair."""
+        sides = {"train": self.train, "held_out": self.held_out}
+        return [
+            [side, pair.name, str(pair.line), pair.sha256]
+            for side, pairs in sides.items()
+            for pair in pairs
+        ]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Numbers of pairs, for people."""
+        return {
+            "train_pairs": len(self.train),
+            "held_out_pairs": len(self.held_out),
+            "skipped": dict(self.skipped),
+        }
+
+
+def split_pairs(
+    config: DataConfig, source: str, pairs: Sequence[Pair], skipped: Mapping[str, int]
+) -> Pairs:
+    """Split by the hash of the file that a pair comes from (`name`), so that neighbours from one
+    file are never on two sides; by that of the pair where all come from one file.
+
+    Raises:
+        UserError: fewer than two usable pairs, or three with a `validation_fraction`.
+    """
+    least = 3 if config.validation_fraction else 2
+    if len(pairs) < least:
+        shown = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+        raise UserError(
+            f"data.source = {source}: {len(pairs) or 'no'} usable"
+            f" example{'' if len(pairs) == 1 else 's'} (skipped: {shown or 'none'}); give a source"
+            f" with at least {least}"
+        )
+    names = sorted({pair.name for pair in pairs})
+    if len(names) >= least:
+        chosen, scored = split_by_hash(names, _hash_of, config)
+        sides = {**dict.fromkeys(chosen, "train"), **dict.fromkeys(scored, "held_out")}
+        train = [pair for pair in pairs if sides.get(pair.name) == "train"]
+        held_out = [pair for pair in pairs if sides.get(pair.name) == "held_out"]
+    else:
+        train, held_out = split_by_hash(pairs, lambda pair: pair.sha256, config)
+    return Pairs(source, _in_order(train), _in_order(held_out), skipped)
+
+
+def _hash_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _in_order(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    return tuple(sorted(pairs, key=lambda pair: (pair.name, pair.line, pair.sha256)))
