@@ -28,13 +28,14 @@ from lwo_dist.data.examples import (
     context_start,
     cut_windows,
     end_of_text_id,
+    scored_bytes,
     token_texts,
 )
 from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
 from lwo_dist.errors import UserError
 
 from . import metrics
-from .base import LOSS, Task, token_losses
+from .base import LOSS, LOSS_PER_BYTE, Task, byte_losses, token_losses
 from .scores import Column, Score, Scores
 
 __all__ = ["LineCompletion"]
@@ -53,6 +54,7 @@ class LineCompletion(Task):
         Score("edit_similarity", "edit similarity", "%"),
         Score("bleu", "BLEU", per_example=False),
         LOSS,
+        LOSS_PER_BYTE,
     )
 
     def read(self, config: DataConfig, cache: Path) -> SourceTree:
@@ -100,7 +102,15 @@ class LineCompletion(Task):
                 target = found.tokens[first : last + 1][: config.eval.max_new_tokens]
                 begin, line_end, _ = tokenize.texts[target[0]].rpartition("\n")
                 examples.append(
-                    EvalExample(context, target, lines[i], file.name, i + 1, begin + line_end)
+                    EvalExample(
+                        context,
+                        target,
+                        lines[i],
+                        file.name,
+                        i + 1,
+                        begin + line_end,
+                        scored_bytes(tokenizer, context, target),
+                    )
                 )
         if len(examples) < 2:
             raise UserError(
@@ -152,17 +162,20 @@ class LineCompletion(Task):
         exact_match = metrics.exact_matches(predictions, references)
         edit_similarity = metrics.edit_similarities(predictions, references)
         loss, line_losses = token_losses(losses, tokens)
+        loss_per_byte, byte_column = byte_losses(losses, examples)
         return Scores(
             totals={
                 "exact_match": float(exact_match.mean()),
                 "edit_similarity": float(edit_similarity.mean()),
                 "bleu": metrics.bleu(predictions, references),
                 "loss": loss,
+                "loss_per_byte": loss_per_byte,
             },
             columns={
                 "exact_match": exact_match,
                 "edit_similarity": edit_similarity,
                 "loss": line_losses,
+                "loss_per_byte": byte_column,
             },
         )
 

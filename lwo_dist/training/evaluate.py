@@ -59,6 +59,8 @@ class Evaluation:
     """Name of each per-example score -> [examples], in the order of the examples."""
     tokens: npt.NDArray[np.int64]
     """[examples], tokens of each target."""
+    bytes: npt.NDArray[np.int64]
+    """[examples], UTF-8 bytes of the text of each target."""
     predictions: tuple[str, ...]
     samples: tuple[Sample, ...]
     """At most `_SAMPLES`, spread evenly over the examples."""
@@ -289,6 +291,7 @@ def _scored(
         scores={**totals, task.sheet.count_key: float(len(examples))},
         columns=columns,
         tokens=tokens,
+        bytes=np.array([example.target_bytes for example in examples], dtype=np.int64),
         predictions=tuple(predictions),
         samples=samples,
     )

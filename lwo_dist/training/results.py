@@ -72,6 +72,7 @@ class Results:
             "scores": evaluation.scores,
             "lines": lines,
             "tokens": evaluation.tokens.tolist(),
+            "bytes": evaluation.bytes.tolist(),
             "samples": samples,
         }
         write_whole(path, json.dumps(record).encode())
