@@ -99,5 +99,6 @@ TASKS = Registry(
         "summarisation": "lwo_dist.tasks.pairs:Summarisation",
         "translation": "lwo_dist.tasks.pairs:Translation",
         "repair": "lwo_dist.tasks.pairs:Repair",
+        "defect": "lwo_dist.tasks.pairs:DefectDetection",
     },
 )

@@ -112,11 +112,11 @@ def write_dataset(
     _write_arrow(folder / "held_out.arrow", _HELD_OUT, map(vars, held_out))
     _write_arrow(folder / "train.arrow", _TRAIN, rows())
     if not learned["windows"]:
-        shown = ", ".join(f"{n} {reason}" for reason, n in sorted(noted.items()))
-        raise UserError(f"no example is left to train on ({shown or 'none was found'}); {_REMEDY}")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(noted.items()))
+        raise UserError(f"no example is left to train on ({reasons or 'none found'}); {_REMEDY}")
     found = dict(sorted(noted.items()))
-    shown = {"notes": found} if found else {}
-    (folder / "about.json").write_text(json.dumps({**counts, **learned, **shown}, indent=1))
+    about = {**counts, **learned, **({"notes": found} if found else {})}
+    (folder / "about.json").write_text(json.dumps(about, indent=1))
     return found
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 from jinja2 import TemplateError
@@ -38,16 +38,35 @@ from . import metrics
 from .base import LOSS, LOSS_PER_BYTE, Task, byte_losses, token_losses
 from .scores import Column, Score, Scores
 
-__all__ = ["Generation", "PairTask", "Repair", "Summarisation", "Translation"]
+__all__ = [
+    "ChoiceTask",
+    "DefectDetection",
+    "Generation",
+    "PairTask",
+    "Repair",
+    "Summarisation",
+    "Translation",
+    "choose",
+    "cut_context",
+]
 
 EXACT_MATCH = Score(
     "exact_match", "exact match", "%", headline=True, count_label="answers exactly right"
 )
 EDIT_SIMILARITY = Score("edit_similarity", "edit similarity", "%")
 BLEU = Score("bleu", "BLEU", headline=True, per_example=False)
+CODEXGLUE_BLEU = Score("codexglue_bleu", "CodeXGLUE's BLEU", per_example=False)
+CODE_SCORES = (EXACT_MATCH, BLEU, CODEXGLUE_BLEU, EDIT_SIMILARITY, LOSS, LOSS_PER_BYTE)
+"""Of a task that writes code."""
 
 _MARKS = {"python": "#", "ruby": "#", "shell": "#", "r": "#", "perl": "#", "sql": "--", "lua": "--"}
-_NAMES = {"c#": "C#", "cpp": "C++", "javascript": "JavaScript", "typescript": "TypeScript"}
+_NAMES = {
+    "c#": "C#",
+    "cpp": "C++",
+    "javascript": "JavaScript",
+    "typescript": "TypeScript",
+    "tsx": "TypeScript",
+}
 
 
 class PairTask(Task):
@@ -102,23 +121,12 @@ class PairTask(Task):
             UserError: fewer than two, too few for a confidence interval.
         """
         prompts = _Prompts(self, tokenizer, config.data)
-        made: dict[Pair, list[EvalExample | Note]] = {}
-        missing = config.eval.num_lines
-        for pair in sorted(source.held_out, key=lambda pair: pair.sha256):
-            if missing:
-                made[pair] = self._evaluation(prompts, tokenizer, pair, config)
-                missing -= any(isinstance(item, EvalExample) for item in made[pair])
-        examples = [item for pair in source.held_out for item in made.get(pair, [])]
-        usable = sum(isinstance(item, EvalExample) for item in examples)
-        if usable < 2:
-            reasons = Counter(item.reason for item in examples if isinstance(item, Note))
-            shown = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
-            raise UserError(
-                f"data.source = {source.source}: {usable} of {len(source.held_out)} held-out"
-                f" {self.example[1]} can be scored (skipped: {shown or 'none'}), at least 2 are"
-                " needed; give a larger source or raise data.held_out_fraction"
-            )
-        return examples
+        return choose(
+            source,
+            lambda pair: self._evaluation(prompts, tokenizer, pair, config),
+            config.eval.num_lines,
+            self.example[1],
+        )
 
     def _evaluation(
         self, prompts: _Prompts, tokenizer: Any, pair: Pair, config: Config
@@ -126,16 +134,12 @@ class PairTask(Task):
         found = prompts(pair, pair.target)
         if isinstance(found, Note):
             return [found]
-        notes = []
         target = [*found.tokens[found.start :], prompts.end]
+        limit = config.train.sequence_length - config.eval.max_new_tokens
+        context, notes = cut_context(found.tokens[: found.start], limit, prompts.begin)
         if len(target) > config.eval.max_new_tokens:
             notes.append(Note("target cut to eval.max_new_tokens"))
             target = target[: config.eval.max_new_tokens]
-        limit = config.train.sequence_length - config.eval.max_new_tokens
-        context = found.tokens[: found.start]
-        if len(context) > limit:
-            notes.append(Note("context cut at its front"))
-            context = prompts.cut(context, limit)
         example = EvalExample(
             context,
             target,
@@ -180,13 +184,73 @@ class PairTask(Task):
         )
 
     def compare(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
-        """The scores of the answers alone: exact match, edit similarity, BLEU."""
+        """The scores of the answers alone: of code."""
         columns = {
             "exact_match": metrics.exact_matches(predictions, references),
             "edit_similarity": metrics.edit_similarities(predictions, references),
         }
         totals = {name: float(column.mean()) for name, column in columns.items()}
-        return Scores({**totals, "bleu": metrics.bleu(predictions, references)}, columns)
+        totals["bleu"] = metrics.bleu(predictions, references)
+        totals["codexglue_bleu"] = metrics.codexglue_bleu(predictions, references)
+        return Scores(totals, columns)
+
+
+class ChoiceTask(PairTask):
+    """A task whose targets are a few answers: the most probable one is chosen.
+
+    The loss is that of the right answer, without the token that ends it.
+    """
+
+    answers: ClassVar[tuple[str, ...]]
+
+    def read(self, config: DataConfig, cache: Path) -> Pairs:
+        """As `PairTask.read`.
+
+        Raises:
+            UserError: also for a target that is not among the answers, and for a side with one
+                answer alone.
+        """
+        found = super().read(config, cache)
+        for side, pairs in (("train", found.train), ("held-out", found.held_out)):
+            for pair in pairs:
+                if pair.target not in self.answers:
+                    raise UserError(
+                        f"data.source = {found.source}: {pair.name}, line {pair.line} has the"
+                        f" answer {pair.target[:40]!r}; give {' or '.join(self.answers)}"
+                    )
+            if len(kinds := {pair.target for pair in pairs}) == 1:
+                raise UserError(
+                    f"data.source = {found.source}: the answer of all {len(pairs)} {side} examples"
+                    f" is {kinds.pop()!r}; give examples of {' and '.join(self.answers)}"
+                )
+        return found
+
+    def _evaluation(
+        self, prompts: _Prompts, tokenizer: Any, pair: Pair, config: Config
+    ) -> list[EvalExample | Note]:
+        found = {answer: prompts(pair, answer) for answer in self.answers}
+        for text in found.values():
+            if isinstance(text, Note):
+                return [text]
+        right = found[pair.target]
+        context = right.tokens[: right.start]
+        if any(text.tokens[: text.start] != context for text in found.values()):
+            return [Note("answers of which the prompt's tokens depend")]
+        choices = [text.tokens[text.start :] for text in found.values()]
+        limit = config.train.sequence_length - max(map(len, choices))
+        context, notes = cut_context(context, limit, prompts.begin)
+        target = right.tokens[right.start :]
+        example = EvalExample(
+            context,
+            target,
+            pair.target,
+            pair.name,
+            pair.line,
+            right.begins_with,
+            scored_bytes(tokenizer, context, target),
+            choices,
+        )
+        return [example, *notes]
 
 
 class Generation(PairTask):
@@ -195,7 +259,7 @@ class Generation(PairTask):
     name = "generation"
     formats = ("code", "jsonl", "concode")
     example = ("function", "functions")
-    scores = (EXACT_MATCH, BLEU, EDIT_SIMILARITY, LOSS, LOSS_PER_BYTE)
+    scores = CODE_SCORES
 
     def read_code(self, config: DataConfig, cache: Path) -> Pairs:
         from lwo_dist.data.private import read_generation
@@ -215,7 +279,13 @@ class Summarisation(PairTask):
     name = "summarisation"
     formats = ("code", "jsonl", "code-to-text")
     example = ("summary", "summaries")
-    scores = (EXACT_MATCH, BLEU, EDIT_SIMILARITY, LOSS, LOSS_PER_BYTE)
+    scores = (
+        Score("smoothed_bleu4", "smoothed BLEU-4", headline=True),
+        Score("rouge_l", "ROUGE-L", headline=True),
+        Score("chrf", "chrF"),
+        LOSS,
+        LOSS_PER_BYTE,
+    )
 
     def read_code(self, config: DataConfig, cache: Path) -> Pairs:
         from lwo_dist.data.private import read_summarisation
@@ -228,6 +298,14 @@ class Summarisation(PairTask):
     def request(self, pair: Pair) -> str:
         return f"Summarise this {_language(pair)} in one sentence.\n\n{pair.source}"
 
+    def compare(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+        columns = {
+            "smoothed_bleu4": metrics.smoothed_bleu4(predictions, references),
+            "rouge_l": metrics.rouge_l(predictions, references),
+            "chrf": metrics.chrf(predictions, references),
+        }
+        return Scores({name: float(column.mean()) for name, column in columns.items()}, columns)
+
 
 class Translation(PairTask):
     """`task: translation`: from one programming language to another."""
@@ -235,7 +313,7 @@ class Translation(PairTask):
     name = "translation"
     formats = ("jsonl", "code-to-code-trans")
     example = ("translation", "translations")
-    scores = (EXACT_MATCH, BLEU, EDIT_SIMILARITY, LOSS, LOSS_PER_BYTE)
+    scores = CODE_SCORES
 
     def read_code(self, config: DataConfig, cache: Path) -> Pairs:
         raise AssertionError("refused by check()")
@@ -259,7 +337,7 @@ class Repair(PairTask):
     name = "repair"
     formats = ("code", "jsonl", "code-refinement")
     example = ("fix", "fixes")
-    scores = (EXACT_MATCH, BLEU, EDIT_SIMILARITY, LOSS, LOSS_PER_BYTE)
+    scores = CODE_SCORES
 
     def read_code(self, config: DataConfig, cache: Path) -> Pairs:
         from lwo_dist.data.private import read_repair
@@ -274,6 +352,88 @@ class Repair(PairTask):
         return f"Fix the bug in this {_language(pair)}. Answer with the code only.\n\n{pair.source}"
 
 
+class DefectDetection(ChoiceTask):
+    """`task: defect`: whether a function has a bug."""
+
+    name = "defect"
+    formats = ("code", "jsonl", "devign")
+    example = ("function", "functions")
+    answers = ("no", "yes")
+    scores = (
+        Score("accuracy", "accuracy", "%", headline=True, count_label="functions judged rightly"),
+        Score("f1", "F1 of yes", "%", headline=True, per_example=False),
+        LOSS,
+        LOSS_PER_BYTE,
+    )
+
+    def read_code(self, config: DataConfig, cache: Path) -> Pairs:
+        from lwo_dist.data.private import read_defect
+
+        return read_defect(config, cache)
+
+    def prompt(self, pair: Pair) -> str:
+        mark = _mark(pair.language)
+        return f"{pair.source}\n{mark} Does this function have a bug, yes or no?\n"
+
+    def request(self, pair: Pair) -> str:
+        return (
+            f"Does this {_language(pair)} have a bug? Answer with yes or no alone.\n\n{pair.source}"
+        )
+
+    def compare(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
+        accuracy = metrics.exact_matches(predictions, references)
+        return Scores(
+            {"accuracy": float(accuracy.mean()), "f1": metrics.f1(predictions, references)},
+            {"accuracy": accuracy},
+        )
+
+
+def choose(
+    source: Pairs,
+    make: Callable[[Pair], list[EvalExample | Note]],
+    count: int,
+    many: str,
+) -> list[EvalExample | Note]:
+    """The examples of `count` of the held-out pairs, those with the lowest hashes, in their order.
+
+    Args:
+        make: the example of a pair, and notes on it.
+        many: what they are called.
+
+    Raises:
+        UserError: fewer than two, too few for a confidence interval.
+    """
+    made: dict[Pair, list[EvalExample | Note]] = {}
+    missing = count
+    for pair in sorted(source.held_out, key=lambda pair: pair.sha256):
+        if missing:
+            made[pair] = make(pair)
+            missing -= any(isinstance(item, EvalExample) for item in made[pair])
+    found = [item for pair in source.held_out for item in made.get(pair, [])]
+    usable = sum(isinstance(item, EvalExample) for item in found)
+    if usable < 2:
+        reasons = Counter(item.reason for item in found if isinstance(item, Note))
+        shown = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+        raise UserError(
+            f"data.source = {source.source}: {usable} of {len(source.held_out)} held-out {many} can"
+            f" be scored (skipped: {shown or 'none'}), at least 2 are needed; give a larger source"
+            " or raise data.held_out_fraction"
+        )
+    return found
+
+
+def cut_context(
+    context: Sequence[int], limit: int, begin: Sequence[int]
+) -> tuple[list[int], list[EvalExample | Note]]:
+    """The last `limit` tokens of a context, of which `begin` are still the first; and a note if it
+    was cut.
+    """
+    if len(context) <= limit:
+        return list(context), []
+    cut = [*begin, *context[len(context) - limit + len(begin) :]]
+    return cut, [Note("context cut at its front")]
+
+
 class _Prompts:
     """Prompts in tokens, as the settings of the data ask for them.
 
@@ -286,6 +446,7 @@ class _Prompts:
         self._tokenizer = tokenizer
         self._config = config
         self._tokenize = PromptTokenizer(tokenizer, chat=config.chat)
+        self.begin = self._tokenize.begin
         self.end = _end_of_message(tokenizer) if config.chat else end_of_text_id(tokenizer)
         """The token after a target."""
 
@@ -298,11 +459,6 @@ class _Prompts:
             return Note("special token of the chat template")
         found = self._tokenize(self._text(pair), target)
         return Note("no token border before the target") if found is None else found
-
-    def cut(self, context: Sequence[int], limit: int) -> list[int]:
-        """The last `limit` tokens of a context, after the token that begins texts."""
-        begin = self._tokenize.begin
-        return [*begin, *context[len(context) - limit + len(begin) :]]
 
     def _text(self, pair: Pair) -> str:
         template = self._config.prompt
