@@ -29,6 +29,7 @@ from lwo_dist.data.examples import (
     TrainExample,
     end_of_text_id,
     scored_bytes,
+    text_after,
 )
 from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.data.public import read_public
@@ -164,7 +165,7 @@ class PairTask(Task):
         """The text up to the first token that ends an answer."""
         ends = set(self.end_token_ids(tokenizer))
         end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
-        text = str(tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False))
+        text = text_after(tokenizer, example.context, token_ids[:end])
         return text.removeprefix(example.begins_with)
 
     def score(
