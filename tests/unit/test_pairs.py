@@ -337,13 +337,22 @@ def judged() -> Pairs:
     )
 
 
+def decided_model(folder: Path) -> Any:
+    """One of large weights: which answer it finds more probable depends on the question."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(8)
+    return model
+
+
 def judge(folder: Path) -> Evaluation:
     rank, world_size = distributed.rank(), distributed.world_size()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     task = task_named("defect")
     return evaluate(
-        model,
+        decided_model(folder),
         tokenizer,
         evaluation(task, judged(), tokenizer, small()),
         task=task,
@@ -356,7 +365,7 @@ def judge(folder: Path) -> Evaluation:
 
 def test_choices_are_judged_as_a_plain_loop_does_it(model_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = decided_model(model_folder)
     task = task_named("defect")
     predicted, losses = [], []
     for pair in judged().held_out:
@@ -370,8 +379,8 @@ def test_choices_are_judged_as_a_plain_loop_does_it(model_folder: Path) -> None:
         losses.append(nats[pair.target])
     found = judge(model_folder)
     assert list(found.predictions) == predicted
-    assert set(predicted) == {"no", "yes"} or len(set(predicted)) == 1
-    assert found.columns["loss"] * found.tokens == pytest.approx(np.array(losses), abs=1e-5)
+    assert set(predicted) == {"no", "yes"}
+    assert found.columns["loss"] * found.tokens == pytest.approx(np.array(losses), rel=1e-5)
     right = [pair.target for pair in judged().held_out]
     assert found.scores["eval/accuracy"] == pytest.approx(metrics.accuracy(predicted, right))
     assert found.scores["eval/f1"] == pytest.approx(metrics.f1(predicted, right))
