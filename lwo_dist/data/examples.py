@@ -78,7 +78,8 @@ class EvalExample:
     """UTF-8 bytes of the text of `target`, from `scored_bytes`."""
     choices: Sequence[Sequence[int]] = field(default_factory=list)
     """The tokens of each possible answer. Where given, nothing is generated: the answer is the one
-    with the highest log-probability after the context."""
+    with the highest log-probability after the context. All examples of a task have them, or none.
+    """
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -158,8 +159,10 @@ class PairTask(Task):
         Raises:
             UserError: the tokenizer has no end-of-text token.
         """
-        end = end_of_text_id(tokenizer)
-        return sorted({end, _end_of_message(tokenizer) if tokenizer.chat_template else end})
+        ends = {end_of_text_id(tokenizer)}
+        with suppress(UserError):  # no template, or one that a chat would be refused for
+            ends.add(_end_of_message(tokenizer))
+        return sorted(ends)
 
     def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
         """The text up to the first token that ends an answer."""

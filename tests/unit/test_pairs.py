@@ -297,6 +297,7 @@ def test_a_chat_without_a_template_is_refused() -> None:
     tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(UserError, match="refuses messages of the roles user, .*no system message"):
         list(task.training_examples(source, tokenizer, small("data.chat=true")))
+    assert task.end_token_ids(tokenizer) == [tokenizer.eos_token_id]  # for all other runs
 
 
 @pytest.fixture(scope="module")

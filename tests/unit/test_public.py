@@ -259,6 +259,7 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
         b'{"source": "a"}',
         b'{"source": {"a": 1}, "target": "x"}',
         b'{"source": " ", "target": "x"}',
+        b'{"source": "half of \\ud83d", "target": "x"}',
         b'{"source": "x", "target": null}',
         json.dumps({"source": "x" * 2000, "target": "y"}).encode(),
         json.dumps({"source": f"key = '{token}'", "target": "y"}).encode(),
@@ -275,6 +276,7 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
         "missing field": 1,
         "not JSON": 1,
         "not UTF-8": 1,
+        "not Unicode": 1,
         "not a JSON object": 1,
         "not text": 1,
         "secret": 1,
@@ -340,6 +342,11 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.fixed").write_text("a\n")
     with pytest.raises(UserError, match=r"x.buggy has 2 lines and x.fixed has 1; line i of the"):
         read(tmp_path, "code-refinement")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is no file and no folder"):
+        read(tmp_path / "pipe", "jsonl")
+    with pytest.raises(UserError, match="File name too long"):
+        read(tmp_path / ("x" * 300), "jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 100)[:-9])
     with pytest.raises(UserError, match=r"cut.jsonl.gz: .*; give a file that can be read"):
         read(tmp_path / "cut.jsonl.gz", "jsonl")
