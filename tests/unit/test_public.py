@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 
+from lwo_dist.cli import main
 from lwo_dist.config import DataConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.data.public import read_public
 from lwo_dist.errors import UserError
 from lwo_dist.registry import TASKS
+from lwo_dist.run import prepare
 from tests.code_samples import make_config
+from tests.models import save_tiny_model
 
 
 def write_lines(file: Path, records: Sequence[Any]) -> Path:
@@ -359,6 +362,10 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         (["data.held_out_source=x"], "held_out_source needs a data set, but format is code"),
         (["data.fields={source: a}"], "fields needs a data set"),
         (["data.fields={text: a}"], "data.fields.text"),
+        (
+            ["data.format=jsonl", "data.held_out_source=https://me:hunter2@host/x.jsonl"],
+            "data.held_out_source = https://host/x.jsonl contains a password",
+        ),
         (["data.format=csv"], "data.format = 'csv'"),
     ],
 )
@@ -374,6 +381,40 @@ def test_a_format_that_does_not_fit_the_task_is_refused(tmp_path: Path) -> None:
             UserError, match=f"data.format = {file_format} does not fit the task {task}, which"
         ):
             TASKS.get(task).check(config)
+
+
+def test_the_command_data_counts_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(tmp_path / "train.jsonl", [*numbered(3), {"source": "x", "target": ""}])
+    write_lines(tmp_path / "test.jsonl", numbered(2, 3))
+    arguments = ["data", "task=repair", "data.format=jsonl", f"data.source={tmp_path}"]
+    assert main(arguments) == 0
+    shown = "train: 3 pairs\nheld out: 2 pairs\nskipped: 1 empty target\n"
+    assert capsys.readouterr().out == shown
+    assert main([*arguments, "task=defect"]) == 2
+
+
+def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train moves each worker to another folder."""
+    for i, name in enumerate(("train", "valid", "test")):
+        write_lines(tmp_path / "data" / f"{name}.jsonl", numbered(3, 3 * i))
+    save_tiny_model(tmp_path / "model", ["in out 1234567890"])
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        Path("data/train.jsonl"),
+        Path("runs"),
+        "data.format=jsonl",
+        "data.held_out_source=data/test.jsonl",
+        "data.validation_source=data/valid.jsonl",
+        "task=repair",
+        "model.name=model",
+        "strategy=replicate",
+        "train.steps=1",
+    )
+    made = prepare(config).data
+    sources = (made.source, made.held_out_source, made.validation_source)
+    assert sources == tuple(
+        str(tmp_path / "data" / f"{name}.jsonl") for name in ("train", "test", "valid")
+    )
 
 
 def benchmark(name: str) -> Path:
