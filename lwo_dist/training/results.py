@@ -62,8 +62,6 @@ class Results:
         self.evaluations[step] = dict(evaluation.scores)
         if not self._writes:
             return
-        path = self._path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = {name: column.round(6).tolist() for name, column in evaluation.columns.items()}
         samples = [redact_values(vars(sample)) for sample in evaluation.samples]
         if not self._with_samples:
@@ -74,7 +72,13 @@ class Results:
             "tokens": evaluation.tokens.tolist(),
             "samples": samples,
         }
-        write_whole(path, json.dumps(record).encode())
+        self._write(step, record)
+
+    def take_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        """Add an evaluation that another run has written."""
+        self.evaluations[step] = dict(record["scores"])
+        if self._writes:
+            self._write(step, record)
 
     @property
     def best_step(self) -> int:
@@ -137,6 +141,11 @@ class Results:
         self.blocked_seconds = state_dict["blocked_seconds"]
         self.losses = list(state_dict["losses"])
         self.peaks = dict(state_dict["peaks"])
+
+    def _write(self, step: int, record: Mapping[str, Any]) -> None:
+        path = self._path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record).encode())
 
     def _read(self, step: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(self._path(step).read_text())
