@@ -39,6 +39,8 @@ class Results:
         self._writes = writes
         self._with_samples = with_samples
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.costs: dict[int, dict[str, float]] = {}
+        """Step of each evaluation -> `training_seconds` and `tokens` up to it."""
         self.training_seconds = 0.0
         self.blocked_seconds = 0.0
         """Time that saves blocked the loop; not in `training_seconds`."""
@@ -60,6 +62,7 @@ class Results:
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.evaluations[step] = dict(evaluation.scores)
+        self.costs[step] = {"training_seconds": self.training_seconds, "tokens": self.tokens}
         if not self._writes:
             return
         path = self._path(step)
@@ -70,6 +73,7 @@ class Results:
             samples = []
         record = {
             "scores": evaluation.scores,
+            "cost": self.costs[step],
             "lines": lines,
             "tokens": evaluation.tokens.tolist(),
             "samples": samples,
@@ -92,6 +96,18 @@ class Results:
             name: {change: len(indices) for change, indices in by_change.items()}
             for name, by_change in found.items()
         }
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """By step, for each evaluation: `step`, `training_seconds` and `tokens` up to it, and its
+        scores, `eval/<name>`. Evaluations and saves are not in the time.
+
+        Lacks the evaluations of a run that an older version, which kept no costs, began.
+        """
+        return [
+            {"step": step, **self.costs[step], **self.evaluations[step]}
+            for step in sorted(self.costs)
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The measured part of summary.json.
@@ -116,6 +132,7 @@ class Results:
                 "best_step": self.best_step,
                 "gain_95": self.gains(),
                 "changed": self.changed(),
+                "curve": self.curve,
                 **self.task.sheet.record(),
             },
         }
@@ -123,6 +140,7 @@ class Results:
     def state_dict(self) -> dict[str, Any]:
         return {
             "evaluations": {str(step): scores for step, scores in self.evaluations.items()},
+            "costs": {str(step): cost for step, cost in self.costs.items()},
             "training_seconds": self.training_seconds,
             "blocked_seconds": self.blocked_seconds,
             "tokens": self.tokens,
@@ -132,6 +150,7 @@ class Results:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.evaluations = {int(step): scores for step, scores in state_dict["evaluations"].items()}
+        self.costs = {int(step): cost for step, cost in state_dict.get("costs", {}).items()}
         self.training_seconds = state_dict["training_seconds"]
         self.tokens = state_dict["tokens"]
         self.blocked_seconds = state_dict["blocked_seconds"]

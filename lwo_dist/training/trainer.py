@@ -96,6 +96,7 @@ class Trainer:
         step = self.lwo.step_count
         if self._evaluation_is_due(step) and step not in self.results.evaluations:
             self._evaluate()  # before the first step, or if a stop interrupted it
+        self.meter.restart()  # nor is the start
         while step < settings.steps:
             report = self._train_step(step)
             step = self.lwo.step_count
@@ -191,9 +192,9 @@ class Trainer:
             say(f"evaluating before training: {len(self.data.held_out)} held-out {many}")
         with self.meter.off_the_clock(), self.watchdog.paused("evaluation"):
             evaluation = self.evaluate(self.stop.now)
-        self.results.add_evaluation(step, evaluation)
-        for callback in self.callbacks:
-            callback.on_evaluation(step, evaluation.scores)
+            self.results.add_evaluation(step, evaluation)
+            for callback in self.callbacks:
+                callback.on_evaluation(step, evaluation.scores)
 
     def _save(self) -> None:
         with self.meter.off_the_clock(), self.watchdog.paused("checkpoint"):

@@ -220,6 +220,32 @@ def test_training_time_is_the_steps_own(tmp_path: Path) -> None:
     assert loop.metrics[2]["checkpoint/bytes"] == 7.0
 
 
+@pytest.mark.parametrize("logging", [1, 2, 5])
+def test_every_evaluation_knows_the_training_before_it(logging: int, tmp_path: Path) -> None:
+    """Wherever the metrics are logged, and in what a resumed run starts from."""
+    loop = Loop()
+    trainer = loop.trainer(tmp_path, "eval.steps=3", f"train.logging_steps={logging}")
+    loop.now += CALLBACK  # the start of the run
+    trainer.train()
+    sizes = [int(trainer._batch_of(step).tokens) for step in range(6)]
+    assert [list(point.items()) for point in trainer.results.curve] == [
+        [
+            ("step", step),
+            ("training_seconds", STEP * step),
+            ("tokens", sum(sizes[:step])),
+            ("eval/loss", 10.0 - step),
+        ]
+        for step in (0, 3, 6)
+    ]
+    saved = {state["data"]["next_step"]: state["results"] for state, _ in loop.saved}
+    assert list(saved) == [2, 3, 4, 6]
+    for step, state in saved.items():
+        assert (state["training_seconds"], state["tokens"]) == (STEP * step, sum(sizes[:step]))
+    resumed = Results(tmp_path, LineCompletion(), "loss", writes=False)
+    resumed.load_state_dict(saved[4])
+    assert resumed.curve == trainer.results.curve[:2]
+
+
 def test_a_checkpoint_s_cost_is_told_once(tmp_path: Path) -> None:
     loop = Loop()
     loop.trainer(tmp_path, "checkpoint.steps=4", "eval.steps=0", "train.steps=10").train()
