@@ -85,6 +85,11 @@ class Results:
         """The trained step with the best score; 0 before the first evaluation of a trained step."""
         return self.task.score_named(self.metric).best_step(self.evaluations)
 
+    @property
+    def stalled(self) -> int:
+        """Evaluations since that of the best step."""
+        return sum(step > self.best_step for step in self.evaluations)
+
     def gains(self) -> dict[str, dict[str, float]]:
         """The gain of the best checkpoint over the base model, as in `tasks.comparison.gains`."""
         return gains(self.task.sheet, self._read(0), self._read(self.best_step))
@@ -170,6 +175,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     scores = summary["eval"]
     before, after = scores["before"], scores["after"]
     sheet = ScoreSheet.read(scores, after)
+    early = summary.get("ended_early")
     rows = score_rows(sheet, before, after, scores["gain_95"], scores.get("changed", {}))
     width = max(_LABEL_WIDTH, *(len(label) + 1 for label, *_ in rows))
     table = [
@@ -189,6 +195,7 @@ def format_summary(summary: dict[str, Any]) -> str:
                 f" state: {human_bytes(summary['optimizer_state_bytes'])}); sent"
                 f" {human_bytes(summary['comm_bytes_per_step'])} per step"
             ),
+            *([f"ended early, at step {summary['steps']}: {early}"] if early else []),
             f"model: {summary['export']}",
         ]
     )

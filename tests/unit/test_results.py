@@ -223,6 +223,11 @@ def test_the_summary_for_people(tmp_path: Path) -> None:
         "model: runs/r/model",
     ]
     assert interval("edits", 1).startswith("+5.5 (+")
+    early = summary_of(filled(tmp_path)) | {"ended_early": "no better loss"}
+    assert format_summary(early).splitlines()[-2:] == [
+        "ended early, at step 8: no better loss",
+        "model: runs/r/model",
+    ]
 
 
 def test_the_summary_of_an_older_run_has_the_plain_names(tmp_path: Path) -> None:
