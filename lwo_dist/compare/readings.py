@@ -44,7 +44,7 @@ def row_of(run_folder: RunFolder) -> Row:
         {
             "step": point["step"],
             "training_seconds": point["training_seconds"],
-            "scores": _plain(point["scores"]),
+            "scores": _plain(point),
         }
         for point in summary["eval"]["curve"]
     ]
@@ -67,7 +67,11 @@ def row_of(run_folder: RunFolder) -> Row:
 
 
 def _plain(scores: Mapping[str, float]) -> dict[str, float]:
-    return {name.removeprefix("eval/"): value for name, value in scores.items()}
+    return {
+        name.removeprefix("eval/"): value
+        for name, value in scores.items()
+        if name.startswith("eval/")
+    }
 
 
 def means(rows: Sequence[Row]) -> Row:
