@@ -48,7 +48,7 @@ from .tasks.base import Task
 from .tasks.prepare import prepare_dataset
 from .tracking.mlflow import DATABASE, MLflowCallback, create_run, end_run, tracking_uri
 from .training.baseline import take_baseline
-from .training.describe import describe_run
+from .training.describe import describe_run, device_name
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
 from .training.progress import Progress
@@ -432,6 +432,7 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "ended_early": trainer.ended_early,
         "base_model": config.model.name,
         "fingerprint": trainer.data.fingerprint,
+        "device": device_name(trainer.device),
         **results,
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),

@@ -22,12 +22,15 @@ from statistics import median
 from typing import Any
 
 from lwo_dist import lease
+from lwo_dist.cache import cache_folder
 from lwo_dist.checkpoint.format import CHECKPOINTS
 from lwo_dist.checkpoint.schema import LAYERS, read_json
 from lwo_dist.config import Config
 from lwo_dist.console import say
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.files import make_folder, write_whole
+from lwo_dist.models import check_model
+from lwo_dist.models.gguf import is_gguf
 from lwo_dist.registry import METHODS, TASKS
 from lwo_dist.report.comparison import save_comparison_pictures
 from lwo_dist.run_info import public_config
@@ -90,6 +93,8 @@ def compare(
     for config in design.configs():
         check_config(config)
         TASKS.get(config.task).check(config)
+    for task in design.tasks:
+        _check_source(design.equal_steps(task, design.methods[0], design.rates[0], 0).config)
     folder = RunFolder(storage, design.name)
     folder.check_writable()
     make_folder(folder.local)
@@ -343,16 +348,15 @@ class _Work:
             for purpose in ("equal_steps", "equal_time")
         }
         base = own["equal_steps"].get(reference, [])
-        target = _lowest_loss(base)
+        losses = [point["scores"][LOSS] for point in means(base)["curve"]] if base else []
         for purpose, by_method in own.items():
             found[purpose] = {}
             for label, rows in by_method.items():
-                times = [time_to_loss(row["curve"], target) for row in rows]
-                reached = [seconds for seconds in times if seconds is not None]
+                mean = means(rows)
                 found[purpose][label] = {
-                    "mean": means(rows),
+                    "mean": mean,
                     "against": self._against(base, rows) if label != reference else {},
-                    "time_to_loss": median(reached) if len(reached) == len(times) else None,
+                    "time_to_loss": time_to_loss(mean["curve"], min(losses, default=math.nan)),
                 }
         return found
 
@@ -367,13 +371,13 @@ class _Work:
         return differences(*sides)
 
 
-def _lowest_loss(rows: Sequence[Row]) -> float:
-    """The lowest loss of the mean over seeds; NaN without rows."""
-    if not rows:
-        return math.nan
-    curves: list[list[float]] = [[point["scores"][LOSS] for point in row["curve"]] for row in rows]
-    length = min(map(len, curves))
-    return min(sum(curve[i] for curve in curves) / len(curves) for i in range(length))
+def _check_source(config: Config) -> None:
+    """Refuse a model or a source that no run could read."""
+    if config.data.source is None:
+        raise UserError("data.source is not set; give a folder of source files or a git repository")
+    if config.model.name != "tiny-code" and not is_gguf(config.model.name):
+        check_model(config.model)
+    TASKS.get(config.task).read(config.data, cache_folder(config))
 
 
 def _metrics(found: Comparison) -> dict[str, float]:

@@ -30,6 +30,7 @@ def comparison_page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
             if readings[purpose]:
                 lines += ["", f"### {title}", ""]
                 lines += _scores(found, task, purpose)
+                lines += _differences(found, task, purpose)
                 lines += ["", *_costs(found, task, purpose)]
         lines += ["", "### Learning rates", "", *_sweep(found, task)]
     lines += ["", *_failures(found), *_how_to_read(found)]
@@ -47,8 +48,7 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
                 if base is None or method == reference:
                     continue
                 parts = [
-                    f"{name.replace('_', ' ')} {_judged(gain)}"
-                    for name, gain in reading["against"].items()
+                    f"{_title(name)} {_judged(gain)}" for name, gain in reading["against"].items()
                 ]
                 share = reading["mean"]["training_seconds"] / base["mean"]["training_seconds"]
                 sentences.append(
@@ -59,7 +59,13 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
 
 
 def _judged(gain: Mapping[str, float]) -> str:
-    word = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "no clear difference"
+    word = (
+        "**better**"
+        if gain["low"] > 0
+        else "**worse**"
+        if gain["high"] < 0
+        else "no clear difference"
+    )
     return f"{gain['mean']:+.3g} ({gain['low']:+.3g} to {gain['high']:+.3g}, {word})"
 
 
@@ -74,41 +80,68 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
         f"Model {str(config['model']['name']).rstrip('/').rpartition('/')[2]};"
         f" {train['steps']} steps of"
         f" {train['global_batch_size']} sequences of {train['sequence_length']} tokens; strategy"
-        f" {config['strategy']}; seeds {', '.join(map(str, design['seeds']))}. Every method starts"
-        " from the same weights and sees the same batches. Its learning rate is the best of the"
+        f" {config['strategy']}, {_workers(found)}; seeds {', '.join(map(str, design['seeds']))}."
+        " Every method starts from the same weights and sees the same batches. Its learning rate is"
+        " the best of the"
         f" same search ({design['sweep_steps']} steps a try), on validation files that no score"
         " below uses.",
     ]
 
 
+def _workers(found: Mapping[str, Any]) -> str:
+    row = next((row for row in found["rows"] if row["status"] == "done"), None)
+    return f"{row['world_size']} x {row['device']}" if row else "no finished run"
+
+
 def _scores(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
-    readings = found["readings"][task]
-    reference = found["design"]["reference"]
-    by_method = readings[purpose]
-    names = list(next(iter(by_method.values()))["mean"]["scores"])
-    names = [name for name in names if name not in ("lines", "pairs", "examples")]
-    untrained = next(
-        row["before"] for row in found["rows"] if row["task"] == task and row["status"] == "done"
-    )
-    table = [["", *(name.replace("_", " ") for name in names), f"difference from {reference}"]]
+    by_method = found["readings"][task][purpose]
+    names = _names(by_method)
+    table = [["", *(_title(name) for name in names)]]
     if purpose == "equal_steps":
-        table.append(["untuned", *(_number(untrained.get(name)) for name in names), ""])
+        untuned = next(
+            row["before"]
+            for row in found["rows"]
+            if row["task"] == task and row["status"] == "done"
+        )
+        table.append(["untuned", *(_number(untuned.get(name)) for name in names)])
     for method, reading in by_method.items():
-        mean = reading["mean"]
+        mean, low, high = (reading["mean"][key] for key in ("scores", "low", "high"))
+        several = reading["mean"]["seeds"] > 1
         cells = [
-            f"{_number(mean['scores'][name])}"
-            + (
-                f" ({_number(mean['low'][name])} to {_number(mean['high'][name])})"
-                if mean["seeds"] > 1
-                else ""
-            )
+            f"{_number(mean[name])} ({_number(low[name])} to {_number(high[name])})"
+            if several
+            else _number(mean[name])
             for name in names
         ]
-        against = "; ".join(
-            f"{name.replace('_', ' ')} {_judged(gain)}" for name, gain in reading["against"].items()
-        )
-        table.append([method, *cells, against])
+        table.append([method, *cells])
     return _table(table)
+
+
+def _differences(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
+    reference = found["design"]["reference"]
+    others = {
+        method: reading["against"]
+        for method, reading in found["readings"][task][purpose].items()
+        if reading["against"]
+    }
+    if not others:
+        return []
+    names = list(next(iter(others.values())))
+    table = [[f"better than {reference} by", *(_title(name) for name in names)]]
+    table += [
+        [method, *(_judged(against[name]) for name in names)] for method, against in others.items()
+    ]
+    return ["", *_table(table)]
+
+
+def _names(by_method: Mapping[str, Any]) -> list[str]:
+    """The scores, without the number of examples."""
+    mean = next(iter(by_method.values()))["mean"]
+    return [name for name in mean["scores"] if name != mean["count"]]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _costs(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:

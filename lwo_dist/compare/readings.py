@@ -34,9 +34,11 @@ def row_of(run_folder: RunFolder) -> Row:
     """The figures of a finished run.
 
     Returns:
-        `base_model`, `steps`, `training_seconds`, `step_seconds`, `tokens`, `peak_memory_bytes`,
-        `optimizer_state_bytes`, `bytes_sent_per_step`, `serve_bytes`; `before` and `scores`, by
-        name without `eval/`; `curve`: for each evaluation `step`, `training_seconds` and `scores`.
+        Names and values of the columns: `base_model`, `device`, `world_size`, `steps`, `tokens`,
+        seconds (`training_seconds`, `step_seconds`), bytes (`peak_memory_bytes`,
+        `optimizer_state_bytes`, `bytes_sent_per_step`, `serve_bytes`), `count` (the score that
+        counts the examples), scores by name without `eval/` (`before`, `scores`), and `curve`: for
+        each evaluation `step`, `training_seconds` and `scores`.
     """
     summary = read_json(run_folder.file("summary.json"))
     sheet = ScoreSheet.read(summary["eval"], summary["eval"]["before"])
@@ -51,6 +53,9 @@ def row_of(run_folder: RunFolder) -> Row:
     steps = curve[-1]["step"]
     return {
         "base_model": summary["base_model"],
+        "device": summary["device"],
+        "world_size": summary["world_size"],
+        "count": sheet.example[1],
         "steps": steps,
         "training_seconds": summary["training_seconds"],
         "step_seconds": summary["training_seconds"] / steps,
@@ -77,11 +82,14 @@ def _plain(scores: Mapping[str, float]) -> dict[str, float]:
 def means(rows: Sequence[Row]) -> Row:
     """The rows of a method's seeds as one: medians of seconds, means of everything else, and the
     lowest and highest of every score, `low` and `high`.
+
+    `curve` has the means of the evaluations that all of them have.
     """
     numbers = ("peak_memory_bytes", "optimizer_state_bytes", "bytes_sent_per_step", "serve_bytes")
     names = rows[0]["scores"]
     return {
         "seeds": len(rows),
+        "count": rows[0]["count"],
         "lr": rows[0]["lr"],
         "steps": rows[0]["steps"],
         "flops_per_step": rows[0]["flops_per_step"],
@@ -91,6 +99,13 @@ def means(rows: Sequence[Row]) -> Row:
         "scores": {name: fmean(row["scores"][name] for row in rows) for name in names},
         "low": {name: min(row["scores"][name] for row in rows) for name in names},
         "high": {name: max(row["scores"][name] for row in rows) for name in names},
+        "curve": [
+            {
+                "training_seconds": fmean(point["training_seconds"] for point in points),
+                "scores": {LOSS: fmean(point["scores"][LOSS] for point in points)},
+            }
+            for points in zip(*(row["curve"] for row in rows), strict=False)
+        ],
     }
 
 

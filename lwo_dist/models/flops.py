@@ -28,13 +28,15 @@ def flops_per_sequence(model: nn.Module, visits: Sequence[Visit], sequence_lengt
     model = model.to("meta").train()
     parameters = dict(model.named_parameters())
     tokens = torch.zeros((1, sequence_length), dtype=torch.int64, device="meta")
+    # A mask of this shape is taken as it is; for any other, transformers looks at its values.
+    mask = torch.zeros((1, 1, sequence_length, sequence_length), device="meta")
     total = 0
     for visit in visits:
         trained = {name for layer in visit.layers for name in layer.parameter_names}
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trained)
         with FlopCounterMode(display=False) as counter:
-            logits = model(input_ids=tokens).logits
+            logits = model(input_ids=tokens, attention_mask=mask).logits
             logits.flatten(0, 1).logsumexp(-1).sum().backward()
         total += counter.get_total_flops()
         for parameter in parameters.values():
