@@ -86,9 +86,12 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuse a password early
     run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
-    if not is_repository_url(source):
-        source = str(Path(source).expanduser().absolute())
-    data = config.data.model_copy(update={"source": source})
+    sources = {
+        name: path if is_repository_url(path) else str(Path(path).expanduser().absolute())
+        for name in ("source", "held_out_source", "validation_source")
+        if (path := getattr(config.data, name)) is not None
+    }
+    data = config.data.model_copy(update=sources)
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
     config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
     storage_is_new = not storage_path(storage).exists()

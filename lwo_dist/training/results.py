@@ -74,6 +74,7 @@ class Results:
             "cost": self.costs[step],
             "lines": lines,
             "tokens": evaluation.tokens.tolist(),
+            "bytes": evaluation.bytes.tolist(),
             "samples": samples,
         }
         self._write(step, record)
