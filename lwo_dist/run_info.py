@@ -104,6 +104,7 @@ def checkpoint_record(info: RunInfo) -> dict[str, Any]:
         "source": source_name(config),
         "data": {name: count for name, count in info.data.items() if isinstance(count, int)},
         "lwo": config.lwo.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
         "versions": dict(info.versions),
     }
