@@ -62,7 +62,8 @@ class RunInfo:
     parameters: int
     """Parameters of the whole model."""
     lora_parameters: int = 0
-    """Parameters that LoRA of rank `LORA_RANK` on all linear layers would train; 0: unknown."""
+    """Parameters that LoRA of rank `LORA_RANK` on all linear layers would train; 0: unknown, or
+    the run trains adapters itself."""
     device: str
     """The kind of device that the workers compute on: a GPU's name, or CPU."""
     host: str = field(default_factory=socket.gethostname)

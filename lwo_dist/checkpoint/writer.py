@@ -37,7 +37,7 @@ from .format import (
     sha256_of,
     step_folder,
 )
-from .schema import LAYERS, MOMENTS, STATE
+from .schema import INDEX, LAYERS, MOMENTS, STATE
 
 __all__ = ["CheckpointWriter", "Outcome", "Piece", "Save"]
 
@@ -106,7 +106,7 @@ class CheckpointWriter:
         model_files: Callable[[Path], None],
         *,
         keep: int,
-        index: str,
+        index: str = INDEX,
         may_write: Callable[[], None] = lambda: None,
     ):
         self._run = run

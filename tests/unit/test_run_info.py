@@ -43,6 +43,7 @@ RECORD_KEYS = [
     "source",
     "data",
     "lwo",
+    "lora",
     "train",
     "versions",
 ]
