@@ -41,7 +41,14 @@ from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
-from .models import PretrainedSource, base_digest, check_model, licence_of, load_tokenizer
+from .models import (
+    PretrainedSource,
+    base_digest,
+    check_model,
+    check_prepared,
+    licence_of,
+    load_tokenizer,
+)
 from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
@@ -114,6 +121,10 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             config = _with_model(config, base)
         elif is_gguf(config.model.name):
             config = _with_model(config, dequantise(config.model, cache_folder(config)))
+        method: Method = METHODS.get(config.method)
+        if method.changes_model:
+            prepare_model = partial(_prepare_model, method, config)
+            check_prepared(config.model, prepare_model, elsewhere=elsewhere)
     make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
     record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
@@ -426,7 +437,8 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "comparison": results["eval"] if results["eval"]["best_step"] == step else {},
         "trust_remote_code": config.model.trust_remote_code,
     }
-    exports = [export_model(checkpoint, run_folder.path("model"), base=config.model, **how)]
+    base = config.model if method.trains_adapters else None
+    exports = [export_model(checkpoint, run_folder.path("model"), base=base, **how)]
     if method.trains_adapters:
         exports.append(export_adapter(checkpoint, run_folder.path("adapter"), **how))
     summary = {

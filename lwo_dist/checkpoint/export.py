@@ -66,12 +66,17 @@ def export_model(
     Raises:
         DamagedError: no model can be built from the checkpoint's files.
         UserError: the checkpoint's method is a custom class, which a file must not import; the
-            base model cannot be read, or is another one; or the model needs code of its own, and
-            `trust_remote_code` is not set.
+            base model cannot be read, is another one, or is not needed; or the model needs code
+            of its own, and `trust_remote_code` is not set.
         OSError: `target` cannot be written.
     """
     about = _record_of(checkpoint)
     method = method or _method_of(about)
+    if base is not None and not method.trains_adapters:
+        raise UserError(
+            f"--base = {base.name} has no effect: the checkpoint, of method: {method.name}, holds"
+            " the whole model; drop it"
+        )
     with _in_place(target) as temporary:
         for name in checkpoint.state["sha256"]:
             if "/" not in name and name not in _INDEXES and not name.endswith(".safetensors"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lwo_dist.errors import printable
+from lwo_dist.errors import UserError, printable
 from lwo_dist.extras import require
 
 from .arguments import Subparsers, add_run_argument, add_target_arguments
@@ -51,6 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     from lwo_dist.files import refuse_existing
     from lwo_dist.storage import RunFolder
 
+    if arguments.adapter and (arguments.base or arguments.dtype != "fp32"):
+        raise UserError(
+            "--base and --dtype have no effect with --adapter, which writes fp32 adapters without"
+            " the base model; drop them"
+        )
     folder = RunFolder.at(arguments.run)
     target = arguments.to or Path(folder.local.name)
     base = None

@@ -33,6 +33,7 @@ __all__ = [
     "base_digest",
     "base_weights",
     "check_model",
+    "check_prepared",
     "load_tokenizer",
 ]
 
@@ -102,6 +103,23 @@ def check_model(config: ModelConfig, *, elsewhere: bool = False) -> None:
             " save_pretrained(folder)"
         )
     load_tokenizer(config)
+
+
+def check_prepared(
+    config: ModelConfig, prepare: Callable[[nn.Module], None], *, elsewhere: bool = False
+) -> None:
+    """Let a method refuse the model, before any worker starts. Reads no weights.
+
+    Args:
+        elsewhere: as for `check_model`.
+
+    Raises:
+        UserError
+    """
+    if elsewhere and not Path(config.name).expanduser().exists():
+        return
+    folder = resolve(config, _SETTINGS)
+    prepare(_empty_model(config, folder, read_settings(config, folder)))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lwo_dist
 from lwo_dist.cli import main
 from lwo_dist.config import Config, LoRAConfig
+from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO
 from lwo_dist.memory import lora_bytes, lora_numel, padded_numel
 from lwo_dist.methods.lora import LoRA
@@ -257,6 +258,14 @@ def test_a_run_evaluates_resumes_bitwise_and_exports(
     ends = [tmp_path / name / "r" / "adapter" for name in ("whole", "broken")]
     one, other = (load_file(end / "adapter_model.safetensors") for end in ends)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_name_of_no_layer_is_refused_before_anything_is_written(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no module of Qwen2ForCausalLM is named nothing"):
+        prepare(make_config(inputs, tmp_path / "runs", *SETTINGS, "lora.target_modules=[nothing]"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_goes_on_elsewhere_and_from_the_same_base_only(
