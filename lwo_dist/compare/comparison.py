@@ -346,6 +346,9 @@ class _Work:
             }
             for purpose in ("equal_steps", "equal_time")
         }
+        if own["equal_time"]:
+            # The reference, and methods that are as fast: those runs have the right length already.
+            own["equal_time"] = {**own["equal_steps"], **own["equal_time"]}
         base = own["equal_steps"].get(reference, [])
         losses = [point["scores"][LOSS] for point in means(base)["curve"]] if base else []
         for purpose, by_method in own.items():
