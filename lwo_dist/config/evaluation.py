@@ -22,3 +22,10 @@ class EvalConfig(Settings):
     )
     metric: str = Field("loss", description="what names the best checkpoint")
     """A score of the task; `Task.check` refuses another name."""
+    baseline: str | None = Field(
+        None,
+        description=(
+            "run in this storage whose scores of the untuned model are taken over, instead of"
+            " computing them again; same model and examples; compare sets it"
+        ),
+    )
