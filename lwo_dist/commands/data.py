@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = read_config(arguments)
     _, files, skipped = find_files(config.data, cache_folder(config))
+    train, held_out, copies = divide(config.data, files, skipped)
+    skipped = sorted([*skipped, *copies], key=lambda skip: skip.name)
     if arguments.explain:
         for skip in skipped:
             detail = f" ({skip.detail})" if skip.detail else ""
             print(printable(f"{skip.name}: {skip.reason}{detail}"))
-    train, held_out = divide(config.data, files, skipped)
     counts = Counter(skip.reason for skip in skipped)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
     print(f"train: {len(train)} files")

@@ -42,6 +42,21 @@ class DataConfig(Settings):
     evaluate_on: Literal["held_out", "validation"] = Field(
         "held_out", description="which files are scored; validation: to choose settings"
     )
+    split: Literal["hash", "time"] = Field(
+        "hash",
+        description="which files are held out: by the hash of their content, or those that git"
+        " says were changed last",
+    )
+    near_duplicates: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="similarity of token 5-grams, such as 0.85, from which a training file or pair"
+        " counts as a copy of a scored one and is left out; unset: only equal ones are",
+    )
+    max_commits: int = Field(
+        10_000, ge=1, description="newest commits to look for fixes in (tasks repair, defect)"
+    )
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
 
     @model_validator(mode="after")
