@@ -185,14 +185,13 @@ class Repository:
             GitError
             FileNotFoundError: git is not installed.
         """
-        options = ("--no-merges", f"--max-count={limit}", "--diff-filter=M")
         commits = []
-        for header, files in self._log(folder, *options):
+        for header, files in self._log(folder, "--no-merges", f"--max-count={limit}"):
             id_, time_, subject = header.split(" ", 2)
             changes = []
             for raw, name in files:
                 mode_before, mode_after, before, after, _ = raw.split(" ")
-                # Neither links nor submodules.
+                # Neither new files nor links nor submodules.
                 if mode_before.startswith(":100") and mode_after.startswith("100"):
                     changes.append((name, before, after))
             commits.append(Commit(id_, int(time_), subject, tuple(changes)))

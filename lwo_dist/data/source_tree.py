@@ -40,6 +40,8 @@ __all__ = [
     "find_files",
     "read_source_tree",
     "read_text",
+    "refused_name",
+    "usable_text",
 ]
 
 # Other people's code, or no code: judged below the source only, which may itself lie inside such a
@@ -300,18 +302,44 @@ def _text_of(data: bytes) -> str | None:
     return text if not text or text.endswith("\n") else text + "\n"
 
 
+def refused_name(name: str, config: DataConfig) -> str:
+    """Why the file with this path below the source is not read, whatever it holds; "" if it is."""
+    file = PurePosixPath(name).name.lower()
+    if is_secret_file(name):
+        return "secret"
+    for folder in PurePosixPath(name).parts[:-1]:
+        if reason := _pruned(folder):
+            return reason
+    if file in LOCK_FILES:
+        return "lock file"
+    if config.extensions is None:
+        return ""
+    endings = tuple("." + ending.lower().lstrip(".") for ending in config.extensions)
+    return "" if file.endswith(endings) else "extension"
+
+
+def usable_text(data: bytes) -> tuple[str, str, str]:
+    """The text in what a file holds; or "", the reason not to use it, and what was found."""
+    for reason, beginnings in _POINTERS.items():
+        if data.startswith(beginnings):
+            return "", reason, ""
+    text = _text_of(data)
+    if text is None:
+        return "", "binary", ""
+    if secret := find_secret(data):
+        return "", "secret", str(secret)
+    if reason := _unusable(text):
+        return "", reason, ""
+    return text, "", ""
+
+
 class _Judge:
     """Decides which files to use, one at a time."""
 
     def __init__(self, root: Path, config: DataConfig):
         self._root = root
         self._real_root = os.path.realpath(root)
-        self._limit = config.max_file_bytes
-        self._endings = (
-            None
-            if config.extensions is None
-            else tuple("." + ending.lower().lstrip(".") for ending in config.extensions)
-        )
+        self._config = config
         self._folders = {"": True}
 
     def __call__(self, name: str) -> SourceFile | Skipped:
@@ -325,12 +353,8 @@ class _Judge:
 
     def _judge(self, path: Path, name: str) -> str | tuple[str, ...]:
         """The SHA-256 of the text, or the reason to skip it, with the detail."""
-        if is_secret_file(name):
-            return "secret", "file name"
-        if path.name.lower() in LOCK_FILES:
-            return ("lock file",)
-        if self._endings is not None and not path.name.lower().endswith(self._endings):
-            return ("extension",)
+        if reason := refused_name(name, self._config):
+            return (reason, "file name") if reason == "secret" else (reason,)
         try:
             if not self._is_inside(name.rpartition("/")[0]):
                 return ("external symlink",)
@@ -339,24 +363,15 @@ class _Judge:
                 return ("external symlink",)
             if not stat.S_ISREG(status.st_mode):
                 return ("not a regular file",)
-            if status.st_size > self._limit:
+            if status.st_size > self._config.max_file_bytes:
                 return ("huge",)
             data = _read_regular(path)
         except FileNotFoundError:  # tracked but missing
             return ("not a regular file",)
         except OSError:
             return ("unreadable",)
-        for reason, beginnings in _POINTERS.items():
-            if data.startswith(beginnings):
-                return (reason,)
-        text = _text_of(data)
-        if text is None:
-            return ("binary",)
-        if secret := find_secret(data):
-            return "secret", str(secret)
-        if reason := _unusable(text):
-            return (reason,)
-        return hashlib.sha256(text.encode()).hexdigest()
+        text, reason, detail = usable_text(data)
+        return (reason, detail) if reason else hashlib.sha256(text.encode()).hexdigest()
 
     def _is_inside(self, folder: str) -> bool:
         """Whether no part of the path of `folder`, relative to the root, is a symlink."""

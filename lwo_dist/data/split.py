@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from lwo_dist.config import DataConfig
 from lwo_dist.errors import UserError
 
-__all__ = ["Sides", "sides_by_hash", "sides_by_time", "split_by_hash"]
+__all__ = ["Side", "Sides", "side_of_hash", "sides_by_hash", "sides_by_time", "split_by_hash"]
 
 T = TypeVar("T")
 U = TypeVar("U")
+Side = Literal["train", "validation", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,14 @@ class Sides(Generic[T]):
     def scored(self, config: DataConfig) -> list[T]:
         """Those that `evaluate_on` names."""
         return self.held_out if config.evaluate_on == "held_out" else self.validation
+
+    @classmethod
+    def of(cls, items: Iterable[T], side: Callable[[T], Side]) -> Sides[T]:
+        """Each item on the side that it is on."""
+        sides = cls([], [], [])
+        for item in items:
+            getattr(sides, side(item)).append(item)
+        return sides
 
     def map(self, parts: Callable[[T], Iterable[U]]) -> Sides[U]:
         """Each item replaced by its parts, on the same side."""
@@ -79,8 +88,21 @@ def sides_by_hash(items: Sequence[T], sha256: Callable[[T], str], config: DataCo
         sha256: the hash of an item's content, in hex.
     """
     by_hash = sorted(items, key=sha256)
-    positions = [int(sha256(item)[:13], 16) / 16**13 for item in by_hash]
+    positions = [_position(sha256(item)) for item in by_hash]
     return _cut(by_hash, positions, config)
+
+
+def side_of_hash(sha256: str, config: DataConfig) -> Side:
+    """The side of an item by its hash alone, in hex, as in `sides_by_hash`."""
+    position = _position(sha256)
+    if position < config.held_out_fraction:
+        return "held_out"
+    both = config.held_out_fraction + config.validation_fraction
+    return "validation" if position < both else "train"
+
+
+def _position(sha256: str) -> float:
+    return int(sha256[:13], 16) / 16**13
 
 
 def sides_by_time(
