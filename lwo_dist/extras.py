@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "run": (
         "accelerate",
         "datasets",
+        "datasketch",
         "matplotlib",
         "numpy",
         "obstore",
@@ -46,7 +47,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "tree_sitter_python",
         "tree_sitter_rust",
         "tree_sitter_typescript",
-        "datasketch",
     ),
 }
 

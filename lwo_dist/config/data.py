@@ -48,11 +48,11 @@ class DataConfig(Settings):
         " says were changed last",
     )
     near_duplicates: float | None = Field(
-        None,
+        0.85,
         gt=0,
         le=1,
-        description="similarity of token 5-grams, such as 0.85, from which a training file or pair"
-        " counts as a copy of a scored one and is left out; unset: only equal ones are",
+        description="similarity from which a training file or pair is left out as a copy of a"
+        " scored one: shared 5-grams of tokens over all of both; null: only equal ones are",
     )
     max_commits: int = Field(
         10_000, ge=1, description="newest commits to look for fixes in (tasks repair, defect)"

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lwo_dist.config import DataConfig
-from lwo_dist.extras import require
 
 __all__ = ["NEAR_DUPLICATE", "near_duplicates", "similarity"]
 
@@ -34,15 +33,12 @@ Grams = npt.NDArray[np.uint64]
 
 def near_duplicates(texts: Iterable[str], scored: Iterable[str], config: DataConfig) -> set[int]:
     """Indexes of the `texts` whose similarity to one of `scored` is at least
-    `config.near_duplicates`; none if that is unset, and then nothing is read.
-
-    Raises:
-        UserError: the extra `code` is not installed.
+    `config.near_duplicates`; none if that is None, and then nothing is read.
     """
     threshold = config.near_duplicates
     if threshold is None:
         return set()
-    require("code", what="data.near_duplicates", otherwise="unset it")
+    # Its import takes as long as those of all the rest here.
     from datasketch import MinHash, MinHashLSH
 
     def sketch(grams: Grams) -> MinHash:
@@ -50,9 +46,8 @@ def near_duplicates(texts: Iterable[str], scored: Iterable[str], config: DataCon
         hashed.update_batch((grams & np.uint64(0xFFFFFFFF)).tolist())
         return hashed
 
-    # A candidate missed is a copy learned; one too many costs an exact comparison.
-    weights = (0.1, 0.9)
-    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, weights=weights)
+    rows = _rows(threshold)
+    index = MinHashLSH(num_perm=_PERMUTATIONS, params=(_PERMUTATIONS // rows, rows))
     known: list[Grams] = []
     for text in scored:
         grams = _grams(text)
@@ -64,6 +59,15 @@ def near_duplicates(texts: Iterable[str], scored: Iterable[str], config: DataCon
         if len(grams := _grams(text))
         and any(_jaccard(grams, known[key]) >= threshold for key in index.query(sketch(grams)))
     }
+
+
+def _rows(threshold: float) -> int:
+    """Hashes in a band of the index: as many as find 99 of 100 pairs that are just as similar as
+    the threshold, and nearly all that are more. A pair missed is a copy learned; one too many costs
+    an exact comparison. (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4.)
+    """
+    found = {r: 1 - (1 - threshold**r) ** (_PERMUTATIONS // r) for r in range(1, 65)}
+    return max((rows for rows, share in found.items() if share >= 0.99), default=1)
 
 
 def similarity(one: str, other: str) -> float:

@@ -238,7 +238,10 @@ def divide(
     config: DataConfig, files: list[SourceFile], skipped: Sequence[Skipped]
 ) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...], list[Skipped]]:
     """The files to train on, those to score, and those left out for being too much like a scored
-    one (`data.near_duplicates`). Raises: UserError for too few files.
+    one (`data.near_duplicates`).
+
+    Raises:
+        UserError: too few files, or none to train on but copies.
     """
     sides = file_sides(config, files, skipped)
     by_name = attrgetter("name")
@@ -250,6 +253,12 @@ def divide(
     )
     dropped = [Skipped(sides.train[index].name, NEAR_DUPLICATE) for index in sorted(copies)]
     train = [file for index, file in enumerate(sides.train) if index not in copies]
+    if not train:
+        raise UserError(
+            f"data.source = {without_credentials(str(config.source))}: all {len(copies)} files to"
+            " train on are near-duplicates of scored ones; give a larger source, or set"
+            " data.near_duplicates = null"
+        )
     chosen = sides.scored(config)
     return tuple(sorted(train, key=by_name)), tuple(sorted(chosen, key=by_name)), dropped
 
