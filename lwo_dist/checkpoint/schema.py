@@ -50,6 +50,8 @@ _UP = "../../layers/"
 
 Text = Annotated[str, StringConstraints(max_length=4000)]
 Step = Annotated[int, Field(ge=0, le=10**15)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+StepName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -92,11 +94,15 @@ class _Data(_Strict):
     fingerprint: Text
 
 
+class _Cost(_Strict):
+    training_seconds: Seconds
+    tokens: Step
+
+
 class _Results(_Strict):
-    evaluations: dict[
-        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")], dict[Text, float]
-    ]
-    training_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    evaluations: dict[StepName, dict[Text, float]]
+    costs: dict[StepName, _Cost] = {}
+    training_seconds: Seconds
     blocked_seconds: float
     tokens: Step
     losses: list[float]

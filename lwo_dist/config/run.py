@@ -88,6 +88,15 @@ class Config(Settings):
         refuse_password("storage", self.storage, NO_PASSWORD)
         return self
 
+    @model_validator(mode="after")
+    def _check_patience(self) -> Self:
+        if self.train.patience and not self.eval.steps:
+            raise ValueError(
+                f"train.patience = {self.train.patience} needs evaluations during training; set"
+                " eval.steps, such as 50"
+            )
+        return self
+
     def with_steps(self, steps: int) -> Config:
         """This run with a known length: `train.epochs` turned into steps, and the schedule's
         `max_steps` filled in where it is unset.
