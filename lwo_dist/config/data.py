@@ -120,6 +120,10 @@ class DataConfig(Settings):
     def _check_data_set(self) -> Self:
         if self.prompt is not None and "{source}" not in self.prompt:
             raise ValueError("prompt has no {source}, where the text of an example goes; add it")
+        if self.format != "code" and self.split == "time":
+            raise ValueError(
+                f"split: time needs a git history, but format is {self.format}; set split: hash"
+            )
         if self.format == "code":
             for name in ("fields", "held_out_source", "validation_source"):
                 if getattr(self, name):

@@ -129,9 +129,10 @@ class Function:
     docstring: str
     """Its documentation without comment marks and common indentation; "" if it has none."""
     head: str
-    """Signature and documentation as written, in the language's own order."""
+    """Signature and documentation as written, in the language's own order, with the brace that
+    opens the body."""
     body: str
-    """What follows `head`: in braces, or for Python the indented statements."""
+    """What follows `head`, from the next line on."""
     code: str
     """The whole function without its documentation."""
     file: str
@@ -286,12 +287,12 @@ def _read(found: _Found, data: bytes, language: str, file: str) -> Function:
     if language == "python":
         signature, docstring, head, body, code = _read_python(found, start, end, data, cut)
     else:
-        opening = found.body.start_byte
-        signature = cut(start, opening).rstrip()
-        body, code = cut(opening, end).rstrip(), cut(start, end).rstrip()
+        brace = found.body.start_byte
+        signature, code = cut(start, brace).rstrip(), cut(start, end).rstrip()
         comments = _comments_above(before, start, data, _DOC[language])
         docstring = _clean("\n".join(_text(comment).rstrip() for comment in comments))
-        head = cut(comments[0].start_byte, opening).rstrip() if docstring else signature
+        begin = comments[0].start_byte if docstring else start
+        head, body = cut(begin, brace + 1), _after(cut(brace + 1, end).rstrip())
     row = first.start_point[0] + 1
     language = "typescript" if language == "tsx" else language
     return Function(language, found.name, signature, docstring, head, body, code, file, row)
@@ -319,7 +320,7 @@ def _read_python(
 
 
 def _after(text: str) -> str:
-    """What follows a colon or a docstring, without the line end or the space between."""
+    """What follows a colon, a brace or a docstring, without the line end or the space between."""
     return re.sub(r"\A(?:[ \t]*\n)+|\A[ \t]*;?[ \t]*", "", text, count=1)
 
 

@@ -89,13 +89,8 @@ def split_pairs(
     file are never on two sides; by that of the pair where all come from one file.
 
     Raises:
-        UserError: fewer than two usable pairs, or three with a `validation_fraction`; or
-            `data.split` is time.
+        UserError: fewer than two usable pairs, or three with a `validation_fraction`.
     """
-    if config.split == "time":
-        raise UserError(
-            "data.split = time needs a git history, which a data set has not; set data.split=hash"
-        )
     least = 3 if config.validation_fraction else 2
     if len(pairs) < least:
         shown = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
@@ -128,7 +123,7 @@ def settle_pairs(
     copies = near_duplicates(map(_text, train), map(_text, scored), config)
     kept = [pair for index, pair in enumerate(train) if index not in copies]
     counts = Counter(skipped)
-    counts["duplicate of a held-out example"] += len(sides.train) - len(train)
+    counts["also held out"] += len(sides.train) - len(train)
     counts[NEAR_DUPLICATE] += len(copies)
     counts = +counts
     chosen = sides.scored(config)

@@ -24,7 +24,7 @@ from .split import Side, Sides, side_of_hash, sides_by_time
 
 __all__ = ["read_defect", "read_generation", "read_repair", "read_summarisation"]
 
-_EMPTY_BODY = re.compile(r"(?:\{\s*\}|pass|\.\.\.|\s)*;?")
+_EMPTY_BODY = re.compile(r"(?:\}|;|pass|\.\.\.|\s)*")
 
 
 def read_generation(config: DataConfig, cache: Path) -> Pairs:

@@ -137,16 +137,15 @@ def test_equal_pairs_of_a_data_set_are_not_on_two_sides() -> None:
     found = split_pairs(DataConfig(held_out_fraction=0.3), "x", pairs, {"empty": 1})
     assert {p.source for p in found.held_out} & {p.source for p in found.train} == set()
     assert found.skipped["empty"] == 1
-    dropped = found.skipped["duplicate of a held-out example"]
+    dropped = found.skipped["also held out"]
     assert dropped == len([p for p in pairs if p.source == "same"]) - len(
         [p for p in found.held_out if p.source == "same"]
     )
 
 
 def test_a_data_set_has_no_dates() -> None:
-    pairs = [Pair(f"{n}", "text", "a.jsonl", n) for n in range(30)]
-    with pytest.raises(UserError, match=r"^data.split = time needs a git history, which"):
-        split_pairs(DataConfig(split="time"), "x", pairs, {})
+    with pytest.raises(ValueError, match=r"split: time needs a git history, but format is jsonl;"):
+        DataConfig(split="time", format="jsonl")
 
 
 def test_the_identity_follows_what_is_read(tree: Path, tmp_path: Path) -> None:
