@@ -34,20 +34,22 @@ def run(arguments: argparse.Namespace) -> None:
     from lwo_dist.cache import cache_folder
     from lwo_dist.data.source_tree import divide, find_files
     from lwo_dist.registry import TASKS
+    from lwo_dist.tasks.pairs import PairTask
 
     config = read_config(arguments)
     task = TASKS.get(config.task)
-    if config.data.format != "code":
+    if config.data.format != "code" or isinstance(task, PairTask):
         task.check(config)
         counts = task.read(config.data, cache_folder(config)).counts
         _show(counts["train_pairs"], counts["held_out_pairs"], "pairs", counts["skipped"])
         return
     _, files, skipped = find_files(config.data, cache_folder(config))
+    train, held_out, copies = divide(config.data, files, skipped)
+    skipped = sorted([*skipped, *copies], key=lambda skip: skip.name)
     if arguments.explain:
         for skip in skipped:
             detail = f" ({skip.detail})" if skip.detail else ""
             print(printable(f"{skip.name}: {skip.reason}{detail}"))
-    train, held_out = divide(config.data, files, skipped)
     _show(len(train), len(held_out), "files", Counter(skip.reason for skip in skipped))
 
 

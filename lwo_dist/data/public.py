@@ -71,6 +71,7 @@ def read_public(config: DataConfig) -> Pairs:
         if config.validation_source is not None:
             found = split_pairs(_one_side(config, config.held_out_fraction), source, train, skipped)
             train, test = list(found.train), list(found.held_out)
+            skipped = Counter(found.skipped)
         elif validation:
             test, validation = validation, []
         else:
@@ -78,11 +79,12 @@ def read_public(config: DataConfig) -> Pairs:
     if not validation and config.validation_fraction:
         found = split_pairs(_one_side(config, config.validation_fraction), source, train, skipped)
         train, validation = list(found.train), list(found.held_out)
+        skipped = Counter(found.skipped)
     scored = test if config.evaluate_on == "held_out" else validation
     kept_aside = {pair.sha256 for pair in (*test, *validation)}
     learned = [pair for pair in train if pair.sha256 not in kept_aside]
     if len(learned) < len(train):
-        skipped["also held out"] = len(train) - len(learned)
+        skipped["also held out"] += len(train) - len(learned)
     _check_sides(config, learned, scored, skipped)
     return Pairs(source, tuple(learned), tuple(scored), dict(sorted(skipped.items())))
 
