@@ -118,7 +118,7 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             )
         if config.model.name != "tiny-code" and not is_gguf(config.model.name):
             check_model(config.model, elsewhere=elsewhere)
-        say(f"reading {printable(source)}")
+        say(f"reading {printable(str(data.source))}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_tiny_code(default_cache_folder(run_folder.local.parent))
