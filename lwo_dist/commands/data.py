@@ -34,10 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     from lwo_dist.cache import cache_folder
     from lwo_dist.data.source_tree import divide, find_files
     from lwo_dist.registry import TASKS
+    from lwo_dist.tasks.pairs import PairTask
 
     config = read_config(arguments)
     task = TASKS.get(config.task)
-    if config.data.format != "code":
+    if config.data.format != "code" or isinstance(task, PairTask):
         task.check(config)
         counts = task.read(config.data, cache_folder(config)).counts
         _show(counts["train_pairs"], counts["held_out_pairs"], "pairs", counts["skipped"])

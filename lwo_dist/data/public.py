@@ -84,7 +84,7 @@ def read_public(config: DataConfig) -> Pairs:
     kept_aside = {pair.sha256 for pair in (*test, *validation)}
     learned = [pair for pair in train if pair.sha256 not in kept_aside]
     if len(learned) < len(train):
-        skipped["also held out"] = len(train) - len(learned)
+        skipped["also held out"] += len(train) - len(learned)
     _check_sides(config, learned, scored, skipped)
     return Pairs(source, tuple(learned), tuple(scored), dict(sorted(skipped.items())))
 
