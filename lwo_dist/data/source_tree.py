@@ -41,6 +41,7 @@ __all__ = [
     "read_source_tree",
     "read_text",
     "refused_name",
+    "text_of",
     "usable_text",
 ]
 
@@ -246,11 +247,7 @@ def divide(
     sides = file_sides(config, files, skipped)
     by_name = attrgetter("name")
     scored = [*sides.held_out, *sides.validation]
-    copies = near_duplicates(
-        (read_text(file.path) or "" for file in sides.train),
-        (read_text(file.path) or "" for file in scored),
-        config,
-    )
+    copies = near_duplicates(map(text_of, sides.train), map(text_of, scored), config)
     dropped = [Skipped(sides.train[index].name, NEAR_DUPLICATE) for index in sorted(copies)]
     train = [file for index, file in enumerate(sides.train) if index not in copies]
     if not train:
@@ -290,6 +287,22 @@ def read_text(path: Path) -> str | None:
         OSError: it cannot be read, is a symlink or is not a regular file. Never blocks.
     """
     return _text_of(_read_regular(path))
+
+
+def text_of(file: SourceFile) -> str:
+    """The text of a file that was found. Raises: UserError: it changed meanwhile, or is gone."""
+    try:
+        text = read_text(file.path)
+    except OSError as error:
+        raise UserError(
+            f"{file.path}: {error.strerror}; let no other program change the source meanwhile"
+        ) from None
+    if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
+        raise UserError(
+            f"{file.path} changed while it was read; let no other program change the source"
+            " meanwhile"
+        )
+    return text
 
 
 def _read_regular(path: Path) -> bytes:
