@@ -235,11 +235,13 @@ def test_merges_and_links_are_left_out(tmp_path: Path) -> None:
     made.commit("Fix a", a=function("a", 1))
     git(made.root, "switch", "-q", "main")
     made.commit("Fix b", b=function("b", 1))
-    git(made.root, "merge", "-q", "--no-ff", "-m", "Fix by merging", "side", date=50)
+    git(made.root, "merge", "-q", "--no-ff", "-m", "Merge side", "side", date=50)
     (made.root / "a.py").unlink()
-    (made.root / "a.py").symlink_to("b.py")
+    (made.root / "a.py").symlink_to("def a(x):\n    y = 2\n    return y\n")  # a link's content
     made.commit("Fix by a link")
-    assert sorted(fixes(made)[0]) == [("a", "y = x + 1"), ("b", "y = x + 1")]
+    found, skipped = fixes(made)
+    assert sorted(found) == [("a", "y = x + 1"), ("b", "y = x + 1")]
+    assert skipped == {"commit that is no fix": 1}
 
 
 def test_only_the_newest_commits_and_the_folder_are_read(tmp_path: Path) -> None:
