@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LONGEST", "Function", "code_tokens", "find_functions", "language_of", "summary_of"]
 
 LONGEST = 20_000
-"""Functions of more characters are skipped: no window of tokens holds them."""
+"""Functions of more bytes are skipped: no window of tokens holds them."""
 
 # Language -> the module of its grammar, and the name in it.
 _GRAMMARS = {
