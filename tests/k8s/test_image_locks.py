@@ -15,7 +15,7 @@ from lwo_dist.extras import EXTRAS as MODULES
 from .manifests import REPOSITORY
 
 # `server` is for MLflow's server, which our code does not import.
-EXTRAS = ("run", "ray", "mlflow", "deepspeed", "server")
+EXTRAS = ("run", "ray", "mlflow", "deepspeed", "lora", "code", "server")
 TORCH_LINKS = "--find-links https://download.pytorch.org/whl/cpu/torch/"
 # What torch brings for CUDA, which nobody but it asks for.
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
