@@ -41,7 +41,7 @@ __all__ = [
     "read_source_tree",
     "read_text",
     "refused_name",
-    "text_of",
+    "source_text",
     "usable_text",
 ]
 
@@ -247,7 +247,7 @@ def divide(
     sides = file_sides(config, files, skipped)
     by_name = attrgetter("name")
     scored = [*sides.held_out, *sides.validation]
-    copies = near_duplicates(map(text_of, sides.train), map(text_of, scored), config)
+    copies = near_duplicates(map(source_text, sides.train), map(source_text, scored), config)
     dropped = [Skipped(sides.train[index].name, NEAR_DUPLICATE) for index in sorted(copies)]
     train = [file for index, file in enumerate(sides.train) if index not in copies]
     if not train:
@@ -279,18 +279,12 @@ def file_sides(
     return sides_by_hash(files, sha256, config)
 
 
-def read_text(path: Path) -> str | None:
-    """The text of a file: UTF-8, lines ended by "\\n", the last line too, no byte order mark; None
-    if it is binary.
+def source_text(file: SourceFile) -> str:
+    """The text of a file of the tree.
 
     Raises:
-        OSError: it cannot be read, is a symlink or is not a regular file. Never blocks.
+        UserError: it is not what it was when the tree was read.
     """
-    return _text_of(_read_regular(path))
-
-
-def text_of(file: SourceFile) -> str:
-    """The text of a file that was found. Raises: UserError: it changed meanwhile, or is gone."""
     try:
         text = read_text(file.path)
     except OSError as error:
@@ -303,6 +297,16 @@ def text_of(file: SourceFile) -> str:
             " meanwhile"
         )
     return text
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file: UTF-8, lines ended by "\\n", the last line too, no byte order mark; None
+    if it is binary.
+
+    Raises:
+        OSError: it cannot be read, is a symlink or is not a regular file. Never blocks.
+    """
+    return _text_of(_read_regular(path))
 
 
 def _read_regular(path: Path) -> bytes:
