@@ -1,11 +1,10 @@
 """Functions before and after the fixes in a git history.
 
 A commit is a fix if its subject has a word for one (Ray et al., 2014, "A large scale study of
-programming languages and code quality in GitHub", section 2.3, after Mockus and Votta, 2000).
-Commits that change more than five source files are left out, as in Tufano et al. (2019, "An
-empirical study on learning bug-fixing patches in the wild", arXiv:1812.08693, section 2.1): their
-changes are rarely all part of the fix. So are merges, and functions that only moved, or changed in
-layout and comments.
+programming languages and code quality in GitHub", after Mockus and Votta, 2000). Commits that
+change more than five source files are left out, as in Tufano et al. (2019, "An empirical study on
+learning bug-fixing patches in the wild", arXiv:1812.08693): their changes are rarely all part of
+the fix. So are merges, and functions that only moved, or changed in layout and comments.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ __all__ = [
     "read_source_tree",
     "read_text",
     "refused_name",
+    "source_text",
     "usable_text",
 ]
 
@@ -246,11 +247,7 @@ def divide(
     sides = file_sides(config, files, skipped)
     by_name = attrgetter("name")
     scored = [*sides.held_out, *sides.validation]
-    copies = near_duplicates(
-        (read_text(file.path) or "" for file in sides.train),
-        (read_text(file.path) or "" for file in scored),
-        config,
-    )
+    copies = near_duplicates(map(source_text, sides.train), map(source_text, scored), config)
     dropped = [Skipped(sides.train[index].name, NEAR_DUPLICATE) for index in sorted(copies)]
     train = [file for index, file in enumerate(sides.train) if index not in copies]
     if not train:
@@ -280,6 +277,26 @@ def file_sides(
     if config.split == "time":
         return sides_by_time(files, attrgetter("changed"), sha256, config)
     return sides_by_hash(files, sha256, config)
+
+
+def source_text(file: SourceFile) -> str:
+    """The text of a file of the tree.
+
+    Raises:
+        UserError: it is not what it was when the tree was read.
+    """
+    try:
+        text = read_text(file.path)
+    except OSError as error:
+        raise UserError(
+            f"{file.path}: {error.strerror}; let no other program change the source meanwhile"
+        ) from None
+    if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
+        raise UserError(
+            f"{file.path} changed while it was read; let no other program change the source"
+            " meanwhile"
+        )
+    return text
 
 
 def read_text(path: Path) -> str | None:
