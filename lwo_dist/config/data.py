@@ -42,6 +42,17 @@ class DataConfig(Settings):
     evaluate_on: Literal["held_out", "validation"] = Field(
         "held_out", description="which files are scored; validation: to choose settings"
     )
+    retrieval: int = Field(
+        0,
+        ge=0,
+        description=(
+            "put up to so many similar passages of the training files (BM25) before each held-out"
+            " context, in at most half of its room; 0: none"
+        ),
+    )
+    retrieval_in_training: bool = Field(
+        False, description="put them before training sequences, too; never from the same file"
+    )
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
 
     @model_validator(mode="after")
@@ -54,5 +65,10 @@ class DataConfig(Settings):
         if self.evaluate_on == "validation" and not self.validation_fraction:
             raise ValueError(
                 "evaluate_on: validation needs a validation_fraction, such as 0.1; set it"
+            )
+        if self.retrieval_in_training and not self.retrieval:
+            raise ValueError(
+                "retrieval_in_training needs data.retrieval, the number of passages; set it, such"
+                " as 3"
             )
         return self

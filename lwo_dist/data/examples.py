@@ -24,11 +24,14 @@ __all__ = [
     "TokenizedText",
     "TrainExample",
     "context_start",
+    "continuations",
     "cut_windows",
     "end_of_text_id",
     "pad_id",
     "token_texts",
 ]
+
+_ANCHOR = "x"
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,21 @@ class LineTokenizer:
         self._line_ends = np.array([text.count("\n") for text in self.texts])
         self._is_last = np.array([text.endswith("\n") for text in self.texts])
 
-    def __call__(self, text: str) -> TokenizedText:
-        """Tokenise a text that ends in "\\n", as `read_text` gives it.
+    def __call__(self, text: str, anchor: str = "") -> TokenizedText:
+        """Tokenise a text.
+
+        Args:
+            anchor: tokenise `text` as what follows this, where that is possible.
 
         Raises:
             UserError: the tokens do not hold the line ends of the text.
         """
-        # verbose=False: a text may be longer than the model's context; it is cut later.
-        tokens: list[int] = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            split_special_tokens=True,
-            verbose=False,
-        )["input_ids"]
-        ids = np.array(tokens)
+        tokens = self.tokens(anchor + text)
+        if anchor:
+            before = self.tokens(anchor)
+            is_apart = tokens[: len(before)] == before
+            tokens = tokens[len(before) :] if is_apart else self.tokens(text)
+        ids = np.array(tokens, dtype=np.int64)
         breaks = np.repeat(np.arange(len(ids)), self._line_ends[ids])
         if len(breaks) != text.count("\n"):
             raise UserError(
@@ -115,13 +118,34 @@ class LineTokenizer:
         edges = sorted({0, *inner.tolist(), len(tokens)})
         return TokenizedText(tokens, breaks.tolist(), edges)
 
+    def tokens(self, text: str) -> list[int]:
+        # verbose=False: a text may be longer than the model's context; it is cut later.
+        tokens: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            split_special_tokens=True,
+            verbose=False,
+        )["input_ids"]
+        return tokens
+
 
 def token_texts(tokenizer: Any) -> list[str]:
-    """[vocabulary], what each token reads alone."""
-    texts: list[str] = tokenizer.batch_decode(
-        [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
+    """[vocabulary], what each token reads after other text."""
+    return continuations(tokenizer, [[i] for i in range(len(tokenizer))])
+
+
+def continuations(tokenizer: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """What each list of tokens reads after other text.
+
+    Alone it could read less: many tokenizers take a space from the start of a text.
+    """
+    before = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+    known = tokenizer.decode(before, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [[*before, *ids] for ids in tokens], clean_up_tokenization_spaces=False
     )
-    return texts
+    return [text[len(known) :] for text in texts]
 
 
 def cut_windows(tokens: Sequence[int], edges: Sequence[int], length: int) -> Iterator[TrainExample]:

@@ -53,7 +53,15 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     task.end_token_ids(tokenizer)  # refuse an unusable tokenizer before reading the source
     cache = cache_folder(config)
     source = task.read(config.data, cache)
-    settings = [config.train.sequence_length, config.eval.num_lines, config.eval.max_new_tokens]
+    settings: list[Any] = [
+        config.train.sequence_length,
+        config.eval.num_lines,
+        config.eval.max_new_tokens,
+    ]
+    data = config.data
+    settings += [[data.retrieval, data.retrieval_in_training]] if data.retrieval else []
+    own = config.completion.model_dump(exclude_defaults=True)
+    settings += [own] if own else []
     # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,
