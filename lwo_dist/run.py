@@ -47,7 +47,8 @@ from .strategies.checks import check_config
 from .tasks.base import Task
 from .tasks.prepare import prepare_dataset
 from .tracking.mlflow import DATABASE, MLflowCallback, create_run, end_run, tracking_uri
-from .training.describe import describe_run
+from .training.baseline import take_baseline
+from .training.describe import describe_run, device_name
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
 from .training.progress import Progress
@@ -56,7 +57,7 @@ from .training.saver import Saver
 from .training.system_metrics import SystemMetrics
 from .training.trainer import Trainer
 
-__all__ = ["ending_tracking", "prepare", "prepare_and_run", "run", "stopped_early"]
+__all__ = ["ending_tracking", "model_source", "prepare", "prepare_and_run", "run", "stopped_early"]
 
 
 def prepare(config: Config, *, elsewhere: bool = False) -> Config:
@@ -85,9 +86,12 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuse a password early
     run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
-    if not is_repository_url(source):
-        source = str(Path(source).expanduser().absolute())
-    data = config.data.model_copy(update={"source": source})
+    sources = {
+        name: path if is_repository_url(path) else str(Path(path).expanduser().absolute())
+        for name in ("source", "held_out_source", "validation_source")
+        if (path := getattr(config.data, name)) is not None
+    }
+    data = config.data.model_copy(update=sources)
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
     config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
     storage_is_new = not storage_path(storage).exists()
@@ -273,6 +277,8 @@ def _build(
     if checkpoint is not None:
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
+    elif config.eval.baseline is not None:
+        take_baseline(config, data, results)
     logs_system = config.tracking.enabled and config.tracking.system_metrics
     system = SystemMetrics(device, run_folder.local.parent, enabled=logs_system)
     info = describe_run(
@@ -375,16 +381,21 @@ def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.devi
     if checkpoint is not None and from_checkpoint:
         changed = {"name": str(checkpoint.folder), "revision": None}
         model_config = model_config.model_copy(update=changed)
-    source = PretrainedSource(
-        model_config,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        prepare=partial(_prepare_model, method, config),
-    )
+    source = model_source(config.model_copy(update={"model": model_config}), method)
     model = builder.build(source, method, config, device)
     lwo = attach(model, config.lwo, method, strategy=builder)
     if checkpoint is not None:
         restore(lwo, checkpoint, has_weights=from_checkpoint)
     return lwo
+
+
+def model_source(config: Config, method: Method) -> PretrainedSource:
+    """Where a strategy gets the model of a run from, with the method's changes."""
+    return PretrainedSource(
+        config.model,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        prepare=partial(_prepare_model, method, config),
+    )
 
 
 def _prepare_model(method: Method, config: Config, model: torch.nn.Module) -> None:
@@ -422,11 +433,15 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "world_size": distributed.world_size(),
         "steps": trainer.lwo.step_count,
         "ended_early": trainer.ended_early,
+        "base_model": config.model.name,
+        "fingerprint": trainer.data.fingerprint,
+        "device": device_name(trainer.device),
         **results,
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
         "checkpoint": f"{run_folder}/{step_folder(step)}",
         "export": f"{run_folder}/model",
+        "export_bytes": sum(path.stat().st_size for path in export.glob("*.safetensors")),
     }
     run_folder.push(
         path.relative_to(run_folder.local).as_posix() for path in sorted(export.iterdir())

@@ -162,6 +162,7 @@ def run_tags(
         "ray_job_id": os.environ.get("RAY_JOB_ID"),
         "ray_submission_id": job.get("job_submission_id"),
         # The rest are MLflow's own names: its pages show them in columns of their own.
+        "mlflow.parentRunId": config.tracking.parent_run_id,
         "mlflow.source.name": "lwo-dist train",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": job.get("git_commit") or git_commit(),

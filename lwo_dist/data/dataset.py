@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from lwo_dist.errors import UserError
 
-from .examples import EvalExample, TrainExample, pad_id
+from .examples import EvalExample, Note, TrainExample, pad_id
 
 __all__ = ["PreparedData", "load_dataset", "write_dataset"]
 
@@ -41,8 +42,12 @@ _HELD_OUT = Features(
         "name": Value("string"),
         "line": Value("int32"),
         "begins_with": Value("string"),
+        "target_bytes": Value("int32"),
+        "choices": ListOf(ListOf(Value("int32"))),
     }
 )
+
+_REMEDY = "raise train.sequence_length, or give another data.source"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class PreparedData:
     counts: Mapping[str, Any]
     """What the task has read (of a source tree: `train_files`, `held_out_files`, `skipped`, reason
     -> number), `windows`, `tokens` (context included), `label_tokens`, and with the task's word for
-    its examples `held_out_lines`, `held_out_lines_asked`."""
+    its examples `held_out_lines`, `held_out_lines_asked`; `notes`, reason -> number, if there are
+    any."""
     fingerprint: str
     """64 hex digits. A resumed run must find the same."""
     folder: Path
@@ -70,18 +76,31 @@ class PreparedData:
 
 def write_dataset(
     folder: Path,
-    train: Iterable[TrainExample],
+    train: Iterable[TrainExample | Note],
     held_out: Sequence[EvalExample],
     counts: Mapping[str, Any],
-) -> None:
-    """Write the examples into `folder`, and `counts` with those of the training examples added.
+    notes: Mapping[str, int],
+) -> dict[str, int]:
+    """Write the examples into `folder`, and `counts` with those of the training examples and of the
+    notes added; return the notes.
 
-    Training examples without a token to learn are left out. Raises: OSError.
+    Training examples without a token to learn are left out.
+
+    Args:
+        notes: reason -> number, on the held-out examples.
+
+    Raises:
+        UserError: no training examples are left.
+        OSError
     """
     learned = {"windows": 0, "tokens": 0, "label_tokens": 0}
+    noted = Counter(notes)
 
     def rows() -> Iterator[dict[str, Any]]:
         for example in train:
+            if isinstance(example, Note):
+                noted[example.reason] += 1
+                continue
             length = len(example.input_ids)
             labels = example.label_tokens
             if labels > 0:
@@ -92,7 +111,13 @@ def write_dataset(
 
     _write_arrow(folder / "held_out.arrow", _HELD_OUT, map(vars, held_out))
     _write_arrow(folder / "train.arrow", _TRAIN, rows())
-    (folder / "about.json").write_text(json.dumps({**counts, **learned}, indent=1))
+    if not learned["windows"]:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(noted.items()))
+        raise UserError(f"no example is left to train on ({reasons or 'none found'}); {_REMEDY}")
+    found = dict(sorted(noted.items()))
+    about = {**counts, **learned, **({"notes": found} if found else {})}
+    (folder / "about.json").write_text(json.dumps(about, indent=1))
+    return found
 
 
 def _write_arrow(path: Path, features: Features, rows: Iterable[dict[str, Any]]) -> None:

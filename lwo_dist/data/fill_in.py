@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lwo_dist.errors import UserError
 
@@ -40,6 +40,9 @@ class FillIn:
     end: int
     """After the middle."""
     anchor: str
+
+    extra: ClassVar[int] = 8
+    """What arranging a text so may add to its tokens: four, and some where a word is cut."""
 
     @classmethod
     def of(cls, tokenizer: Any, tokenize: LineTokenizer) -> FillIn:

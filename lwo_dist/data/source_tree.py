@@ -38,6 +38,7 @@ __all__ = [
     "find_files",
     "read_source_tree",
     "read_text",
+    "source_text",
 ]
 
 # Other people's code, or no code: judged below the source only, which may itself lie inside such a
@@ -225,6 +226,26 @@ def divide(
     train, held_out = split_by_hash(files, lambda file: file.sha256, config)
     by_name = attrgetter("name")
     return tuple(sorted(train, key=by_name)), tuple(sorted(held_out, key=by_name))
+
+
+def source_text(file: SourceFile) -> str:
+    """The text of a file of the tree.
+
+    Raises:
+        UserError: it is not what it was when the tree was read.
+    """
+    try:
+        text = read_text(file.path)
+    except OSError as error:
+        raise UserError(
+            f"{file.path}: {error.strerror}; let no other program change the source meanwhile"
+        ) from None
+    if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
+        raise UserError(
+            f"{file.path} changed while it was read; let no other program change the source"
+            " meanwhile"
+        )
+    return text
 
 
 def read_text(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from lwo_dist.memory import lora_numel
 from lwo_dist.registry import TASKS
 from lwo_dist.run_info import LORA_RANK, RunInfo
 
-__all__ = ["describe_run"]
+__all__ = ["describe_run", "device_name"]
 
 
 def describe_run(
@@ -50,7 +50,7 @@ def describe_run(
         ),
         parameters=sum(sizes.values()),
         lora_parameters=lora_numel(_matrices(lwo), LORA_RANK),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        device=device_name(device),
         hosts=tuple(hosts),
         data=dict(data.counts),
         fingerprint=data.fingerprint,
@@ -77,3 +77,8 @@ def _parameter_sizes(lwo: LWO) -> dict[str, int]:
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in lwo.module.named_parameters()
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The device for people: the GPU's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

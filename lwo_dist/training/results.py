@@ -65,8 +65,6 @@ class Results:
         self.costs[step] = {"training_seconds": self.training_seconds, "tokens": self.tokens}
         if not self._writes:
             return
-        path = self._path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = {name: column.round(6).tolist() for name, column in evaluation.columns.items()}
         samples = [redact_values(vars(sample)) for sample in evaluation.samples]
         if not self._with_samples:
@@ -76,9 +74,17 @@ class Results:
             "cost": self.costs[step],
             "lines": lines,
             "tokens": evaluation.tokens.tolist(),
+            "bytes": evaluation.bytes.tolist(),
             "samples": samples,
         }
-        write_whole(path, json.dumps(record).encode())
+        self._write(step, record)
+
+    def take_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        """Add an evaluation that another run has written."""
+        self.evaluations[step] = dict(record["scores"])
+        self.costs[step] = dict(record["cost"])
+        if self._writes:
+            self._write(step, record)
 
     @property
     def best_step(self) -> int:
@@ -161,6 +167,11 @@ class Results:
         self.blocked_seconds = state_dict["blocked_seconds"]
         self.losses = list(state_dict["losses"])
         self.peaks = dict(state_dict["peaks"])
+
+    def _write(self, step: int, record: Mapping[str, Any]) -> None:
+        path = self._path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record).encode())
 
     def _read(self, step: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(self._path(step).read_text())

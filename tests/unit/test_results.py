@@ -54,6 +54,7 @@ def evaluation(columns: Mapping[str, list[float]], **totals: float) -> Evaluatio
         scores={**means, **{f"eval/{name}": v for name, v in totals.items()}},
         columns={name: np.array(column) for name, column in columns.items()},
         tokens=np.ones(count, dtype=np.int64),
+        bytes=np.ones(count, dtype=np.int64),
         predictions=("x",) * count,
         samples=(Sample(0, "a.py", 3, "before", "x = 1", "x"),),
     )
