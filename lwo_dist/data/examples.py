@@ -32,6 +32,7 @@ __all__ = [
     "end_of_text_id",
     "pad_id",
     "scored_bytes",
+    "text_start",
     "token_texts",
 ]
 
@@ -49,6 +50,15 @@ class TrainExample:
     def label_tokens(self) -> int:
         """Positions that count in the loss: nothing predicts the first token of a sequence."""
         return len(self.input_ids) - max(self.target_start, 1)
+
+    @property
+    def learned(self) -> int:
+        """Tokens from `target_start` on."""
+        return len(self.input_ids) - self.target_start
+
+    def after(self, tokens: Sequence[int]) -> TrainExample:
+        """The same with `tokens` before it, which are not learned."""
+        return TrainExample([*tokens, *self.input_ids], len(tokens) + self.target_start)
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ class LineTokenizer:
     """Tokenises whole texts, as the model saw them in its pretraining.
 
     Line by line the tokens would differ: for many tokenizers a line end and the indentation that
-    follows are one token, and others put a space before each text. No special tokens are added,
-    and none are recognised in the text.
+    follows are one token, and others put a space before each text. No special tokens are added
+    (`text_start` gives the one that belongs there), and none are recognised in the text.
     """
 
     def __init__(self, tokenizer: Any):
@@ -172,8 +182,7 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._texts = token_texts(tokenizer)
         self._split = not chat
-        before = [] if chat else tokenizer("")["input_ids"][:1]
-        self._before = before if before == [tokenizer.bos_token_id] else []
+        self._before = [] if chat else text_start(tokenizer)
 
     def __call__(self, prompt: str, answer: str) -> PromptedText | None:
         """None if no token of the text ends within the prompt, or none holds what is left of it."""
@@ -232,6 +241,15 @@ def scored_bytes(tokenizer: Any, context: Sequence[int], target: Sequence[int]) 
     nearest = list(context[-8:])  # enough to complete a character
     known = text(nearest)
     return max(len(text([*nearest, *target]).rstrip("\ufffd").encode()) - len(known.encode()), 1)
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text, or nothing.
+
+    Models whose tokenizer does so know no text without it: Gemma's losses are useless then.
+    """
+    before: list[int] = tokenizer("")["input_ids"][:1]
+    return before if before == [tokenizer.bos_token_id] else []
 
 
 def token_texts(tokenizer: Any) -> list[str]:

@@ -18,6 +18,7 @@ from lwo_dist.data.examples import (
     context_start,
     continuations,
     scored_bytes,
+    text_start,
 )
 from lwo_dist.data.fill_in import FillIn
 from lwo_dist.data.source_tree import SourceFile, SourceTree, source_text
@@ -47,8 +48,9 @@ class Questions:
         self._tokenizer = tokenizer
         self._tokenize = LineTokenizer(tokenizer)
         self._settings = config.completion
+        self._start = text_start(tokenizer)
         self._longest = config.eval.max_new_tokens
-        self._room = config.train.sequence_length - self._longest
+        self._room = config.train.sequence_length - self._longest - len(self._start)
         self._retrieval = None
         if config.data.retrieval:
             self._retrieval = Passages(source, self._tokenize, config)
@@ -148,6 +150,7 @@ class Questions:
         place: _Place,
         known: str = "",
     ) -> EvalExample:
+        context = [*self._start, *context]
         target = target[: self._longest]
         size = scored_bytes(self._tokenizer, context, target)
         return EvalExample(context, target, text, name, place.line + 1, known, size)

@@ -33,6 +33,7 @@ from lwo_dist.data.examples import (
     continuations,
     cut_windows,
     end_of_text_id,
+    text_start,
     token_texts,
 )
 from lwo_dist.data.fill_in import FillIn, before_gap, ends_of_gap
@@ -105,10 +106,9 @@ class LineCompletion(Task):
         retrieval = None
         if config.data.retrieval_in_training:
             retrieval = Passages(source, tokenize, config)
-        length = config.train.sequence_length - (retrieval.room if retrieval else 0)
-        room = length
-        if rate:
-            length = max(length - FillIn.extra, 1)
+        start = text_start(tokenizer)
+        room = config.train.sequence_length - len(start) - (retrieval.room if retrieval else 0)
+        length = max(room - FillIn.extra, 1) if rate else room
         end_of_text = end_of_text_id(tokenizer)
         for file in source.train:
             text = source_text(file)
@@ -125,14 +125,12 @@ class LineCompletion(Task):
                     example = fill_in.rearranged(
                         window, continuations(tokenizer, [whole])[0], draw, room
                     )
+                before = start
                 if retrieval:
-                    before = "".join(lines[: bisect_left(found.breaks, done)])
-                    passages = retrieval(before, file.name)
-                    example = TrainExample(
-                        [*passages, *example.input_ids], len(passages) + example.target_start
-                    )
-                done += len(window.input_ids) - window.target_start
-                yield example
+                    known = "".join(lines[: bisect_left(found.breaks, done)])
+                    before = [*start, *retrieval(known, file.name)]
+                yield example.after(before)
+                done += window.learned
 
     def evaluation_examples(
         self, source: SourceTree | Pairs, tokenizer: Any, config: Config
@@ -193,8 +191,11 @@ class LineCompletion(Task):
         return text.removeprefix(example.begins_with).partition("\n")[0]
 
     def context_shown(self, tokenizer: Any, example: EvalExample) -> str:
-        """The last three lines before the answer, also where lines after it are given."""
-        before = before_gap(tokenizer, example.context)
+        """The last three lines before the answer, without special tokens before and after them."""
+        before = list(before_gap(tokenizer, example.context))
+        start = text_start(tokenizer)
+        if before[: len(start)] == start:
+            before = before[len(start) :]
         return super().context_shown(tokenizer, replace(example, context=before))
 
     def score(
