@@ -81,6 +81,7 @@ METHODS = Registry(
     {
         "lwo": "lwo_dist.methods.lwo:LayerWise",
         "full": "lwo_dist.methods.full:FullFineTuning",
+        "lora": "lwo_dist.methods.lora:LoRA",
     },
 )
 STRATEGIES = Registry(

@@ -20,9 +20,15 @@ from . import distributed, lease
 from .access import access_of, share, umask_of
 from .cache import cache_folder
 from .callback import Callback
-from .checkpoint.export import export_model
+from .checkpoint.export import export_adapter, export_model
 from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
-from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, restore
+from .checkpoint.resume import (
+    data_record,
+    find_checkpoint,
+    refuse_other_base,
+    refuse_other_run,
+    restore,
+)
 from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
@@ -35,7 +41,14 @@ from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
-from .models import PretrainedSource, check_model, licence_of, load_tokenizer
+from .models import (
+    PretrainedSource,
+    base_digest,
+    check_model,
+    check_prepared,
+    licence_of,
+    load_tokenizer,
+)
 from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
@@ -112,6 +125,10 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             config = _with_model(config, base)
         elif is_gguf(config.model.name):
             config = _with_model(config, dequantise(config.model, cache_folder(config)))
+        method: Method = METHODS.get(config.method)
+        if method.changes_model:
+            prepare_model = partial(_prepare_model, method, config)
+            check_prepared(config.model, prepare_model, elsewhere=elsewhere)
     make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
     record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
@@ -260,6 +277,12 @@ def _build(
     config = _with_length(config, data)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
+    method: Method = METHODS.get(config.method)
+    digest = None
+    if method.trains_adapters:
+        digest = distributed.on_rank_0(base_digest, config.model)
+        if checkpoint is not None:
+            refuse_other_base(config, digest, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
     results = Results(
         run_folder.local,
@@ -272,6 +295,7 @@ def _build(
         run_folder,
         partial(save_model_files, lwo.module, tokenizer),
         keep=config.checkpoint.keep,
+        adapters_only=method.trains_adapters,
         may_write=may_write,
     )
     if checkpoint is not None:
@@ -284,7 +308,7 @@ def _build(
     info = describe_run(
         config, lwo, data, run_dir=run_folder.local, device=device, hosts=system.hosts
     )
-    run_record = checkpoint_record(info)
+    run_record = {**checkpoint_record(info), "base_digest": digest}
     if distributed.rank() == 0:  # only rank 0 writes it
         run_record["licence"] = licence_of(config.model.name, config.model.revision)
     saver = Saver(
@@ -402,7 +426,7 @@ def _prepare_model(method: Method, config: Config, model: torch.nn.Module) -> No
     # What a method adds is then equal on all ranks.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        method.prepare(model, config.lwo)
+        method.prepare(model, config)
 
 
 def _with_model(config: Config, folder: Path) -> Config:
@@ -419,13 +443,15 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
     checkpoint = read_checkpoint(run_folder, step)
     method: Method = METHODS.get(config.method)
     results = trainer.results.summary()
-    export = export_model(
-        checkpoint,
-        run_folder.path("model"),
-        method=method,
-        comparison=results["eval"] if results["eval"]["best_step"] == step else {},
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    how: dict[str, Any] = {
+        "method": method,
+        "comparison": results["eval"] if results["eval"]["best_step"] == step else {},
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    base = config.model if method.trains_adapters else None
+    exports = [export_model(checkpoint, run_folder.path("model"), base=base, **how)]
+    if method.trains_adapters:
+        exports.append(export_adapter(checkpoint, run_folder.path("adapter"), **how))
     summary = {
         "run_name": config.run_name,
         "method": config.method,
@@ -441,10 +467,13 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "mlflow_run_id": record.get("mlflow_run_id"),
         "checkpoint": f"{run_folder}/{step_folder(step)}",
         "export": f"{run_folder}/model",
-        "export_bytes": sum(path.stat().st_size for path in export.glob("*.safetensors")),
+        # What has to be kept for each tuned model.
+        "serve_bytes": sum(path.stat().st_size for path in exports[-1].glob("*.safetensors")),
     }
     run_folder.push(
-        path.relative_to(run_folder.local).as_posix() for path in sorted(export.iterdir())
+        path.relative_to(run_folder.local).as_posix()
+        for export in exports
+        for path in sorted(export.iterdir())
     )
     write_whole(run_folder.local / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

@@ -26,6 +26,7 @@ from lwo_dist.cache import cache_folder
 from lwo_dist.checkpoint.format import CHECKPOINTS
 from lwo_dist.checkpoint.schema import LAYERS, read_json
 from lwo_dist.config import Config
+from lwo_dist.config.reading import make_config
 from lwo_dist.console import say
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.files import make_folder, write_whole
@@ -37,6 +38,7 @@ from lwo_dist.run_info import public_config
 from lwo_dist.stop import Stopped
 from lwo_dist.storage import RunFolder
 from lwo_dist.strategies.checks import check_config
+from lwo_dist.tasks.base import Task
 from lwo_dist.tracking.parent import ParentRun
 
 from .child import FailedRunError, Launcher, run_child
@@ -91,10 +93,7 @@ def compare(
         Stopped: the process was asked to stop; the same command goes on.
     """
     for config in design.configs():
-        check_config(config)
-        TASKS.get(config.task).check(config)
-    for task in design.tasks:
-        _check_source(design.equal_steps(task, design.methods[0], design.rates[0], 0).config)
+        _check(config)
     folder = RunFolder(storage, design.name)
     folder.check_writable()
     make_folder(folder.local)
@@ -125,7 +124,6 @@ class _Work:
         self._storage = first.config.storage
         record = {
             "name": design.name,
-            "config": public_config(first.config),
             "methods": {variant.label: dict(variant.settings) for variant in design.methods},
             "tasks": {variant.label: dict(variant.settings) for variant in design.tasks},
             "seeds": list(design.seeds),
@@ -133,6 +131,7 @@ class _Work:
             "sweep_steps": design.sweep_steps,
             "equal_time": design.equal_time,
             "reference": design.reference,
+            "config": public_config(make_config(dict(design.values))),
         }
         record = json.loads(json.dumps(record))
         before = _read(folder)
@@ -347,6 +346,9 @@ class _Work:
             }
             for purpose in ("equal_steps", "equal_time")
         }
+        if own["equal_time"]:
+            # The reference, and methods that are as fast: those runs have the right length already.
+            own["equal_time"] = {**own["equal_steps"], **own["equal_time"]}
         base = own["equal_steps"].get(reference, [])
         losses = [point["scores"][LOSS] for point in means(base)["curve"]] if base else []
         for purpose, by_method in own.items():
@@ -371,13 +373,16 @@ class _Work:
         return differences(*sides)
 
 
-def _check_source(config: Config) -> None:
-    """Refuse a model or a source that no run could read."""
+def _check(config: Config) -> None:
+    """Refuse settings, a model or a source that no run could use. Raises: UserError."""
     if config.data.source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
+    check_config(config)
+    task: Task = TASKS.get(config.task)
+    task.check(config)
     if config.model.name != "tiny-code" and not is_gguf(config.model.name):
         check_model(config.model)
-    TASKS.get(config.task).read(config.data, cache_folder(config))
+    task.read(config.data, cache_folder(config))
 
 
 def _metrics(found: Comparison) -> dict[str, float]:

@@ -147,12 +147,16 @@ class Design:
         """
         values = copy.deepcopy(dict(self.values))
         of_config = values.get("method", Config().method)
-        own = method.settings.get("method", of_config)
+        own = str(method.settings.get("method", of_config))
         if own != of_config:
             lwo = values.get("lwo", {})
             values["lwo"] = {key: lwo[key] for key in _OPTIMIZER if key in lwo}
-        if own != "lora":
-            values.pop("lora", None)
+        reads = METHODS.get(own).own_settings
+        for key in (key for other in METHODS.all() for key in other.own_settings):
+            group, _, name = key.partition(".")
+            if key not in reads and name in values.get(group, {}):
+                values[group] = {**values[group]}
+                del values[group][name]
         values = _merged(_merged(values, task.settings), method.settings)
         train = values.setdefault("train", {})
         if train.get("epochs") is not None:

@@ -63,7 +63,7 @@ def row_of(run_folder: RunFolder) -> Row:
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "optimizer_state_bytes": summary["optimizer_state_bytes"],
         "bytes_sent_per_step": summary["comm_bytes_per_step"],
-        "serve_bytes": summary.get("adapter_bytes", summary["export_bytes"]),
+        "serve_bytes": summary["serve_bytes"],
         "examples": int(summary["eval"]["before"][sheet.count_key]),
         "before": curve[0]["scores"],
         "scores": curve[-1]["scores"],

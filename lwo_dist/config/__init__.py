@@ -6,6 +6,7 @@ from .completion import CompletionConfig
 from .data import DataConfig
 from .evaluation import EvalConfig
 from .fsdp import FSDPConfig
+from .lora import LoRAConfig
 from .lwo import LWOConfig
 from .model import ModelConfig
 from .run import Config
@@ -21,6 +22,7 @@ __all__ = [
     "EvalConfig",
     "FSDPConfig",
     "LWOConfig",
+    "LoRAConfig",
     "ModelConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -18,6 +18,7 @@ from .data import NO_PASSWORD as NO_SOURCE_PASSWORD
 from .data import DataConfig
 from .evaluation import EvalConfig
 from .fsdp import FSDPConfig
+from .lora import LoRAConfig
 from .lwo import LWOConfig
 from .model import ModelConfig
 from .tracking import NO_PASSWORD as NO_TRACKING_PASSWORD
@@ -70,6 +71,7 @@ class Config(Settings):
     data: DataConfig = DataConfig()
     completion: CompletionConfig = CompletionConfig()
     lwo: LWOConfig = LWOConfig()
+    lora: LoRAConfig = LoRAConfig()
     fsdp: FSDPConfig = FSDPConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -14,7 +14,8 @@ from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.hook import LWO
 from lwo_dist.memory import lora_numel
-from lwo_dist.registry import TASKS
+from lwo_dist.methods import Method
+from lwo_dist.registry import METHODS, TASKS
 from lwo_dist.run_info import LORA_RANK, RunInfo
 
 __all__ = ["describe_run", "device_name"]
@@ -39,6 +40,7 @@ def describe_run(
         hosts: the distinct hosts of all ranks.
     """
     sizes = _parameter_sizes(lwo)
+    method: Method = METHODS.get(config.method)
     return RunInfo(
         config=config,
         run_dir=run_dir,
@@ -49,7 +51,7 @@ def describe_run(
             sum(sizes[name] for name in layer.parameter_names) for layer in lwo.layers
         ),
         parameters=sum(sizes.values()),
-        lora_parameters=lora_numel(_matrices(lwo), LORA_RANK),
+        lora_parameters=0 if method.trains_adapters else lora_numel(_matrices(lwo), LORA_RANK),
         device=device_name(device),
         hosts=tuple(hosts),
         data=dict(data.counts),

@@ -121,6 +121,13 @@ def test_the_schedule_of_layers_holds_for_the_configs_own_method_only():
     assert first.warmup_steps == second.warmup_steps == 5
 
 
+def test_settings_of_one_method_alone_reach_that_method_only():
+    plan = design({"lora": {"rank": 64}}, methods=read_variants("method", "lora,lwo,full"))
+    ranks = [config.lora.rank for config in plan.configs()]
+    assert ranks == [64, 16, 16]
+    assert plan.reference == "lora"
+
+
 def test_a_variant_is_a_name_or_a_file_of_settings(tmp_path):
     file = tmp_path / "long visits.yaml"
     file.write_text("lwo: {steps_per_layer: 50}\n")
