@@ -21,6 +21,7 @@ from lwo_dist.data.examples import (
     continuations,
     text_start,
 )
+from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.data.source_tree import SourceTree
 from lwo_dist.errors import UserError
 from lwo_dist.registry import TASKS
@@ -57,7 +58,7 @@ def with_tokens(kind: str, names: tuple[str, ...]) -> Any:
     return tokenizer
 
 
-def asked(source: SourceTree, tokenizer: Any, config: Config) -> list[EvalExample]:
+def asked(source: SourceTree | Pairs, tokenizer: Any, config: Config) -> list[EvalExample]:
     return [e for e in TASK.evaluation_examples(source, tokenizer, config) if hasattr(e, "target")]
 
 
@@ -237,6 +238,17 @@ def test_a_tokenizer_without_a_gap(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="completion.fim_rate needs a model with tokens") as e:
             list(make(source, tokenizer, config))
         assert "\n" not in str(e.value)
+
+
+def test_lines_that_a_data_set_gives_begin_as_texts_do(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of_kind("gemma")
+    pair = Pair("x = 1\ny = ", "x + 1", "a", 1)
+    source = Pairs("s", (pair, pair), (pair, pair), {})
+    config = make_config(tmp_path, tmp_path)
+    for example in TASK.training_examples(source, tokenizer, config):
+        assert [*example.input_ids[:1]] == text_start(tokenizer) and example.target_start == 1
+    for example in asked(source, tokenizer, config):
+        assert [*example.context[:1]] == text_start(tokenizer)
 
 
 def write_similar(root: Path) -> Path:
