@@ -34,7 +34,7 @@ class Passage:
 
 def passages_of(name: str, text: str) -> list[Passage]:
     """A text in windows of 20 lines, each of which begins 10 lines after the one before."""
-    lines = text.splitlines(keepends=True)
+    lines = _lines(text)
     starts = range(0, max(len(lines) - _STRIDE, 1), _STRIDE)
     found = (Passage(name, i + 1, "".join(lines[i : i + _LINES])) for i in starts)
     return [passage for passage in found if passage.text.strip()]
@@ -42,7 +42,7 @@ def passages_of(name: str, text: str) -> list[Passage]:
 
 def query_of(text: str) -> str:
     """The end of a context that is looked up."""
-    return "".join(text.splitlines(keepends=True)[-QUERY_LINES:])
+    return "".join(_lines(text)[-QUERY_LINES:])
 
 
 class Retriever:
@@ -73,6 +73,12 @@ class Retriever:
         scores = np.where(self._names == not_from, 0.0, scores)
         best = np.argsort(-scores, kind="stable")[:k]
         return [self._passages[i] for i in best if scores[i] > 0]
+
+
+def _lines(text: str) -> list[str]:
+    # Not splitlines(), which knows other line ends.
+    *lines, last = text.split("\n")
+    return [*(f"{line}\n" for line in lines), *([last] if last else [])]
 
 
 def _words(text: str) -> list[str]:

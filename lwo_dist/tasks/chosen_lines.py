@@ -68,17 +68,14 @@ class Questions:
             if self._settings.mid_line:
                 places = _within(text[start:end], start, f"{file.sha256}:{i}")
             for at in places:
-                example = self._example(file.name, text, found, _Place(i, start, at, end))
+                place = _Place(i, start, at, end)
+                if self._fill_in is not None:
+                    example = self._gap(self._fill_in, file.name, text, place, starts)
+                else:
+                    example = self._continuation(file.name, text, found, place)
                 if example is not None:
                     yield example
                     break
-
-    def _example(
-        self, name: str, text: str, found: TokenizedText, place: _Place
-    ) -> EvalExample | None:
-        if self._fill_in is not None:
-            return self._gap(self._fill_in, name, text, place)
-        return self._continuation(name, text, found, place)
 
     def _continuation(
         self, name: str, text: str, found: TokenizedText, place: _Place
@@ -128,15 +125,14 @@ class Questions:
             return 0, ""
         return token, known[len(read[skipped]) :]
 
-    def _gap(self, fill_in: FillIn, name: str, text: str, place: _Place) -> EvalExample:
-        lines = text.splitlines(keepends=True)
-        nearest = self._settings.context_lines or len(lines)
-        before = "".join(lines[max(place.line - nearest, 0) : place.line])
-        after = "".join(lines[place.line + 1 : place.line + 1 + nearest])
+    def _gap(
+        self, fill_in: FillIn, name: str, text: str, place: _Place, starts: Sequence[int]
+    ) -> EvalExample | None:
+        nearest = self._settings.context_lines or len(starts)
+        before = text[starts[max(place.line - nearest, 0)] : place.at]
+        after = text[place.end : starts[min(place.line + 1 + nearest, len(starts) - 1)]]
         passages = self._passages(text[: place.at])
-        context = fill_in.context(
-            before + text[place.start : place.at], "\n" + after, self._room - len(passages)
-        )
+        context = fill_in.context(before, after, self._room - len(passages))
         middle = text[place.at : place.end]
         target = fill_in.target(middle)
         return self._asked([*passages, *context], target, middle, name, place)

@@ -115,7 +115,7 @@ class LineCompletion(Task):
             found = tokenize(text)
             tokens = [*found.tokens, end_of_text]
             edges = [*found.edges[:-1], len(tokens)]
-            lines = text.splitlines(keepends=True) if retrieval else []
+            lines = text.split("\n") if retrieval else []
             draw = random.Random(file.sha256)
             done = 0
             for window in cut_windows(tokens, edges, length):
@@ -127,7 +127,9 @@ class LineCompletion(Task):
                     )
                 before = start
                 if retrieval:
-                    known = "".join(lines[: bisect_left(found.breaks, done)])
+                    known = "".join(
+                        f"{line}\n" for line in lines[: bisect_left(found.breaks, done)]
+                    )
                     before = [*start, *retrieval(known, file.name)]
                 yield example.after(before)
                 done += window.learned

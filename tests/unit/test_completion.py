@@ -202,6 +202,27 @@ def test_a_gap_in_a_long_file_gets_the_nearest_lines(tmp_path: Path) -> None:
     assert full > 5
 
 
+@pytest.mark.parametrize("setting", ["completion.fim_rate=0", "completion.context_lines=2"])
+def test_only_one_sign_ends_a_line(setting: str, tmp_path: Path) -> None:
+    """A page break, a line separator and others are within a line."""
+    for i in range(6):
+        lines = [f"x_{i} = {j}\f y\u2028 z\x0b w\n" for j in range(8)]
+        (tmp_path / f"{i}.py").write_text("".join(lines))
+    config = make_config(tmp_path, tmp_path / "s", setting, "train.sequence_length=600")
+    source = TASK.read(config.data, tmp_path)
+    tokenizer = with_tokens("gpt2", QWEN)
+    examples = asked(source, tokenizer, config)
+    assert len(examples) >= 7
+    for example in examples:
+        assert example.text.startswith("x_") and example.text.endswith(" w")
+        j = int(example.text.split()[2])
+        assert example.line == j + 1
+        known = tokenizer.decode(example.context, skip_special_tokens=True) + example.begins_with
+        numbers = [int(part.split()[0]) for part in known.split(" = ")[1:]]
+        around = [*range(max(j - 2, 0), j)] if "lines" in setting else [*range(j), *range(j + 1, 8)]
+        assert numbers == around
+
+
 def test_a_share_of_the_training_windows_is_rearranged(tmp_path: Path) -> None:
     tokenizer = with_tokens("gpt2", QWEN)
     prefix, suffix, middle = tokenizer.convert_tokens_to_ids(list(QWEN))

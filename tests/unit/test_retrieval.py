@@ -74,6 +74,12 @@ def test_passages_of_a_text(lines: int, starts: list[int]) -> None:
         assert passage.text == "".join(f"line {i}\n" for i in range(passage.line, last + 1))
 
 
+def test_only_one_sign_ends_a_line() -> None:
+    text = "a\f\u2028\x1c\x0b\n" * 11
+    assert [passage.line for passage in passages_of("a.py", text)] == [1]
+    assert query_of(text) == "a\f\u2028\x1c\x0b\n" * 10
+
+
 def test_the_query_is_the_end() -> None:
     text = "".join(f"{i}\n" for i in range(30)) + "unfinished"
     assert query_of(text) == "".join(f"{i}\n" for i in range(21, 30)) + "unfinished"
