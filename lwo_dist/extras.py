@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "accelerate",
         "bm25s",
         "datasets",
+        "datasketch",
         "matplotlib",
         "numpy",
         "obstore",
@@ -37,6 +38,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("deepspeed",),
     "lora": ("peft",),
     "gguf": ("gguf",),
+    "code": (
+        "tree_sitter",
+        "tree_sitter_c",
+        "tree_sitter_cpp",
+        "tree_sitter_go",
+        "tree_sitter_java",
+        "tree_sitter_javascript",
+        "tree_sitter_python",
+        "tree_sitter_rust",
+        "tree_sitter_typescript",
+    ),
 }
 
 

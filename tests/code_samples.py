@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -89,7 +90,7 @@ def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
             pre_tokenizers.Metaspace(prepend_scheme="always"),
             {},
             decoder=decoders.Metaspace(prepend_scheme="always"),
-            alphabet=[*map(chr, range(32, 127)), "\n", "\t"],
+            alphabet=[*map(chr, range(32, 127)), "\n", "\t", "\u00e9"],
         )
     if kind == "gemma":
         return _gemma()
@@ -120,19 +121,30 @@ def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
 
 
 def _gemma() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizers.Replace(" ", "\u2581")
+    # Line ends are never in one token with anything else.
     pieces = Regex("\n+|\u2581?[^\n\u2581]+|\u2581+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
+    learned.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<unk>", END_OF_TEXT, *(f"<0x{i:02X}>" for i in range(256))],
+        vocab_size=400,
         initial_alphabet=[*map(chr, range(33, 127)), "\n", "\t"],
         show_progress=False,
     )
     texts = [code(i).replace("\n)", "\n\n)") for i in range(20)]
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.pre_tokenizer = None
+    learned.train_from_iterator(texts, trainer)
+    model = json.loads(learned.to_str())["model"]
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {word: i for i, word in enumerate(words)},
+            [tuple(pair) for pair in model["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = learned.normalizer
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
