@@ -53,7 +53,7 @@ def targets(pairs: Sequence[Pair]) -> list[str]:
 EXAMPLES: dict[str, tuple[dict[str, Any], Pair]] = {
     "jsonl": (
         {"source": "1 + 1", "target": "2", "language": "Python"},
-        Pair("1 + 1", "2", "data.jsonl", 1, "python"),
+        Pair("1 + 1", "2", "test.jsonl", 1, "python"),
     ),
     "concode": (
         {
@@ -64,7 +64,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Pair]] = {
         Pair(
             "/*\nint n\nMap m\nvoid f\nadds one .\n*/",
             "int function ( ) { return n + 1 ; }",
-            "data.jsonl",
+            "test.jsonl",
             1,
             "java",
         ),
@@ -83,14 +83,14 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Pair]] = {
     ),
     "devign": (
         {"project": "qemu", "func": "int f() { return 1; }\n", "target": 1, "idx": 5},
-        Pair("int f() { return 1; }", "yes", "data.jsonl", 1, "c"),
+        Pair("int f() { return 1; }", "yes", "test.jsonl", 1, "c"),
     ),
     "codexglue-completion": (
         {
             "input": "<s> import os <EOL> x = <STR_LIT:a> + <NUM_LIT> <EOL> y = <STR_LIT> <EOL>",
             "gt": "z = <NUM_LIT:7>",
         },
-        Pair('import os\nx = a + 0\ny = ""\n', "z = 7", "data.jsonl", 1),
+        Pair('import os\nx = a + 0\ny = ""\n', "z = 7", "test.jsonl", 1),
     ),
     "repobench": (
         {
@@ -122,23 +122,41 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Pair]] = {
 }
 
 
+CHANGED = {
+    "jsonl": "target",
+    "concode": "code",
+    "code-to-text": "docstring_tokens",
+    "devign": "func",
+    "codexglue-completion": "gt",
+    "repobench": "next_line",
+    "crosscodeeval": "groundtruth",
+}
+
+
+def held_out(folder: Path, file_format: str, records: Sequence[Any]) -> Pairs:
+    """Read as the test files of a benchmark, which trains on something else."""
+    write_lines(folder / "train.jsonl", [{**records[-1], CHANGED[file_format]: "other"}])
+    write_lines(folder / "test.jsonl", records)
+    return read(folder, file_format)
+
+
 @pytest.mark.parametrize("file_format", EXAMPLES)
 def test_a_record_of_each_format(file_format: str, tmp_path: Path) -> None:
     record, expected = EXAMPLES[file_format]
-    found = read(write_lines(tmp_path / "data.jsonl", [record, record]), file_format)
-    lines = sorted([*found.train, *found.held_out], key=lambda pair: pair.line)
-    assert lines == [expected, replace(expected, line=2)]
+    found = held_out(tmp_path, file_format, [record, record])
+    assert found.held_out == (expected, replace(expected, line=2))
 
 
-def test_retrieved_snippets_may_be_missing_and_code_does_not_hold_its_docstring(
-    tmp_path: Path,
-) -> None:
+def test_retrieved_snippets_may_be_missing(tmp_path: Path) -> None:
     record = {"prompt": "b = a.", "groundtruth": "c()"}
-    found = read(write_lines(tmp_path / "a.jsonl", [record] * 2), "crosscodeeval")
-    assert found.train[0].source == "b = a."
+    assert held_out(tmp_path, "crosscodeeval", [record] * 2).held_out[0].source == "b = a."
+
+
+def test_code_does_not_hold_its_docstring(tmp_path: Path) -> None:
+    """The answer would be in the question."""
     record = {"code": "def f():\n  'Gives one.'\n  return 1", "docstring": "Gives one."}
-    found = read(write_lines(tmp_path / "b.jsonl", [record] * 2), "code-to-text")
-    assert found.train[0].source == "def f():\n  ''\n  return 1"
+    found = held_out(tmp_path, "code-to-text", [record] * 2)
+    assert found.held_out[0].source == "def f():\n  ''\n  return 1"
 
 
 def test_fields_have_the_names_that_the_user_gives(tmp_path: Path) -> None:
@@ -154,12 +172,14 @@ def test_chats_end_with_the_target(tmp_path: Path) -> None:
         {"role": "user", "content": "1 + 1"},
         {"role": "assistant", "content": "2"},
     ]
-    pair = read(write_lines(tmp_path / "a.jsonl", [{"messages": messages}] * 2), "jsonl").train[0]
-    assert pair.messages == (("system", "Be brief."), ("user", "1 + 1"))
-    assert (pair.source, pair.target) == ("Be brief.\n\n1 + 1", "2")
     broken = [{"messages": messages[:2]}, {"messages": "1"}, {"messages": [{"role": "user"}]}]
-    file = write_lines(tmp_path / "b.jsonl", [*broken, *[{"messages": messages}] * 2])
-    assert read(file, "jsonl").skipped == {"not text": 3}
+    other = [messages[1], {"role": "assistant", "content": "two"}]
+    write_lines(tmp_path / "train.jsonl", [*broken, {"messages": other}])
+    write_lines(tmp_path / "test.jsonl", [{"messages": messages}] * 2)
+    found = read(tmp_path, "jsonl")
+    assert found.held_out[0].messages == (("system", "Be brief."), ("user", "1 + 1"))
+    assert (found.held_out[0].source, found.held_out[0].target) == ("Be brief.\n\n1 + 1", "2")
+    assert found.skipped == {"not text": 3}
 
 
 def test_parallel_files_in_both_directions(tmp_path: Path) -> None:
@@ -409,6 +429,7 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "model.name=model",
         "strategy=replicate",
         "train.steps=1",
+        "tracking.enabled=false",
     )
     made = prepare(config).data
     sources = (made.source, made.held_out_source, made.validation_source)
