@@ -400,15 +400,15 @@ def _codexglue_completion(fields: _Fields) -> Pair:
     return Pair(source, target, "", 0)
 
 
-_LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT(?::(.*?))?>", re.DOTALL)
+_LITERAL = re.compile(r"<(STR|NUM|CHAR)_LIT(?::(.*?))?>", re.DOTALL)
 
 
 def _without_marks(text: str) -> str:
-    """Text with line breaks for CodeXGLUE's marks, and the literals that it keeps."""
-    text = text.replace("<s>", "").replace("</s>", "")
-    text = re.sub(r" ?<EOL> ?", "\n", text).lstrip()
-    empty = {"<STR_LIT>": '""', "<NUM_LIT>": "0", "<CHAR_LIT>": "''"}
-    return _LITERAL.sub(lambda found: found[1] or empty.get(found[0], ""), text)
+    """Text with line breaks for CodeXGLUE's marks, and the literals that it keeps, as in its
+    evaluator; quotes are outside of the marks.
+    """
+    text = re.sub(r" ?<EOL> ?", "\n", text.replace("<s>", "").replace("</s>", "")).lstrip()
+    return _LITERAL.sub(lambda found: found[2] or ("0" if found[1] == "NUM" else ""), text)
 
 
 def _repobench(fields: _Fields) -> Pair:

@@ -17,7 +17,7 @@ from lwo_dist.cache import build_once, cache_folder
 from lwo_dist.config import Config
 from lwo_dist.console import say
 from lwo_dist.data.dataset import PreparedData, load_dataset, write_dataset
-from lwo_dist.data.examples import EvalExample, Note, end_of_text_id
+from lwo_dist.data.examples import EvalExample, Note, end_of_text_id, text_start
 
 from .base import Task
 
@@ -63,6 +63,11 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     ]
     if config.data.prompt is not None or config.data.chat:
         settings += [config.data.prompt, config.data.chat and tokenizer.chat_template]
+    data = config.data
+    settings += [[data.retrieval, data.retrieval_in_training]] if data.retrieval else []
+    own = config.completion.model_dump(exclude_defaults=True)
+    settings += [own] if own else []
+    settings += text_start(tokenizer)
     # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,

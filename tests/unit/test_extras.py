@@ -93,7 +93,7 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
         assert line.startswith(f"lwo-dist: lwo-dist {name} needs packages that are not installed (")
         assert line.endswith(f": pip install 'lwo-dist[{extras[name]}]'")
     assert (
-        "accelerate, datasets, datasketch, matplotlib" in err[0]
+        "accelerate, bm25s, datasets, datasketch, matplotlib" in err[0]
         and "yaml, ray, aiohttp_cors" in err[0]
     )
 

@@ -87,10 +87,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Pair]] = {
     ),
     "codexglue-completion": (
         {
-            "input": "<s> import os <EOL> x = <STR_LIT:a> + <NUM_LIT> <EOL> y = <STR_LIT> <EOL>",
+            "input": "<s> import b <EOL> x = '<STR_LIT:a>' + <NUM_LIT> <EOL> y = '<STR_LIT>' <EOL>",
             "gt": "z = <NUM_LIT:7>",
         },
-        Pair('import os\nx = a + 0\ny = ""\n', "z = 7", "test.jsonl", 1),
+        Pair("import b\nx = 'a' + 0\ny = ''\n", "z = 7", "test.jsonl", 1),
     ),
     "repobench": (
         {
