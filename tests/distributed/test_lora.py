@@ -79,7 +79,8 @@ def attach(strategy: str, dtype: torch.dtype, *, checkpointing: bool = False) ->
     model = prepared(dtype)
     if checkpointing:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     config = zero.lwo_config(RECIPE)
     if strategy == "fsdp":
         shard_model(model, precision="fp32", device_type="cpu")
