@@ -50,6 +50,7 @@ from .tracking.mlflow import DATABASE, MLflowCallback, create_run, end_run, trac
 from .training.describe import describe_run
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
+from .training.packing import check_packing
 from .training.progress import Progress
 from .training.results import Results
 from .training.saver import Saver
@@ -257,6 +258,8 @@ def _build(
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
+    if config.train.packing:
+        check_packing(lwo, device, precision=config.train.precision)
     results = Results(
         run_folder.local,
         task,

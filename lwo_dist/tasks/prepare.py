@@ -53,7 +53,10 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     task.end_token_ids(tokenizer)  # refuse an unusable tokenizer before reading the source
     cache = cache_folder(config)
     source = task.read(config.data, cache)
-    settings = [config.train.sequence_length, config.eval.num_lines, config.eval.max_new_tokens]
+    length = config.train.sequence_length
+    settings: list[Any] = [length, config.eval.num_lines, config.eval.max_new_tokens]
+    if config.train.packing:
+        settings.append("packing")
     # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,
@@ -73,7 +76,13 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
             f"held_out_{many}": len(held_out),
             f"held_out_{many}_asked": config.eval.num_lines,
         }
-        write_dataset(folder, task.training_examples(source, tokenizer, config), held_out, counts)
+        write_dataset(
+            folder,
+            task.training_examples(source, tokenizer, config),
+            held_out,
+            counts,
+            packed_length=length if config.train.packing else None,
+        )
 
     return fingerprint, build_once(cache / "datasets" / f"{task.name}-{fingerprint[:16]}", write)
 

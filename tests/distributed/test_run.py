@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import lwo_dist
 from lwo_dist import distributed
@@ -142,6 +142,29 @@ def test_epochs_are_the_steps_that_the_data_makes_of_them(
     assert run_ranks(run_and_record, 2, same)[0][1] == losses
     # With 32-bit arithmetic, which is what a CPU has.
     assert config.train.precision == "auto" and state["run"]["train"]["precision"] == "fp32"
+
+
+def test_a_packed_run_says_how_much_is_padding(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    packed = ("strategy=fsdp", "train.packing=true", "train.steps=3", "train.sequence_length=240")
+    config = prepare(make_config(inputs, tmp_path, *packed))
+    (summary, _), _ = run_ranks(run_and_record, 2, config)
+    data = read_state(tmp_path / "r")["run"]["data"]
+    assert summary["loss_last"] < summary["loss_first"]
+    assert data["packed_rows"] < data["windows"]
+    assert data["padding_tokens"] < data["padding_tokens_unpacked"]
+
+
+def test_packing_of_a_model_that_would_mix_examples(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inputs[0])
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    bloom = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=2, n_head=2)
+    BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
+    config = make_config((tmp_path / "bloom", inputs[1]), tmp_path / "runs", "train.packing=true")
+    with pytest.raises(RanksError, match="BloomForCausalLM does not keep the examples"):
+        run_ranks(run_and_record, 1, prepare(config))
+    assert not list((tmp_path / "runs" / "r").glob("checkpoints/*"))
 
 
 def read_state(run_dir: Path) -> dict:
