@@ -35,7 +35,15 @@ from .files import make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
-from .models import PretrainedSource, check_model, licence_of, load_tokenizer
+from .models import (
+    PretrainedSource,
+    check_model,
+    code_files,
+    licence_of,
+    load_tokenizer,
+    refuse_long_sequences,
+    refuse_tokens,
+)
 from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
 from .registry import METHODS, STRATEGIES, TASKS
@@ -101,7 +109,7 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
                 "choose another run_name, or resume: auto"
             )
         if config.model.name != "tiny-code" and not is_gguf(config.model.name):
-            check_model(config.model, elsewhere=elsewhere)
+            check_model(config.model, config.train.sequence_length, elsewhere=elsewhere)
         say(f"reading {printable(source)}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
@@ -258,6 +266,8 @@ def _build(
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
+    refuse_tokens(config.model.name, lwo.module, data.highest_token)
+    refuse_long_sequences(config.model.name, lwo.module, config.train.sequence_length)
     if config.train.packing:
         check_packing(lwo, device, precision=config.train.precision)
     results = Results(
@@ -269,7 +279,7 @@ def _build(
     )
     store = LayerStore(
         run_folder,
-        partial(save_model_files, lwo.module, tokenizer),
+        partial(save_model_files, lwo.module, tokenizer, code=code_files(config.model)),
         keep=config.checkpoint.keep,
         may_write=may_write,
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
@@ -73,6 +74,13 @@ class PreparedData:
     sequence_length: int
     packs: Dataset | None = None
     """Column `examples`: the rows of `train` that make up each sequence; None: one each."""
+
+    @property
+    def highest_token(self) -> int:
+        """The largest token id in any example."""
+        train = pc.max(pc.list_flatten(self.train.data.column("input_ids"))).as_py()
+        held_out = (max((*e.context, *e.target)) for e in self.held_out)
+        return max(train or 0, *held_out, 0)
 
 
 def write_dataset(

@@ -1,6 +1,15 @@
 """Builds a tokenizer and a model from a folder or a Hugging Face id."""
 
 from .hub import licence_of
-from .source import PretrainedSource, check_model, load_tokenizer
+from .limits import refuse_long_sequences, refuse_tokens
+from .source import PretrainedSource, check_model, code_files, load_tokenizer
 
-__all__ = ["PretrainedSource", "check_model", "licence_of", "load_tokenizer"]
+__all__ = [
+    "PretrainedSource",
+    "check_model",
+    "code_files",
+    "licence_of",
+    "load_tokenizer",
+    "refuse_long_sequences",
+    "refuse_tokens",
+]
