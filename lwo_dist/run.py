@@ -31,7 +31,7 @@ from .console import say
 from .data import PreparedData, steps_of_epochs
 from .errors import DamagedError, UserError, first_line, printable
 from .examples.tiny_code import default_cache_folder, ensure_tiny_code
-from .files import make_folder, write_whole
+from .files import absolute, absolute_uri, make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
@@ -94,11 +94,10 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuse a password early
     run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
-    if not is_repository_url(source):
-        source = str(Path(source).expanduser().absolute())
-    data = config.data.model_copy(update={"source": source})
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
-    config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
+    config = _with_absolute_paths(config).model_copy(
+        update={"storage": storage, "run_name": run_name}
+    )
     storage_is_new = not storage_path(storage).exists()
     with _nothing_left_behind(storage_path(storage)):
         run_folder = RunFolder(storage, run_name)
@@ -320,6 +319,26 @@ def _build(
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with paths that a worker opens made absolute: Ray Train moves each to a folder of
+    its own."""
+    data = {
+        name: absolute(value)
+        for name, value in config.data
+        if (name == "cache" or name.endswith("source"))
+        and isinstance(value, str)
+        and not is_repository_url(value)
+    }
+    update: dict[str, Any] = {"data": config.data.model_copy(update=data)}
+    if Path(config.model.name).expanduser().exists():  # else it is an id
+        name = absolute(config.model.name)
+        update["model"] = config.model.model_copy(update={"name": name})
+    if config.tracking.uri:
+        uri = absolute_uri(config.tracking.uri)
+        update["tracking"] = config.tracking.model_copy(update={"uri": uri})
+    return config.model_copy(update=update)
 
 
 def _with_precision(config: Config, device: torch.device) -> Config:
