@@ -241,7 +241,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     """
     if not target.exists() or (target.is_dir() and not entries_of(target)):
         return
-    if not (target / "config.json").is_file():
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"--to = {target} exists and is not a model; give a new folder")
     if not overwrite:
         raise UserError(

@@ -94,7 +94,8 @@ def attach(
             (`deepspeed`).
         config: the optimizer, the layer schedule and the learning-rate schedule.
         method: "lwo" trains one layer at a time; "full" trains all parameters through the same
-            hook. Or an instance of your own `Method`.
+            hook, "lora" the adapters that peft has added to the model. Or an instance of your own
+            `Method`.
         layers: the layers to train, instead of those the method finds, in the order of the
             forward pass. Parameters in none of them stay unchanged.
         strategy: how layers are distributed across ranks; None: chosen by how the model is

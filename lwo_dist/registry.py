@@ -81,6 +81,7 @@ METHODS = Registry(
     {
         "lwo": "lwo_dist.methods.lwo:LayerWise",
         "full": "lwo_dist.methods.full:FullFineTuning",
+        "lora": "lwo_dist.methods.lora:LoRA",
     },
 )
 STRATEGIES = Registry(
@@ -91,4 +92,14 @@ STRATEGIES = Registry(
         "deepspeed": "lwo_dist.strategies.deepspeed.builder:DeepSpeedBuilder",
     },
 )
-TASKS = Registry("task", {"completion": "lwo_dist.tasks.completion:LineCompletion"})
+TASKS = Registry(
+    "task",
+    {
+        "completion": "lwo_dist.tasks.completion:LineCompletion",
+        "generation": "lwo_dist.tasks.pairs:Generation",
+        "summarisation": "lwo_dist.tasks.pairs:Summarisation",
+        "translation": "lwo_dist.tasks.pairs:Translation",
+        "repair": "lwo_dist.tasks.pairs:Repair",
+        "defect": "lwo_dist.tasks.pairs:DefectDetection",
+    },
+)

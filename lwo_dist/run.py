@@ -20,9 +20,15 @@ from . import distributed, lease
 from .access import access_of, share, umask_of
 from .cache import cache_folder
 from .callback import Callback
-from .checkpoint.export import export_model
+from .checkpoint.export import export_adapter, export_model
 from .checkpoint.format import Checkpoint, committed_steps, read_checkpoint, step_folder
-from .checkpoint.resume import data_record, find_checkpoint, refuse_other_run, restore
+from .checkpoint.resume import (
+    data_record,
+    find_checkpoint,
+    refuse_other_base,
+    refuse_other_run,
+    restore,
+)
 from .checkpoint.schema import RECORD, check_run_record, read_json
 from .checkpoint.store import LayerStore
 from .config import Config
@@ -37,7 +43,9 @@ from .hook import LWO, attach
 from .methods import Method
 from .models import (
     PretrainedSource,
+    base_digest,
     check_model,
+    check_prepared,
     code_files,
     licence_of,
     load_tokenizer,
@@ -55,7 +63,8 @@ from .strategies.checks import check_config
 from .tasks.base import Task
 from .tasks.prepare import prepare_dataset
 from .tracking.mlflow import DATABASE, MLflowCallback, create_run, end_run, tracking_uri
-from .training.describe import describe_run
+from .training.baseline import take_baseline
+from .training.describe import describe_run, device_name
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
 from .training.packing import check_packing
@@ -65,7 +74,7 @@ from .training.saver import Saver
 from .training.system_metrics import SystemMetrics
 from .training.trainer import Trainer
 
-__all__ = ["ending_tracking", "prepare", "prepare_and_run", "run", "stopped_early"]
+__all__ = ["ending_tracking", "model_source", "prepare", "prepare_and_run", "run", "stopped_early"]
 
 
 def prepare(config: Config, *, elsewhere: bool = False) -> Config:
@@ -116,6 +125,10 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             config = _with_model(config, base)
         elif is_gguf(config.model.name):
             config = _with_model(config, dequantise(config.model, cache_folder(config)))
+        method: Method = METHODS.get(config.method)
+        if method.changes_model:
+            prepare_model = partial(_prepare_model, method, config)
+            check_prepared(config.model, prepare_model, elsewhere=elsewhere)
     make_folder(run_folder.local)
     claim = lease.take(run_folder, force=config.checkpoint.take_over)
     record = _read_record(run_folder) or {"run_name": run_name, "attempts": 0}
@@ -264,6 +277,12 @@ def _build(
     config = _with_length(config, data)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
+    method: Method = METHODS.get(config.method)
+    digest = None
+    if method.trains_adapters:
+        digest = distributed.on_rank_0(base_digest, config.model)
+        if checkpoint is not None:
+            refuse_other_base(config, digest, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
     refuse_tokens(config.model.name, lwo.module, data.highest_token)
     refuse_long_sequences(config.model.name, lwo.module, config.train.sequence_length)
@@ -280,17 +299,20 @@ def _build(
         run_folder,
         partial(save_model_files, lwo.module, tokenizer, code=code_files(config.model)),
         keep=config.checkpoint.keep,
+        adapters_only=method.trains_adapters,
         may_write=may_write,
     )
     if checkpoint is not None:
         store.remember(checkpoint, lwo)
         results.load_state_dict(checkpoint.state["results"])
+    elif config.eval.baseline is not None:
+        take_baseline(config, data, results)
     logs_system = config.tracking.enabled and config.tracking.system_metrics
     system = SystemMetrics(device, run_folder.local.parent, enabled=logs_system)
     info = describe_run(
         config, lwo, data, run_dir=run_folder.local, device=device, hosts=system.hosts
     )
-    run_record = checkpoint_record(info)
+    run_record = {**checkpoint_record(info), "base_digest": digest}
     if distributed.rank() == 0:  # only rank 0 writes it
         run_record["licence"] = licence_of(config.model.name, config.model.revision)
     saver = Saver(
@@ -407,11 +429,7 @@ def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.devi
     if checkpoint is not None and from_checkpoint:
         changed = {"name": str(checkpoint.folder), "revision": None}
         model_config = model_config.model_copy(update=changed)
-    source = PretrainedSource(
-        model_config,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        prepare=partial(_prepare_model, method, config),
-    )
+    source = model_source(config.model_copy(update={"model": model_config}), method)
     model = builder.build(source, method, config, device)
     lwo = attach(model, config.lwo, method, strategy=builder)
     if checkpoint is not None:
@@ -419,11 +437,20 @@ def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.devi
     return lwo
 
 
+def model_source(config: Config, method: Method) -> PretrainedSource:
+    """Where a strategy gets the model of a run from, with the method's changes."""
+    return PretrainedSource(
+        config.model,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        prepare=partial(_prepare_model, method, config),
+    )
+
+
 def _prepare_model(method: Method, config: Config, model: torch.nn.Module) -> None:
     # What a method adds is then equal on all ranks.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        method.prepare(model, config.lwo)
+        method.prepare(model, config)
 
 
 def _with_model(config: Config, folder: Path) -> Config:
@@ -440,27 +467,37 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
     checkpoint = read_checkpoint(run_folder, step)
     method: Method = METHODS.get(config.method)
     results = trainer.results.summary()
-    export = export_model(
-        checkpoint,
-        run_folder.path("model"),
-        method=method,
-        comparison=results["eval"] if results["eval"]["best_step"] == step else {},
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    how: dict[str, Any] = {
+        "method": method,
+        "comparison": results["eval"] if results["eval"]["best_step"] == step else {},
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    base = config.model if method.trains_adapters else None
+    exports = [export_model(checkpoint, run_folder.path("model"), base=base, **how)]
+    if method.trains_adapters:
+        exports.append(export_adapter(checkpoint, run_folder.path("adapter"), **how))
     summary = {
         "run_name": config.run_name,
         "method": config.method,
         "strategy": config.strategy,
         "world_size": distributed.world_size(),
-        "steps": config.train.steps,
+        "steps": trainer.lwo.step_count,
+        "ended_early": trainer.ended_early,
+        "base_model": config.model.name,
+        "fingerprint": trainer.data.fingerprint,
+        "device": device_name(trainer.device),
         **results,
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
         "checkpoint": f"{run_folder}/{step_folder(step)}",
         "export": f"{run_folder}/model",
+        # What has to be kept for each tuned model.
+        "serve_bytes": sum(path.stat().st_size for path in exports[-1].glob("*.safetensors")),
     }
     run_folder.push(
-        path.relative_to(run_folder.local).as_posix() for path in sorted(export.iterdir())
+        path.relative_to(run_folder.local).as_posix()
+        for export in exports
+        for path in sorted(export.iterdir())
     )
     write_whole(run_folder.local / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

@@ -62,7 +62,8 @@ class RunInfo:
     parameters: int
     """Parameters of the whole model."""
     lora_parameters: int = 0
-    """Parameters that LoRA of rank `LORA_RANK` on all linear layers would train; 0: unknown."""
+    """Parameters that LoRA of rank `LORA_RANK` on all linear layers would train; 0: unknown, or
+    the run trains adapters itself."""
     device: str
     """The kind of device that the workers compute on: a GPU's name, or CPU."""
     host: str = field(default_factory=socket.gethostname)
@@ -104,6 +105,7 @@ def checkpoint_record(info: RunInfo) -> dict[str, Any]:
         "source": source_name(config),
         "data": {name: count for name, count in info.data.items() if isinstance(count, int)},
         "lwo": config.lwo.model_dump(mode="json"),
+        "lora": config.lora.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
         "versions": dict(info.versions),
     }
@@ -162,6 +164,7 @@ def run_tags(
         "ray_job_id": os.environ.get("RAY_JOB_ID"),
         "ray_submission_id": job.get("job_submission_id"),
         # The rest are MLflow's own names: its pages show them in columns of their own.
+        "mlflow.parentRunId": config.tracking.parent_run_id,
         "mlflow.source.name": "lwo-dist train",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": job.get("git_commit") or git_commit(),

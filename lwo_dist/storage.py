@@ -40,7 +40,7 @@ __all__ = ["RunFolder", "is_url", "new_run_name", "storage_folder", "storage_pat
 
 T = TypeVar("T")
 
-_LARGE_FOLDERS = ("layers", "checkpoints", "model")
+_LARGE_FOLDERS = ("layers", "checkpoints", "model", "adapter")
 _MAX_SMALL_BYTES = 2 * 2**30
 """Of each other file; metrics.jsonl of a long run has some hundred MB."""
 _CHUNK_BYTES = 16 * 2**20

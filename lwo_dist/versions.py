@@ -7,7 +7,7 @@ import platform
 
 __all__ = ["version_of", "versions"]
 
-_PACKAGES = ("lwo-dist", "torch", "transformers", "deepspeed", "ray", "mlflow")
+_PACKAGES = ("lwo-dist", "torch", "transformers", "peft", "deepspeed", "ray", "mlflow")
 
 
 def version_of(package: str) -> str | None:

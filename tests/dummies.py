@@ -8,7 +8,9 @@ are stepped on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.layers import Layer, Visit, find_layers, find_stack
 from lwo_dist.memory import local_bytes
-from lwo_dist.methods import Method
+from lwo_dist.methods import Method, Saved
 from lwo_dist.strategies import Moments, Strategy, StrategyBuilder, Update
 from lwo_dist.strategies.base import MOMENTS, MakeOptimizer, ModelSource
 
@@ -28,7 +30,7 @@ class Gains(Method):
     name = "gains"
     changes_model = True
 
-    def prepare(self, model: nn.Module, config: LWOConfig) -> None:
+    def prepare(self, model: nn.Module, config: Config) -> None:
         _, stack = find_stack(model)
         for layer in stack:
             layer.register_parameter("gain", nn.Parameter(torch.ones(1)))
@@ -48,12 +50,8 @@ class Gains(Method):
         gains = [layer for layer in layers if layer.name.startswith("gain")]
         return [Visit(layer, tuple(gains[i:])) for i, layer in enumerate(own)]
 
-    def export(
-        self, names: Sequence[str], read: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            if not name.endswith(".gain"):
-                yield name, read(name)
+    def export(self, saved: Saved) -> Iterator[tuple[str, Tensor]]:
+        return (pair for pair in super().export(saved) if not pair[0].endswith(".gain"))
 
 
 class SummedBuilder(StrategyBuilder):
@@ -154,3 +152,15 @@ class Summed(Strategy):
             "optimizer_state_bytes": local_bytes(moments),
             "park_bytes": self.park_bytes,
         }
+
+
+class Dying(Method):
+    """Its run dies without a word, as under a kernel that is out of memory."""
+
+    name = "dying"
+
+    def prepare(self, model: nn.Module, config: Config) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
+        return find_layers(model)

@@ -40,6 +40,18 @@ prompt = tokenizer("def add(a, b):\\n", return_tensors="pt")
 output = model.generate(**prompt, max_new_tokens=32, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
+_ADAPTER_USAGE = """\
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "."  # the folder with this file, or its id on the Hugging Face Hub
+model = AutoPeftModelForCausalLM.from_pretrained(folder)  # loads the base model too
+tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
+prompt = tokenizer("def add(a, b):\\n", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
 _CODE = """
 The model comes with Python code of its own. Review it, then pass `trust_remote_code=True` to both
 `from_pretrained` calls."""
@@ -56,15 +68,21 @@ or as a start for more tuning.
 
 
 def model_card(
-    state: Mapping[str, Any], dtype: str, comparison: Comparison, *, has_code: bool = False
+    state: Mapping[str, Any],
+    dtype: str,
+    comparison: Comparison,
+    *,
+    has_code: bool = False,
+    adapter: bool = False,
 ) -> ModelCard:
-    """The card of a checkpoint's model.
+    """The card of a checkpoint's model, or of its adapters.
 
     Args:
         state: the values in state.json, checked (`check_record`); its texts are not trusted.
         dtype: of the exported weights: fp32 or bf16.
         comparison: of this step; empty if unknown.
         has_code: the model needs Python code of its own.
+        adapter: of the adapters, in peft's format.
     """
     about = state["run"]
     base = about.get("base_name") or base_name(about["base_model"])
@@ -72,7 +90,7 @@ def model_card(
     data = ModelCardData(
         base_model=base,
         license=licence,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["code", "lwo_dist", about["method"]],
     )
@@ -81,11 +99,11 @@ def model_card(
         f"`{_safe(base)}`, tuned on `{_safe(about['source'])}` with lwo_dist"
         f" ({_method(about['method'])}).",
         "## Usage",
-        _USAGE + (_CODE if has_code else ""),
+        (_ADAPTER_USAGE if adapter else _USAGE) + (_CODE if has_code else ""),
         "## Scores",
         "\n".join(_scores(state, comparison)),
         "## Training",
-        "\n".join(_training(state, base, dtype)),
+        "\n".join(_training(state, base, dtype, adapter=adapter)),
         "## Intended use and limits",
         _LIMITS,
         "## Licence",
@@ -166,7 +184,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(_safe, cells))} |"
 
 
-def _training(state: Mapping[str, Any], base: str, dtype: str) -> Iterator[str]:
+def _training(state: Mapping[str, Any], base: str, dtype: str, *, adapter: bool) -> Iterator[str]:
     about = state["run"]
     lwo = about["lwo"]
     train = about["train"]
@@ -196,13 +214,28 @@ def _training(state: Mapping[str, Any], base: str, dtype: str) -> Iterator[str]:
         f"- Optimizer: AdamW, learning rate {lwo['lr']:g} ({_safe(schedule)})"
         f"{layers}, compute in {_safe(train['precision'])}"
     )
-    yield f"- Weights: the fp32 masters{', rounded to bf16' if dtype == 'bf16' else ''}"
+    weights = "the fp32 masters"
+    if about["method"] == "lora":
+        lora = about["lora"]
+        modules = lora["target_modules"]
+        where = ", ".join(map(_safe, modules)) if modules else "all linear layers but the head"
+        scale = " / sqrt(rank)" if lora["use_rslora"] else " / rank"
+        yield (
+            f"- Adapters: rank {lora['rank']} on {where}, scaled by {lora['alpha']:g}{scale},"
+            f" dropout {lora['dropout']:g}"
+        )
+        weights = "the adapters in fp32"
+        if not adapter:
+            weights = "the base model's, with the adapters merged in fp32"
+    yield f"- Weights: {weights}{', rounded to bf16' if dtype == 'bf16' else ''}"
     yield f"- Versions: {versions}"
 
 
 def _method(name: str) -> str:
     if name == "lwo":
         return "layer-wise optimisation, LWO: one layer is trained at a time"
+    if name == "lora":
+        return "LoRA: adapters are trained, the base model is frozen"
     return f"method {_safe(name)}"
 
 

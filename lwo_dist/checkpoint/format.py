@@ -8,9 +8,10 @@
     state.json                                        written last: no state.json, no checkpoint
 
 The format is the same for all strategies and world sizes, and `from_pretrained(folder)` reads a
-checkpoint folder directly. state.json holds the sha256 of every other file and its own digest, so
-that any damage is detected. A digest does not prove who wrote a file, so `schema.py` checks the
-contents.
+checkpoint folder directly. A checkpoint of adapters lacks the base model: its index is called
+adapters.index.json, and `from_pretrained` refuses it. state.json holds the sha256 of every other
+file and its own digest, so that any damage is detected. A digest does not prove who wrote a file,
+so `schema.py` checks the contents.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from lwo_dist.errors import DamagedError, UserError, printable
 from lwo_dist.storage import RunFolder
 
 from .schema import (
-    INDEX,
     LAYERS,
     MAX_BYTES,
     MOMENTS,
@@ -40,6 +40,7 @@ from .schema import (
     check_depth,
     check_state,
     file_of,
+    index_of,
     read_json,
     reading,
     weight_map_of,
@@ -86,7 +87,8 @@ class Checkpoint:
         Raises:
             DamagedError
         """
-        return weight_map_of(read_json(self.folder / INDEX), self.state["sha256"])
+        sealed = self.state["sha256"]
+        return weight_map_of(read_json(self.folder / index_of(sealed)), sealed)
 
     def hook_state(self) -> dict[str, Any]:
         """Position and active moments (whole CPU tensors), for `LWO.load_state_dict`."""
@@ -149,7 +151,8 @@ def read_checkpoint(run: RunFolder, step: int) -> Checkpoint:
             _check(run, file_of(name, reference), digest)
         _refuse_unsealed(run, name, state["sha256"])
         folder = run.path(name)
-        weight_map = weight_map_of(read_json(folder / INDEX), state["sha256"])
+        index = read_json(folder / index_of(state["sha256"]))
+        weight_map = weight_map_of(index, state["sha256"])
         if "config.json" in state["sha256"]:
             check_depth(read_json(folder / "config.json"), len(weight_map))
     except FileNotFoundError as error:

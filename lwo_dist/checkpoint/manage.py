@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lwo_dist import lease
+from lwo_dist.config import ModelConfig
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.spool import SPOOL_NAME, is_being_written
 from lwo_dist.storage import RunFolder
@@ -14,7 +16,7 @@ from lwo_dist.tasks.scores import Score, ScoreSheet
 from lwo_dist.units import human_bytes
 
 from .card import read_comparison
-from .export import Dtype, export_model
+from .export import Dtype, export_adapter, export_model
 from .format import (
     Checkpoint,
     committed_steps,
@@ -153,28 +155,30 @@ def export_checkpoint(
     target: Path,
     dtype: Dtype,
     *,
+    base: ModelConfig | None = None,
+    adapter: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a checkpoint of `run` as a Hugging Face model folder, in place of one in `target`.
 
     Args:
+        base: the base model of a checkpoint of adapters; None: the one that it names.
+        adapter: write only its adapters, in peft's format.
         trust_remote_code: run the Python code that comes with the model, if any.
 
     Returns:
         The folder, absolute.
 
     Raises:
-        UserError: `target` cannot be written.
+        UserError: `target` cannot be written, or as `export_model`.
     """
+    comparison = read_comparison(run, checkpoint.step)
+    how: dict[str, Any] = {"comparison": comparison, "trust_remote_code": trust_remote_code}
     try:
         target = target.resolve() if target.is_symlink() else target.absolute()
-        return export_model(
-            checkpoint,
-            target,
-            dtype=dtype,
-            comparison=read_comparison(run, checkpoint.step),
-            trust_remote_code=trust_remote_code,
-        )
+        if adapter:
+            return export_adapter(checkpoint, target, **how)
+        return export_model(checkpoint, target, dtype=dtype, base=base, **how)
     except OSError as error:
         raise UserError(
             f"--to = {target}: {error.strerror or error}; give a folder with enough space"

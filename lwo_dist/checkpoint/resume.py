@@ -11,12 +11,14 @@ from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.errors import DamagedError, UserError
 from lwo_dist.hook import LWO
+from lwo_dist.methods import Method
+from lwo_dist.registry import METHODS
 from lwo_dist.storage import RunFolder
 
 from .format import Checkpoint, newest_checkpoint, use_copy
 from .schema import STATE, check_record
 
-__all__ = ["data_record", "find_checkpoint", "refuse_other_run", "restore"]
+__all__ = ["data_record", "find_checkpoint", "refuse_other_base", "refuse_other_run", "restore"]
 
 
 def find_checkpoint(config: Config, run_folder: RunFolder) -> Checkpoint | None:
@@ -54,6 +56,16 @@ def restore(lwo: LWO, checkpoint: Checkpoint, *, has_weights: bool) -> None:
         lwo.write_moments(layers[name], moments)
 
 
+def refuse_other_base(config: Config, digest: str | None, state: Any) -> None:
+    """Raise UserError if a checkpoint of adapters belongs to other weights than `digest`'s."""
+    recorded = state["run"].get("base_digest")
+    if recorded is not None and recorded != digest:
+        raise UserError(
+            f"run_name = {config.run_name}: model.name {config.model.name} has other weights than"
+            " when its checkpoint was made; choose another run_name, or bring them back"
+        )
+
+
 def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
     """What must not change when a run resumes: `seed`, `global_batch_size`, `fingerprint`."""
     return {
@@ -64,8 +76,8 @@ def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
 
 
 def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
-    """Raise UserError if the checkpoint was made from another model or other data, or its entries
-    are malformed.
+    """Raise UserError if the checkpoint was made from another model, by another method or from
+    other data, or its entries are malformed.
     """
     check_record(state, "run", "data", "results")
     base = config.model.name
@@ -76,6 +88,22 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
             f"run_name = {config.run_name}: its checkpoint is of the model {then}, and model.name "
             f"is {base}; choose another run_name, or set it back"
         )
+    if state["run"]["method"] != config.method:
+        raise UserError(
+            f"run_name = {config.run_name}: its checkpoint was made with method:"
+            f" {state['run']['method']}, and method is {config.method}; choose another run_name,"
+            " or set it back"
+        )
+    method: Method = METHODS.get(config.method)
+    now, before = config.model_dump(mode="json"), state["run"]
+    for key in method.own_settings:
+        group, _, name = key.partition(".")
+        if now[group][name] != before[group][name]:
+            raise UserError(
+                f"run_name = {config.run_name}: its checkpoint was made with {key} ="
+                f" {before[group][name]}, and now it is {now[group][name]}; choose another"
+                " run_name, or set it back"
+            )
     names = {
         "fingerprint": (
             "the examples (source files, tokenizer or sequence length; an older lwo_dist cut"

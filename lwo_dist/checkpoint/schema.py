@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from lwo_dist.config import LoRAConfig
 from lwo_dist.errors import DamagedError, first_line, printable
 from lwo_dist.files import is_plain
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_run_record",
     "check_state",
     "file_of",
+    "index_of",
     "read_json",
     "reading",
     "weight_map_of",
@@ -32,6 +34,10 @@ __all__ = [
 LAYERS = "layers"
 STATE = "state.json"
 INDEX = "model.safetensors.index.json"
+ADAPTERS_INDEX = "adapters.index.json"
+"""The index of a checkpoint without the base model: under the usual name, `from_pretrained` would
+read it and make up the other weights.
+"""
 MOMENTS = "active.safetensors"
 RECORD = "run.json"
 
@@ -50,6 +56,8 @@ _UP = "../../layers/"
 
 Text = Annotated[str, StringConstraints(max_length=4000)]
 Step = Annotated[int, Field(ge=0, le=10**15)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+StepName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -82,6 +90,8 @@ class _Run(_Strict):
     source: Text
     data: dict[Text, Step]
     lwo: _Optimisation
+    lora: LoRAConfig | None = None
+    base_digest: Sha256 | None = None
     train: _Training
     versions: dict[Text, Text]
 
@@ -92,11 +102,15 @@ class _Data(_Strict):
     fingerprint: Text
 
 
+class _Cost(_Strict):
+    training_seconds: Seconds
+    tokens: Step
+
+
 class _Results(_Strict):
-    evaluations: dict[
-        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")], dict[Text, float]
-    ]
-    training_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    evaluations: dict[StepName, dict[Text, float]]
+    costs: dict[StepName, _Cost] = {}
+    training_seconds: Seconds
     blocked_seconds: float
     tokens: Step
     losses: list[float]
@@ -139,9 +153,9 @@ def check_state(state: Mapping[str, Any]) -> None:
         _State.model_validate(state)
     for reference in state["sha256"]:
         file_of("", reference)
-    for name in (INDEX, MOMENTS):
-        if name not in state["sha256"]:
-            raise DamagedError(f"{STATE} does not name {name}")
+    index_of(state["sha256"])
+    if MOMENTS not in state["sha256"]:
+        raise DamagedError(f"{STATE} does not name {MOMENTS}")
     for reference in state["moments"].values():
         if reference not in state["sha256"]:
             raise DamagedError(f"{STATE} has no sha256 of the moments file {reference[:100]!r}")
@@ -164,6 +178,14 @@ def check_run_record(record: Any) -> None:
     """Raise DamagedError unless the entries of run.json have their types."""
     with reading(RECORD):
         _RunRecord.model_validate(record)
+
+
+def index_of(sealed: Iterable[str]) -> str:
+    """The index among the files of a checkpoint. Raises: DamagedError."""
+    names = {INDEX, ADAPTERS_INDEX}.intersection(sealed)
+    if len(names) != 1:
+        raise DamagedError(f"{STATE} names {' and '.join(sorted(names)) or f'no {INDEX}'}")
+    return names.pop()
 
 
 def weight_map_of(index: Any, sealed: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from lwo_dist.layers import Layer
 from lwo_dist.storage import RunFolder
 
 from .format import Checkpoint, flat_moments, step_folder
-from .schema import file_of
+from .schema import ADAPTERS_INDEX, INDEX, file_of
 from .writer import CheckpointWriter, Outcome, Piece, Save
 
 __all__ = ["LayerStore", "Outcome"]
@@ -35,6 +35,7 @@ class LayerStore:
     Args:
         model_files: writes config and tokenizer to a folder; called on rank 0.
         keep: how many of the newest checkpoints to keep, in addition to the best one.
+        adapters_only: leave out what no layer holds: the base model has it.
         may_write: called on rank 0 before every change to a checkpoint; raises LostRunError if
             another process has taken over the run.
     """
@@ -45,13 +46,21 @@ class LayerStore:
         model_files: Callable[[Path], None],
         *,
         keep: int = 1,
+        adapters_only: bool = False,
         may_write: Callable[[], None] = lambda: None,
     ):
         self._writer = (
-            CheckpointWriter(run, model_files, keep=keep, may_write=may_write)
+            CheckpointWriter(
+                run,
+                model_files,
+                keep=keep,
+                index=ADAPTERS_INDEX if adapters_only else INDEX,
+                may_write=may_write,
+            )
             if distributed.rank() == 0
             else None
         )
+        self._adapters_only = adapters_only
         # Equal on every rank, so that all agree on what to gather without communicating.
         self._captured: dict[str, int] = {}  # key of a piece -> step last trained
         self._pending = False  # a save whose outcome `wait` has not reported yet
@@ -89,7 +98,7 @@ class LayerStore:
         step: int = position["step"]
         weights = {}
         parked = {}
-        for layer in [*lwo.layers, lwo.rest]:
+        for layer in [*lwo.layers, *([] if self._adapters_only else [lwo.rest])]:
             if not layer.parameter_names:
                 continue
             trained = lwo.last_changed(layer)

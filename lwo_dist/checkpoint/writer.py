@@ -95,6 +95,7 @@ class CheckpointWriter:
     Args:
         model_files: writes config and tokenizer to a folder; called once.
         keep: how many of the newest checkpoints to keep, in addition to the best one.
+        index: name of the file that maps parameters to files.
         may_write: called before every change to a checkpoint; raises LostRunError if another
             process has taken over the run.
     """
@@ -105,12 +106,14 @@ class CheckpointWriter:
         model_files: Callable[[Path], None],
         *,
         keep: int,
+        index: str = INDEX,
         may_write: Callable[[], None] = lambda: None,
     ):
         self._run = run
         self._may_write = may_write
         self._model_files = model_files
         self._keep = keep
+        self._index = index
         self._thread = ThreadPoolExecutor(1, "lwo-checkpoint-writer")
         self._queue: list[Future[Any]] = []
         # Only the writer thread changes these while anything is queued.
@@ -233,7 +236,7 @@ class CheckpointWriter:
         parked = {layer: reference(key) for layer, key in job.parked.items()}
         for name, data in (
             (MOMENTS, save(flat_moments(job.moments))),
-            (INDEX, json.dumps(index, indent=1).encode()),
+            (self._index, json.dumps(index, indent=1).encode()),
         ):
             self._may_write()
             write_new(folder / name, data)

@@ -264,11 +264,13 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
         raise UserError(
             "data.source is not set; give a git URL, or an absolute path on the cluster"
         )
-    if not is_repository_url(source) and not source.startswith("/"):
-        raise UserError(
-            f"data.source = {source}: a path on this machine; give a git URL, or an absolute path"
-            " on the cluster"
-        )
+    for name in ("source", "held_out_source", "validation_source"):
+        path = getattr(config.data, name)
+        if path is not None and not is_repository_url(path) and not path.startswith("/"):
+            raise UserError(
+                f"data.{name} = {path}: a path on this machine; give a git URL, or an absolute path"
+                " on the cluster"
+            )
     model = config.model.name
     if not model.startswith("/") and (model.startswith((".", "~")) or Path(model).exists()):
         raise UserError(

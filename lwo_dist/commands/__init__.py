@@ -17,6 +17,7 @@ __all__ = ["COMMANDS"]
 # In the order shown by --help.
 COMMANDS = (
     "train",
+    "compare",
     "config",
     "data",
     "submit",

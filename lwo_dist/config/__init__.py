@@ -5,6 +5,7 @@ from .cluster import ClusterConfig
 from .data import DataConfig
 from .evaluation import EvalConfig
 from .fsdp import FSDPConfig
+from .lora import LoRAConfig
 from .lwo import LWOConfig
 from .model import ModelConfig
 from .run import Config
@@ -19,6 +20,7 @@ __all__ = [
     "EvalConfig",
     "FSDPConfig",
     "LWOConfig",
+    "LoRAConfig",
     "ModelConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -16,12 +16,55 @@ NO_PASSWORD = (
 )
 """What to do about a password in `source`."""
 
+Format = Literal[
+    "code",
+    "jsonl",
+    "concode",
+    "code-to-text",
+    "code-to-code-trans",
+    "code-refinement",
+    "devign",
+    "codexglue-completion",
+    "repobench",
+    "crosscodeeval",
+]
+
 
 class DataConfig(Settings):
     """Where examples come from."""
 
     source: str | None = Field(
         None, description="a folder of source files, or a git repository (folder or URL)"
+    )
+    format: Format = Field(
+        "code",
+        description=(
+            "what the source holds: code, or a data set, a file or a folder of files, in the format"
+            " jsonl, concode, code-to-text, code-to-code-trans, code-refinement, devign,"
+            " codexglue-completion, repobench or crosscodeeval"
+        ),
+    )
+    fields: dict[Literal["source", "target"], str] = Field(
+        {},
+        description=(
+            "names of the fields of a data set, such as {source: question, target: answer}; of"
+            " parallel files, their endings; unset: the format's own"
+        ),
+    )
+    held_out_source: str | None = Field(
+        None, description="data set to score instead of a part of data.source"
+    )
+    validation_source: str | None = Field(
+        None, description="data set that evaluate_on: validation scores"
+    )
+    prompt: str | None = Field(
+        None,
+        description=(
+            "text given to the model, with {source} where an example's goes; unset: the task's own"
+        ),
+    )
+    chat: bool = Field(
+        False, description="give the prompt as a user's message, by the model's chat template"
     )
     use_git: bool = Field(
         True, description="in a git work tree read only the files that git tracks"
@@ -51,8 +94,22 @@ class DataConfig(Settings):
                 f"held_out_fraction = {self.held_out_fraction:g} and validation_fraction ="
                 f" {self.validation_fraction:g} leave no files to train on; make them smaller"
             )
-        if self.evaluate_on == "validation" and not self.validation_fraction:
+        unsplit = self.format == "code" and not self.validation_fraction
+        if self.evaluate_on == "validation" and unsplit:
             raise ValueError(
                 "evaluate_on: validation needs a validation_fraction, such as 0.1; set it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_data_set(self) -> Self:
+        if self.prompt is not None and "{source}" not in self.prompt:
+            raise ValueError("prompt has no {source}, where the text of an example goes; add it")
+        if self.format == "code":
+            for name in ("fields", "held_out_source", "validation_source"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} needs a data set, but format is code; set data.format, such as"
+                        " jsonl"
+                    )
         return self

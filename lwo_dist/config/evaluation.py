@@ -20,3 +20,10 @@ class EvalConfig(Settings):
     max_new_tokens: int = Field(48, ge=1, description="longest completion, in tokens")
     metric: str = Field("loss", description="what names the best checkpoint")
     """A score of the task; `Task.check` refuses another name."""
+    baseline: str | None = Field(
+        None,
+        description=(
+            "run in this storage whose scores of the untuned model are taken over, instead of"
+            " computing them again; same model and examples; compare sets it"
+        ),
+    )

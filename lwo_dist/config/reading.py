@@ -14,7 +14,7 @@ from lwo_dist.errors import UserError
 
 from .run import Config
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "make_config", "read_values"]
 
 _MAX_BYTES = 2**20
 _MAX_NODES = 10_000
@@ -65,9 +65,29 @@ def load_config(
         UserError: unreadable file, malformed override, unknown key (with the nearest valid one),
             wrong value.
     """
+    return make_config(read_values(path, overrides))
+
+
+def read_values(
+    path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The values that a YAML file and overrides set, by group; `load_config` without the check.
+
+    Raises:
+        UserError: unreadable file, malformed override.
+    """
     values = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
+    return values
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """The config with these values.
+
+    Raises:
+        UserError: unknown key (with the nearest valid one), wrong value.
+    """
     _refuse_unknown_keys(values, Config, "")
     try:
         config = Config.model_validate(values)

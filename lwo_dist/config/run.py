@@ -17,6 +17,7 @@ from .data import NO_PASSWORD as NO_SOURCE_PASSWORD
 from .data import DataConfig
 from .evaluation import EvalConfig
 from .fsdp import FSDPConfig
+from .lora import LoRAConfig
 from .lwo import LWOConfig
 from .model import ModelConfig
 from .tracking import NO_PASSWORD as NO_TRACKING_PASSWORD
@@ -68,6 +69,7 @@ class Config(Settings):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     lwo: LWOConfig = LWOConfig()
+    lora: LoRAConfig = LoRAConfig()
     fsdp: FSDPConfig = FSDPConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -86,6 +88,15 @@ class Config(Settings):
         refuse_password("data.source", self.data.source or "", NO_SOURCE_PASSWORD)
         refuse_password("tracking.uri", self.tracking.uri or "", NO_TRACKING_PASSWORD)
         refuse_password("storage", self.storage, NO_PASSWORD)
+        return self
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> Self:
+        if self.train.patience and not self.eval.steps:
+            raise ValueError(
+                f"train.patience = {self.train.patience} needs evaluations during training; set"
+                " eval.steps, such as 50"
+            )
         return self
 
     def with_steps(self, steps: int) -> Config:

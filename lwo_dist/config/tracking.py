@@ -23,6 +23,9 @@ class TrackingConfig(Settings):
         None, description="unset: MLFLOW_TRACKING_URI, else sqlite in <storage>/mlflow.db"
     )
     experiment: str = Field("lwo_dist", description="MLflow experiment")
+    parent_run_id: str | None = Field(
+        None, description="MLflow run to show this one under; compare sets it"
+    )
     flush_timeout_s: float = Field(
         30.0, ge=0, description="longest wait at the end for points that are still unsent"
     )

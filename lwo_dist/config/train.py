@@ -47,6 +47,14 @@ class TrainConfig(Settings):
     max_skipped_steps: int = Field(
         10, ge=1, description="stop after so many non-finite steps in a row"
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "end after so many evaluations without a better eval.metric; unset: never; the schedule"
+            " of the learning rate does not get shorter"
+        ),
+    )
     max_seconds: float | None = Field(
         None,
         gt=0,

@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from lwo_dist.errors import UserError
 
-from .examples import EvalExample, TrainExample, pad_id
+from .examples import EvalExample, Note, TrainExample, pad_id
 from .packing import pack
 
 __all__ = ["PreparedData", "load_dataset", "write_dataset"]
@@ -45,8 +47,12 @@ _HELD_OUT = Features(
         "name": Value("string"),
         "line": Value("int32"),
         "begins_with": Value("string"),
+        "target_bytes": Value("int32"),
+        "choices": ListOf(ListOf(Value("int32"))),
     }
 )
+
+_REMEDY = "raise train.sequence_length, or give another data.source"
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ class PreparedData:
     counts: Mapping[str, Any]
     """What the task has read (of a source tree: `train_files`, `held_out_files`, `skipped`, reason
     -> number), `windows`, `tokens` (context included), `label_tokens`, and with the task's word for
-    its examples `held_out_lines`, `held_out_lines_asked`. With packing `packed_rows`, and the
-    padding of all sequences up to `sequence_length`: `padding_tokens`, and
-    `padding_tokens_unpacked` without packing."""
+    its examples `held_out_lines`, `held_out_lines_asked`; `notes`, reason -> number, if there are
+    any. With packing `packed_rows`, and the padding of all sequences up to `sequence_length`:
+    `padding_tokens`, and `padding_tokens_unpacked` without packing."""
     fingerprint: str
     """64 hex digits. A resumed run must find the same."""
     folder: Path
@@ -79,31 +85,40 @@ class PreparedData:
     def highest_token(self) -> int:
         """The largest token id in any example."""
         train = pc.max(pc.list_flatten(self.train.data.column("input_ids"))).as_py()
-        held_out = (max((*e.context, *e.target)) for e in self.held_out)
+        held_out = (max((*e.context, *e.target, *chain(*e.choices))) for e in self.held_out)
         return max(train or 0, *held_out, 0)
 
 
 def write_dataset(
     folder: Path,
-    train: Iterable[TrainExample],
+    train: Iterable[TrainExample | Note],
     held_out: Sequence[EvalExample],
     counts: Mapping[str, Any],
+    notes: Mapping[str, int],
     *,
     packed_length: int | None = None,
-) -> None:
-    """Write the examples into `folder`, and `counts` with those of the training examples added.
+) -> dict[str, int]:
+    """Write the examples into `folder`, and `counts` with those of the training examples and of the
+    notes added; return the notes.
 
     Training examples without a token to learn are left out.
 
     Args:
+        notes: reason -> number, on the held-out examples.
         packed_length: pack the training examples into sequences of at most so many tokens.
 
-    Raises: OSError.
+    Raises:
+        UserError: no training examples are left.
+        OSError
     """
     learned = {"windows": 0, "tokens": 0, "label_tokens": 0}
+    noted = Counter(notes)
 
     def rows() -> Iterator[dict[str, Any]]:
         for example in train:
+            if isinstance(example, Note):
+                noted[example.reason] += 1
+                continue
             length = len(example.input_ids)
             labels = example.label_tokens
             if labels > 0:
@@ -114,9 +129,15 @@ def write_dataset(
 
     _write_arrow(folder / "held_out.arrow", _HELD_OUT, map(vars, held_out))
     _write_arrow(folder / "train.arrow", _TRAIN, rows())
+    if not learned["windows"]:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(noted.items()))
+        raise UserError(f"no example is left to train on ({reasons or 'none found'}); {_REMEDY}")
     if packed_length is not None:
         learned |= _write_packs(folder, packed_length)
-    (folder / "about.json").write_text(json.dumps({**counts, **learned}, indent=1))
+    found = dict(sorted(noted.items()))
+    about = {**counts, **learned, **({"notes": found} if found else {})}
+    (folder / "about.json").write_text(json.dumps(about, indent=1))
+    return found
 
 
 def _write_arrow(path: Path, features: Features, rows: Iterable[dict[str, Any]]) -> None:

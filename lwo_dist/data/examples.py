@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +21,16 @@ from lwo_dist.errors import UserError
 __all__ = [
     "EvalExample",
     "LineTokenizer",
+    "Note",
+    "PromptTokenizer",
+    "PromptedText",
     "TokenizedText",
     "TrainExample",
     "context_start",
     "cut_windows",
     "end_of_text_id",
     "pad_id",
+    "scored_bytes",
     "token_texts",
 ]
 
@@ -45,15 +49,23 @@ class TrainExample:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something to count about an example, given beside it or in its place."""
+
+    reason: str
+    """Such as "target too long"."""
+
+
+@dataclass(frozen=True)
 class EvalExample:
-    """One held-out line to write."""
+    """One held-out text to write, or to choose."""
 
     context: Sequence[int]
     """At least one token."""
     target: Sequence[int]
     """The tokens of `text`, as many as may be generated, and of `begins_with` before it."""
     text: str
-    """The whole line, without its "\\n"."""
+    """The whole answer; of a line, without its "\\n"."""
     name: str
     """Of the file, below the source."""
     line: int
@@ -61,6 +73,11 @@ class EvalExample:
     begins_with: str = ""
     """Known text between the context and `text`; only tokens that start with it may be generated
     first."""
+    target_bytes: int = 0
+    """UTF-8 bytes of the text of `target`, from `scored_bytes`."""
+    choices: Sequence[Sequence[int]] = field(default_factory=list)
+    """The tokens of each possible answer. Where given, nothing is generated: the answer is the one
+    with the highest log-probability after the context."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,93 @@ class LineTokenizer:
         inner = np.unique(breaks + self._is_last[ids[breaks]])
         edges = sorted({0, *inner.tolist(), len(tokens)})
         return TokenizedText(tokens, breaks.tolist(), edges)
+
+
+@dataclass(frozen=True)
+class PromptedText:
+    """The tokens of a prompt and the answer after it."""
+
+    tokens: list[int]
+    start: int
+    """The prompt's own tokens are those before `start`."""
+    begins_with: str
+    """The end of the prompt, where it is in the same token as the start of the answer."""
+
+
+class PromptTokenizer:
+    """Tokenises a prompt and its answer as one text, as the model saw texts in its pretraining.
+
+    A text begins with the token that the tokenizer puts before texts, if it has one.
+
+    Args:
+        chat: prompts come from the tokenizer's chat template: special tokens in them are
+            recognised, and none is put before them.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: bool = False):
+        self._tokenizer = tokenizer
+        self._texts = token_texts(tokenizer)
+        self._split = not chat
+        before = [] if chat else tokenizer("")["input_ids"][:1]
+        self._before = before if before == [tokenizer.bos_token_id] else []
+
+    def __call__(self, prompt: str, answer: str) -> PromptedText | None:
+        """None if no token of the text ends within the prompt, or none holds what is left of it."""
+        tokens = self._tokens(prompt + answer)
+        alone = self._tokens(prompt)
+        known = self._text(alone)
+        same = (a == b for a, b in zip(tokens, alone, strict=False))
+        start = next(
+            (i for i, equal in enumerate(same) if not equal), min(map(len, (tokens, alone)))
+        )
+        while start < len(tokens) and known.startswith(self._text(tokens[: start + 1])):
+            start += 1
+        while not known.startswith(self._text(tokens[:start])):  # within a character
+            start -= 1
+        begins_with = known.removeprefix(self._text(tokens[:start]))
+        if start in (len(self._before), len(tokens)):
+            return None
+        if not self._texts[tokens[start]].startswith(begins_with):
+            return None
+        return PromptedText(tokens, start, begins_with)
+
+    @property
+    def begin(self) -> list[int]:
+        """The token before each text, or nothing."""
+        return list(self._before)
+
+    def _tokens(self, text: str) -> list[int]:
+        # verbose=False: a text may be longer than the model's context; it is cut later.
+        tokens: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            split_special_tokens=self._split,
+            verbose=False,
+        )["input_ids"]
+        return self._before + tokens
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
+
+
+def scored_bytes(tokenizer: Any, context: Sequence[int], target: Sequence[int]) -> int:
+    """UTF-8 bytes of the text that `target` adds to `context`, at least 1.
+
+    Special tokens have none, nor has a character that the target does not complete.
+    """
+
+    def text(tokens: Sequence[int]) -> str:
+        return str(
+            tokenizer.decode(
+                list(tokens), clean_up_tokenization_spaces=False, skip_special_tokens=True
+            )
+        )
+
+    nearest = list(context[-8:])  # enough to complete a character
+    known = text(nearest)
+    return max(len(text([*nearest, *target]).rstrip("\ufffd").encode()) - len(known.encode()), 1)
 
 
 def token_texts(tokenizer: Any) -> list[str]:

@@ -28,7 +28,13 @@ class Pair:
     line: int
     """From 1."""
     language: str = ""
-    """Name of the programming language, such as "python"; "" where it is not known."""
+    """Programming language of the target, such as "python"; of the source where the target is
+    prose. "" where it is not known."""
+    source_language: str = ""
+    """That of the source, where it is another."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """Role and text of each message before the target, if the pair is the end of a chat; `source`
+    then holds the texts."""
 
     @property
     def sha256(self) -> str:
@@ -48,10 +54,18 @@ class Pairs:
 
     @property
     def identity(self) -> list[list[str]]:
-        """Side, name, line and content of every pair."""
+        """Side, name, line, languages and content of every pair."""
         sides = {"train": self.train, "held_out": self.held_out}
         return [
-            [side, pair.name, str(pair.line), pair.sha256]
+            [
+                side,
+                pair.name,
+                str(pair.line),
+                pair.language,
+                pair.source_language,
+                *(role for role, _ in pair.messages),
+                pair.sha256,
+            ]
             for side, pairs in sides.items()
             for pair in pairs
         ]

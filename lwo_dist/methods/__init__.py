@@ -1,5 +1,5 @@
 """Methods: what is trained, and when. Registered by name in `lwo_dist.registry.METHODS`."""
 
-from .base import Method
+from .base import Method, Saved
 
-__all__ = ["Method"]
+__all__ = ["Method", "Saved"]

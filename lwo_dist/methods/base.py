@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from lwo_dist.config import Config, LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit
 
-__all__ = ["Method"]
+__all__ = ["Method", "Saved"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an export is made from."""
+
+    names: Sequence[str]
+    """All tensors in the checkpoint and, with `Method.trains_adapters`, in the base model."""
+    read: Callable[[str], Tensor]
+    """Reads one of them by name; the result is not cached."""
+    model: nn.Module
+    """The base model on the meta device, to look up modules; `prepare` has not changed it."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """The run's record (`run_info.checkpoint_record`), its entries checked; empty for a checkpoint
+    written by hand."""
 
 
 class Method(ABC):
@@ -23,14 +41,20 @@ class Method(ABC):
     """The name used in the config."""
     extras: tuple[str, ...] = ()
     """The extras of the package that it needs beyond torch."""
+    own_settings: tuple[str, ...] = ()
+    """Keys of the config that only this method reads, such as `lora.rank`; a run resumes with the
+    same values."""
     changes_model = False
     """Whether `prepare` adds or renames parameters. If so, a checkpoint holds more than the base
     model, and a resumed run builds the base model first and prepares it again."""
+    trains_adapters = False
+    """Whether `prepare` adds all that is trained, so that the base model stays as it is. If so,
+    checkpoints hold the layers only, and an export reads the base model again."""
 
     def check(self, config: Config) -> None:
         """Refuse run settings that have no effect with this method. Raises: UserError."""
 
-    def prepare(self, model: nn.Module, config: LWOConfig) -> None:
+    def prepare(self, model: nn.Module, config: Config) -> None:
         """Change the model in place, before it is sharded; by default do nothing.
 
         All ranks call it with the same global seed. The base model's parameters may be on the meta
@@ -49,14 +73,18 @@ class Method(ABC):
         """The visits of one cycle, in model order: by default one per layer."""
         return [Visit(layer) for layer in layers]
 
-    def export(
-        self, names: Sequence[str], read: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Name and fp32 tensor of everything in the exported model; by default as trained.
+    def export(self, saved: Saved) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 tensor of everything in the exported model; by default as trained."""
+        for name in saved.names:
+            yield name, saved.read(name)
 
-        Args:
-            names: all tensors in the checkpoint.
-            read: reads one of them by name; the result is not cached.
+    def adapter(self, saved: Saved) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The adapters alone, in peft's format: adapter_model.safetensors and adapter_config.json.
+
+        Raises:
+            UserError: this method has no adapters.
         """
-        for name in names:
-            yield name, read(name)
+        raise UserError(
+            f"method: {self.name} trains the model's own weights, so there is no adapter; export"
+            " the model"
+        )

@@ -2,11 +2,22 @@
 
 from .hub import licence_of
 from .limits import refuse_long_sequences, refuse_tokens
-from .source import PretrainedSource, check_model, code_files, load_tokenizer
+from .source import (
+    PretrainedSource,
+    base_digest,
+    base_weights,
+    check_model,
+    check_prepared,
+    code_files,
+    load_tokenizer,
+)
 
 __all__ = [
     "PretrainedSource",
+    "base_digest",
+    "base_weights",
     "check_model",
+    "check_prepared",
     "code_files",
     "licence_of",
     "load_tokenizer",

@@ -10,6 +10,7 @@ collectives time out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,59 @@ from . import weights
 from .hub import empty_model, one_line, read_settings, resolve, whole_model
 from .limits import refuse_long_sequences, refuse_tokenizer
 
-__all__ = ["PretrainedSource", "check_model", "code_files", "load_tokenizer"]
+__all__ = [
+    "BaseWeights",
+    "PretrainedSource",
+    "base_digest",
+    "base_weights",
+    "check_model",
+    "check_prepared",
+    "code_files",
+    "load_tokenizer",
+]
 
 _SETTINGS = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt"]
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 _SAVE_TOKENIZER = "save one there with tokenizer.save_pretrained(folder)"
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The weights of a saved model, a tensor at a time."""
+
+    names: tuple[str, ...]
+    """As in the model; one of a tied tensor's."""
+    read: Callable[[str], Tensor]
+    """In the stored dtype."""
+
+
+def base_weights(config: ModelConfig, model: nn.Module) -> BaseWeights:
+    """The weights that `config` names, for a model of the same kind on the meta device.
+
+    The whole model is in memory if its files have other names for them. No collective.
+
+    Raises:
+        UserError: no such folder or id, the hub is unreachable, or damaged files.
+    """
+    folder = _find(config)
+    read_settings(config, folder)
+    files = weights.locate(config, folder)
+    if weights.is_direct(model, files):
+        return BaseWeights(*weights.direct(model, config, files))
+    whole = whole_model(config, folder, torch.float32).state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in whole.items()}
+    return BaseWeights(tuple(names.values()), lambda name: whole[name].detach())
+
+
+def base_digest(config: ModelConfig) -> str | None:
+    """Identifies the weights that `config` names, from a few rows of each tensor; None unless they
+    are in safetensors files. No collective.
+
+    Raises:
+        UserError: as `base_weights`.
+    """
+    files = weights.locate(config, _find(config))
+    return weights.digest(config, files) if files else None
 
 
 def check_model(config: ModelConfig, sequence_length: int = 0, *, elsewhere: bool = False) -> None:
@@ -64,6 +113,23 @@ def check_model(config: ModelConfig, sequence_length: int = 0, *, elsewhere: boo
 def code_files(config: ModelConfig) -> list[Path]:
     """The Python files that come with a model; none unless they are trusted."""
     return sorted(resolve(config, _SETTINGS).glob("*.py")) if config.trust_remote_code else []
+
+
+def check_prepared(
+    config: ModelConfig, prepare: Callable[[nn.Module], None], *, elsewhere: bool = False
+) -> None:
+    """Let a method refuse the model, before any worker starts. Reads no weights.
+
+    Args:
+        elsewhere: as for `check_model`.
+
+    Raises:
+        UserError
+    """
+    if elsewhere and not Path(config.name).expanduser().exists():
+        return
+    folder = resolve(config, _SETTINGS)
+    prepare(empty_model(config, folder, read_settings(config, folder)))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -117,7 +183,7 @@ class PretrainedSource:
     def whole(self, device: torch.device) -> Any:
         """The model in fp32 on `device`, in eval mode as `from_pretrained` leaves it."""
         with distributed.errors_on_all_ranks():
-            folder = self._find()
+            folder = _find(self._config)
             read_settings(self._config, folder)
             model = whole_model(self._config, folder, torch.float32)
             self._prepare(model)
@@ -126,7 +192,7 @@ class PretrainedSource:
     def empty(self) -> Any:
         """`whole` with the base model's parameters on the meta device; buffers are real."""
         with distributed.errors_on_all_ranks():
-            self._folder = self._find()
+            self._folder = _find(self._config)
             settings = read_settings(self._config, self._folder)
             model = empty_model(self._config, self._folder, settings)
             files = weights.locate(self._config, self._folder)
@@ -185,18 +251,19 @@ class PretrainedSource:
             partition,
         )
 
-    def _find(self) -> Path:
-        folder = resolve(self._config, [*_SETTINGS, "*.safetensors"])
-        if not Path(self._config.name).exists() and not any(folder.glob("*.safetensors")):
-            folder = resolve(self._config, [*_SETTINGS, "*.bin"])
-        return folder
-
     def _finished(self, model: Any) -> Any:
         if self._gradient_checkpointing:
             _enable_checkpointing(model)
         # A key-value cache only costs memory in training; generate() requests one.
         model.config.get_text_config().use_cache = False
         return model.eval()
+
+
+def _find(config: ModelConfig) -> Path:
+    folder = resolve(config, [*_SETTINGS, "*.safetensors"])
+    if not Path(config.name).exists() and not any(folder.glob("*.safetensors")):
+        folder = resolve(config, [*_SETTINGS, "*.bin"])
+    return folder
 
 
 def _enable_checkpointing(model: Any) -> None:

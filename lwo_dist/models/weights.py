@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,22 @@ from lwo_dist.errors import UserError
 
 from .hub import AGAIN, check_indexes, one_line, whole_model
 
-__all__ = ["are_fused", "is_direct", "locate", "read", "receive", "receive_partitioned", "write"]
+__all__ = [
+    "are_fused",
+    "digest",
+    "direct",
+    "is_direct",
+    "locate",
+    "read",
+    "receive",
+    "receive_partitioned",
+    "write",
+]
 
 # Pages of a mapped file count as this process's memory while it is open, so tensors are read in
 # pieces of this size.
 _PIECE_BYTES = 16 * 2**20
+_DIGEST_ROWS = 4
 
 
 def locate(config: ModelConfig, folder: Path) -> dict[str, Path]:
@@ -68,6 +80,35 @@ def is_direct(model: Any, files: Mapping[str, Path]) -> bool:
 def are_fused(model: Any) -> bool:
     """Whether transformers fuses weights (experts) that published checkpoints store separately."""
     return any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
+
+
+def direct(
+    model: nn.Module, config: ModelConfig, files: Mapping[str, Path]
+) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
+    """The names of a model's tensors in `files` (`is_direct`), and what reads one of them."""
+
+    def read_one(name: str) -> Tensor:
+        with one_line(config, "weights", AGAIN), safe_open(files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return tuple(target.stored_in(files) for target in _targets(model)), read_one
+
+
+def digest(config: ModelConfig, files: Mapping[str, Path]) -> str:
+    """A sha256 of names, dtypes, shapes and the first rows of the tensors: tuning changes every
+    matrix that it trains, and a whole model takes long to read.
+    """
+    found = hashlib.sha256()
+    with one_line(config, "weights", AGAIN):
+        for name, path in sorted(files.items()):
+            with safe_open(path, "pt") as file:
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                rows = part[:_DIGEST_ROWS] if shape else file.get_tensor(name)
+            found.update(f"{name} {part.get_dtype()} {shape} ".encode())
+            found.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()

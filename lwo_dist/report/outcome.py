@@ -34,9 +34,9 @@ class Outcome:
             return cls(sheet)
         first, best = first_and_best(evaluations, best_step)
         before, after = first["scores"], best["scores"]
-        wanted = {sheet.count_key, *(score.key for score in sheet.scores)}
-        if not (wanted <= before.keys() and wanted <= after.keys()):
-            return cls(sheet)  # a run of version 0.1, or one whose task has changed
+        sheet = sheet.within(before, after)
+        if not sheet.scores or not all(sheet.count_key in found for found in (before, after)):
+            return cls(sheet)  # a run whose task has changed
         found = changes(sheet, first, best)
         counts = {
             name: {change: len(indices) for change, indices in by_change.items()}

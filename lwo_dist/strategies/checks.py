@@ -8,7 +8,7 @@ from lwo_dist.config import Config
 from lwo_dist.errors import UserError
 from lwo_dist.extras import require
 from lwo_dist.methods import Method
-from lwo_dist.registry import METHODS, STRATEGIES
+from lwo_dist.registry import METHODS, STRATEGIES, Registry
 
 from .base import StrategyBuilder
 
@@ -30,7 +30,8 @@ def check_config(config: Config, *, elsewhere: bool = False) -> None:
         return
     method: Method = METHODS.get(config.method)
     chosen: StrategyBuilder = STRATEGIES.get(config.strategy)
-    _refuse_settings_of_others(config, chosen)
+    _refuse_settings_of_others(config, "strategy", chosen, STRATEGIES)
+    _refuse_settings_of_others(config, "method", method, METHODS)
     method.check(config)
     chosen.check(config)
     if config.lwo.inactive_master == "discard" and not chosen.stores_16_bit(config):
@@ -48,15 +49,17 @@ def require_extras(config: Config) -> None:
     require(*chosen.extras, what=f"strategy: {chosen.name}")
 
 
-def _refuse_settings_of_others(config: Config, chosen: StrategyBuilder) -> None:
-    builders: list[StrategyBuilder] = STRATEGIES.all()
-    for builder in builders:
-        for key in builder.own_settings:
+def _refuse_settings_of_others(
+    config: Config, kind: str, chosen: Method | StrategyBuilder, registry: Registry
+) -> None:
+    others: list[Method | StrategyBuilder] = registry.all()
+    for other in others:
+        for key in other.own_settings:
             value = _at(config, key)
             if key not in chosen.own_settings and value != _at(Config(), key):
                 raise UserError(
-                    f"{key} = {value} has no effect with strategy: {config.strategy}; set "
-                    f"strategy: {builder.name}, or drop it"
+                    f"{key} = {value} has no effect with {kind}: {getattr(config, kind)}; set "
+                    f"{kind}: {other.name}, or drop it"
                 )
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lwo_dist.config import Config, DataConfig
-from lwo_dist.data.examples import EvalExample, TrainExample
+from lwo_dist.data.examples import EvalExample, Note, TrainExample
 from lwo_dist.errors import UserError
 
 from .scores import Column, Score, Scores, ScoreSheet
 
-__all__ = ["LOSS", "Source", "Task", "token_losses"]
+__all__ = ["LOSS", "LOSS_PER_BYTE", "Source", "Task", "byte_losses", "token_losses"]
 
 LOSS = Score(
     "loss",
@@ -32,6 +32,16 @@ LOSS = Score(
     weight="token",
 )
 """Loss of the reference answer, from `token_losses`. Every task that learns tokens has it."""
+
+LOSS_PER_BYTE = Score(
+    "loss_per_byte",
+    "loss per byte",
+    "nats per UTF-8 byte",
+    higher_is_better=False,
+    digits=4,
+    weight="byte",
+)
+"""The same loss, from `byte_losses`: it compares models whose tokens differ."""
 
 
 class Source(Protocol):
@@ -53,6 +63,8 @@ class Task(ABC):
     """Prefix of its folders of prepared examples: letters, digits and underscores."""
     scores: ClassVar[tuple[Score, ...]]
     """In the order of every table, most informative first."""
+    formats: ClassVar[tuple[str, ...]] = ("code",)
+    """The values of `data.format` that it reads."""
     example: ClassVar[tuple[str, str]] = ("example", "examples")
     """Display name of one held-out example and of many; the plural has no spaces, because
     `eval/<many>` counts them."""
@@ -72,9 +84,14 @@ class Task(ABC):
         """Refuse settings that cannot work, before anything is read.
 
         Raises:
-            UserError: `eval.metric` is not a score of this task, or answers leave no room for their
-                context.
+            UserError: `eval.metric` is not a score of this task, `data.format` is not one that it
+                reads, or answers leave no room for their context.
         """
+        if config.data.format not in self.formats:
+            raise UserError(
+                f"data.format = {config.data.format} does not fit the task {self.name}, which reads"
+                f" {', '.join(self.formats)}; change one of the two"
+            )
         names = [score.name for score in self.scores]
         if config.eval.metric not in names:
             raise UserError(
@@ -94,12 +111,15 @@ class Task(ABC):
     @abstractmethod
     def training_examples(
         self, source: Any, tokenizer: Any, config: Config
-    ) -> Iterator[TrainExample]:
-        """Examples of at most `train.sequence_length` tokens, in a fixed order."""
+    ) -> Iterator[TrainExample | Note]:
+        """Examples of at most `train.sequence_length` tokens, in a fixed order; and a note on each
+        that is left out."""
 
     @abstractmethod
-    def evaluation_examples(self, source: Any, tokenizer: Any, config: Config) -> list[EvalExample]:
-        """Up to `eval.num_lines` examples, at least two, in a fixed order.
+    def evaluation_examples(
+        self, source: Any, tokenizer: Any, config: Config
+    ) -> Sequence[EvalExample | Note]:
+        """Up to `eval.num_lines` examples, at least two, in a fixed order; and notes on them.
 
         Context and target together have at most `train.sequence_length` tokens, the target at most
         `eval.max_new_tokens`.
@@ -144,3 +164,9 @@ class Task(ABC):
 def token_losses(losses: Column, tokens: npt.NDArray[np.int64]) -> tuple[float, Column]:
     """`LOSS` in nats: the mean over all tokens, and [examples] the mean over each one's tokens."""
     return float(losses.sum() / tokens.sum()), losses / tokens
+
+
+def byte_losses(losses: Column, examples: Sequence[EvalExample]) -> tuple[float, Column]:
+    """`LOSS_PER_BYTE` in nats: the mean over all bytes, and [examples] over each one's bytes."""
+    sizes = np.array([example.target_bytes for example in examples])
+    return float(losses.sum() / sizes.sum()), losses / sizes

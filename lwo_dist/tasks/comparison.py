@@ -16,7 +16,7 @@ from .scores import Score, ScoreSheet
 __all__ = ["changes", "gains", "score_rows"]
 
 Record = Mapping[str, Any]
-"""An evaluation as it is on disk: `scores`, and by example `lines` and `tokens`."""
+"""An evaluation as it is on disk: `scores`, and by example `lines`, `tokens` and `bytes`."""
 
 
 def gains(sheet: ScoreSheet, before: Record, after: Record) -> dict[str, dict[str, float]]:
@@ -26,16 +26,19 @@ def gains(sheet: ScoreSheet, before: Record, after: Record) -> dict[str, dict[st
     of 95 %.
     """
     # Runs of version 0.1 kept no tokens; their gain is the mean over lines.
-    tokens = after.get("tokens") or before.get("tokens")
+    weights = {
+        weight: after.get(name) or before.get(name)
+        for weight, name in (("token", "tokens"), ("byte", "bytes"))
+    }
     found = {}
     for score in sheet.scores:
-        if not score.per_example or score.name not in before["lines"]:
+        if not score.per_example or not all(score.name in r["lines"] for r in (before, after)):
             continue
         sign = 1 if score.higher_is_better else -1
         mean, low, high = paired_interval(
             sign * np.array(before["lines"][score.name]),
             sign * np.array(after["lines"][score.name]),
-            tokens if score.weight == "token" else None,
+            weights.get(score.weight),
         )
         found[score.name] = {"mean": mean, "low": low, "high": high}
     return found
@@ -70,6 +73,7 @@ def score_rows(
         gains: of `gains`.
         changed: score -> numbers of examples `gained` and `lost`.
     """
+    sheet = sheet.within(before, after)
     many = sheet.example[1]
     count = after[sheet.count_key]
     rows = [(f"{count:.0f} held-out {many}", "before", "after", "gain (95 % interval)")]

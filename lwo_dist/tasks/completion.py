@@ -24,17 +24,22 @@ from lwo_dist.config import Config, DataConfig
 from lwo_dist.data.examples import (
     EvalExample,
     LineTokenizer,
+    Note,
     TrainExample,
     context_start,
     cut_windows,
     end_of_text_id,
+    scored_bytes,
     token_texts,
 )
+from lwo_dist.data.pairs import Pairs
+from lwo_dist.data.public import read_public
 from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
 from lwo_dist.errors import UserError
 
 from . import metrics
-from .base import LOSS, Task, token_losses
+from .base import LOSS, LOSS_PER_BYTE, Task, byte_losses, token_losses
+from .given_lines import given_lines, windows_of
 from .scores import Column, Score, Scores
 
 __all__ = ["LineCompletion"]
@@ -47,22 +52,29 @@ class LineCompletion(Task):
 
     name = "completion"
     example = ("line", "lines")
+    formats = ("code", "jsonl", "codexglue-completion", "repobench", "crosscodeeval")
     version = 2
     scores = (
         Score("exact_match", "exact match", "%", headline=True, count_label="lines exactly right"),
         Score("edit_similarity", "edit similarity", "%"),
         Score("bleu", "BLEU", per_example=False),
         LOSS,
+        LOSS_PER_BYTE,
     )
 
-    def read(self, config: DataConfig, cache: Path) -> SourceTree:
-        """The usable files, split by file."""
+    def read(self, config: DataConfig, cache: Path) -> SourceTree | Pairs:
+        """The usable files, split by file; of a data set, contexts and their lines."""
+        if config.format != "code":
+            return read_public(config)
         return read_source_tree(config, cache)
 
     def training_examples(
-        self, source: SourceTree, tokenizer: Any, config: Config
+        self, source: SourceTree | Pairs, tokenizer: Any, config: Config
     ) -> Iterator[TrainExample]:
         """Windows of whole lines from one file; the end-of-text token after them is learned too."""
+        if isinstance(source, Pairs):
+            yield from windows_of(source, tokenizer, config)
+            return
         end_of_text = end_of_text_id(tokenizer)
         tokenize = LineTokenizer(tokenizer)
         for file in source.train:
@@ -72,8 +84,8 @@ class LineCompletion(Task):
             yield from cut_windows(tokens, edges, config.train.sequence_length)
 
     def evaluation_examples(
-        self, source: SourceTree, tokenizer: Any, config: Config
-    ) -> list[EvalExample]:
+        self, source: SourceTree | Pairs, tokenizer: Any, config: Config
+    ) -> Sequence[EvalExample | Note]:
         """`eval.num_lines` lines with a letter or digit from the held-out files, by file and line.
 
         The choice depends only on the contents: one line from each file in turn until enough are
@@ -82,6 +94,8 @@ class LineCompletion(Task):
         Raises:
             UserError: fewer than two such lines, too few for a confidence interval.
         """
+        if isinstance(source, Pairs):
+            return given_lines(source, tokenizer, config)
         chosen = _choose_lines(source, config.eval.num_lines)
         limit = config.train.sequence_length - config.eval.max_new_tokens
         tokenize = LineTokenizer(tokenizer)
@@ -100,7 +114,15 @@ class LineCompletion(Task):
                 target = found.tokens[first : last + 1][: config.eval.max_new_tokens]
                 begin, line_end, _ = tokenize.texts[target[0]].rpartition("\n")
                 examples.append(
-                    EvalExample(context, target, lines[i], file.name, i + 1, begin + line_end)
+                    EvalExample(
+                        context,
+                        target,
+                        lines[i],
+                        file.name,
+                        i + 1,
+                        begin + line_end,
+                        scored_bytes(tokenizer, context, target),
+                    )
                 )
         if len(examples) < 2:
             raise UserError(
@@ -152,17 +174,20 @@ class LineCompletion(Task):
         exact_match = metrics.exact_matches(predictions, references)
         edit_similarity = metrics.edit_similarities(predictions, references)
         loss, line_losses = token_losses(losses, tokens)
+        loss_per_byte, byte_column = byte_losses(losses, examples)
         return Scores(
             totals={
                 "exact_match": float(exact_match.mean()),
                 "edit_similarity": float(edit_similarity.mean()),
                 "bleu": metrics.bleu(predictions, references),
                 "loss": loss,
+                "loss_per_byte": loss_per_byte,
             },
             columns={
                 "exact_match": exact_match,
                 "edit_similarity": edit_similarity,
                 "loss": line_losses,
+                "loss_per_byte": byte_column,
             },
         )
 

@@ -1,13 +1,14 @@
 """A task's examples: prepared once by one process and read by all.
 
-They are in <cache>/datasets/<task>-<fingerprint>. The fingerprint covers the source's contents,
-the tokenizer and the settings that examples depend on.
+They are in <cache>/datasets/<task>-v<layout>-<fingerprint>. The fingerprint covers the source's
+contents, the tokenizer and the settings that examples depend on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from lwo_dist.cache import build_once, cache_folder
 from lwo_dist.config import Config
 from lwo_dist.console import say
 from lwo_dist.data.dataset import PreparedData, load_dataset, write_dataset
-from lwo_dist.data.examples import end_of_text_id
+from lwo_dist.data.examples import EvalExample, Note, end_of_text_id
 
 from .base import Task
 
 __all__ = ["prepare_dataset"]
+
+_LAYOUT = 2  # Raised when the files hold more, or other columns, of the same examples.
 
 
 def prepare_dataset(
@@ -54,9 +57,15 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     cache = cache_folder(config)
     source = task.read(config.data, cache)
     length = config.train.sequence_length
-    settings: list[Any] = [length, config.eval.num_lines, config.eval.max_new_tokens]
+    settings: list[Any] = [
+        length,
+        config.eval.num_lines,
+        config.eval.max_new_tokens,
+    ]
     if config.train.packing:
         settings.append("packing")
+    if config.data.prompt is not None or config.data.chat:
+        settings += [config.data.prompt, config.data.chat and tokenizer.chat_template]
     # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,
@@ -69,22 +78,23 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
 
     def write(folder: Path) -> None:
         say("tokenising the source")
-        held_out = task.evaluation_examples(source, tokenizer, config)
+        found = task.evaluation_examples(source, tokenizer, config)
+        held_out = [item for item in found if isinstance(item, EvalExample)]
+        notes = Counter(f"held out: {item.reason}" for item in found if isinstance(item, Note))
         many = task.example[1]
         counts = {
             **source.counts,
             f"held_out_{many}": len(held_out),
             f"held_out_{many}_asked": config.eval.num_lines,
         }
-        write_dataset(
-            folder,
-            task.training_examples(source, tokenizer, config),
-            held_out,
-            counts,
-            packed_length=length if config.train.packing else None,
-        )
+        train = task.training_examples(source, tokenizer, config)
+        packed_length = length if config.train.packing else None
+        noted = write_dataset(folder, train, held_out, counts, notes, packed_length=packed_length)
+        if noted:
+            say(f"examples: {', '.join(f'{count} {reason}' for reason, count in noted.items())}")
 
-    return fingerprint, build_once(cache / "datasets" / f"{task.name}-{fingerprint[:16]}", write)
+    name = f"{task.name}-v{_LAYOUT}-{fingerprint[:16]}"
+    return fingerprint, build_once(cache / "datasets" / name, write)
 
 
 def _tokenizer_identity(tokenizer: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -38,8 +38,9 @@ class Score:
     """Number of decimals shown."""
     headline: bool = False
     """Whether it is one of the few figures at the top of a report."""
-    weight: Literal["example", "token"] = "example"
-    """What the total is a mean over, and so its gain: all examples, or all tokens of them."""
+    weight: Literal["example", "token", "byte"] = "example"
+    """What the total is a mean over, and so its gain: all examples, or all tokens or bytes of
+    them."""
     count_label: str = ""
     """For a percentage: what is counted, such as "lines exactly right"; the summary then also shows
     the count."""
@@ -59,7 +60,7 @@ class Score:
         sign = 1 if self.higher_is_better else -1
 
         def goodness(step: int) -> float:
-            value = evaluations[step][self.key]
+            value = evaluations[step].get(self.key, math.nan)
             return -math.inf if math.isnan(value) else sign * value
 
         return max((step for step in evaluations if step > 0), key=goodness, default=0)
@@ -91,6 +92,13 @@ class ScoreSheet:
     def count_key(self) -> str:
         """The metric that counts the examples."""
         return f"eval/{self.example[1]}"
+
+    def within(self, *evaluations: Mapping[str, float]) -> ScoreSheet:
+        """This sheet without the scores that one of these lacks: what a run that goes on under a
+        newer version has in common.
+        """
+        scores = (s for s in self.scores if all(s.key in found for found in evaluations))
+        return replace(self, scores=tuple(scores))
 
     def record(self) -> dict[str, Any]:
         """JSON values under the keys `scores` and `example`."""

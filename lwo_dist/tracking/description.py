@@ -70,7 +70,7 @@ def describe_result(
 def _scores(info: RunInfo, scores: Mapping[str, Any]) -> str:
     """A list, as MLflow sets the columns of a table without a space between them."""
     before, after, gains = scores["before"], scores["after"], scores["gain_95"]
-    sheet = ScoreSheet.read(scores, after)
+    sheet = ScoreSheet.read(scores, after).within(before, after)
     many = sheet.example[1]
     lines = [
         f"**{model_name(info.config)}** before and after step {scores['best_step']}, on"

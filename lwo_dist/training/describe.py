@@ -14,10 +14,11 @@ from lwo_dist.config import Config
 from lwo_dist.data import PreparedData
 from lwo_dist.hook import LWO
 from lwo_dist.memory import lora_numel
-from lwo_dist.registry import TASKS
+from lwo_dist.methods import Method
+from lwo_dist.registry import METHODS, TASKS
 from lwo_dist.run_info import LORA_RANK, RunInfo
 
-__all__ = ["describe_run"]
+__all__ = ["describe_run", "device_name"]
 
 
 def describe_run(
@@ -39,6 +40,7 @@ def describe_run(
         hosts: the distinct hosts of all ranks.
     """
     sizes = _parameter_sizes(lwo)
+    method: Method = METHODS.get(config.method)
     return RunInfo(
         config=config,
         run_dir=run_dir,
@@ -49,8 +51,8 @@ def describe_run(
             sum(sizes[name] for name in layer.parameter_names) for layer in lwo.layers
         ),
         parameters=sum(sizes.values()),
-        lora_parameters=lora_numel(_matrices(lwo), LORA_RANK),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        lora_parameters=0 if method.trains_adapters else lora_numel(_matrices(lwo), LORA_RANK),
+        device=device_name(device),
         hosts=tuple(hosts),
         data=dict(data.counts),
         fingerprint=data.fingerprint,
@@ -77,3 +79,8 @@ def _parameter_sizes(lwo: LWO) -> dict[str, int]:
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in lwo.module.named_parameters()
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The device for people: the GPU's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

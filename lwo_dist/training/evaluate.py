@@ -3,7 +3,8 @@
 Batches are formed once, longest context first, and distributed over the ranks; they do not depend
 on the number of ranks, so neither do the scores. Each context is computed once: its cache serves
 both the loss of the reference and the greedy answer, whose first token is chosen among those that
-begin with what is known. The task decides what is scored, and how.
+begin with what is known. Where an example has choices, the answer is the most probable of them, and
+one forward gives the losses of all. The task decides what is scored, and how.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class Evaluation:
     """Name of each per-example score -> [examples], in the order of the examples."""
     tokens: npt.NDArray[np.int64]
     """[examples], tokens of each target."""
+    bytes: npt.NDArray[np.int64]
+    """[examples], UTF-8 bytes of the text of each target."""
     predictions: tuple[str, ...]
     samples: tuple[Sample, ...]
     """At most `_SAMPLES`, spread evenly over the examples."""
@@ -122,13 +125,13 @@ def evaluate(
             if number >= len(batches) and not synced:
                 break
             indices = batches[min(number, len(batches) - 1)]
-            batch = _collate(
-                [examples[i] for i in indices],
-                config.pad_token_id,
-                first_tokens,
-                torch.device(device),
-            )
-            losses, written = _complete(model, batch, config, synced)
+            part = [examples[i] for i in indices]
+            rows = _choice_rows(part) if part[0].choices else part
+            batch = _collate(rows, config.pad_token_id, first_tokens, torch.device(device))
+            if part[0].choices:
+                losses, written = _choose(model, batch, part)
+            else:
+                losses, written = _complete(model, batch, config, synced)
             if number < len(batches):
                 answers += zip(
                     indices, losses, (tokens[:max_new_tokens] for tokens in written), strict=True
@@ -199,46 +202,58 @@ def _collate(
     )
 
 
+def _choice_rows(examples: Sequence[EvalExample]) -> list[EvalExample]:
+    """Each example once for each of its choices, as its target."""
+    return [
+        replace(example, target=choice, begins_with="")
+        for example in examples
+        for choice in example.choices
+    ]
+
+
+def _choose(
+    model: Any, batch: _Batch, examples: Sequence[EvalExample]
+) -> tuple[list[float], list[list[int]]]:
+    """The summed loss of each target, and the tokens of the choice with the least.
+
+    Args:
+        batch: of `_choice_rows`.
+    """
+    targets = batch.input_ids.shape[1] - batch.width
+    logits = _forward(model, batch, 0, -1, logits_to_keep=targets).logits[:, -targets:]
+    of_rows = iter(_summed_losses(logits, batch).tolist())
+    losses, chosen = [], []
+    for example in examples:
+        found = [next(of_rows) for _ in example.choices]
+        tokens = [list(choice) for choice in example.choices]
+        losses.append(found[tokens.index(list(example.target))])
+        chosen.append(tokens[int(np.argmin(found))])
+    return losses, chosen
+
+
 def _complete(
     model: Any, batch: _Batch, config: GenerationConfig, synced: bool
 ) -> tuple[list[float], list[list[int]]]:
     """The summed loss of each target, and the tokens generated in its place."""
-    accepted = inspect.signature(model.forward).parameters
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-    def forward(start: int, end: int, **more: Any) -> Any:
-        inputs = {
-            "attention_mask": batch.attention_mask[:, :end],
-            "position_ids": positions[:, start:end],
-            **more,
-        }
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
-        return model(input_ids=batch.input_ids[:, start:end], **inputs)
-
     # All but the last token of the context, from which both generate() and the loss continue.
     cached, cache = batch.width - 1, None
     if cached:
         cache = getattr(
-            forward(0, cached, use_cache=True, logits_to_keep=1), "past_key_values", None
+            _forward(model, batch, 0, cached, use_cache=True, logits_to_keep=1),
+            "past_key_values",
+            None,
         )
     if not isinstance(cache, Cache):  # with a custom cache class, compute the context twice
         cached = 0
         cache = None
-    targets = batch.input_ids[:, batch.width :]
-    keep = targets.shape[1]
+    keep = batch.input_ids.shape[1] - batch.width
     more = {
         "past_key_values": copy.deepcopy(cache),
         "use_cache": cache is not None,
         "logits_to_keep": keep,
     }
-    logits = forward(cached, batch.input_ids.shape[1] - 1, **more).logits[:, -keep:]
-    # Row by row: another copy of [examples, tokens, vocabulary] would dominate memory.
-    losses = torch.stack(
-        [
-            functional.cross_entropy(row[:length].float(), target[:length], reduction="sum")
-            for row, target, length in zip(logits, targets, batch.target_lengths, strict=True)
-        ]
-    )
+    logits = _forward(model, batch, cached, -1, **more).logits[:, -keep:]
+    losses = _summed_losses(logits, batch)
     first = torch.stack(
         [
             row[0].argmax() if allowed is None else allowed[row[0, allowed].argmax()]
@@ -254,6 +269,39 @@ def _complete(
         **({} if cache is None else {"past_key_values": cache}),
     )
     return losses.tolist(), written[:, batch.width :].tolist()
+
+
+def _forward(model: Any, batch: _Batch, start: int, end: int, **more: Any) -> Any:
+    """The model's output for the tokens from `start` to `end`, with those arguments that it takes.
+
+    Args:
+        end: negative counts from the last.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {
+        "attention_mask": batch.attention_mask[:, :end],
+        "position_ids": positions[:, start:end],
+        **more,
+    }
+    inputs = {name: value for name, value in inputs.items() if name in accepted}
+    return model(input_ids=batch.input_ids[:, start:end], **inputs)
+
+
+def _summed_losses(logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    """[examples], nats: the summed loss of each target.
+
+    Args:
+        logits: [examples, targets, vocabulary].
+    """
+    targets = batch.input_ids[:, batch.width :]
+    # Row by row: another copy of [examples, tokens, vocabulary] would dominate memory.
+    return torch.stack(
+        [
+            functional.cross_entropy(row[:length].float(), target[:length], reduction="sum")
+            for row, target, length in zip(logits, targets, batch.target_lengths, strict=True)
+        ]
+    )
 
 
 def _scored(
@@ -289,6 +337,7 @@ def _scored(
         scores={**totals, task.sheet.count_key: float(len(examples))},
         columns=columns,
         tokens=tokens,
+        bytes=np.array([example.target_bytes for example in examples], dtype=np.int64),
         predictions=tuple(predictions),
         samples=samples,
     )

@@ -78,6 +78,7 @@ class Meter:
         self._first_step = self._lwo.step_count
         self._first_switch_seconds = self._lwo.switch_seconds
         self._tokens = 0
+        self._counted = (0.0, 0)
         self._loss = torch.zeros((), device=self._device)
 
     @property
@@ -103,7 +104,10 @@ class Meter:
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Exclude evaluations and saves from the training time."""
+        """Exclude evaluations and saves from the training time; the results then hold that of all
+        steps so far. Waits for the device.
+        """
+        self._count()
         started = self._clock()
         try:
             yield
@@ -120,8 +124,8 @@ class Meter:
         """
         assert self._report is not None and self._report.grad_norm is not None
         report = self._report
-        loss = float(self._loss)  # waits for the device, so that the time covers all its work
-        elapsed = self._clock() - self._started
+        loss = float(self._loss)
+        elapsed = self._count()
         own = {
             "loss": loss,
             "elapsed": elapsed,
@@ -134,7 +138,6 @@ class Meter:
         own_rows = [row[: len(own)] for row in rows]
         system_rows = [row[len(own) :] for row in rows]
         ranks = dict(zip(own, zip(*own_rows, strict=True), strict=True))
-        self._results.add_time(elapsed, self._tokens)
         metrics = {
             "train/loss": sum(ranks["loss"]) / self.steps,
             "train/learning_rate": report.lr,
@@ -157,6 +160,17 @@ class Meter:
             step_seconds=max(ranks["elapsed"]) / self.steps,
             save_is_written=any(ranks["save_is_written"]),
         )
+
+    def _count(self) -> float:
+        """Add what is new to the results' totals. Returns: the seconds since the last `restart`."""
+        if self.steps == 0:
+            return 0.0
+        float(self._loss)  # waits for the device, so that the time covers all its work
+        elapsed = self._clock() - self._started
+        seconds, tokens = self._counted
+        self._results.add_time(elapsed - seconds, self._tokens - tokens)
+        self._counted = (elapsed, self._tokens)
+        return elapsed
 
     def _before_switch(self) -> None:
         self._visits.before_switch()

@@ -39,6 +39,8 @@ class Results:
         self._writes = writes
         self._with_samples = with_samples
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.costs: dict[int, dict[str, float]] = {}
+        """Step of each evaluation -> `training_seconds` and `tokens` up to it."""
         self.training_seconds = 0.0
         self.blocked_seconds = 0.0
         """Time that saves blocked the loop; not in `training_seconds`."""
@@ -60,26 +62,39 @@ class Results:
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.evaluations[step] = dict(evaluation.scores)
+        self.costs[step] = {"training_seconds": self.training_seconds, "tokens": self.tokens}
         if not self._writes:
             return
-        path = self._path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = {name: column.round(6).tolist() for name, column in evaluation.columns.items()}
         samples = [redact_values(vars(sample)) for sample in evaluation.samples]
         if not self._with_samples:
             samples = []
         record = {
             "scores": evaluation.scores,
+            "cost": self.costs[step],
             "lines": lines,
             "tokens": evaluation.tokens.tolist(),
+            "bytes": evaluation.bytes.tolist(),
             "samples": samples,
         }
-        write_whole(path, json.dumps(record).encode())
+        self._write(step, record)
+
+    def take_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        """Add an evaluation that another run has written."""
+        self.evaluations[step] = dict(record["scores"])
+        self.costs[step] = dict(record["cost"])
+        if self._writes:
+            self._write(step, record)
 
     @property
     def best_step(self) -> int:
         """The trained step with the best score; 0 before the first evaluation of a trained step."""
         return self.task.score_named(self.metric).best_step(self.evaluations)
+
+    @property
+    def stalled(self) -> int:
+        """Evaluations since that of the best step."""
+        return sum(step > self.best_step for step in self.evaluations)
 
     def gains(self) -> dict[str, dict[str, float]]:
         """The gain of the best checkpoint over the base model, as in `tasks.comparison.gains`."""
@@ -92,6 +107,18 @@ class Results:
             name: {change: len(indices) for change, indices in by_change.items()}
             for name, by_change in found.items()
         }
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """By step, for each evaluation: `step`, `training_seconds` and `tokens` up to it, and its
+        scores, `eval/<name>`. Evaluations and saves are not in the time.
+
+        Lacks the evaluations of a run that an older version, which kept no costs, began.
+        """
+        return [
+            {"step": step, **self.costs[step], **self.evaluations[step]}
+            for step in sorted(self.costs)
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The measured part of summary.json.
@@ -116,6 +143,7 @@ class Results:
                 "best_step": self.best_step,
                 "gain_95": self.gains(),
                 "changed": self.changed(),
+                "curve": self.curve,
                 **self.task.sheet.record(),
             },
         }
@@ -123,6 +151,7 @@ class Results:
     def state_dict(self) -> dict[str, Any]:
         return {
             "evaluations": {str(step): scores for step, scores in self.evaluations.items()},
+            "costs": {str(step): cost for step, cost in self.costs.items()},
             "training_seconds": self.training_seconds,
             "blocked_seconds": self.blocked_seconds,
             "tokens": self.tokens,
@@ -132,11 +161,17 @@ class Results:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.evaluations = {int(step): scores for step, scores in state_dict["evaluations"].items()}
+        self.costs = {int(step): cost for step, cost in state_dict.get("costs", {}).items()}
         self.training_seconds = state_dict["training_seconds"]
         self.tokens = state_dict["tokens"]
         self.blocked_seconds = state_dict["blocked_seconds"]
         self.losses = list(state_dict["losses"])
         self.peaks = dict(state_dict["peaks"])
+
+    def _write(self, step: int, record: Mapping[str, Any]) -> None:
+        path = self._path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record).encode())
 
     def _read(self, step: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(self._path(step).read_text())
@@ -151,6 +186,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     scores = summary["eval"]
     before, after = scores["before"], scores["after"]
     sheet = ScoreSheet.read(scores, after)
+    early = summary.get("ended_early")
     rows = score_rows(sheet, before, after, scores["gain_95"], scores.get("changed", {}))
     width = max(_LABEL_WIDTH, *(len(label) + 1 for label, *_ in rows))
     table = [
@@ -170,6 +206,7 @@ def format_summary(summary: dict[str, Any]) -> str:
                 f" state: {human_bytes(summary['optimizer_state_bytes'])}); sent"
                 f" {human_bytes(summary['comm_bytes_per_step'])} per step"
             ),
+            *([f"ended early, at step {summary['steps']}: {early}"] if early else []),
             f"model: {summary['export']}",
         ]
     )

@@ -9,7 +9,7 @@
 and between steps:
 
         every logging_steps:  log                 the meter's reading is passed to the callbacks
-    every eval.steps:     evaluate, save      the best checkpoint is kept
+    every eval.steps:     evaluate, save      the best checkpoint is kept; may end the run
     every visit:          save                a copy on the host; a thread writes it
 """
 
@@ -41,7 +41,8 @@ __all__ = ["Trainer"]
 
 
 class Trainer:
-    """Trains to `config.train.steps` from the hook's current position. Every rank runs one.
+    """Trains to `config.train.steps` from the hook's current position, or until `train.patience`
+    evaluations in a row have brought nothing better. Every rank runs one.
 
     Args:
         evaluate: a collective that scores the model on the held-out examples and calls its argument
@@ -74,9 +75,12 @@ class Trainer:
         self.stop = stop
         self.callbacks = callbacks
         self.watchdog = Watchdog(config.cluster.timeout_s)
+        self.ended_early: str | None = None
+        """Why the run has ended before `train.steps`."""
 
     def train(self) -> None:
-        """Evaluate, train, evaluate. The last step always ends with an evaluation and a checkpoint.
+        """Evaluate, train, evaluate. The last step always ends with an evaluation and a checkpoint;
+        `ended_early` then says if it came before `train.steps`.
 
         Raises:
             Stopped: on all ranks, after saving the progress.
@@ -96,7 +100,9 @@ class Trainer:
         step = self.lwo.step_count
         if self._evaluation_is_due(step) and step not in self.results.evaluations:
             self._evaluate()  # before the first step, or if a stop interrupted it
-        while step < settings.steps:
+        self.meter.restart()  # nor is the start
+        is_over = self._has_stalled()
+        while step < settings.steps and not is_over:
             report = self._train_step(step)
             step = self.lwo.step_count
             if report.switched:
@@ -109,10 +115,27 @@ class Trainer:
             self.stop.after_step(step)
             if self._evaluation_is_due(step):
                 self._evaluate()
+                is_over = self._has_stalled()
+                if is_over and self.meter.steps > 0:
+                    self._log()
                 self._save()
             elif self.saver.is_due(step):
                 self._save()
         self._settle_last()
+        if step < settings.steps:
+            label = self.results.task.score_named(self.results.metric).label
+            self.ended_early = (
+                f"no better {label} in {self.results.stalled} evaluations after step"
+                f" {self.results.best_step} (train.patience = {settings.patience})"
+            )
+
+    def _has_stalled(self) -> bool:
+        """Whether the patience is at its end; a collective if there is one."""
+        patience = self.config.train.patience
+        if patience is None:
+            return False
+        # Unlike machines may differ in the last digit of a score: rank 0's count.
+        return distributed.broadcast_object(self.results.stalled >= patience)
 
     def _train_step(self, step: int) -> StepReport:
         _seed_dropout(self.config.seed, step)
@@ -190,9 +213,9 @@ class Trainer:
             say(f"evaluating before training: {len(self.data.held_out)} held-out {many}")
         with self.meter.off_the_clock(), self.watchdog.paused("evaluation"):
             evaluation = self.evaluate(self.stop.now)
-        self.results.add_evaluation(step, evaluation)
-        for callback in self.callbacks:
-            callback.on_evaluation(step, evaluation.scores)
+            self.results.add_evaluation(step, evaluation)
+            for callback in self.callbacks:
+                callback.on_evaluation(step, evaluation.scores)
 
     def _save(self) -> None:
         with self.meter.off_the_clock(), self.watchdog.paused("checkpoint"):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import lwo_dist
 from lwo_dist.callback import Callback
+from lwo_dist.config import Config
 from lwo_dist.hook import LWO
 from lwo_dist.run import prepare, run
 from lwo_dist.strategies.deepspeed.builder import make_engine
@@ -36,7 +37,7 @@ RECIPE = oracle.Recipe(steps=18, steps_per_layer=3, max_grad_norm=0.5)
 
 def prepared(dtype: torch.dtype) -> nn.Module:
     model = oracle.tiny_model(tied=False)
-    METHOD.prepare(model, lwo_dist.LWOConfig())
+    METHOD.prepare(model, Config())
     return model.to(dtype)
 
 

@@ -396,6 +396,22 @@ def test_a_resumed_run_follows_the_unbroken_one(
         assert (expected[name] - found[name]).abs().max() < 3e-5, name
 
 
+def test_a_run_that_ended_early_is_not_trained_again(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """No line is ever right, so the first evaluation is the best."""
+    settings = ("eval.metric=exact_match", "eval.steps=2", "train.patience=2")
+    for goes_on in (True, False):
+        config = prepare(make_config(inputs, tmp_path, *settings))
+        summary, losses = run_ranks(run_and_record, 2, config)[0]
+        assert summary is not None and bool(losses) == goes_on
+        assert summary["steps"] == 6 and summary["eval"]["best_step"] == 2
+        assert summary["ended_early"] == (
+            "no better exact match in 2 evaluations after step 2 (train.patience = 2)"
+        )
+        assert [point["step"] for point in summary["eval"]["curve"]] == [0, 2, 4, 6]
+
+
 def test_a_finished_run_is_not_trained_again(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     config = prepare(make_config(inputs, tmp_path))
     first, _ = run_ranks(run_and_record, 2, config)[0]

@@ -46,6 +46,8 @@ class Loop:
     fail_saves_of: tuple[int, ...] = ()
     stop_at: int | None = None
     """SIGTERM for the last rank when so many steps are done, seen at the next vote."""
+    losses: tuple[float, ...] = ()
+    """What the evaluations find, the first before training; by default ever less."""
     stop_in_evaluation: int | None = None
     """SIGTERM during the evaluation of this step."""
     events: list[str] = field(default_factory=list)
@@ -137,7 +139,9 @@ class Loop:
             self.request.request("SIGTERM")
         before_batch()
         self.events.append(f"evaluate {step}")
-        return SimpleNamespace(scores={"eval/loss": 10.0 - step})
+        done = sum(event.startswith("evaluate") for event in self.events)
+        loss = self.losses[done - 1] if self.losses else 10.0 - step
+        return SimpleNamespace(scores={"eval/loss": loss})
 
     def _poll(self) -> str | None:
         is_last_rank = distributed.rank() == distributed.world_size() - 1
@@ -160,7 +164,7 @@ class Recorder(Callback):
         self.loop.events.append(f"visit {step} {layer}")
 
     def on_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        assert scores == {"eval/loss": 10.0 - step}
+        assert self.loop.losses or scores == {"eval/loss": 10.0 - step}
         self.loop.events.append(f"scores {step}")
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
@@ -220,6 +224,32 @@ def test_training_time_is_the_steps_own(tmp_path: Path) -> None:
     assert loop.metrics[2]["checkpoint/bytes"] == 7.0
 
 
+@pytest.mark.parametrize("logging", [1, 2, 5])
+def test_every_evaluation_knows_the_training_before_it(logging: int, tmp_path: Path) -> None:
+    """Wherever the metrics are logged, and in what a resumed run starts from."""
+    loop = Loop()
+    trainer = loop.trainer(tmp_path, "eval.steps=3", f"train.logging_steps={logging}")
+    loop.now += CALLBACK  # the start of the run
+    trainer.train()
+    sizes = [int(trainer._batch_of(step).tokens) for step in range(6)]
+    assert [list(point.items()) for point in trainer.results.curve] == [
+        [
+            ("step", step),
+            ("training_seconds", STEP * step),
+            ("tokens", sum(sizes[:step])),
+            ("eval/loss", 10.0 - step),
+        ]
+        for step in (0, 3, 6)
+    ]
+    saved = {state["data"]["next_step"]: state["results"] for state, _ in loop.saved}
+    assert list(saved) == [2, 3, 4, 6]
+    for step, state in saved.items():
+        assert (state["training_seconds"], state["tokens"]) == (STEP * step, sum(sizes[:step]))
+    resumed = Results(tmp_path, LineCompletion(), "loss", writes=False)
+    resumed.load_state_dict(saved[4])
+    assert resumed.curve == trainer.results.curve[:2]
+
+
 def test_a_checkpoint_s_cost_is_told_once(tmp_path: Path) -> None:
     loop = Loop()
     loop.trainer(tmp_path, "checkpoint.steps=4", "eval.steps=0", "train.steps=10").train()
@@ -245,6 +275,56 @@ def test_saves_every_so_many_steps_and_at_most_so_often(tmp_path: Path) -> None:
     settings = ("eval.steps=0", "train.steps=8", f"checkpoint.minutes={1.5 * CALLBACK / 60}")
     by_minutes.trainer(tmp_path, *settings).train()
     assert [event for event in by_minutes.events if "save" in event] == ["save 4", "save 8"]
+
+
+STALLING = (9.0, 5.0, 6.0, 4.0, 4.0, 5.0, 1.0)
+PATIENT = ("train.patience=2", "eval.steps=3", "train.steps=18", "train.logging_steps=4")
+
+
+def train_patiently(folder: Path, losses: tuple[float, ...], *settings: str) -> Any:
+    loop = Loop(losses=losses)
+    trainer = loop.trainer(folder, *PATIENT, *settings)
+    trainer.train()
+    kept = [event for event in loop.events if event.startswith(("evaluate", "save", "metrics"))]
+    return kept, trainer.ended_early, trainer.results.best_step, loop.saved[-1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_patience_ends_a_run_that_gets_no_better(ranks: int, tmp_path: Path) -> None:
+    """Equal is no better; the best of steps 3 to 15 is 9, with two evaluations after it."""
+    found = run_ranks(train_patiently, ranks, tmp_path, STALLING)
+    for events, early, best, (state, saved_as_best) in found:
+        assert early == "no better loss in 2 evaluations after step 9 (train.patience = 2)"
+        assert best == saved_as_best == 9
+        assert [e for e in events if "evaluate" in e] == [f"evaluate {i}" for i in range(0, 16, 3)]
+        assert events[-1] == "save 15"
+        # The last steps are in what is saved, though no metrics point was due.
+        assert state["results"]["training_seconds"] > 0 and len(state["results"]["losses"]) == 4
+        assert state["results"]["evaluations"]["15"] == {"eval/loss": 5.0}
+    assert found[0][0][-3:] == ["evaluate 15", "metrics 15", "save 15"]
+
+
+def test_a_run_whose_patience_lasts_is_not_early(tmp_path: Path) -> None:
+    better = (9.0, 5.0, 6.0, 4.0, 5.0, 3.0, 4.0)
+    events, early, best, _ = train_patiently(tmp_path / "a", better)
+    assert (events[-1], early, best) == ("save 18", None, 15)
+    # At the last step it is as long as it should be.
+    events, early, best, _ = train_patiently(tmp_path / "b", (9.0, 5.0, 6.0, 4.0, 3.0, 5.0, 6.0))
+    assert (events[-1], early, best) == ("save 18", None, 12)
+    # A base that is better than all that follows does not count.
+    worse = (1.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0)
+    assert train_patiently(tmp_path / "c", worse)[0][-1] == "save 18"
+
+
+def test_a_run_that_ended_early_does_not_train_on(tmp_path: Path) -> None:
+    _, early, _, (state, _) = train_patiently(tmp_path, STALLING)
+    for patience, goes_on in ((2, False), (3, True)):
+        loop = Loop()
+        trainer = loop.trainer(tmp_path, *PATIENT, f"train.patience={patience}")
+        trainer.results.load_state_dict(state["results"])
+        trainer.train()
+        assert bool(loop.events) == goes_on
+        assert goes_on or trainer.ended_early == early
 
 
 def stop(folder: Path) -> tuple[list[str], str, int, Path | None]:

@@ -29,6 +29,7 @@ def evaluation(*lines: str) -> Evaluation:
         scores={**{f"eval/{name}": 1.5 for name in names}, "eval/bleu": 1.0, "eval/lines": 2.0},
         columns=dict.fromkeys(names, column),
         tokens=np.ones(2, dtype=np.int64),
+        bytes=np.ones(2, dtype=np.int64),
         predictions=(lines[2], lines[2]),
         samples=(Sample(0, "a.py", 3, *lines),),
     )

@@ -60,6 +60,12 @@ def test_an_override_is_a_yaml_value(override: str, value: object) -> None:
     assert getattr(getattr(load_config(None, [override]), group), name) == value
 
 
+def test_patience_needs_evaluations() -> None:
+    assert load_config(None, ["train.patience=3", "eval.steps=5"]).train.patience == 3
+    with pytest.raises(UserError, match="train.patience = 3 needs evaluations .* set eval.steps"):
+        load_config(None, ["train.patience=3"])
+
+
 TEXTS = [
     ("run_name", "20261125"),
     ("run_name", "2024-11-25"),

@@ -130,6 +130,24 @@ def test_a_run_without_evaluations_exports_its_newest_checkpoint(
     assert "step 1, the newest; none was evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter"], "method: lwo trains the model's own weights, so there is no adapter"),
+        (["--base", "base"], "--base = base has no effect: the checkpoint, of method: lwo, holds"),
+        (["--adapter", "--dtype", "bf16"], "have no effect with --adapter, which writes fp32"),
+        (["--adapter", "--base", "base"], "have no effect with --adapter, which writes fp32"),
+    ],
+)
+def test_options_that_are_for_adapters_are_refused(
+    run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), *options]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_an_export_replaces_nothing_unasked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("r").mkdir()  # an empty folder holds nothing to lose
     assert main(["export", str(run)]) == 0

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from lwo_dist.checkpoint import writer
 from lwo_dist.checkpoint.format import (
-    INDEX,
     committed_steps,
     newest_checkpoint,
     read_checkpoint,
     step_folder,
 )
 from lwo_dist.checkpoint.resume import restore
+from lwo_dist.checkpoint.schema import INDEX
 from lwo_dist.checkpoint.store import LayerStore
 from lwo_dist.files import write_whole
 from tests import stores

@@ -4,19 +4,31 @@ known.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lwo_dist.tasks.intervals import paired_interval
 from lwo_dist.tasks.metrics import (
+    accuracy,
     bleu,
+    chrf,
+    codexglue_bleu,
     edit_similarities,
     edit_similarity,
     exact_match,
     exact_matches,
+    f1,
+    rouge_l,
+    smoothed_bleu4,
 )
+
+CODEXGLUE = json.loads((Path(__file__).parents[1] / "data" / "codexglue.json").read_text())
+"""The predictions and references beside CodeXGLUE's evaluators, each token as a number, with the
+scores that its pages give for them."""
 
 
 def test_exact_match_ignores_only_white_space_around() -> None:
@@ -55,7 +67,104 @@ def test_bleu_of_code() -> None:
     assert bleu(lines[::-1], lines) < 30  # line by line, not as one bag
 
 
-@pytest.mark.parametrize("metric", [exact_match, edit_similarity, bleu])
+def test_rouge_l_of_published_examples() -> None:
+    # Lin (2004), section 3.1: 3 and 2 of 4 words, in order.
+    predictions = ["police kill the gunman", "the gunman kill police"]
+    assert rouge_l(predictions, ["police killed the gunman"] * 2).tolist() == [75, 50]
+    # rouge-score's own tests, and the example of its page: 5 of 8 and of 9 words.
+    assert rouge_l(["testing one", "testing two"], ["testing one two"] * 2) == pytest.approx(
+        [80] * 2
+    )
+    brown = ("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog")
+    assert rouge_l([brown[0]], [brown[1]]) == pytest.approx([100 * 2 * 5 / 17])
+
+
+def test_rouge_l_of_what_has_no_words() -> None:
+    assert rouge_l(["", "!", "a_B c"], ["x", "!", "A, b_C"]).tolist() == [0, 0, 100]
+
+
+def test_chrf_by_hand() -> None:
+    # Equal lengths, so precision is recall: 2 of 3 characters, 1 of 2 pairs, 0 of 1 triple.
+    assert chrf(["abd", "a b"], ["abc", "ab"]) == pytest.approx([100 * (2 / 3 + 1 / 2) / 3, 100])
+    # Recall counts four times as much as precision: ab against abcd.
+    recall = (2 / 4 + 1 / 3) / 2  # and all that is there is right
+    assert chrf(["ab"], ["abcd"]) == pytest.approx([100 * 5 * recall / (4 + recall)])
+
+
+def test_the_smoothed_bleu_of_summaries_is_that_of_codexglue() -> None:
+    """The example on the page of its code-to-text: 9.554726113590661."""
+    predictions = [
+        "Prints a summary message",
+        "Finds the output from the output file",
+        "Verify that the given JSON element is present .",
+        "Determines the specified compression compression .",
+        "Creates a new project .",
+    ]
+    references = [
+        "Outputs the deferred summary information saved via",
+        "Inspect the file referenced in the kubectl stderr to make it easier for developer to"
+        " understand what s going on",
+        "make sure to never prune the ejson - keys secret",
+        "Determine the best compressor for the current system . This method returns the class not"
+        " an instance of the class .",
+        "Create the bff file using + mkinstallp + .",
+    ]
+    assert smoothed_bleu4(predictions, references).mean() == pytest.approx(9.554726113590661)
+
+
+def test_the_smoothed_bleu_of_summaries_by_hand() -> None:
+    # Tokens: the _ id . against the _ name . : 3/4, (1+1)/(3+1), (0+1)/(2+1), (0+1)/(1+1).
+    by_hand = 100 * (3 / 4 * 2 / 4 * 1 / 3 * 1 / 2) ** 0.25
+    assert smoothed_bleu4(["The_ID."], ["the_name."]) == pytest.approx([by_hand])
+    # Two of four: exp(1 - (4 + 1) / (2 + 1)); of n-grams that cannot be, 1 of 1 is right.
+    assert smoothed_bleu4(["a b"], ["a b c d"]) == pytest.approx([100 * math.exp(-2 / 3)])
+    assert smoothed_bleu4(["x", "", "A!"], ["a b", "a b", "a !"]) == pytest.approx(
+        [0, 100 * math.exp(-2), 100]
+    )
+
+
+@pytest.mark.parametrize("task", CODEXGLUE)
+def test_bleu_and_accuracy_of_codexglue(task: str) -> None:
+    """The numbers on the pages of its code-to-code-trans and code-refinement."""
+    example = CODEXGLUE[task]
+    sides = (example["predictions"], example["references"])
+    assert round(codexglue_bleu(*sides), 2) == example["bleu"]
+    assert accuracy(*sides) == example["accuracy"]
+
+
+def test_codexglue_bleu_by_hand() -> None:
+    # Of 5 + 1 tokens: 4 + 1 right; pairs (3 + 1) / (4 + 1), then (2 + 1) / 4 and (1 + 1) / 3;
+    # 6 tokens in the references.
+    by_hand = 100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25 * math.exp(1 - 6 / 5)
+    assert codexglue_bleu(["a(b) c d\te f", ""], ["a(b) c d e g", "h"]) == pytest.approx(by_hand)
+    assert codexglue_bleu(["", " "], ["a", "b"]) == 0
+
+
+def test_accuracy_and_f1() -> None:
+    predictions = ["yes", "yes ", "no", "yes", "no", "maybe"]
+    references = ["yes", "no", "yes", "yes", "no", "no"]
+    assert accuracy(predictions, references) == 50
+    # Two of three that are said to be, two of three that are.
+    assert f1(predictions, references) == pytest.approx(100 * 2 / 3)
+    # One of two, one of three: 2 x 1/2 x 1/3 / (1/2 + 1/3).
+    assert f1(predictions, references, positive="no") == pytest.approx(40)
+    assert f1(["no"], ["no"]) == f1(["no"], ["yes"]) == f1(["yes"], ["no"]) == 0
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        exact_match,
+        edit_similarity,
+        bleu,
+        rouge_l,
+        chrf,
+        smoothed_bleu4,
+        codexglue_bleu,
+        accuracy,
+        f1,
+    ],
+)
 def test_unequal_numbers_of_lines(metric: object) -> None:
     with pytest.raises(ValueError):
         metric(["a"], ["a", "b"])  # type: ignore[operator]

@@ -109,7 +109,7 @@ def test_a_packed_step_has_the_gradient_of_its_examples() -> None:
 
 def test_packs_are_written_once_and_counted(tmp_path: Path) -> None:
     examples = [TrainExample(list(range(2, 2 + n)), 1) for n in [3, 7, 5, 4, 2, 3, 6]]
-    write_dataset(tmp_path, [*examples, TrainExample([5], 0)], [], {}, packed_length=10)
+    write_dataset(tmp_path, [*examples, TrainExample([5], 0)], [], {}, {}, packed_length=10)
     data = load_dataset(tmp_path, "", make_tokenizer(), 10)
     assert data.packs is not None
     assert [row["examples"] for row in data.packs] == [[1, 0], [6, 3], [2, 5, 4]]

@@ -50,6 +50,7 @@ RUN_BY = {
     "-c launch/configs/7b_8gpu_80gb.yaml data.source=DIR": "tests/distributed/test_configs.py",
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
+    "lwo-dist export runs/NAME --adapter": "tests/distributed/test_lora.py",
     "lwo-dist export s3://bucket/runs/NAME": "tests/distributed/test_object_store.py",
     "lwo-dist fetch NAME --uri http://mlflow.example:5000": "tests/servers/test_fetch.py",
     "lwo-dist submit -c CONFIG.yaml --address http://127.0.0.1:8265 storage=/shared/runs": (

@@ -36,6 +36,7 @@ def evaluation(right: set[int], loss: float) -> Evaluation:
         },
         columns={"exact_match": exact, "edit_similarity": exact, "loss": losses},
         tokens=tokens,
+        bytes=5 * tokens,
         predictions=tuple(predictions),
         samples=tuple(
             Sample(i, "a.py", i, "def f():", f"line {i}", text)

@@ -54,6 +54,7 @@ def evaluation(columns: Mapping[str, list[float]], **totals: float) -> Evaluatio
         scores={**means, **{f"eval/{name}": v for name, v in totals.items()}},
         columns={name: np.array(column) for name, column in columns.items()},
         tokens=np.ones(count, dtype=np.int64),
+        bytes=np.ones(count, dtype=np.int64),
         predictions=("x",) * count,
         samples=(Sample(0, "a.py", 3, "before", "x = 1", "x"),),
     )
@@ -142,6 +143,7 @@ def test_an_evaluation_on_disk(tmp_path: Path) -> None:
     assert names == ["step_000000.json", "step_000004.json", "step_000008.json"]
     written = json.loads((tmp_path / "evaluations" / "step_000004.json").read_text())
     assert written["scores"]["eval/tests_passed"] == 75
+    assert written["cost"] == {"training_seconds": 20.0, "tokens": 5000}
     assert written["lines"] == {
         "tests_passed": [100, 0, 100, 100],
         "edits": [6, 8, 7, 8],
@@ -192,6 +194,10 @@ def test_the_summary(tmp_path: Path) -> None:
         "loss",
     ]
     assert scores["example"] == ["function", "functions"]
+    assert scores["curve"] == [
+        {"step": step, "training_seconds": 20.0, "tokens": 5000, **results.evaluations[step]}
+        for step in (0, 4, 8)
+    ]
 
 
 def summary_of(results: Results) -> dict[str, Any]:
@@ -218,6 +224,11 @@ def test_the_summary_for_people(tmp_path: Path) -> None:
         "model: runs/r/model",
     ]
     assert interval("edits", 1).startswith("+5.5 (+")
+    early = summary_of(filled(tmp_path)) | {"ended_early": "no better loss"}
+    assert format_summary(early).splitlines()[-2:] == [
+        "ended early, at step 8: no better loss",
+        "model: runs/r/model",
+    ]
 
 
 def test_the_summary_of_an_older_run_has_the_plain_names(tmp_path: Path) -> None:
@@ -264,7 +275,7 @@ def test_the_state_of_round_1_loads(tmp_path: Path) -> None:
     state = json.loads((ROUND_1 / "checkpoints" / "step_000011" / "state.json").read_text())
     results = Results(tmp_path, COMPLETION, "loss", writes=True)
     results.load_state_dict(state["results"])
-    assert results.state_dict() == state["results"]
+    assert results.state_dict() == {**state["results"], "costs": {}}
     before = json.loads((tmp_path / "evaluations" / "step_000000.json").read_text())
     columns = {
         "loss": [loss - 1 for loss in before["lines"]["loss"]],

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 import lwo_dist
-from lwo_dist.config import ClusterConfig, Config, DataConfig, ModelConfig, TrackingConfig
+from lwo_dist.config import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    TrackingConfig,
+)
 from lwo_dist.run_info import (
     RunInfo,
     base_name,
@@ -126,6 +133,14 @@ def test_the_parameters_hold_every_fact_of_the_run() -> None:
         "train.steps": str(Config().train.steps),
     }
     assert expected.items() <= parameters.items()
+
+
+def test_the_parameters_hold_those_of_lora() -> None:
+    lora = LoRAConfig(rank=4, target_modules=("q_proj",))
+    config = Config(method="lora", lora=lora)
+    expected = {"method": "lora", "lora.rank": "4", "lora.target_modules": '["q_proj"]'}
+    assert expected.items() <= run_parameters(make_info(config)).items()
+    assert run_tags(config)["method"] == "lora"
 
 
 def test_a_credential_of_the_environment_is_in_no_parameter(
