@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "run": (
         "accelerate",
         "datasets",
+        "datasketch",
         "matplotlib",
         "numpy",
         "obstore",
@@ -36,6 +37,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("deepspeed",),
     "lora": ("peft",),
     "gguf": ("gguf",),
+    "code": (
+        "tree_sitter",
+        "tree_sitter_c",
+        "tree_sitter_cpp",
+        "tree_sitter_go",
+        "tree_sitter_java",
+        "tree_sitter_javascript",
+        "tree_sitter_python",
+        "tree_sitter_rust",
+        "tree_sitter_typescript",
+    ),
 }
 
 

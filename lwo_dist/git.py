@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["GitError", "Repository", "clone", "is_repository_url"]
+__all__ = ["Commit", "GitError", "Repository", "clone", "is_repository_url"]
 
 _LOCAL_SECONDS = 120
 _SILENT_SECONDS = 300
@@ -63,13 +63,14 @@ def is_repository_url(source: str) -> bool:
     return _REPOSITORY_URL.match(source) is not None
 
 
-def clone(source: str, folder: Path) -> None:
+def clone(source: str, folder: Path, *, history: bool = False) -> None:
     """Clone the newest commit of `source` into `folder`, which is empty or missing.
 
-    Without history, submodules and Git LFS files.
+    Without submodules and Git LFS files.
 
     Args:
         source: a URL, or the folder of a repository.
+        history: whether the commits before it come too.
 
     Raises:
         GitError: no such repository, no network, no access, or no progress for 5 minutes.
@@ -77,12 +78,24 @@ def clone(source: str, folder: Path) -> None:
     """
     local = source if not is_repository_url(source) else _path_of(source)
     if local is None:
-        _clone(source, folder)
+        _clone(source, folder, history)
     else:
         repository = Repository.at(Path(local))
         repository._refuse_borrowed_objects()
         with repository._private_dir() as private:
-            _clone(str(private), folder)
+            _clone(str(private), folder, history)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit, and files that it changed against its parent: (name, blob before, blob after)."""
+
+    id: str
+    time: int
+    """When it was committed, in seconds since 1970."""
+    subject: str
+    """The first paragraph of its message, on one line."""
+    changes: tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,93 @@ class Repository:
         quick = ("--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
         return commit + ("-dirty" if self._git(*where, "status", *quick) else "")
 
-    def _git(self, *arguments: str) -> bytes:
+    @property
+    def is_shallow(self) -> bool:
+        """Whether commits before some date are missing, as after `git clone --depth`."""
+        shallow = self.common_dir / "shallow"
+        return shallow.is_file() and shallow.stat().st_size > 0
+
+    def commits(self, folder: Path, limit: int) -> list[Commit]:
+        """The newest `limit` commits that changed files below `folder`, newest first, without
+        merges. Their changes are the files that existed before and after, names relative to
+        `folder`.
+
+        Raises:
+            GitError
+            FileNotFoundError: git is not installed.
+        """
+        commits = []
+        for header, files in self._log(folder, "--no-merges", f"--max-count={limit}"):
+            id_, time_, subject = header.split(" ", 2)
+            changes = []
+            for raw, name in files:
+                mode_before, mode_after, before, after, _ = raw.split(" ")
+                # Neither new files nor links nor submodules.
+                if mode_before.startswith(":100") and mode_after.startswith("100"):
+                    changes.append((name, before, after))
+            commits.append(Commit(id_, int(time_), subject, tuple(changes)))
+        return commits
+
+    def last_changes(self, folder: Path) -> dict[str, int]:
+        """When each file below `folder` was last changed by a commit, in seconds since 1970, by its
+        name relative to `folder`. A merge counts if it differs from all its parents.
+
+        Raises:
+            GitError
+            FileNotFoundError: git is not installed.
+        """
+        changed: dict[str, int] = {}
+        for header, files in self._log(folder, "-c"):
+            time_ = int(header.split(" ", 2)[1])
+            for _, name in files:
+                changed[name] = max(time_, changed.get(name, time_))
+        return changed
+
+    def contents(self, blobs: Sequence[str], max_bytes: int) -> dict[str, bytes]:
+        """What the `blobs` hold, but those that are larger than `max_bytes` or missing.
+
+        Raises:
+            GitError
+            FileNotFoundError: git is not installed.
+        """
+        asked = "".join(f"{blob}\n" for blob in blobs).encode()
+        checked = self._git("cat-file", "--batch-check", given=asked).decode().splitlines()
+        known = [line.split(" ") for line in checked]
+        fits = [line[0] for line in known if line[1] == "blob" and int(line[2]) <= max_bytes]
+        asked = "".join(f"{blob}\n" for blob in fits).encode()
+        out = self._git("cat-file", "--batch", given=asked) if fits else b""
+        held, position = {}, 0
+        for blob in fits:
+            header_end = out.index(b"\n", position)
+            size = int(out[position:header_end].split(b" ")[2])
+            position = header_end + 1 + size + 1
+            held[blob] = out[header_end + 1 : position - 1]
+        return held
+
+    def _log(self, folder: Path, *options: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Of each commit "id time subject", and its changed files as git's raw format has them."""
+        # What the user's own configuration may add to a log.
+        plain = ("--no-show-signature", "--no-ext-diff", "--no-textconv", "--no-color")
+        shape = ("--raw", "-z", "--no-abbrev", "--no-renames", "--relative", "--encoding=UTF-8")
+        arguments = ("log", *plain, *shape, *options, "--format=%H %ct %s", "--", ".")
+        out = self._git("-C", str(folder.resolve()), *arguments, limit_s=_CLONE_SECONDS)
+        words = iter(out.split(b"\0"))
+        header, files = "", list[tuple[str, str]]()
+        for word in words:
+            word = word.lstrip(b"\n")
+            if word.startswith(b":"):
+                files.append((word.decode("ascii"), os.fsdecode(next(words))))
+            elif word:
+                if header:
+                    yield header, files
+                header, files = word.decode("utf-8", "replace"), []
+        if header:
+            yield header, files
+
+    def _git(
+        self, *arguments: str, given: bytes | None = None, limit_s: float = _LOCAL_SECONDS
+    ) -> bytes:
+        """What git writes. `given` is its input."""
         with self._private_dir() as private:
             environment = {
                 "GIT_DIR": str(private),
@@ -168,7 +267,9 @@ class Repository:
                 "GIT_ALLOW_PROTOCOL": "none",
             }
             try:
-                return _run(arguments, environment, silent_s=_LOCAL_SECONDS, limit_s=_LOCAL_SECONDS)
+                return _run(
+                    arguments, environment, silent_s=_LOCAL_SECONDS, limit_s=limit_s, given=given
+                )
             except GitError as error:
                 raise GitError(str(error).replace(str(private), str(self.git_dir))) from None
 
@@ -223,7 +324,7 @@ class Repository:
         return "sha256" if known.strip().lower() == b"sha256" else "sha1"
 
 
-def _clone(source: str, folder: Path) -> None:
+def _clone(source: str, folder: Path, history: bool) -> None:
     ssh = "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30"
     environment = {
         "GIT_SSH_COMMAND": os.environ.get("GIT_SSH_COMMAND", ssh),
@@ -232,7 +333,8 @@ def _clone(source: str, folder: Path) -> None:
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_LFS_SKIP_SMUDGE": "1",
     }
-    options = ("--progress", "--depth=1", "--no-tags", "--no-local", "--no-recurse-submodules")
+    depth = "--single-branch" if history else "--depth=1"
+    options = ("--progress", depth, "--no-tags", "--no-local", "--no-recurse-submodules")
     _run(
         ["clone", *options, "--template=", "--", source, str(folder)],
         environment,
@@ -276,21 +378,29 @@ def _pointed_at(file: Path, prefix: str) -> Path:
 
 
 def _run(
-    arguments: Sequence[str], environment: Mapping[str, str], *, silent_s: float, limit_s: float
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    silent_s: float,
+    limit_s: float,
+    given: bytes | None = None,
 ) -> bytes:
     """What git writes to stdout. Raises: GitError, FileNotFoundError."""
     inherited = {key: value for key, value in os.environ.items() if key not in _REDIRECTIONS}
     options = [word for key, value in _OPTIONS.items() for word in ("-c", f"{key}={value}")]
-    process = subprocess.Popen(
-        ["git", *options, *arguments],
-        # English messages, as parsed by `_reason`.
-        env={**inherited, "LC_ALL": "C", **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A process group, so that ssh and git's helpers can be killed too.
-        start_new_session=True,
-    )
+    with tempfile.TemporaryFile() as file:  # a pipe could fill up while git waits to write
+        file.write(given or b"")
+        file.seek(0)
+        process = subprocess.Popen(
+            ["git", *options, *arguments],
+            # English messages, as parsed by `_reason`.
+            env={**inherited, "LC_ALL": "C", **environment},
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A process group, so that ssh and git's helpers can be killed too.
+            start_new_session=True,
+        )
     with process:
         try:
             out, err = _read(process, silent_s, limit_s)

@@ -77,6 +77,8 @@ ONLY_IN = {
     "deepspeed": re.compile(r"lwo_dist/strategies/deepspeed/|launch/examples/deepspeed_loop\.py"),
     "matplotlib": re.compile(r"lwo_dist/report/"),
     "peft": re.compile(r"lwo_dist/methods/lora\.py"),
+    "tree_sitter": re.compile(r"lwo_dist/data/functions\.py"),
+    "datasketch": re.compile(r"lwo_dist/data/duplicates\.py"),
 }
 TOP_LEVEL = {
     "lwo_dist",

@@ -53,6 +53,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="optimizer steps of a run of the search; default: as many as the compared runs",
     )
     parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs of the search at a time; the runs that are compared are done one by one",
+    )
+    parser.add_argument(
         "--no-equal-time",
         action="store_true",
         help="leave out the runs that last as long as lora's",
@@ -75,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             " --without-ray"
         )
     rates = _rates(arguments.rates)
-    for name in ("seeds", "sweep_steps"):
+    for name in ("seeds", "sweep_steps", "jobs"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -111,6 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
         launcher="process" if arguments.without_ray else "ray",
         command=["lwo-dist", *sys.argv[1:]],
         keep_models=arguments.keep_models,
+        jobs=arguments.jobs,
     )
     from lwo_dist.compare.page import verdicts
     from lwo_dist.storage import RunFolder

@@ -1,5 +1,5 @@
-"""One run of a comparison, in a process of its own: its memory is its own, and if it dies, only its
-row is lost.
+"""The runs of a comparison, each in a process of its own: the memory that is measured is its own,
+and if it dies, only its row is lost.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from lwo_dist.config import Config
 from lwo_dist.errors import UserError, first_line
 from lwo_dist.stop import SIGNALS, Stopped
 
-__all__ = ["FailedRunError", "Launcher", "run_child"]
+__all__ = ["FailedRunError", "Launcher", "run_children"]
 
 Launcher = Literal["ray", "process"]
 """`ray`: on Ray Train, as `lwo-dist train`. `process`: one rank, without Ray."""
@@ -27,59 +27,83 @@ class FailedRunError(Exception):
     """The run did not end well; the message is one line."""
 
 
-def run_child(config: Config, launcher: Launcher) -> None:
-    """Run `config` to its end; its results are in its folder.
+def run_children(
+    configs: Sequence[Config], launcher: Launcher, jobs: int = 1
+) -> dict[str, FailedRunError | None]:
+    """Run the configs to their ends, `jobs` at a time; their results are in their folders.
+
+    Returns:
+        By run name: None, or how the run failed.
 
     Raises:
-        FailedRunError: the run failed, or its process died.
-        Stopped: this process was asked to stop; the run has saved its progress.
+        Stopped: this process was asked to stop; the runs under way have saved their progress.
     """
+    outcomes: dict[str, FailedRunError | None] = {}
+    waiting = list(reversed(configs))
+    running: dict[Connection, Any] = {}
+    stopped: Stopped | None = None
+    with _passing_on(running) as signals:
+        while running or (waiting and not signals):
+            while waiting and len(running) < jobs and not signals:
+                connection, process = _start(waiting.pop(), launcher)
+                running[connection] = process
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                name, outcome = _outcome(ready, running.pop(ready))
+                if isinstance(outcome, Stopped):
+                    stopped = outcome
+                else:
+                    outcomes[name] = outcome
+    if stopped is not None:
+        raise stopped
+    if signals:
+        raise Stopped(signal.Signals(signals[0]).name, 0, None)
+    return outcomes
+
+
+def _start(config: Config, launcher: Launcher) -> tuple[Connection, Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lwo_dist.run"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_main, args=(config, launcher, theirs), name=config.run_name)
-    with _passing_on(process) as early:
-        process.start()
-        theirs.close()
-        assert process.pid is not None
-        for number in early:
-            os.kill(process.pid, number)
-        try:
-            kind, content = ours.recv()
-        except EOFError:
-            kind, content = "died", None
-        process.join()
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def _outcome(connection: Connection, process: Any) -> tuple[str, FailedRunError | Stopped | None]:
+    try:
+        kind, content = connection.recv()
+    except EOFError:
+        kind, content = "died", None
+    process.join()
     if kind == "stopped":
-        raise Stopped(*content)
+        return process.name, Stopped(*content)
     if kind == "died":
-        how = process.exitcode or 0
-        raise FailedRunError(f"its process died ({_exit(how)})")
-    if kind == "failed":
-        raise FailedRunError(content)
-
-
-def _exit(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        code = process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return process.name, FailedRunError(f"its process died ({how})")
+    return process.name, FailedRunError(content) if kind == "failed" else None
 
 
 @contextmanager
-def _passing_on(process: Any) -> Iterator[list[int]]:
-    """Pass signals on to the child, which decides what they mean: it has something to save.
+def _passing_on(running: Mapping[Any, Any]) -> Iterator[list[int]]:
+    """Pass signals on to the children, which decide what they mean: they have something to save.
 
     Yields:
-        The signals that came before the child had started.
+        The signals so far.
     """
-    early: list[int] = []
+    signals: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
-        if process.pid is None:
-            early.append(number)
-        elif process.is_alive():
-            os.kill(process.pid, number)
+        signals.append(number)
+        for process in list(running.values()):
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        yield early
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

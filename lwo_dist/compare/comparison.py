@@ -41,7 +41,7 @@ from lwo_dist.strategies.checks import check_config
 from lwo_dist.tasks.base import Task
 from lwo_dist.tracking.parent import ParentRun
 
-from .child import FailedRunError, Launcher, run_child
+from .child import FailedRunError, Launcher, run_children
 from .design import Design, Run, Variant
 from .page import comparison_page, verdicts
 from .rates import best_rate
@@ -80,12 +80,15 @@ def compare(
     launcher: Launcher,
     command: Sequence[str],
     keep_models: bool = False,
+    jobs: int = 1,
 ) -> Comparison:
     """Run the comparison to its end, or go on with it.
 
     Args:
         command: what was typed, for the page.
         keep_models: keep the weights of the compared runs; else their scores only.
+        jobs: runs of the search for learning rates at a time. Runs that are compared have the
+            machine to themselves, because their time counts.
 
     Raises:
         UserError: a setting is invalid, or another process runs this comparison, or it was begun
@@ -100,7 +103,7 @@ def compare(
     lease.take(folder)
     with ExitStack() as stack:
         stack.enter_context(lease.renewed(folder))
-        work = _Work(design, folder, launcher, shlex.join(command), keep_models)
+        work = _Work(design, folder, launcher, shlex.join(command), keep_models, jobs)
         stack.enter_context(work.in_mlflow())
         work.all_runs()
     return work.found
@@ -108,16 +111,24 @@ def compare(
 
 class _Work:
     def __init__(
-        self, design: Design, folder: RunFolder, launcher: Launcher, command: str, keep_models: bool
+        self,
+        design: Design,
+        folder: RunFolder,
+        launcher: Launcher,
+        command: str,
+        keep_models: bool,
+        jobs: int,
     ):
         self.design = design
         self._folder = folder
         self._launcher: Launcher = launcher
         self._keep_models = keep_models
+        self._jobs = jobs
         self._count = 0
         self._pictures: list[str] = []
         self._flops: dict[tuple[str, str], float] = {}
-        self._baselines: dict[tuple[str, str], str] = {}
+        self._baselines: dict[tuple[str, str, str], str] = {}
+        self._errors: dict[str, FailedRunError] = {}
         first = design.equal_steps(
             design.tasks[0], design.methods[0], design.rates[0], design.seeds[0]
         )
@@ -170,6 +181,15 @@ class _Work:
 
     def _rates_of(self, task: Variant) -> None:
         chosen = self.found.rates.setdefault(task.label, {})
+        if self._jobs > 1 and len(self.design.rates) > 1:
+            tries = [
+                self.design.sweep(task, method, lr)
+                for method in self.design.methods
+                for lr in self.design.rates
+            ]
+            # The first alone: it leaves the tokenised data and the untuned model's scores.
+            for part in (tries[:1], tries[1:]):
+                self._run([run for run in part if not finished(self._folder_of(run))])
         for method in self.design.methods:
             rates = self.design.rates
             if len(rates) == 1:
@@ -187,9 +207,7 @@ class _Work:
             for method in self.design.methods:
                 lr = self.found.rates[task.label][method.label]
                 if lr is not None:
-                    self._row(
-                        self.design.equal_steps(task, method, lr, seed), self.found.rows, method
-                    )
+                    self._row(self.design.equal_steps(task, method, lr, seed), self.found.rows)
                 else:
                     self._failed_everywhere(task, method, seed)
 
@@ -236,7 +254,7 @@ class _Work:
                     continue
                 known = self._known_length(task, method, seed)
                 run = self.design.equal_steps_as(task, method, lr, seed, known or steps)
-                self._row(run, self.found.rows, method)
+                self._row(run, self.found.rows)
 
     def _known_length(self, task: Variant, method: Variant, seed: int) -> int | None:
         """The number of steps that an interrupted comparison began such a run with."""
@@ -252,7 +270,7 @@ class _Work:
             and row["status"] == "done"
         ]
 
-    def _row(self, run: Run, rows: list[Row], method: Variant | None = None) -> Row:
+    def _row(self, run: Run, rows: list[Row]) -> Row:
         """The row of a run, which is done first if it is not yet finished."""
         row: Row = {
             "purpose": run.purpose,
@@ -262,13 +280,15 @@ class _Work:
             "lr": run.lr,
             "run_name": run.name,
         }
-        folder = RunFolder(self._storage, run.name)
+        folder = self._folder_of(run)
         try:
-            if not finished(folder):
-                self._run(run, folder)
+            if not finished(folder) and run.name not in self._errors:
+                self._run([run])
+            if error := self._errors.get(run.name):
+                raise error
             row |= {"status": "done", **row_of(folder)}
             row["flops_per_step"] = self._flops_of(run, row.pop("base_model"))
-            self._baselines.setdefault((run.task, _scored(run.config)), run.name)
+            self._baselines.setdefault(_scored(run), run.name)
             self._drop_weights(run, folder)
         except (FailedRunError, DamagedError, KeyError) as error:
             row |= {"status": "failed", "error": first_line(error)}
@@ -277,27 +297,41 @@ class _Work:
         self._write()
         return row
 
-    def _run(self, run: Run, folder: RunFolder) -> None:
-        self._count += 1
-        say(
-            f"run {self._count}: {run.purpose.replace('_', ' ')}, {run.task}, {run.method},"
-            f" lr {run.lr:g}, seed {run.seed} ({run.name})"
-        )
-        evaluation = run.config.eval.model_copy(
-            update={"baseline": self._baselines.get((run.task, _scored(run.config)))}
-        )
-        tracking = run.config.tracking.model_copy(
-            update={"parent_run_id": self.found.mlflow_run_id}
-        )
-        config = run.config.model_copy(update={"eval": evaluation, "tracking": tracking})
-        if run.purpose == "equal_time":
-            make_folder(folder.local)
-            write_whole(folder.path("steps.json"), json.dumps(config.train.steps).encode())
+    def _run(self, runs: Sequence[Run]) -> None:
+        """Do the runs; how they failed is in `_errors`."""
+        for run in runs:
+            self._count += 1
+            say(
+                f"run {self._count}: {run.purpose.replace('_', ' ')}, {run.task}, {run.method},"
+                f" lr {run.lr:g}, seed {run.seed} ({run.name})"
+            )
+            if run.purpose == "equal_time":
+                folder = self._folder_of(run)
+                make_folder(folder.local)
+                length = json.dumps(run.config.train.steps)
+                write_whole(folder.path("steps.json"), length.encode())
         try:
-            run_child(config, self._launcher)
+            outcomes = run_children(
+                [self._config_of(run) for run in runs], self._launcher, self._jobs
+            )
         except Stopped:
             say(f"the same command goes on with {self.design.name}")
             raise
+        self._errors |= {name: error for name, error in outcomes.items() if error is not None}
+        for run in runs:
+            if run.name not in self._errors:
+                self._baselines.setdefault(_scored(run), run.name)
+
+    def _config_of(self, run: Run) -> Config:
+        baseline = self._baselines.get(_scored(run))
+        evaluation = run.config.eval.model_copy(update={"baseline": baseline})
+        tracking = run.config.tracking.model_copy(
+            update={"parent_run_id": self.found.mlflow_run_id}
+        )
+        return run.config.model_copy(update={"eval": evaluation, "tracking": tracking})
+
+    def _folder_of(self, run: Run) -> RunFolder:
+        return RunFolder(self._storage, run.name)
 
     def _drop_weights(self, run: Run, folder: RunFolder) -> None:
         """A comparison has many runs, and only their scores are compared."""
@@ -398,8 +432,9 @@ def _metrics(found: Comparison) -> dict[str, float]:
     return metrics
 
 
-def _scored(config: Config) -> str:
-    return config.data.evaluate_on
+def _scored(run: Run) -> tuple[str, str, str]:
+    """What the scores of the untuned model depend on."""
+    return run.task, run.config.model.name, run.config.data.evaluate_on
 
 
 def _read(folder: RunFolder) -> dict[str, Any] | None:
@@ -418,10 +453,10 @@ def _read(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _refuse_other_design(name: str, then: dict[str, Any], now: dict[str, Any]) -> None:
-    # Where its runs go, and how they are tracked, does not change what they find.
+    # How its runs are tracked, and whether there are more of them, does not change what they find.
     def plain(record: dict[str, Any]) -> dict[str, Any]:
         config = {key: value for key, value in record["config"].items() if key != "tracking"}
-        return {**record, "config": config}
+        return {**record, "config": config, "equal_time": None}
 
     for key, value in plain(now).items():
         if plain(then).get(key) != value:

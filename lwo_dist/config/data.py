@@ -85,6 +85,21 @@ class DataConfig(Settings):
     evaluate_on: Literal["held_out", "validation"] = Field(
         "held_out", description="which files are scored; validation: to choose settings"
     )
+    split: Literal["hash", "time"] = Field(
+        "hash",
+        description="which files are held out: by the hash of their content, or those that git"
+        " says were changed last",
+    )
+    near_duplicates: float | None = Field(
+        0.85,
+        gt=0,
+        le=1,
+        description="similarity from which a training file or pair is left out as a copy of a"
+        " scored one: shared 5-grams of tokens over all of both; null: only equal ones are",
+    )
+    max_commits: int = Field(
+        10_000, ge=1, description="newest commits to look for fixes in (tasks repair, defect)"
+    )
     cache: str | None = Field(None, description="folder of tokenised data; unset: <storage>/cache")
 
     @model_validator(mode="after")
@@ -105,6 +120,10 @@ class DataConfig(Settings):
     def _check_data_set(self) -> Self:
         if self.prompt is not None and "{source}" not in self.prompt:
             raise ValueError("prompt has no {source}, where the text of an example goes; add it")
+        if self.format != "code" and self.split == "time":
+            raise ValueError(
+                f"split: time needs a git history, but format is {self.format}; set split: hash"
+            )
         if self.format == "code":
             for name in ("fields", "held_out_source", "validation_source"):
                 if getattr(self, name):

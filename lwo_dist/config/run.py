@@ -85,7 +85,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _refuse_passwords(self) -> Self:
-        refuse_password("data.source", self.data.source or "", NO_SOURCE_PASSWORD)
+        for name in ("source", "held_out_source", "validation_source"):
+            refuse_password(f"data.{name}", getattr(self.data, name) or "", NO_SOURCE_PASSWORD)
         refuse_password("tracking.uri", self.tracking.uri or "", NO_TRACKING_PASSWORD)
         refuse_password("storage", self.storage, NO_PASSWORD)
         return self

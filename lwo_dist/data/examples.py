@@ -31,6 +31,7 @@ __all__ = [
     "end_of_text_id",
     "pad_id",
     "scored_bytes",
+    "text_after",
     "token_texts",
 ]
 
@@ -77,7 +78,8 @@ class EvalExample:
     """UTF-8 bytes of the text of `target`, from `scored_bytes`."""
     choices: Sequence[Sequence[int]] = field(default_factory=list)
     """The tokens of each possible answer. Where given, nothing is generated: the answer is the one
-    with the highest log-probability after the context."""
+    with the highest log-probability after the context. All examples of a task have them, or none.
+    """
 
 
 @dataclass(frozen=True)
@@ -202,22 +204,28 @@ class PromptTokenizer:
         return text
 
 
-def scored_bytes(tokenizer: Any, context: Sequence[int], target: Sequence[int]) -> int:
-    """UTF-8 bytes of the text that `target` adds to `context`, at least 1.
+def text_after(tokenizer: Any, context: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that `tokens` add to `context`; special tokens have none.
 
-    Special tokens have none, nor has a character that the target does not complete.
+    Alone they may read otherwise: many tokenizers leave out the space at the start of a text.
     """
-
-    def text(tokens: Sequence[int]) -> str:
-        return str(
-            tokenizer.decode(
-                list(tokens), clean_up_tokenization_spaces=False, skip_special_tokens=True
-            )
-        )
-
     nearest = list(context[-8:])  # enough to complete a character
-    known = text(nearest)
-    return max(len(text([*nearest, *target]).rstrip("\ufffd").encode()) - len(known.encode()), 1)
+    known, whole = (
+        str(tokenizer.decode(part, clean_up_tokenization_spaces=False, skip_special_tokens=True))
+        for part in (nearest, [*nearest, *tokens])
+    )
+    return whole[len(known) :]
+
+
+def scored_bytes(tokenizer: Any, context: Sequence[int], target: Sequence[int]) -> int:
+    """UTF-8 bytes of the text that `target` adds to `context`, at least 1; without a character that
+    it does not complete.
+    """
+    for end in range(len(target), 0, -1):
+        text = text_after(tokenizer, context, target[:end])
+        if not text.endswith("\ufffd"):
+            return max(len(text.encode()), 1)
+    return 1
 
 
 def token_texts(tokenizer: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from lwo_dist.config import DataConfig
 from lwo_dist.errors import UserError
 
-from .split import split_by_hash
+from .duplicates import NEAR_DUPLICATE, near_duplicates
+from .split import Sides, sides_by_hash
 
-__all__ = ["Pair", "Pairs", "split_pairs"]
+__all__ = ["Pair", "Pairs", "settle_pairs", "split_pairs"]
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,44 @@ def split_pairs(
         )
     names = sorted({pair.name for pair in pairs})
     if len(names) >= least:
-        chosen, scored = split_by_hash(names, _hash_of, config)
-        sides = {**dict.fromkeys(chosen, "train"), **dict.fromkeys(scored, "held_out")}
-        train = [pair for pair in pairs if sides.get(pair.name) == "train"]
-        held_out = [pair for pair in pairs if sides.get(pair.name) == "held_out"]
+        by_name = sides_by_hash(names, _hash_of, config)
+        sides = by_name.map(lambda name: [pair for pair in pairs if pair.name == name])
     else:
-        train, held_out = split_by_hash(pairs, lambda pair: pair.sha256, config)
-    return Pairs(source, _in_order(train), _in_order(held_out), skipped)
+        sides = sides_by_hash(pairs, lambda pair: pair.sha256, config)
+    return settle_pairs(config, source, sides, skipped)
+
+
+def settle_pairs(
+    config: DataConfig, source: str, sides: Sides[Pair], skipped: Mapping[str, int]
+) -> Pairs:
+    """The pairs to train on and those to score. Training pairs equal to a scored one, or nearly so
+    (`data.near_duplicates`), are left out; both scored sides count.
+
+    Raises:
+        UserError: a side is empty.
+    """
+    scored = [*sides.held_out, *sides.validation]
+    equal = {pair.sha256 for pair in scored}
+    train = [pair for pair in sides.train if pair.sha256 not in equal]
+    copies = near_duplicates(map(_text, train), map(_text, scored), config)
+    kept = [pair for index, pair in enumerate(train) if index not in copies]
+    counts = Counter(skipped)
+    counts["also held out"] += len(sides.train) - len(train)
+    counts[NEAR_DUPLICATE] += len(copies)
+    counts = +counts
+    chosen = sides.scored(config)
+    for pairs, use in ((kept, "train on"), (chosen, "score")):
+        if not pairs:
+            shown = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+            raise UserError(
+                f"data.source = {source}: no usable example to {use} (skipped: {shown or 'none'});"
+                " give a larger source, or another data.held_out_fraction"
+            )
+    return Pairs(source, _in_order(kept), _in_order(chosen), dict(sorted(counts.items())))
+
+
+def _text(pair: Pair) -> str:
+    return f"{pair.source}\n{pair.target}"
 
 
 def _hash_of(name: str) -> str:

@@ -71,6 +71,7 @@ def read_public(config: DataConfig) -> Pairs:
         if config.validation_source is not None:
             found = split_pairs(_one_side(config, config.held_out_fraction), source, train, skipped)
             train, test = list(found.train), list(found.held_out)
+            skipped = Counter(found.skipped)
         elif validation:
             test, validation = validation, []
         else:
@@ -78,11 +79,12 @@ def read_public(config: DataConfig) -> Pairs:
     if not validation and config.validation_fraction:
         found = split_pairs(_one_side(config, config.validation_fraction), source, train, skipped)
         train, validation = list(found.train), list(found.held_out)
+        skipped = Counter(found.skipped)
     scored = test if config.evaluate_on == "held_out" else validation
     kept_aside = {pair.sha256 for pair in (*test, *validation)}
     learned = [pair for pair in train if pair.sha256 not in kept_aside]
     if len(learned) < len(train):
-        skipped["also held out"] = len(train) - len(learned)
+        skipped["also held out"] += len(train) - len(learned)
     _check_sides(config, learned, scored, skipped)
     return Pairs(source, tuple(learned), tuple(scored), dict(sorted(skipped.items())))
 
@@ -146,15 +148,19 @@ def _find_files(setting: str, given: str | None, config: DataConfig) -> dict[str
     path = Path(given).expanduser()
     shown = f"data.{setting} = {without_credentials(given)}"
     kind = f"the format {config.format}"
-    if not path.exists():
-        raise UserError(f"{shown}: does not exist; give a file or a folder in {kind}")
-    if path.is_file():
-        return {"": [path]}
     endings = _endings(config)
     files: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
-        if file.name.endswith(endings) and not file.name.startswith(".") and file.is_file():
-            files.setdefault(_side(file.name), []).append(file)
+    try:
+        if path.is_file():
+            return {"": [path]}
+        if not path.is_dir():
+            problem = "is no file and no folder" if path.exists() else "does not exist"
+            raise UserError(f"{shown}: {problem}; give a file or a folder in {kind}")
+        for file in sorted(path.iterdir()):
+            if file.name.endswith(endings) and not file.name.startswith(".") and file.is_file():
+                files.setdefault(_side(file.name), []).append(file)
+    except OSError as error:
+        raise UserError(f"{shown}: {error.strerror}; give one that can be read") from None
     if not files:
         raise UserError(
             f"{shown}: has no file that ends in {' or '.join(endings)}; give a folder in {kind}"
@@ -191,7 +197,11 @@ def _unusable(pair: Pair, config: DataConfig) -> str:
     for side in ("source", "target"):
         if not getattr(pair, side).strip():
             return f"empty {side}"
-    text = f"{pair.source}\n{pair.target}".encode()
+    try:
+        f"{pair.name}{pair.language}".encode()
+        text = f"{pair.source}\n{pair.target}".encode()
+    except UnicodeEncodeError:  # JSON can name halves of characters
+        return "not Unicode"
     if len(text) > config.max_file_bytes:
         return "huge"
     return "secret" if find_secret(text) else ""

@@ -1,10 +1,10 @@
-"""The two uses of git: listing the tracked files, and cloning a URL."""
+"""The uses of git: listing the tracked files, cloning a URL, and the history of a repository."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -12,10 +12,10 @@ from typing import TypeVar
 from lwo_dist.cache import build_once
 from lwo_dist.config.data import NO_PASSWORD
 from lwo_dist.errors import UserError
-from lwo_dist.git import GitError, Repository, clone
+from lwo_dist.git import Commit, GitError, Repository, clone
 from lwo_dist.redaction import holds_password, redact, refuse_password, without_credentials
 
-__all__ = ["clone_repository", "tracked_files"]
+__all__ = ["clone_repository", "last_changes", "read_commits", "read_contents", "tracked_files"]
 
 T = TypeVar("T")
 
@@ -40,12 +40,68 @@ def tracked_files(folder: Path) -> list[str] | None:
         ) from None
 
 
-def clone_repository(source: str, cache: Path) -> Path:
+def last_changes(folder: Path) -> dict[str, int]:
+    """When a commit last changed each file below `folder`, in seconds since 1970.
+
+    Raises:
+        UserError: there is no git history, it is cut short, or git is missing or fails.
+    """
+    need, instead = "data.split = time", "data.split=hash"
+    return _ask_history(folder, need, instead, lambda found: found.last_changes(folder))
+
+
+def read_commits(folder: Path, limit: int, task: str) -> list[Commit]:
+    """The newest `limit` commits below `folder`, without merges.
+
+    Args:
+        task: what they are for, for the message.
+
+    Raises:
+        UserError: there is no git history, it is cut short, or git is missing or fails.
+    """
+    need, instead = f"task = {task}", "another task or data.format"
+    return _ask_history(folder, need, instead, lambda found: found.commits(folder, limit))
+
+
+def read_contents(folder: Path, blobs: Sequence[str], max_bytes: int) -> dict[str, bytes]:
+    """What blobs of the repository around `folder` hold, but large and missing ones. Raises:
+    UserError.
+    """
+    need, instead = "what commits changed", "another source"
+    return _ask_history(folder, need, instead, lambda found: found.contents(blobs, max_bytes))
+
+
+def _ask_history(folder: Path, need: str, instead: str, ask: Callable[[Repository], T]) -> T:
+    def find() -> T:
+        repository = Repository.around(folder)
+        if repository is None:
+            raise UserError(
+                f"data.source = {folder} is not in a git repository, and {need} needs a git"
+                f" history; give a repository, or use {instead}"
+            )
+        if repository.is_shallow:
+            raise UserError(
+                f"data.source = {folder} is a shallow clone, and {need} needs the whole history;"
+                f" run `git fetch --unshallow` there, or use {instead}"
+            )
+        return ask(repository)
+
+    try:
+        return _needs_git(find, str(folder), instead)
+    except GitError as error:
+        raise UserError(
+            f"data.source = {folder}: git log failed: {error}; {need} needs a git history: mend the"
+            f" repository, or use {instead}"
+        ) from None
+
+
+def clone_repository(source: str, cache: Path, *, history: bool = False) -> Path:
     """Clone the newest commit of `source` into `cache`, or return the existing clone. An incomplete
     clone is removed.
 
     Args:
         source: a URL, or the folder of a bare repository.
+        history: whether the commits before it come too, which makes another clone.
 
     Raises:
         UserError: the URL holds a password, git is missing, the clone failed (no network, no such
@@ -54,11 +110,16 @@ def clone_repository(source: str, cache: Path) -> Path:
     refuse_password("data.source", source, NO_PASSWORD)
     _scrub(cache / "sources")
     name = re.sub(r"[^\w.-]+", "-", source.removesuffix(".git").rstrip("/").rpartition("/")[2])
-    target = cache / "sources" / f"{name[-50:]}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    hashed = hashlib.sha256(source.encode()).hexdigest()[:16]
+    target = cache / "sources" / f"{name[-50:]}-{hashed}{'-history' if history else ''}"
 
     def build(folder: Path) -> None:
         try:
-            _needs_git(lambda: clone(source, folder), without_credentials(source), "a folder")
+            _needs_git(
+                lambda: clone(source, folder, history=history),
+                without_credentials(source),
+                "a folder",
+            )
         except GitError as error:
             raise UserError(
                 f"data.source = {without_credentials(source)}: git clone failed:"

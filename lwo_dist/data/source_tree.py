@@ -5,7 +5,7 @@ Files are judged by their text alone, so any text language works. Skipped files 
 reason, such as secrets, Git LFS pointers, and symlinks and other non-regular files. Nothing outside
 the folder is opened.
 
-The split is by file and by the hash of its content (`split`).
+The split is by file, and by the hash of its content or the date of its last commit (`split`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,17 +27,21 @@ from lwo_dist.git import is_repository_url
 from lwo_dist.redaction import without_credentials
 from lwo_dist.secret_rule import find_secret, is_secret_file
 
-from .repository import clone_repository, tracked_files
-from .split import split_by_hash
+from .duplicates import NEAR_DUPLICATE, near_duplicates
+from .repository import clone_repository, last_changes, tracked_files
+from .split import Sides, sides_by_hash, sides_by_time
 
 __all__ = [
     "Skipped",
     "SourceFile",
     "SourceTree",
     "divide",
+    "file_sides",
     "find_files",
     "read_source_tree",
     "read_text",
+    "refused_name",
+    "usable_text",
 ]
 
 # Other people's code, or no code: judged below the source only, which may itself lie inside such a
@@ -115,6 +119,8 @@ class SourceFile:
     """The path below the source, with forward slashes."""
     sha256: str
     """Of the text as `read_text` gives it, in UTF-8."""
+    changed: int = 0
+    """When the last commit changed it, in seconds since 1970; 0 unless `data.split` is time."""
 
 
 @dataclass(frozen=True)
@@ -168,17 +174,25 @@ def read_source_tree(config: DataConfig, cache: Path) -> SourceTree:
             files.
     """
     root, files, skipped = find_files(config, cache)
-    train, held_out = divide(config, files, skipped)
+    train, held_out, dropped = divide(config, files, skipped)
+    skipped = [*skipped, *dropped]
     counts = dict(sorted(Counter(skip.reason for skip in skipped).items()))
     return SourceTree(without_credentials(str(config.source)), root, train, held_out, counts)
 
 
-def find_files(config: DataConfig, cache: Path) -> tuple[Path, list[SourceFile], Sequence[Skipped]]:
+def find_files(
+    config: DataConfig, cache: Path, *, history: bool = False
+) -> tuple[Path, list[SourceFile], Sequence[Skipped]]:
     """The folder of `config.source`, its usable files, and what is skipped in it, by name.
 
+    Args:
+        history: whether a URL is cloned with its history.
+
     Raises:
-        UserError: no source, no such folder, git is missing or failed.
+        UserError: no source, no such folder, git is missing or failed; with `data.split` time also
+            where there is no git history.
     """
+    by_time = config.split == "time"
     if not config.source:
         raise UserError(
             "data.source is not set; give a folder of source files or a git repository (folder or"
@@ -186,7 +200,7 @@ def find_files(config: DataConfig, cache: Path) -> tuple[Path, list[SourceFile],
         )
     root = Path(config.source).expanduser()
     if is_repository_url(config.source) or _is_bare_repository(root):
-        root = clone_repository(config.source, cache)
+        root = clone_repository(config.source, cache, history=history or by_time)
     elif not root.is_dir():
         problem = "is a file" if root.is_file() else "does not exist"
         raise UserError(
@@ -206,13 +220,53 @@ def find_files(config: DataConfig, cache: Path) -> tuple[Path, list[SourceFile],
             skipped.append(found)
         else:
             files[found.sha256] = found
-    return root, list(files.values()), sorted(skipped, key=lambda skip: skip.name)
+    used = list(files.values())
+    if by_time:
+        used = _dated(root, used, skipped)
+    return root, used, sorted(skipped, key=lambda skip: skip.name)
+
+
+def _dated(root: Path, files: list[SourceFile], skipped: list[Skipped]) -> list[SourceFile]:
+    """The files with the dates of their last commits; those without one are skipped."""
+    changed = last_changes(root)
+    times = {file: changed.get(file.path.relative_to(root).as_posix()) for file in files}
+    skipped += [Skipped(file.name, "in no commit") for file, time in times.items() if time is None]
+    return [replace(file, changed=time) for file, time in times.items() if time is not None]
 
 
 def divide(
     config: DataConfig, files: list[SourceFile], skipped: Sequence[Skipped]
-) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...]]:
-    """The files to train on, and those held out. Raises: UserError for too few files."""
+) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...], list[Skipped]]:
+    """The files to train on, those to score, and those left out for being too much like a scored
+    one (`data.near_duplicates`).
+
+    Raises:
+        UserError: too few files, or none to train on but copies.
+    """
+    sides = file_sides(config, files, skipped)
+    by_name = attrgetter("name")
+    scored = [*sides.held_out, *sides.validation]
+    copies = near_duplicates(
+        (read_text(file.path) or "" for file in sides.train),
+        (read_text(file.path) or "" for file in scored),
+        config,
+    )
+    dropped = [Skipped(sides.train[index].name, NEAR_DUPLICATE) for index in sorted(copies)]
+    train = [file for index, file in enumerate(sides.train) if index not in copies]
+    if not train:
+        raise UserError(
+            f"data.source = {without_credentials(str(config.source))}: all {len(copies)} files to"
+            " train on are near-duplicates of scored ones; give a larger source, or set"
+            " data.near_duplicates = null"
+        )
+    chosen = sides.scored(config)
+    return tuple(sorted(train, key=by_name)), tuple(sorted(chosen, key=by_name)), dropped
+
+
+def file_sides(
+    config: DataConfig, files: list[SourceFile], skipped: Sequence[Skipped]
+) -> Sides[SourceFile]:
+    """Which side each file is on. Raises: UserError for too few files."""
     least = 3 if config.validation_fraction else 2
     if len(files) < least:
         counts = sorted(Counter(skip.reason for skip in skipped).items())
@@ -222,9 +276,10 @@ def divide(
             f" file{'' if files else 's'} (skipped: {shown}); give a source with at least {least}"
             " text files of different content, and see data.extensions"
         )
-    train, held_out = split_by_hash(files, lambda file: file.sha256, config)
-    by_name = attrgetter("name")
-    return tuple(sorted(train, key=by_name)), tuple(sorted(held_out, key=by_name))
+    sha256 = attrgetter("sha256")
+    if config.split == "time":
+        return sides_by_time(files, attrgetter("changed"), sha256, config)
+    return sides_by_hash(files, sha256, config)
 
 
 def read_text(path: Path) -> str | None:
@@ -256,18 +311,44 @@ def _text_of(data: bytes) -> str | None:
     return text if not text or text.endswith("\n") else text + "\n"
 
 
+def refused_name(name: str, config: DataConfig) -> str:
+    """Why the file with this path below the source is not read, whatever it holds; "" if it is."""
+    file = PurePosixPath(name).name.lower()
+    if is_secret_file(name):
+        return "secret"
+    for folder in PurePosixPath(name).parts[:-1]:
+        if reason := _pruned(folder):
+            return reason
+    if file in LOCK_FILES:
+        return "lock file"
+    if config.extensions is None:
+        return ""
+    endings = tuple("." + ending.lower().lstrip(".") for ending in config.extensions)
+    return "" if file.endswith(endings) else "extension"
+
+
+def usable_text(data: bytes) -> tuple[str, str, str]:
+    """The text in what a file holds; or "", the reason not to use it, and what was found."""
+    for reason, beginnings in _POINTERS.items():
+        if data.startswith(beginnings):
+            return "", reason, ""
+    text = _text_of(data)
+    if text is None:
+        return "", "binary", ""
+    if secret := find_secret(data):
+        return "", "secret", str(secret)
+    if reason := _unusable(text):
+        return "", reason, ""
+    return text, "", ""
+
+
 class _Judge:
     """Decides which files to use, one at a time."""
 
     def __init__(self, root: Path, config: DataConfig):
         self._root = root
         self._real_root = os.path.realpath(root)
-        self._limit = config.max_file_bytes
-        self._endings = (
-            None
-            if config.extensions is None
-            else tuple("." + ending.lower().lstrip(".") for ending in config.extensions)
-        )
+        self._config = config
         self._folders = {"": True}
 
     def __call__(self, name: str) -> SourceFile | Skipped:
@@ -281,12 +362,8 @@ class _Judge:
 
     def _judge(self, path: Path, name: str) -> str | tuple[str, ...]:
         """The SHA-256 of the text, or the reason to skip it, with the detail."""
-        if is_secret_file(name):
-            return "secret", "file name"
-        if path.name.lower() in LOCK_FILES:
-            return ("lock file",)
-        if self._endings is not None and not path.name.lower().endswith(self._endings):
-            return ("extension",)
+        if reason := refused_name(name, self._config):
+            return (reason, "file name") if reason == "secret" else (reason,)
         try:
             if not self._is_inside(name.rpartition("/")[0]):
                 return ("external symlink",)
@@ -295,24 +372,15 @@ class _Judge:
                 return ("external symlink",)
             if not stat.S_ISREG(status.st_mode):
                 return ("not a regular file",)
-            if status.st_size > self._limit:
+            if status.st_size > self._config.max_file_bytes:
                 return ("huge",)
             data = _read_regular(path)
         except FileNotFoundError:  # tracked but missing
             return ("not a regular file",)
         except OSError:
             return ("unreadable",)
-        for reason, beginnings in _POINTERS.items():
-            if data.startswith(beginnings):
-                return (reason,)
-        text = _text_of(data)
-        if text is None:
-            return ("binary",)
-        if secret := find_secret(data):
-            return "secret", str(secret)
-        if reason := _unusable(text):
-            return (reason,)
-        return hashlib.sha256(text.encode()).hexdigest()
+        text, reason, detail = usable_text(data)
+        return (reason, detail) if reason else hashlib.sha256(text.encode()).hexdigest()
 
     def _is_inside(self, folder: str) -> bool:
         """Whether no part of the path of `folder`, relative to the root, is a symlink."""

@@ -58,7 +58,7 @@ class LoRA(Method):
         plain = dict(model.named_modules())
         _check_targets(model, config.lora.target_modules)
         try:
-            # On the meta device, as the base may be: peft would move the adapters there.
+            # Without values: peft would move the adapters to the base's device, which may be meta.
             inject_adapter_in_model(
                 _peft_config(config.lora, model), model, _ADAPTER, low_cpu_mem_usage=True
             )

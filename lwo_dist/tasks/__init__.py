@@ -4,5 +4,6 @@ base        the interface of a task
 scores      how a task describes its scores, for every table, chart and model card
 prepare     prepares a task's examples once and stores them on disk
 completion  the next line of code
-metrics     text similarity scores, and the interval of a paired difference
+pairs       from text to text: generation, summarisation, translation, repair, defect detection
+metrics     the scores of answers
 """

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from lwo_dist.data.examples import (
     TrainExample,
     end_of_text_id,
     scored_bytes,
+    text_after,
 )
 from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.data.public import read_public
@@ -157,14 +159,16 @@ class PairTask(Task):
         Raises:
             UserError: the tokenizer has no end-of-text token.
         """
-        end = end_of_text_id(tokenizer)
-        return sorted({end, _end_of_message(tokenizer) if tokenizer.chat_template else end})
+        ends = {end_of_text_id(tokenizer)}
+        with suppress(UserError):  # no template, or one that a chat would be refused for
+            ends.add(_end_of_message(tokenizer))
+        return sorted(ends)
 
     def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
         """The text up to the first token that ends an answer."""
         ends = set(self.end_token_ids(tokenizer))
         end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
-        text = str(tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False))
+        text = text_after(tokenizer, example.context, token_ids[:end])
         return text.removeprefix(example.begins_with)
 
     def score(

@@ -322,6 +322,10 @@ def test_an_unknown_job(head: str, capfd: pytest.CaptureFixture[str]) -> None:
     [
         ("storage=runs", "storage = runs: would be deleted with the job's folder"),
         ("data.source=../src", "data.source = ../src: a path on this machine"),
+        (
+            "data={source: /src, format: jsonl, held_out_source: ../test}",
+            "data.held_out_source = ../test: a path on this machine",
+        ),
         ("train.stepz=1", "unknown key train.stepz"),
         ("cluster.num_workers=7", "must be divisible by 7 = 7 workers"),
         ("model.name=../model", "model.name = ../model: a path on this machine"),

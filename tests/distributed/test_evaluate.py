@@ -179,12 +179,17 @@ def test_equals_a_plain_loop(
     )
     tokens = np.array([len(line.target) for line in lines])
     assert result.tokens.tolist() == tokens.tolist()
+    sizes = np.array([len(make_tokenizer().decode(line.target).encode()) for line in lines])
+    assert result.bytes.tolist() == sizes.tolist()
+    loss_per_byte = float((result.columns["loss"] * tokens).sum() / sizes.sum())
+    assert result.columns["loss_per_byte"] * sizes == pytest.approx(result.columns["loss"] * tokens)
     assert result.scores == pytest.approx(
         {
             "eval/loss": float((result.columns["loss"] * tokens).sum() / tokens.sum()),
             "eval/exact_match": metrics.exact_match(result.predictions, references),
             "eval/edit_similarity": metrics.edit_similarity(result.predictions, references),
             "eval/bleu": metrics.bleu(result.predictions, references),
+            "eval/loss_per_byte": loss_per_byte,
             "eval/lines": 20.0,
         }
     )
@@ -195,6 +200,7 @@ def test_equals_a_plain_loop(
         "eval/edit_similarity",
         "eval/bleu",
         "eval/loss",
+        "eval/loss_per_byte",
         "eval/lines",
     ]
 
@@ -313,6 +319,7 @@ def test_the_same_scores_however_shared(root: Path, architecture: str, sharded: 
             assert result.predictions == alone.predictions
             assert result.samples == alone.samples
             assert result.tokens.tolist() == alone.tokens.tolist()
-            assert set(result.columns) == {"loss", "exact_match", "edit_similarity"}
+            names = {"loss", "loss_per_byte", "exact_match", "edit_similarity"}
+            assert set(result.columns) == names
             for name, column in result.columns.items():
                 assert column.tolist() == alone.columns[name].tolist()

@@ -92,7 +92,10 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
     for name, line in zip(COMMANDS, err, strict=True):
         assert line.startswith(f"lwo-dist: lwo-dist {name} needs packages that are not installed (")
         assert line.endswith(f": pip install 'lwo-dist[{extras[name]}]'")
-    assert "accelerate, datasets, matplotlib" in err[0] and "yaml, ray, aiohttp_cors" in err[0]
+    assert (
+        "accelerate, datasets, datasketch, matplotlib" in err[0]
+        and "yaml, ray, aiohttp_cors" in err[0]
+    )
 
 
 @pytest.mark.parametrize(

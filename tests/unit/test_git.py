@@ -89,7 +89,26 @@ def _submodule(root: Path, script: Path) -> None:
     _filter(inner, script)
 
 
-HOSTILE = [_monitor, _included, _filter, _hooks, _lazy_fetch, _submodule]
+def _differ(root: Path, script: Path) -> None:
+    git(root, "config", "diff.external", str(script))
+    git(root, "config", "diff.x.textconv", str(script))
+    git(root, "config", "log.showSignature", "true")
+    git(root, "config", "gpg.program", str(script))
+    (root / ".gitattributes").write_text("* diff=x\n")
+
+
+HOSTILE = [_monitor, _included, _filter, _hooks, _lazy_fetch, _submodule, _differ]
+
+
+def _read_history(root: Path) -> None:
+    found = Repository.around(root)
+    assert found is not None
+    assert len(found.last_changes(root)) >= 12
+    [*_, first] = found.commits(root, 10)
+    assert first.subject == "first"
+    blob = git(root, "rev-parse", "HEAD:file_1.py")
+    assert found.contents([blob, "0" * 40], 10**6) == {blob: (root / "file_1.py").read_bytes()}
+    assert found.contents([blob], 10) == {}
 
 
 @pytest.mark.parametrize("spoil", HOSTILE)
@@ -108,9 +127,12 @@ def test_no_program_named_by_a_repository_runs(
     except UserError:  # where a tree of the repository is missing
         assert spoil is _lazy_fetch
     git_commit(root)
+    with suppress(GitError):  # a tree is missing
+        _read_history(root)
     assert not ran.exists()
     # Plain git does run it.
-    for command in (["status"], ["describe", "--always", "--dirty"], ["ls-files"]):
+    diff = ["log", "-p", "--ext-diff"]
+    for command in (["status"], ["describe", "--always", "--dirty"], ["ls-files"], diff):
         subprocess.run(["git", *command], cwd=root, capture_output=True, timeout=60)
     assert ran.exists()
 
