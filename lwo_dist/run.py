@@ -118,13 +118,15 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             )
         if config.model.name != "tiny-code" and not is_gguf(config.model.name):
             check_model(config.model, config.train.sequence_length, elsewhere=elsewhere)
-        say(f"reading {printable(source)}")
+        say(f"reading {printable(str(config.data.source))}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_tiny_code(default_cache_folder(run_folder.local.parent))
             config = _with_model(config, base)
         elif is_gguf(config.model.name):
             config = _with_model(config, dequantise(config.model, cache_folder(config)))
+        elif Path(config.model.name).expanduser().exists():  # only now: messages name it as given
+            config = _with_model(config, Path(absolute(config.model.name)))
         method: Method = METHODS.get(config.method)
         if method.changes_model:
             prepare_model = partial(_prepare_model, method, config)
@@ -354,9 +356,6 @@ def _with_absolute_paths(config: Config) -> Config:
         and not is_repository_url(value)
     }
     update: dict[str, Any] = {"data": config.data.model_copy(update=data)}
-    if Path(config.model.name).expanduser().exists():  # else it is an id
-        name = absolute(config.model.name)
-        update["model"] = config.model.model_copy(update={"name": name})
     if config.tracking.uri:
         uri = absolute_uri(config.tracking.uri)
         update["tracking"] = config.tracking.model_copy(update={"uri": uri})

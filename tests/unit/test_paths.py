@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lwo_dist.cluster.jobs import _checked
 from lwo_dist.cluster.ray_train import _passed_on
 from lwo_dist.config.reading import load_config
+from lwo_dist.errors import UserError
 from lwo_dist.files import absolute_uri
 from lwo_dist.run import _with_absolute_paths, prepare
 from tests.code_samples import code, write_tree
@@ -90,3 +92,19 @@ def test_paths_in_the_environment_of_the_workers_are_absolute(here: Path) -> Non
         "AWS_CA_BUNDLE": "/etc/ca.pem",
         "HF_HUB_CACHE": "",
     }
+
+
+SUBMITTED = ("storage=/shared/runs", "run_name=r", "model.name=tiny-code")
+
+
+@pytest.mark.parametrize("user", ["git", "gitea", "first.last", "me+x"])
+def test_any_user_s_repository_is_one_on_another_machine_too(user: str) -> None:
+    source = f"{user}@host.example:team/repo.git"
+    config, _ = _checked(None, [*SUBMITTED, f"data.source={source}"])
+    assert config.data.source == source
+
+
+@pytest.mark.parametrize("setting", ["data.cache=cache", "tracking.uri=sqlite:///x.db"])
+def test_a_relative_path_is_refused_on_another_machine(setting: str) -> None:
+    with pytest.raises(UserError, match=f"^{setting.replace('=', ' = ')}: would be deleted with"):
+        _checked(None, [*SUBMITTED, "data.source=/shared/code", setting])
