@@ -334,17 +334,11 @@ def pad_id(tokenizer: Any) -> int:
     """A token to pad with, under attention mask 0: neither the end of a text nor of a line, and
     known to the model.
 
-    The pad token where it is fit (many models pad with their end-of-text token), else another
-    special token, else the first token that will do: masked positions are neither attended to nor
-    labelled, so it only has to exist.
+    The pad token where it is fit (many models pad with their end-of-text token), else the first
+    token that will do: masked positions are neither attended to nor labelled, so it only has to
+    exist. Not any special token: those that nothing uses may have no row in the model's embedding.
     """
-    special = [
-        tokenizer.pad_token_id,
-        tokenizer.unk_token_id,
-        tokenizer.bos_token_id,
-        *tokenizer.all_special_ids,
-    ]
-    for token in (*special, *range(len(tokenizer))):
+    for token in (tokenizer.pad_token_id, *range(len(tokenizer))):
         if (
             token is not None
             and token != tokenizer.eos_token_id

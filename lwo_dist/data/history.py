@@ -116,7 +116,7 @@ class _Versions:
             return [], reason
         if blob not in self._held:
             return [], "huge or missing"
-        text, reason, _ = usable_text(self._held[blob])
+        text, reason, _ = usable_text(self._held[blob], name)
         # Arrow cannot store a name that is not UTF-8.
         printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return ([], reason) if reason else (find_functions(text, printable)[0], "")

@@ -56,11 +56,14 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     task.end_token_ids(tokenizer)  # refuse an unusable tokenizer before reading the source
     cache = cache_folder(config)
     source = task.read(config.data, cache)
+    length = config.train.sequence_length
     settings: list[Any] = [
-        config.train.sequence_length,
+        length,
         config.eval.num_lines,
         config.eval.max_new_tokens,
     ]
+    if config.train.packing:
+        settings.append("packing")
     if config.data.prompt is not None or config.data.chat:
         settings += [config.data.prompt, config.data.chat and tokenizer.chat_template]
     data = config.data
@@ -90,7 +93,8 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
             f"held_out_{many}_asked": config.eval.num_lines,
         }
         train = task.training_examples(source, tokenizer, config)
-        noted = write_dataset(folder, train, held_out, counts, notes)
+        packed_length = length if config.train.packing else None
+        noted = write_dataset(folder, train, held_out, counts, notes, packed_length=packed_length)
         if noted:
             say(f"examples: {', '.join(f'{count} {reason}' for reason, count in noted.items())}")
 
