@@ -23,7 +23,7 @@ case ${1-} in
     ;;
 esac
 
-install run ray mlflow deepspeed gguf test
+install run ray mlflow deepspeed lora gguf code test
 cd -- "$root"
 "$python" -m ruff format --check --quiet . || fail "the files above are not formatted; run $venv/bin/ruff format"
 "$python" -m ruff check .

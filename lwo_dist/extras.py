@@ -17,6 +17,7 @@ __all__ = ["EXTRAS", "missing", "require"]
 EXTRAS: dict[str, tuple[str, ...]] = {
     "run": (
         "accelerate",
+        "bm25s",
         "datasets",
         "datasketch",
         "matplotlib",

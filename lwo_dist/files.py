@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from .errors import DamagedError, UserError
 
 __all__ = [
+    "absolute",
+    "absolute_uri",
     "contained",
     "create_whole",
     "entries_of",
@@ -32,7 +35,32 @@ __all__ = [
 _MAX_NAME_LENGTH = 1024
 _MAX_NAME_PARTS = 16
 _MAX_PART_BYTES = 255  # what file systems allow
+# sqlite:///x.db is relative, sqlite:////x.db is not; so are file:x and file:///x.
+_LOCAL_URI = re.compile(
+    r"(?P<scheme>sqlite(?:\+\w+)?:///|file:(?://(?=/))?)?(?P<path>[^:]*|:memory:)"
+)
+_NO_FOLDERS = ("databricks", "databricks-uc", "uc")  # names that MLflow knows
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+
+
+def absolute(path: str) -> str:
+    """A local path that means the same in any working folder."""
+    return str(Path(path).expanduser().absolute())
+
+
+def absolute_uri(uri: str) -> str:
+    """A local folder, `file:` or `sqlite:` URI with an absolute path; any other URI as it is.
+
+    >>> absolute_uri("sqlite:////x.db"), absolute_uri("https://host/"), absolute_uri("databricks")
+    ('sqlite:////x.db', 'https://host/', 'databricks')
+    """
+    found = _LOCAL_URI.fullmatch(uri)
+    if found is None:
+        return uri
+    scheme, path = found.group("scheme") or "", found.group("path")
+    if path in ("", ":memory:") or (not scheme and path in _NO_FOLDERS):
+        return uri
+    return scheme + absolute(path)
 
 
 def is_plain(name: str) -> bool:

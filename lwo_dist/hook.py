@@ -25,14 +25,29 @@ from torch import Tensor, nn
 from . import distributed
 from .config import LWOConfig
 from .errors import UserError
-from .layers import Layer, Visit, check_layers, check_visits, rest_names
+from .layers import (
+    Layer,
+    Visit,
+    check_layers,
+    check_visits,
+    forget_flags,
+    keep_flags,
+    own_flags,
+    rest_names,
+    without_frozen,
+)
 from .methods import Method
 from .optimizer import make_adamw
 from .registry import METHODS, STRATEGIES
 from .schedule import learning_rate, make_schedule
 from .state import moments_by_layer, refuse_moments, refuse_strangers, whole_shapes
 from .strategies import Moments, StrategyBuilder
-from .strategies.refusals import end_backward_at_active_layer, refuse_wrapped, warn_of_rounding
+from .strategies.refusals import (
+    end_backward_at_active_layer,
+    refuse_wrapped,
+    warn_of_frozen,
+    warn_of_rounding,
+)
 
 __all__ = ["LWO", "StepReport", "attach", "prepare"]
 
@@ -70,7 +85,8 @@ def attach(
     """Train `model` layer by layer in your own loop.
 
     Do not create an optimizer or wrap the model in DDP: the strategy reduces gradients and updates
-    the active layer.
+    the active layer. Parameters that require no gradient now stay as they are, with a warning; of a
+    PEFT model only its adapters are trained.
 
     Args:
         model: a plain module with the same fp32 or fp64 weights on every rank (`replicate`), one
@@ -93,7 +109,7 @@ def attach(
             DeepSpeed's, and FSDP2's in bf16 under a policy that reduces in fp32), reentrant
             checkpointing, meshes of more than one dimension, a model without a stack of layers,
             initial weights that differ between ranks, DeepSpeed settings that cannot be honoured,
-            `layers` that do not fit the model.
+            `layers` that do not fit the model, or nothing that requires a gradient.
 
     Example:
         >>> lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-4, steps_per_layer=50))
@@ -159,9 +175,12 @@ class LWO:
         self.module = builder.module(model)
         self.config = config
         self._had_input_grads = end_backward_at_active_layer(self.module)
-        self._flags = {name: p.requires_grad for name, p in self.module.named_parameters()}
+        self._flags = own_flags(self.module)
         found = layers if layers is not None else how.layers(self.module, config)
         self.layers: Sequence[Layer] = check_layers(self.module, found)
+        if not how.changes_model:  # such a method freezes the base model itself
+            self.layers = without_frozen(self.layers, self._flags)
+            warn_of_frozen(self._flags)
         self.visits: Sequence[Visit] = check_visits(self.layers, how.visits(self.layers))
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
@@ -176,6 +195,7 @@ class LWO:
         self._micro_step = 0
         self._at_boundary: bool | None = None  # of the last backward; None after a full step
         self._active = -1
+        keep_flags(self.module, self._flags)
         self._follow_schedule()
         if config.inactive_master == "discard":
             warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
@@ -277,6 +297,7 @@ class LWO:
         # Before the strategy's own part, which depends on what is trainable.
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(self._flags[name])
+        forget_flags(self.module)
         self.strategy.detach()
         enable: Any = getattr(self.module, "enable_input_require_grads", None)
         if self._had_input_grads and enable is not None:

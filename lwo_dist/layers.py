@@ -8,8 +8,9 @@ one layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -22,8 +23,12 @@ __all__ = [
     "check_visits",
     "find_layers",
     "find_stack",
+    "forget_flags",
+    "keep_flags",
+    "own_flags",
     "parameter_depths",
     "rest_names",
+    "without_frozen",
 ]
 
 
@@ -188,6 +193,48 @@ def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     if not layers:
         raise UserError("there are no layers to train; give at least one")
     return list(layers)
+
+
+_FLAGS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def own_flags(model: nn.Module) -> dict[str, bool]:
+    """Parameter name -> `requires_grad` as the caller set it, before `keep_flags`."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    kept = _FLAGS.get(model, {})
+    return {name: kept.get(name, flag) for name, flag in flags.items()}
+
+
+def keep_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Remember the caller's flags: from now on what is not active is frozen too."""
+    _FLAGS[model] = dict(flags)
+
+
+def forget_flags(model: nn.Module) -> None:
+    """The model has the caller's flags again."""
+    _FLAGS.pop(model, None)
+
+
+def without_frozen(layers: Sequence[Layer], flags: Mapping[str, bool]) -> list[Layer]:
+    """The layers without the parameters that the caller has frozen; a layer of none is left out.
+
+    Args:
+        flags: parameter name -> whether it may be trained.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    found = []
+    for layer in layers:
+        names = tuple(name for name in layer.parameter_names if flags[name])
+        if names:
+            found.append(replace(layer, parameter_names=names))
+    if layers and not found:
+        raise UserError(
+            "every parameter of the layers to train is frozen (requires_grad = False); call"
+            " requires_grad_(True) on those to train"
+        )
+    return found
 
 
 def check_visits(layers: Sequence[Layer], visits: Sequence[Visit]) -> list[Visit]:

@@ -37,7 +37,7 @@ from .console import say
 from .data import PreparedData, steps_of_epochs
 from .errors import DamagedError, UserError, first_line, printable
 from .examples.tiny_code import default_cache_folder, ensure_tiny_code
-from .files import make_folder, write_whole
+from .files import absolute, absolute_uri, make_folder, write_whole
 from .git import is_repository_url
 from .hook import LWO, attach
 from .methods import Method
@@ -46,8 +46,11 @@ from .models import (
     base_digest,
     check_model,
     check_prepared,
+    code_files,
     licence_of,
     load_tokenizer,
+    refuse_long_sequences,
+    refuse_tokens,
 )
 from .models.gguf import dequantise, is_gguf
 from .models.saving import save_model_files
@@ -64,6 +67,7 @@ from .training.baseline import take_baseline
 from .training.describe import describe_run, device_name
 from .training.evaluate import Evaluation, evaluate
 from .training.meter import Meter
+from .training.packing import check_packing
 from .training.progress import Progress
 from .training.results import Results
 from .training.saver import Saver
@@ -99,14 +103,10 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
     config = builder.resolve(config)
     tracking_uri(config.tracking, Path())  # refuse a password early
     run_name = config.run_name or new_run_name(METHODS.get(config.method).name)
-    sources = {
-        name: path if is_repository_url(path) else str(Path(path).expanduser().absolute())
-        for name in ("source", "held_out_source", "validation_source")
-        if (path := getattr(config.data, name)) is not None
-    }
-    data = config.data.model_copy(update=sources)
     storage = config.storage if is_url(config.storage) else str(storage_folder(config.storage))
-    config = config.model_copy(update={"storage": storage, "run_name": run_name, "data": data})
+    config = _with_absolute_paths(config).model_copy(
+        update={"storage": storage, "run_name": run_name}
+    )
     storage_is_new = not storage_path(storage).exists()
     with _nothing_left_behind(storage_path(storage)):
         run_folder = RunFolder(storage, run_name)
@@ -117,14 +117,16 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
                 "choose another run_name, or resume: auto"
             )
         if config.model.name != "tiny-code" and not is_gguf(config.model.name):
-            check_model(config.model, elsewhere=elsewhere)
-        say(f"reading {printable(str(data.source))}")
+            check_model(config.model, config.train.sequence_length, elsewhere=elsewhere)
+        say(f"reading {printable(str(config.data.source))}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
             base = ensure_tiny_code(default_cache_folder(run_folder.local.parent))
             config = _with_model(config, base)
         elif is_gguf(config.model.name):
             config = _with_model(config, dequantise(config.model, cache_folder(config)))
+        elif Path(config.model.name).expanduser().exists():  # only now: messages name it as given
+            config = _with_model(config, Path(absolute(config.model.name)))
         method: Method = METHODS.get(config.method)
         if method.changes_model:
             prepare_model = partial(_prepare_model, method, config)
@@ -284,6 +286,10 @@ def _build(
         if checkpoint is not None:
             refuse_other_base(config, digest, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
+    refuse_tokens(config.model.name, lwo.module, data.highest_token)
+    refuse_long_sequences(config.model.name, lwo.module, config.train.sequence_length)
+    if config.train.packing:
+        check_packing(lwo, device, precision=config.train.precision)
     results = Results(
         run_folder.local,
         task,
@@ -293,7 +299,7 @@ def _build(
     )
     store = LayerStore(
         run_folder,
-        partial(save_model_files, lwo.module, tokenizer),
+        partial(save_model_files, lwo.module, tokenizer, code=code_files(config.model)),
         keep=config.checkpoint.keep,
         adapters_only=method.trains_adapters,
         may_write=may_write,
@@ -337,6 +343,23 @@ def _build(
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
     return trainer
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with paths that a worker opens made absolute: Ray Train moves each to a folder of
+    its own."""
+    data = {
+        name: absolute(value)
+        for name, value in config.data
+        if (name == "cache" or name.endswith("source"))
+        and isinstance(value, str)
+        and not is_repository_url(value)
+    }
+    update: dict[str, Any] = {"data": config.data.model_copy(update=data)}
+    if config.tracking.uri:
+        uri = absolute_uri(config.tracking.uri)
+        update["tracking"] = config.tracking.model_copy(update={"uri": uri})
+    return config.model_copy(update=update)
 
 
 def _with_precision(config: Config, device: torch.device) -> Config:

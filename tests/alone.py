@@ -17,6 +17,7 @@ from typing import Any
 
 NOT_HERE = [
     "accelerate",
+    "bm25s",
     "datasets",
     "deepspeed",
     "gguf",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from lwo_dist.config import Config
@@ -62,7 +64,7 @@ def make_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     return _trained(pre_tokenizers.ByteLevel(add_prefix_space=False), special_tokens)
 
 
-KINDS = ("gpt2", "qwen2", "llama2")
+KINDS = ("gpt2", "qwen2", "smollm2", "llama2", "metaspace", "gemma")
 
 
 @lru_cache
@@ -70,12 +72,28 @@ def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
     """A small tokenizer that treats line ends as those of many models do. Shared: do not change it.
 
     gpt2: a line end and the indentation after it are one token. qwen2: signs and the line end after
-    them are one token. llama2: a text gets a space before it, and a line end is a token alone.
+    them are one token. smollm2: as gpt2, and a digit is a token alone. llama2: a text gets a space
+    before it, and a line end is a token alone. metaspace: the same space, and a line end may be in
+    the middle of a token. gemma: no space before a text; runs of spaces and of line ends are
+    tokens. llama2 and gemma put a token before each text.
     """
     if kind == "gpt2":
         return make_tokenizer()
     if kind == "qwen2":
         return _trained(Qwen2Tokenizer().backend_tokenizer.pre_tokenizer, {})
+    if kind == "smollm2":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return _trained(pre_tokenizers.Sequence([digits, bytes_]), {})
+    if kind == "metaspace":
+        return _trained(
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            {},
+            decoder=decoders.Metaspace(prepend_scheme="always"),
+            alphabet=[*map(chr, range(32, 127)), "\n", "\t", "\u00e9"],
+        )
+    if kind == "gemma":
+        return _gemma()
     letters = [chr(i) for i in range(33, 127)]
     merges = [("\u2581", "\u2581"), ("\u2581" * 2, "\u2581" * 2), ("d", "e"), ("de", "f")]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
@@ -99,23 +117,66 @@ def tokenizer_of_kind(kind: str) -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    tokenizer.add_special_tokens([END_OF_TEXT])
+    return _with_start(tokenizer)
+
+
+def _gemma() -> PreTrainedTokenizerFast:
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = normalizers.Replace(" ", "\u2581")
+    # Line ends are never in one token with anything else.
+    pieces = Regex("\n+|\u2581?[^\n\u2581]+|\u2581+")
+    learned.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=[*map(chr, range(33, 127)), "\n", "\t"],
+        show_progress=False,
+    )
+    texts = [code(i).replace("\n)", "\n\n)") for i in range(20)]
+    learned.train_from_iterator(texts, trainer)
+    model = json.loads(learned.to_str())["model"]
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {word: i for i, word in enumerate(words)},
+            [tuple(pair) for pair in model["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = learned.normalizer
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return _with_start(tokenizer)
+
+
+def _with_start(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """As Llama's and Gemma's, which begin every text with a token."""
+    tokenizer.add_special_tokens([END_OF_TEXT, "<s>"])
+    tokenizer.post_processor = TemplateProcessing(
+        "<s> $A", "<s> $A <s> $B", [("<s>", tokenizer.token_to_id("<s>"))]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, unk_token="<unk>"
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=END_OF_TEXT, unk_token="<unk>"
     )
 
 
 def _trained(
-    pre_tokenizer: pre_tokenizers.PreTokenizer, special_tokens: dict[str, str]
+    pre_tokenizer: pre_tokenizers.PreTokenizer,
+    special_tokens: dict[str, str],
+    *,
+    decoder: decoders.Decoder | None = None,
+    alphabet: list[str] | None = None,
 ) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoder or decoders.ByteLevel()
     special_tokens = {"eos_token": END_OF_TEXT} | special_tokens
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=sorted({*special_tokens.values()}),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet or pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((code(i) for i in range(20)), trainer)

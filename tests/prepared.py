@@ -14,10 +14,17 @@ PAD = 999
 
 
 def prepared(
-    lengths: list[int], sequence_length: int = 30, *, vocabulary: int | None = None
+    lengths: list[int],
+    sequence_length: int = 30,
+    *,
+    vocabulary: int | None = None,
+    packs: list[list[int]] | None = None,
 ) -> PreparedData:
     """Examples of these lengths, a third of them context; the tokens of example i are
     1000 (i + 1) and up, modulo `vocabulary` if given.
+
+    Args:
+        packs: the examples of each sequence; None: one each.
     """
     examples = []
     for i, length in enumerate(lengths):
@@ -25,14 +32,17 @@ def prepared(
         if vocabulary is not None:
             tokens = [token % vocabulary for token in tokens]
         examples.append(TrainExample(tokens, length // 3))
+    labels = [example.label_tokens for example in examples]
+    sequences = packs or [[i] for i in range(len(lengths))]
     return PreparedData(
         train=Dataset.from_list([vars(e) for e in examples]),
-        lengths=np.array(lengths, dtype=np.int32),
-        label_tokens=np.array([e.label_tokens for e in examples], dtype=np.int32),
+        lengths=np.array([sum(lengths[i] for i in row) for row in sequences], dtype=np.int32),
+        label_tokens=np.array([sum(labels[i] for i in row) for row in sequences], dtype=np.int32),
         held_out=(),
         counts={},
         fingerprint="",
         folder=Path(),
         pad_id=PAD if vocabulary is None else 0,
         sequence_length=sequence_length,
+        packs=None if packs is None else Dataset.from_list([{"examples": row} for row in packs]),
     )

@@ -11,7 +11,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
 torch_links=${TORCH_LINKS:-https://download.pytorch.org/whl/cpu/torch/}
 torch=$(grep '^torch==' launch/constraints.txt)
-extras=(--extra run --extra ray --extra mlflow --extra deepspeed --extra server)
+extras=(--extra run --extra ray --extra mlflow --extra deepspeed --extra lora --extra code --extra server)
 
 lock() {
   uv pip compile --quiet --no-config --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \

@@ -95,14 +95,15 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
             " or set it back"
         )
     method: Method = METHODS.get(config.method)
-    now, before = config.model_dump(mode="json"), state["run"]
+    now, unset = config.model_dump(mode="json"), Config().model_dump(mode="json")
     for key in method.own_settings:
-        group, _, name = key.partition(".")
-        if now[group][name] != before[group][name]:
+        then, value = _at(state["run"], key), _at(now, key)
+        if then is None:  # a setting that is younger than the checkpoint
+            then = _at(unset, key)
+        if value != then:
             raise UserError(
-                f"run_name = {config.run_name}: its checkpoint was made with {key} ="
-                f" {before[group][name]}, and now it is {now[group][name]}; choose another"
-                " run_name, or set it back"
+                f"run_name = {config.run_name}: its checkpoint was made with {key} = {then}, and"
+                f" now it is {value}; choose another run_name, or set it back"
             )
     names = {
         "fingerprint": (
@@ -117,3 +118,9 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
                 f"{names.get(key, key)} changed from {state['data'][key]} to {value}; choose "
                 "another run_name, or set it back"
             )
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values

@@ -22,6 +22,7 @@ from lwo_dist.config import Config
 from lwo_dist.config.batch import check_world_sizes
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError, first_line, printable
+from lwo_dist.files import absolute_uri
 from lwo_dist.git import is_repository_url
 from lwo_dist.redaction import refuse_password
 from lwo_dist.run_info import job_metadata
@@ -277,6 +278,12 @@ def _checked(file: Path | None, overrides: Sequence[str]) -> tuple[Config, str]:
             f"model.name = {model}: a path on this machine; give a Hugging Face id, or an absolute"
             " path on the cluster"
         )
+    for name, path in (("data.cache", config.data.cache), ("tracking.uri", config.tracking.uri)):
+        if path is not None and absolute_uri(path) != path:
+            raise UserError(
+                f"{name} = {path}: would be deleted with the job's folder; give an absolute path"
+                " that all nodes of the cluster share"
+            )
     if "://" not in config.storage and not config.storage.startswith("/"):
         raise UserError(
             f"storage = {config.storage}: would be deleted with the job's folder; give an"

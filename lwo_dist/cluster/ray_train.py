@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from lwo_dist.config import Config
 from lwo_dist.console import say
 from lwo_dist.distributed import loopback_only
 from lwo_dist.errors import UserError
+from lwo_dist.files import absolute_uri
 from lwo_dist.stop import Stopped, StopRequest
 from lwo_dist.storage import RunFolder
 
@@ -69,6 +70,7 @@ _LOCAL_ENVIRONMENT = {
 }
 # What the driver knows about hubs, object stores and MLflow, tokens included, the workers know too.
 _PASSED_ON = ("HF_", "HUGGING", "TRANSFORMERS_", "MLFLOW_", "AWS_", "GOOGLE_", "AZURE_", "LWO_")
+_PATHS = ("_URI", "_HOME", "_CACHE", "_DIR", "_PATH", "_FILE", "_CREDENTIALS", "_BUNDLE")
 _TRACEBACK = "lwo_dist_traceback"
 
 # How often workers that cannot connect are started again; after 5, 10, 20, 40 s.
@@ -247,8 +249,7 @@ def _forget_reports(storage: Any) -> None:
 def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
     # In the function that is sent, not in a runtime_env: Ray writes that into its logs and shows it
     # on its pages.
-    environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-
+    environment = _passed_on(os.environ)
     holder = lease.this_process()["holder"]
 
     def train_loop_per_worker() -> Any:
@@ -266,6 +267,16 @@ def _train_loop(config: Config, flag: Any = None) -> Callable[[], Any]:
             raise
 
     return train_loop_per_worker
+
+
+def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the workers get of the driver's environment. Ray Train moves each to a folder of its
+    own, so paths are absolute."""
+    return {
+        name: absolute_uri(value) if name.endswith(_PATHS) else value
+        for name, value in environment.items()
+        if name.startswith(_PASSED_ON)
+    }
 
 
 def _raise_user_error(error: BaseException) -> None:

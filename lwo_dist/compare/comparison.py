@@ -190,6 +190,8 @@ class _Work:
             # The first alone: it leaves the tokenised data and the untuned model's scores.
             for part in (tries[:1], tries[1:]):
                 self._run([run for run in part if not finished(self._folder_of(run))])
+            # One that had too little room beside the others is tried again alone.
+            self._errors.clear()
         for method in self.design.methods:
             rates = self.design.rates
             if len(rates) == 1:

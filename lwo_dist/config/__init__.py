@@ -2,6 +2,7 @@
 
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
+from .completion import CompletionConfig
 from .data import DataConfig
 from .evaluation import EvalConfig
 from .fsdp import FSDPConfig
@@ -15,6 +16,7 @@ from .train import TrainConfig
 __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
+    "CompletionConfig",
     "Config",
     "DataConfig",
     "EvalConfig",

@@ -85,6 +85,17 @@ class DataConfig(Settings):
     evaluate_on: Literal["held_out", "validation"] = Field(
         "held_out", description="which files are scored; validation: to choose settings"
     )
+    retrieval: int = Field(
+        0,
+        ge=0,
+        description=(
+            "put up to so many similar passages of the training files (BM25) before each held-out"
+            " context, in at most half of its room; 0: none"
+        ),
+    )
+    retrieval_in_training: bool = Field(
+        False, description="put them before training sequences, too; never from the same file"
+    )
     split: Literal["hash", "time"] = Field(
         "hash",
         description="which files are held out: by the hash of their content, or those that git"
@@ -113,6 +124,11 @@ class DataConfig(Settings):
         if self.evaluate_on == "validation" and unsplit:
             raise ValueError(
                 "evaluate_on: validation needs a validation_fraction, such as 0.1; set it"
+            )
+        if self.retrieval_in_training and not self.retrieval:
+            raise ValueError(
+                "retrieval_in_training needs data.retrieval, the number of passages; set it, such"
+                " as 3"
             )
         return self
 

@@ -13,6 +13,7 @@ from lwo_dist.registry import METHODS, STRATEGIES, TASKS, Registry
 from .base import Settings
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
+from .completion import CompletionConfig
 from .data import NO_PASSWORD as NO_SOURCE_PASSWORD
 from .data import DataConfig
 from .evaluation import EvalConfig
@@ -68,6 +69,7 @@ class Config(Settings):
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    completion: CompletionConfig = CompletionConfig()
     lwo: LWOConfig = LWOConfig()
     lora: LoRAConfig = LoRAConfig()
     fsdp: FSDPConfig = FSDPConfig()

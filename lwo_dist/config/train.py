@@ -22,6 +22,13 @@ class TrainConfig(Settings):
         16, ge=1, description="sequences per optimizer step, over all workers"
     )
     sequence_length: int = Field(256, ge=8, description="tokens per sequence")
+    packing: bool = Field(
+        False,
+        description=(
+            "pack short examples several to a sequence; none attends to another. Pays where most"
+            " are much shorter than train.sequence_length; windows of completion are full already"
+        ),
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description=(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -75,11 +76,12 @@ class GlobalBatch:
     """The batch of one optimizer step, as one rank sees it."""
 
     indices: npt.NDArray[np.int64]
-    """[global_batch_size] examples of the whole global batch, in order."""
+    """[global_batch_size] sequences of the whole global batch, in order."""
     micro_batches: list[dict[str, torch.Tensor]]
-    """This rank's part, a dict for each micro-batch of an accumulation: `input_ids`,
-    `attention_mask` (1 real, 0 padding) and `labels` (-100: not learned), each
-    [sequences, tokens], int64, on the CPU. The model shifts the labels.
+    """This rank's part, a dict for each micro-batch of an accumulation: `input_ids`, `labels`
+    (-100: not learned), and `attention_mask` (1 real, 0 padding) or, of packed sequences,
+    `position_ids` (from 0 in each example, and in the padding), each [sequences, tokens], int64, on
+    the CPU. The model shifts the labels.
     """
     label_tokens: int
     """Positions of the whole global batch that count in the loss: the divisor of its summed loss.
@@ -131,11 +133,26 @@ def _batch(
 ) -> dict[str, torch.Tensor]:
     input_ids = torch.full((len(indices), width), data.pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
+    position_ids = torch.arange(width).repeat(len(indices), 1)
     labels = torch.full_like(input_ids, IGNORED_LABEL)
-    rows = data.train[indices.tolist()]
-    for i, (tokens, start) in enumerate(zip(rows["input_ids"], rows["target_start"], strict=True)):
-        row = torch.tensor(tokens)
-        input_ids[i, : len(row)] = row
-        attention_mask[i, : len(row)] = 1
-        labels[i, start : len(row)] = row[start:]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    chosen = indices.tolist()
+    packs = [[i] for i in chosen] if data.packs is None else data.packs[chosen]["examples"]
+    rows = data.train[list(chain(*packs))]
+    examples = zip(rows["input_ids"], rows["target_start"], strict=True)
+    for i, examples_of_row in enumerate(packs):
+        begin = 0
+        for tokens, target in islice(examples, len(examples_of_row)):
+            end = begin + len(tokens)
+            input_ids[i, begin:end] = torch.tensor(tokens)
+            attention_mask[i, begin:end] = 1
+            # Nothing predicts the first token of an example.
+            learned = slice(begin + max(target, 1), end)
+            labels[i, learned] = input_ids[i, learned]
+            position_ids[i, end:] -= len(tokens)  # starts again at 0
+            begin = end
+    batch = {"input_ids": input_ids, "labels": labels}
+    if data.packs is None:
+        return batch | {"attention_mask": attention_mask}
+    # transformers makes a block-diagonal mask of positions that start again, but only without an
+    # attention_mask.
+    return batch | {"position_ids": position_ids}

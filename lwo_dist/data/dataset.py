@@ -1,6 +1,7 @@
 """Examples on disk: memory-mapped Arrow, so that every worker of a machine shares them.
 
 <folder>/train.arrow      TrainExample, one a row
+<folder>/packs.arrow      with `train.packing`: the training examples of each sequence
 <folder>/held_out.arrow   EvalExample, one a row
 <folder>/about.json       counts
 """
@@ -11,11 +12,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
@@ -23,6 +26,7 @@ from datasets.arrow_writer import ArrowWriter
 from lwo_dist.errors import UserError
 
 from .examples import EvalExample, Note, TrainExample, pad_id
+from .packing import pack
 
 __all__ = ["PreparedData", "load_dataset", "write_dataset"]
 
@@ -34,6 +38,7 @@ _TRAIN = Features(
         "label_tokens": Value("int32"),
     }
 )
+_PACKS = Features({"examples": ListOf(Value("int32"))})
 _HELD_OUT = Features(
     {
         "context": ListOf(Value("int32")),
@@ -58,21 +63,31 @@ class PreparedData:
     train: Dataset
     """Columns `input_ids`, `length`, `target_start`, `label_tokens`; memory-mapped."""
     lengths: npt.NDArray[np.int32]
-    """[examples], tokens of each."""
+    """[sequences], tokens of each. A sequence is an example, or with `packs` several."""
     label_tokens: npt.NDArray[np.int32]
-    """[examples], tokens of each that count in the loss."""
+    """[sequences], tokens of each that count in the loss."""
     held_out: tuple[EvalExample, ...]
     counts: Mapping[str, Any]
     """What the task has read (of a source tree: `train_files`, `held_out_files`, `skipped`, reason
     -> number), `windows`, `tokens` (context included), `label_tokens`, and with the task's word for
     its examples `held_out_lines`, `held_out_lines_asked`; `notes`, reason -> number, if there are
-    any."""
+    any. With packing `packed_rows`, and the padding of all sequences up to `sequence_length`:
+    `padding_tokens`, and `padding_tokens_unpacked` without packing."""
     fingerprint: str
     """64 hex digits. A resumed run must find the same."""
     folder: Path
     pad_id: int
     """Neither the end-of-text token nor a line end."""
     sequence_length: int
+    packs: Dataset | None = None
+    """Column `examples`: the rows of `train` that make up each sequence; None: one each."""
+
+    @property
+    def highest_token(self) -> int:
+        """The largest token id in any example."""
+        train = pc.max(pc.list_flatten(self.train.data.column("input_ids"))).as_py()
+        held_out = (max((*e.context, *e.target, *chain(*e.choices))) for e in self.held_out)
+        return max(train or 0, *held_out, 0)
 
 
 def write_dataset(
@@ -81,6 +96,8 @@ def write_dataset(
     held_out: Sequence[EvalExample],
     counts: Mapping[str, Any],
     notes: Mapping[str, int],
+    *,
+    packed_length: int | None = None,
 ) -> dict[str, int]:
     """Write the examples into `folder`, and `counts` with those of the training examples and of the
     notes added; return the notes.
@@ -89,6 +106,7 @@ def write_dataset(
 
     Args:
         notes: reason -> number, on the held-out examples.
+        packed_length: pack the training examples into sequences of at most so many tokens.
 
     Raises:
         UserError: no training examples are left.
@@ -115,6 +133,8 @@ def write_dataset(
     if not learned["windows"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(noted.items()))
         raise UserError(f"no example is left to train on ({reasons or 'none found'}); {_REMEDY}")
+    if packed_length is not None:
+        learned |= _write_packs(folder, packed_length)
     found = dict(sorted(noted.items()))
     about = {**counts, **learned, **({"notes": found} if found else {})}
     (folder / "about.json").write_text(json.dumps(about, indent=1))
@@ -126,6 +146,26 @@ def _write_arrow(path: Path, features: Features, rows: Iterable[dict[str, Any]])
         for row in rows:
             writer.write(row)
         writer.finalize()
+
+
+def _write_packs(folder: Path, length: int) -> dict[str, int]:
+    lengths = _column(Dataset.from_file(str(folder / "train.arrow")), "length")
+    packs = pack(lengths, length)
+    _write_arrow(folder / "packs.arrow", _PACKS, ({"examples": examples} for examples in packs))
+    return {
+        "packed_rows": len(packs),
+        "padding_tokens": _padding(_sums(lengths, packs), length),
+        "padding_tokens_unpacked": _padding(lengths, length),
+    }
+
+
+def _padding(lengths: npt.NDArray[np.int32], length: int) -> int:
+    return int(np.maximum(length - lengths, 0).sum(dtype=np.int64))
+
+
+def _column(dataset: Dataset, name: str) -> npt.NDArray[np.int32]:
+    column: npt.NDArray[Any] = dataset.select_columns([name]).with_format("numpy")[:][name]
+    return column.astype(np.int32)
 
 
 def load_dataset(
@@ -142,18 +182,29 @@ def load_dataset(
             "set data.cache (or storage) to a folder that all workers share"
         )
     train = Dataset.from_file(str(folder / "train.arrow"))
-    numbers = train.select_columns(["length", "label_tokens"]).with_format("numpy")[:]
+    lengths, label_tokens = _column(train, "length"), _column(train, "label_tokens")
+    packs = None
+    if (folder / "packs.arrow").exists():
+        packs = Dataset.from_file(str(folder / "packs.arrow"))
+        of_each = [pack["examples"] for pack in packs]
+        lengths, label_tokens = _sums(lengths, of_each), _sums(label_tokens, of_each)
     held_out = tuple(
         EvalExample(**row) for row in Dataset.from_file(str(folder / "held_out.arrow"))
     )
     return PreparedData(
         train=train,
-        lengths=numbers["length"].astype(np.int32),
-        label_tokens=numbers["label_tokens"].astype(np.int32),
+        lengths=lengths,
+        label_tokens=label_tokens,
         held_out=held_out,
         counts=json.loads((folder / "about.json").read_text()),
         fingerprint=fingerprint,
         folder=folder,
         pad_id=pad_id(tokenizer),
         sequence_length=sequence_length,
+        packs=packs,
     )
+
+
+def _sums(values: npt.NDArray[np.int32], packs: list[list[int]]) -> npt.NDArray[np.int32]:
+    """[packs], the sum of `values` over the examples of each."""
+    return np.array([values[examples].sum() for examples in packs], dtype=np.int32)

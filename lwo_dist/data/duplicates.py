@@ -1,10 +1,9 @@
 """Training texts that are nearly copies of scored ones, which would make any tuning look good.
 
 Two texts are compared by the sets of their 5-grams of tokens (Jaccard similarity), as Lee et al. do
-(2022, "Deduplicating Training Data Makes Language Models Better", section 4.2); 0.85 is the
-threshold of The Stack (Kocetkov et al., 2022, arXiv:2211.15533, section 3). Candidates come from
-MinHash and locality-sensitive hashing; the exact similarity then decides, so it depends on the two
-texts alone.
+(2022, "Deduplicating Training Data Makes Language Models Better"); 0.85 is the threshold of The
+Stack (Kocetkov et al., 2022, arXiv:2211.15533). Candidates come from MinHash and
+locality-sensitive hashing; the exact similarity then decides, so it depends on the two texts alone.
 """
 
 from __future__ import annotations

@@ -27,13 +27,17 @@ __all__ = [
     "TokenizedText",
     "TrainExample",
     "context_start",
+    "continuations",
     "cut_windows",
     "end_of_text_id",
     "pad_id",
     "scored_bytes",
     "text_after",
+    "text_start",
     "token_texts",
 ]
+
+_ANCHOR = "x"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class TrainExample:
     def label_tokens(self) -> int:
         """Positions that count in the loss: nothing predicts the first token of a sequence."""
         return len(self.input_ids) - max(self.target_start, 1)
+
+    @property
+    def learned(self) -> int:
+        """Tokens from `target_start` on."""
+        return len(self.input_ids) - self.target_start
+
+    def after(self, tokens: Sequence[int]) -> TrainExample:
+        """The same with `tokens` before it, which are not learned."""
+        return TrainExample([*tokens, *self.input_ids], len(tokens) + self.target_start)
 
 
 @dataclass(frozen=True)
@@ -100,8 +113,8 @@ class LineTokenizer:
     """Tokenises whole texts, as the model saw them in its pretraining.
 
     Line by line the tokens would differ: for many tokenizers a line end and the indentation that
-    follows are one token, and others put a space before each text. No special tokens are added,
-    and none are recognised in the text.
+    follows are one token, and others put a space before each text. No special tokens are added
+    (`text_start` gives the one that belongs there), and none are recognised in the text.
     """
 
     def __init__(self, tokenizer: Any):
@@ -110,21 +123,21 @@ class LineTokenizer:
         self._line_ends = np.array([text.count("\n") for text in self.texts])
         self._is_last = np.array([text.endswith("\n") for text in self.texts])
 
-    def __call__(self, text: str) -> TokenizedText:
-        """Tokenise a text that ends in "\\n", as `read_text` gives it.
+    def __call__(self, text: str, anchor: str = "") -> TokenizedText:
+        """Tokenise a text.
+
+        Args:
+            anchor: tokenise `text` as what follows this, where that is possible.
 
         Raises:
             UserError: the tokens do not hold the line ends of the text.
         """
-        # verbose=False: a text may be longer than the model's context; it is cut later.
-        tokens: list[int] = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            split_special_tokens=True,
-            verbose=False,
-        )["input_ids"]
-        ids = np.array(tokens)
+        tokens = self.tokens(anchor + text)
+        if anchor:
+            before = self.tokens(anchor)
+            is_apart = tokens[: len(before)] == before
+            tokens = tokens[len(before) :] if is_apart else self.tokens(text)
+        ids = np.array(tokens, dtype=np.int64)
         breaks = np.repeat(np.arange(len(ids)), self._line_ends[ids])
         if len(breaks) != text.count("\n"):
             raise UserError(
@@ -135,6 +148,17 @@ class LineTokenizer:
         inner = np.unique(breaks + self._is_last[ids[breaks]])
         edges = sorted({0, *inner.tolist(), len(tokens)})
         return TokenizedText(tokens, breaks.tolist(), edges)
+
+    def tokens(self, text: str) -> list[int]:
+        # verbose=False: a text may be longer than the model's context; it is cut later.
+        tokens: list[int] = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            split_special_tokens=True,
+            verbose=False,
+        )["input_ids"]
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -162,8 +186,7 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._texts = token_texts(tokenizer)
         self._split = not chat
-        before = [] if chat else tokenizer("")["input_ids"][:1]
-        self._before = before if before == [tokenizer.bos_token_id] else []
+        self._before = [] if chat else text_start(tokenizer)
 
     def __call__(self, prompt: str, answer: str) -> PromptedText | None:
         """None if no token of the text ends within the prompt, or none holds what is left of it."""
@@ -230,12 +253,31 @@ def scored_bytes(tokenizer: Any, context: Sequence[int], target: Sequence[int]) 
     return 1
 
 
+def text_start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text, or nothing.
+
+    Models whose tokenizer does so know no text without it: Gemma's losses are useless then.
+    """
+    before: list[int] = tokenizer("")["input_ids"][:1]
+    return before if before == [tokenizer.bos_token_id] else []
+
+
 def token_texts(tokenizer: Any) -> list[str]:
-    """[vocabulary], what each token reads alone."""
-    texts: list[str] = tokenizer.batch_decode(
-        [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
+    """[vocabulary], what each token reads after other text."""
+    return continuations(tokenizer, [[i] for i in range(len(tokenizer))])
+
+
+def continuations(tokenizer: Any, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """What each list of tokens reads after other text.
+
+    Alone it could read less: many tokenizers take a space from the start of a text.
+    """
+    before = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+    known = tokenizer.decode(before, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [[*before, *ids] for ids in tokens], clean_up_tokenization_spaces=False
     )
-    return texts
+    return [text[len(known) :] for text in texts]
 
 
 def cut_windows(tokens: Sequence[int], edges: Sequence[int], length: int) -> Iterator[TrainExample]:
@@ -294,17 +336,11 @@ def pad_id(tokenizer: Any) -> int:
     """A token to pad with, under attention mask 0: neither the end of a text nor of a line, and
     known to the model.
 
-    The pad token where it is fit (many models pad with their end-of-text token), else another
-    special token, else the first token that will do: masked positions are neither attended to nor
-    labelled, so it only has to exist.
+    The pad token where it is fit (many models pad with their end-of-text token), else the first
+    token that will do: masked positions are neither attended to nor labelled, so it only has to
+    exist. Not any special token: those that nothing uses may have no row in the model's embedding.
     """
-    special = [
-        tokenizer.pad_token_id,
-        tokenizer.unk_token_id,
-        tokenizer.bos_token_id,
-        *tokenizer.all_special_ids,
-    ]
-    for token in (*special, *range(len(tokenizer))):
+    for token in (tokenizer.pad_token_id, *range(len(tokenizer))):
         if (
             token is not None
             and token != tokenizer.eos_token_id

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["LONGEST", "Function", "code_tokens", "find_functions", "language_of", "summary_of"]
 
 LONGEST = 20_000
-"""Functions of more characters are skipped: no window of tokens holds them."""
+"""Functions of more bytes are skipped: no window of tokens holds them."""
 
 # Language -> the module of its grammar, and the name in it.
 _GRAMMARS = {
@@ -387,9 +387,9 @@ FEWEST_WORDS, MOST_WORDS = 3, 256
 def summary_of(docstring: str) -> tuple[str, str]:
     """The first sentence of a docstring on one line, and "" or why it is no summary.
 
-    It ends with the first paragraph (CodeSearchNet: Husain et al., 2019, arXiv:1909.09436, section
-    2) or at the first tag, such as `@param` or `Args:`. As in CodeXGLUE's code-to-text (Lu et al.,
-    2021, arXiv:2102.04664), sentences of fewer than 3 or more than 256 words, with an address or an
+    It ends with the first paragraph (CodeSearchNet: Husain et al., 2019, arXiv:1909.09436) or at
+    the first tag, such as `@param` or `Args:`. As in CodeXGLUE's code-to-text (Lu et al., 2021,
+    arXiv:2102.04664), sentences of fewer than 3 or more than 256 words, with an address or an
     image, or in another language than English are not used; English is what has ASCII letters for
     at least half of its characters but spaces.
     """

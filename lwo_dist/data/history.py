@@ -1,11 +1,10 @@
 """Functions before and after the fixes in a git history.
 
 A commit is a fix if its subject has a word for one (Ray et al., 2014, "A large scale study of
-programming languages and code quality in GitHub", section 2.3, after Mockus and Votta, 2000).
-Commits that change more than five source files are left out, as in Tufano et al. (2019, "An
-empirical study on learning bug-fixing patches in the wild", arXiv:1812.08693, section 2.1): their
-changes are rarely all part of the fix. So are merges, and functions that only moved, or changed in
-layout and comments.
+programming languages and code quality in GitHub", after Mockus and Votta, 2000). Commits that
+change more than five source files are left out, as in Tufano et al. (2019, "An empirical study on
+learning bug-fixing patches in the wild", arXiv:1812.08693): their changes are rarely all part of
+the fix. So are merges, and functions that only moved, or changed in layout and comments.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ class _Versions:
             return [], reason
         if blob not in self._held:
             return [], "huge or missing"
-        text, reason, _ = usable_text(self._held[blob])
+        text, reason, _ = usable_text(self._held[blob], name)
         # Arrow cannot store a name that is not UTF-8.
         printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return ([], reason) if reason else (find_functions(text, printable)[0], "")

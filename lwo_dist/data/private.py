@@ -19,7 +19,7 @@ from lwo_dist.redaction import without_credentials
 from .functions import Function, find_functions, language_of, summary_of
 from .history import Fix, read_fixes
 from .pairs import Pair, Pairs, settle_pairs
-from .source_tree import SourceFile, file_sides, find_files, read_text
+from .source_tree import SourceFile, file_sides, find_files, source_text
 from .split import Side, Sides, side_of_hash, sides_by_time
 
 __all__ = ["read_defect", "read_generation", "read_repair", "read_summarisation"]
@@ -150,7 +150,7 @@ def _read_functions(
         if language_of(file.name) is None:
             skipped["no grammar"] += 1
             return []
-        found, why = find_functions(read_text(file.path) or "", file.name)
+        found, why = find_functions(source_text(file), file.name)
         skipped.update(why)
         return found
 

@@ -27,6 +27,7 @@ from lwo_dist.git import is_repository_url
 from lwo_dist.redaction import without_credentials
 from lwo_dist.secret_rule import find_secret, is_secret_file
 
+from .decoding import NotTextError, decode
 from .duplicates import NEAR_DUPLICATE, near_duplicates
 from .repository import clone_repository, last_changes, tracked_files
 from .split import Sides, sides_by_hash, sides_by_time
@@ -41,6 +42,7 @@ __all__ = [
     "read_source_tree",
     "read_text",
     "refused_name",
+    "source_text",
     "usable_text",
 ]
 
@@ -246,11 +248,7 @@ def divide(
     sides = file_sides(config, files, skipped)
     by_name = attrgetter("name")
     scored = [*sides.held_out, *sides.validation]
-    copies = near_duplicates(
-        (read_text(file.path) or "" for file in sides.train),
-        (read_text(file.path) or "" for file in scored),
-        config,
-    )
+    copies = near_duplicates(map(source_text, sides.train), map(source_text, scored), config)
     dropped = [Skipped(sides.train[index].name, NEAR_DUPLICATE) for index in sorted(copies)]
     train = [file for index, file in enumerate(sides.train) if index not in copies]
     if not train:
@@ -282,14 +280,38 @@ def file_sides(
     return sides_by_hash(files, sha256, config)
 
 
+def source_text(file: SourceFile) -> str:
+    """The text of a file of the tree.
+
+    Raises:
+        UserError: it is not what it was when the tree was read.
+    """
+    try:
+        text = read_text(file.path)
+    except OSError as error:
+        raise UserError(
+            f"{file.path}: {error.strerror}; let no other program change the source meanwhile"
+        ) from None
+    if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
+        raise UserError(
+            f"{file.path} changed while it was read; let no other program change the source"
+            " meanwhile"
+        )
+    return text
+
+
 def read_text(path: Path) -> str | None:
-    """The text of a file: UTF-8, lines ended by "\\n", the last line too, no byte order mark; None
-    if it is binary.
+    """The text of a file (`decode`), lines ended by "\\n", the last line too, no byte order mark;
+    None if it holds none.
 
     Raises:
         OSError: it cannot be read, is a symlink or is not a regular file. Never blocks.
     """
-    return _text_of(_read_regular(path))
+    data = _read_regular(path)
+    try:
+        return decode(data, path.name)
+    except NotTextError:
+        return None
 
 
 def _read_regular(path: Path) -> bytes:
@@ -298,17 +320,6 @@ def _read_regular(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is not a regular file")
         return file.read()
-
-
-def _text_of(data: bytes) -> str | None:
-    if b"\0" in data:
-        return None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text if not text or text.endswith("\n") else text + "\n"
 
 
 def refused_name(name: str, config: DataConfig) -> str:
@@ -327,15 +338,17 @@ def refused_name(name: str, config: DataConfig) -> str:
     return "" if file.endswith(endings) else "extension"
 
 
-def usable_text(data: bytes) -> tuple[str, str, str]:
-    """The text in what a file holds; or "", the reason not to use it, and what was found."""
+def usable_text(data: bytes, name: str) -> tuple[str, str, str]:
+    """The text in what a file of this name holds; or "", the reason not to use it, and what was
+    found."""
     for reason, beginnings in _POINTERS.items():
         if data.startswith(beginnings):
             return "", reason, ""
-    text = _text_of(data)
-    if text is None:
-        return "", "binary", ""
-    if secret := find_secret(data):
+    try:
+        text = decode(data, name)
+    except NotTextError as error:
+        return "", str(error), ""
+    if secret := find_secret(text.encode()):
         return "", "secret", str(secret)
     if reason := _unusable(text):
         return "", reason, ""
@@ -379,7 +392,7 @@ class _Judge:
             return ("not a regular file",)
         except OSError:
             return ("unreadable",)
-        text, reason, detail = usable_text(data)
+        text, reason, detail = usable_text(data, name)
         return (reason, detail) if reason else hashlib.sha256(text.encode()).hexdigest()
 
     def _is_inside(self, folder: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Generic, Literal, TypeVar
 
 from lwo_dist.config import DataConfig
 from lwo_dist.errors import UserError
+from lwo_dist.redaction import without_credentials
 
 __all__ = ["Side", "Sides", "side_of_hash", "sides_by_hash", "sides_by_time", "split_by_hash"]
 
@@ -124,8 +125,9 @@ def sides_by_time(
     """
     if len({time(item) for item in items}) < 2:
         raise UserError(
-            f"data.source = {config.source}: one commit has all there is, so data.split = time has"
-            " no older and newer part; give a repository with more history, or set data.split=hash"
+            f"data.source = {without_credentials(str(config.source))}: one commit has all there is,"
+            " so data.split = time has no older and newer part; give a repository with more"
+            " history, or set data.split=hash"
         )
     newest_first = sorted(items, key=lambda item: (-time(item), sha256(item)))
     positions = [index / len(items) for index in range(len(items))]

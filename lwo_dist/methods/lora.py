@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,26 +54,33 @@ class LoRA(Method):
         """
         require(*self.extras, what="method: lora")
         from peft import inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
 
-        plain = dict(model.named_modules())
-        _check_targets(model, config.lora.target_modules)
+        targets = config.lora.target_modules or _linear_layers(model)
+        _check_targets(model, targets)
+        settings = _peft_config(config.lora, model)
+        settings.target_modules = set(targets)
         try:
             # Without values: peft would move the adapters to the base's device, which may be meta.
-            inject_adapter_in_model(
-                _peft_config(config.lora, model), model, _ADAPTER, low_cpu_mem_usage=True
-            )
+            inject_adapter_in_model(settings, model, _ADAPTER, low_cpu_mem_usage=True)
         except Exception as error:
             raise UserError(
                 f"method: lora: peft cannot add adapters to {type(model).__name__}"
                 f" ({first_line(error)}); name linear layers of it in lora.target_modules, or"
                 " use another method"
             ) from error
-        for name, module in plain.items():
-            layer: Any = model.get_submodule(name)
-            if layer is not module:
-                for part in (layer.lora_A, layer.lora_B):
-                    part.to_empty(device="cpu")
-                layer.reset_lora_parameters(_ADAPTER, True)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            if not _is_linear(layer.get_base_layer()):
+                raise UserError(
+                    f"method: lora: peft adds adapters to {name} too, the fused experts of a"
+                    " mixture; name other layers in lora.target_modules, such as those of the"
+                    " attention"
+                )
+            for part in (layer.lora_A, layer.lora_B):
+                part.to_empty(device="cpu")
+            layer.reset_lora_parameters(_ADAPTER, True)
 
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
         names = tuple(
@@ -131,14 +138,12 @@ class LoRA(Method):
 def _peft_config(settings: LoRAConfig, model: nn.Module) -> Any:
     from peft import LoraConfig
 
-    targets = settings.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.use_rslora,
         lora_dropout=settings.dropout,
-        target_modules=list(targets) if targets else "all-linear",
         fan_in_fan_out=any(map(_is_conv1d, model.modules())),
     )
 
@@ -158,17 +163,24 @@ def _adapters(saved: Saved) -> list[str]:
     return paths
 
 
-def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
+def _linear_layers(model: nn.Module) -> tuple[str, ...]:
+    """Paths of all linear layers but the head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return tuple(
+        name for name, module in model.named_modules() if _is_linear(module) and module is not head
+    )
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     """Refuse a name of no module, or of one that an adapter does not fit."""
     modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if _is_linear(module)]
-    example = ", ".join(list(dict.fromkeys(_ending(name) for name in linear))[:4])
+    example = ", ".join(list(dict.fromkeys(map(_ending, _linear_layers(model))))[:4])
     owners = Counter(
         id(parameter)
         for module in modules.values()
         for parameter in module.parameters(recurse=False)
     )
-    for target in targets or ():
+    for target in targets:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
         problem = "" if found else f"no module of {type(model).__name__} is named {target}"
         for name in found:
@@ -178,7 +190,7 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...] | None) -> None:
                 problem = f"{name} shares its matrix with another module, which would change too"
         if problem:
             raise UserError(
-                f"lora.target_modules = [{', '.join(targets or ())}]: {problem}; name linear"
+                f"lora.target_modules = [{', '.join(targets)}]: {problem}; name linear"
                 f" layers, such as {example}"
             )
 

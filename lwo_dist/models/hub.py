@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.initialization import no_init_weights
 
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import DamagedError, UserError
@@ -20,6 +22,7 @@ from lwo_dist.files import is_plain
 __all__ = [
     "AGAIN",
     "check_indexes",
+    "empty_model",
     "licence_of",
     "one_line",
     "read_settings",
@@ -120,6 +123,35 @@ def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
                 f"model.name {config.name!r}: {len(keys)} {problem} weights, first {keys[0]}; "
                 f"its weights and its config.json must belong to the same {type(model).__name__}"
             )
+    _refuse_untied(config, folder, model)
+    return model
+
+
+def _refuse_untied(config: ModelConfig, folder: Path, model: Any) -> None:
+    """Refuse a model whose config.json ties what its file holds as two: it would be trained untied,
+    and loaded tied."""
+    tensors = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    settings = read_settings(config, folder)
+    for name, tensor in empty_model(config, folder, settings).state_dict(keep_vars=True).items():
+        other = first.setdefault(id(tensor), name)
+        if tensors.get(name) is not tensors.get(other):
+            raise UserError(
+                f"model.name {config.name!r}: config.json ties {other} and {name}, but the saved"
+                " weights differ; set tie_word_embeddings to false there"
+            )
+
+
+def empty_model(config: ModelConfig, folder: Path, settings: Any) -> Any:
+    """The model with parameters on the meta device and real buffers."""
+    with one_line(config, "model", "give a decoder that this version of transformers knows"):
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+            )
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

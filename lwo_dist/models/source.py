@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.initialization import no_init_weights
+from transformers import AutoTokenizer
 
 from lwo_dist import distributed
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 
 from . import weights
-from .hub import one_line, read_settings, resolve, whole_model
+from .hub import empty_model, one_line, read_settings, resolve, whole_model
+from .limits import refuse_long_sequences, refuse_tokenizer
 
 __all__ = [
     "BaseWeights",
@@ -34,6 +33,7 @@ __all__ = [
     "base_weights",
     "check_model",
     "check_prepared",
+    "code_files",
     "load_tokenizer",
 ]
 
@@ -81,20 +81,21 @@ def base_digest(config: ModelConfig) -> str | None:
     return weights.digest(config, files) if files else None
 
 
-def check_model(config: ModelConfig, *, elsewhere: bool = False) -> None:
+def check_model(config: ModelConfig, sequence_length: int = 0, *, elsewhere: bool = False) -> None:
     """Refuse a model that cannot be loaded, before any worker starts. Reads no weights.
 
     Args:
+        sequence_length: tokens of the longest sequence that it will see.
         elsewhere: it is loaded on other machines; only a folder that is also here is checked.
 
     Raises:
         UserError: no such folder or id, the hub is unreachable, no decoder, no weights, no
-            tokenizer.
+            tokenizer, tokens that the model does not have, too few positions.
     """
     if elsewhere and not Path(config.name).expanduser().exists():
         return
     folder = resolve(config, _SETTINGS)
-    read_settings(config, folder)
+    settings = read_settings(config, folder)
     if Path(config.name).expanduser().is_dir() and not any(
         any(folder.glob(pattern)) for pattern in _WEIGHTS
     ):
@@ -103,6 +104,15 @@ def check_model(config: ModelConfig, *, elsewhere: bool = False) -> None:
             " save_pretrained(folder)"
         )
     load_tokenizer(config)
+    text = settings.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    if any(isinstance(limit, int) and limit < sequence_length for limit in limits):
+        refuse_long_sequences(config.name, empty_model(config, folder, settings), sequence_length)
+
+
+def code_files(config: ModelConfig) -> list[Path]:
+    """The Python files that come with a model; none unless they are trusted."""
+    return sorted(resolve(config, _SETTINGS).glob("*.py")) if config.trust_remote_code else []
 
 
 def check_prepared(
@@ -119,21 +129,26 @@ def check_prepared(
     if elsewhere and not Path(config.name).expanduser().exists():
         return
     folder = resolve(config, _SETTINGS)
-    prepare(_empty_model(config, folder, read_settings(config, folder)))
+    prepare(empty_model(config, folder, read_settings(config, folder)))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's saved tokenizer, a `PreTrainedTokenizerBase`. No collective.
 
     Raises:
-        UserError: no such folder or id, the hub is unreachable, or there is no tokenizer.
+        UserError: no such folder or id, the hub is unreachable, there is no tokenizer, or it has
+            tokens that the model does not have.
     """
     folder = resolve(config, _SETTINGS)
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         # transformers would create an empty one.
         raise UserError(f"model.name {config.name!r} has no tokenizer; {_SAVE_TOKENIZER}")
     with one_line(config, "tokenizer", _SAVE_TOKENIZER):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
+    refuse_tokenizer(config.name, read_settings(config, folder), tokenizer)
+    return tokenizer
 
 
 class PretrainedSource:
@@ -179,7 +194,7 @@ class PretrainedSource:
         with distributed.errors_on_all_ranks():
             self._folder = _find(self._config)
             settings = read_settings(self._config, self._folder)
-            model = _empty_model(self._config, self._folder, settings)
+            model = empty_model(self._config, self._folder, settings)
             files = weights.locate(self._config, self._folder)
             # Before sharding, which renames the classes.
             self._files = files if weights.is_direct(model, files) else {}
@@ -249,19 +264,6 @@ def _find(config: ModelConfig) -> Path:
     if not Path(config.name).exists() and not any(folder.glob("*.safetensors")):
         folder = resolve(config, [*_SETTINGS, "*.bin"])
     return folder
-
-
-def _empty_model(config: ModelConfig, folder: Path, settings: Any) -> Any:
-    """The model with parameters on the meta device and real buffers."""
-    with one_line(config, "model", "give a decoder that this version of transformers knows"):
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
-            )
-        model.tie_weights()
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def _enable_checkpointing(model: Any) -> None:

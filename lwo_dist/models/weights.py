@@ -166,14 +166,6 @@ def receive(
         if distributed.rank() == 0:
             dtype = _stored_dtype(config, locate(config, folder))
             whole = whole_model(config, folder, dtype).state_dict(keep_vars=True)
-            for target in targets:
-                tied = [whole[name] for name in target.stored]
-                if any(tensor is not tied[0] for tensor in tied):
-                    raise UserError(
-                        f"model.name {config.name!r}: config.json ties "
-                        f"{' and '.join(target.stored)}, but the saved weights differ; set "
-                        "tie_word_embeddings to false there"
-                    )
     for target in targets:
         local, first = _local_rows(target.tensor)
         every_row = torch.empty(

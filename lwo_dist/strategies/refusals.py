@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from lwo_dist.errors import UserError
 
 from .base import Strategy
 
-__all__ = ["end_backward_at_active_layer", "refuse_wrapped", "warn_of_rounding"]
+__all__ = ["end_backward_at_active_layer", "refuse_wrapped", "warn_of_frozen", "warn_of_rounding"]
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -72,6 +73,17 @@ def end_backward_at_active_layer(model: nn.Module) -> bool:
     if disable is not None:
         disable()
     return found
+
+
+def warn_of_frozen(flags: Mapping[str, bool]) -> None:
+    """Say which parameters stay as they are, as the caller has frozen them."""
+    frozen = [name for name, flag in flags.items() if not flag]
+    if frozen and distributed.rank() == 0:
+        warnings.warn(
+            f"{len(frozen)} of {len(flags)} parameters are frozen (requires_grad = False, first"
+            f" {frozen[0]}) and stay as they are; to train them, set requires_grad before attach",
+            stacklevel=4,
+        )
 
 
 def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> None:

@@ -65,6 +65,8 @@ class Task(ABC):
     """In the order of every table, most informative first."""
     formats: ClassVar[tuple[str, ...]] = ("code",)
     """The values of `data.format` that it reads."""
+    retrieves: ClassVar[bool] = False
+    """Whether it puts `data.retrieval` passages before its contexts."""
     example: ClassVar[tuple[str, str]] = ("example", "examples")
     """Display name of one held-out example and of many; the plural has no spaces, because
     `eval/<many>` counts them."""
@@ -91,6 +93,11 @@ class Task(ABC):
             raise UserError(
                 f"data.format = {config.data.format} does not fit the task {self.name}, which reads"
                 f" {', '.join(self.formats)}; change one of the two"
+            )
+        if config.data.retrieval and not self.retrieves:
+            raise UserError(
+                f"data.retrieval = {config.data.retrieval} has no effect with the task"
+                f" {self.name}; drop it"
             )
         names = [score.name for score in self.scores]
         if config.eval.metric not in names:

@@ -6,14 +6,18 @@ of a training window is an example, because each is predicted from the lines bef
 A held-out line's context ends before the token with the preceding line end, as that token may also
 hold the line's indentation. It is the first token to generate, and must begin with the text up to
 the line end, which is known; the rest of the answer is free. So no token of the context tells more
-about the line than the text before it does.
+about the line than the text before it does. The same holds for a place within a line, with
+`completion.mid_line`. Where a middle is filled in, its sides are tokenised on their own instead, as
+in the pretraining of models that can.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +30,23 @@ from lwo_dist.data.examples import (
     LineTokenizer,
     Note,
     TrainExample,
-    context_start,
+    continuations,
     cut_windows,
     end_of_text_id,
-    scored_bytes,
+    text_start,
     token_texts,
 )
+from lwo_dist.data.fill_in import FillIn, before_gap, ends_of_gap
 from lwo_dist.data.pairs import Pairs
 from lwo_dist.data.public import read_public
-from lwo_dist.data.source_tree import SourceFile, SourceTree, read_source_tree, read_text
+from lwo_dist.data.source_tree import SourceTree, read_source_tree, source_text
 from lwo_dist.errors import UserError
 
 from . import metrics
 from .base import LOSS, LOSS_PER_BYTE, Task, byte_losses, token_losses
+from .chosen_lines import Questions, choose_lines
 from .given_lines import given_lines, windows_of
+from .passages import Passages
 from .scores import Column, Score, Scores
 
 __all__ = ["LineCompletion"]
@@ -51,6 +58,7 @@ class LineCompletion(Task):
     """`task: completion`."""
 
     name = "completion"
+    retrieves = True
     example = ("line", "lines")
     formats = ("code", "jsonl", "codexglue-completion", "repobench", "crosscodeeval")
     version = 2
@@ -62,6 +70,18 @@ class LineCompletion(Task):
         LOSS_PER_BYTE,
     )
 
+    def check(self, config: Config) -> None:
+        """Also refuses settings about chosen lines where a data set gives the lines."""
+        super().check(config)
+        own = config.completion.model_dump(exclude_defaults=True)
+        settings = [f"completion.{name}" for name in own]
+        settings += ["data.retrieval"] if config.data.retrieval else []
+        if config.data.format != "code" and settings:
+            raise UserError(
+                f"{settings[0]} has no effect with data.format = {config.data.format}, which gives"
+                " the lines and their contexts; drop it"
+            )
+
     def read(self, config: DataConfig, cache: Path) -> SourceTree | Pairs:
         """The usable files, split by file; of a data set, contexts and their lines."""
         if config.format != "code":
@@ -71,17 +91,48 @@ class LineCompletion(Task):
     def training_examples(
         self, source: SourceTree | Pairs, tokenizer: Any, config: Config
     ) -> Iterator[TrainExample]:
-        """Windows of whole lines from one file; the end-of-text token after them is learned too."""
+        """Windows of whole lines from one file; the end-of-text token after them is learned too.
+
+        With `completion.fim_rate` a share of them, drawn by the file's hash, fills in a middle.
+        With `data.retrieval_in_training` each begins with passages that resemble the lines before
+        what is learned; they are not learned.
+        """
         if isinstance(source, Pairs):
             yield from windows_of(source, tokenizer, config)
             return
-        end_of_text = end_of_text_id(tokenizer)
         tokenize = LineTokenizer(tokenizer)
+        rate = config.completion.fim_rate
+        fill_in = None if rate is None else FillIn.of(tokenizer, tokenize)
+        retrieval = None
+        if config.data.retrieval_in_training:
+            retrieval = Passages(source, tokenize, config)
+        start = text_start(tokenizer)
+        room = config.train.sequence_length - len(start) - (retrieval.room if retrieval else 0)
+        length = max(room - FillIn.extra, 1) if rate else room
+        end_of_text = end_of_text_id(tokenizer)
         for file in source.train:
-            found = tokenize(_text(file))
+            text = source_text(file)
+            found = tokenize(text)
             tokens = [*found.tokens, end_of_text]
             edges = [*found.edges[:-1], len(tokens)]
-            yield from cut_windows(tokens, edges, config.train.sequence_length)
+            lines = text.split("\n") if retrieval else []
+            draw = random.Random(file.sha256)
+            done = 0
+            for window in cut_windows(tokens, edges, length):
+                example = window
+                if fill_in and rate and draw.random() < rate:
+                    whole = [token for token in window.input_ids if token != end_of_text]
+                    example = fill_in.rearranged(
+                        window, continuations(tokenizer, [whole])[0], draw, room
+                    )
+                before = start
+                if retrieval:
+                    known = "".join(
+                        f"{line}\n" for line in lines[: bisect_left(found.breaks, done)]
+                    )
+                    before = [*start, *retrieval(known, file.name)]
+                yield example.after(before)
+                done += window.learned
 
     def evaluation_examples(
         self, source: SourceTree | Pairs, tokenizer: Any, config: Config
@@ -92,38 +143,17 @@ class LineCompletion(Task):
         found. A file's first line has no context and is never used, nor are blank lines before it.
 
         Raises:
-            UserError: fewer than two such lines, too few for a confidence interval.
+            UserError: fewer than two such lines, too few for a confidence interval; or the
+                tokenizer cannot fill in a middle.
         """
         if isinstance(source, Pairs):
             return given_lines(source, tokenizer, config)
-        chosen = _choose_lines(source, config.eval.num_lines)
-        limit = config.train.sequence_length - config.eval.max_new_tokens
-        tokenize = LineTokenizer(tokenizer)
-        examples = []
+        chosen = choose_lines(source, config.eval.num_lines, config.completion)
+        ask = Questions(source, tokenizer, config)
+        examples: list[EvalExample] = []
         for file in source.held_out:
-            if file.sha256 not in chosen:
-                continue
-            text = _text(file)
-            lines = text.split("\n")
-            found = tokenize(text)
-            for i in sorted(chosen[file.sha256]):
-                first, last = found.breaks[i - 1 : i + 1]
-                if first == 0 or first == last:  # the line is within one token
-                    continue
-                context = found.tokens[context_start(found.edges, first, limit) : first]
-                target = found.tokens[first : last + 1][: config.eval.max_new_tokens]
-                begin, line_end, _ = tokenize.texts[target[0]].rpartition("\n")
-                examples.append(
-                    EvalExample(
-                        context,
-                        target,
-                        lines[i],
-                        file.name,
-                        i + 1,
-                        begin + line_end,
-                        scored_bytes(tokenizer, context, target),
-                    )
-                )
+            if file.sha256 in chosen:
+                examples += ask(file, source_text(file), sorted(chosen[file.sha256]))
         if len(examples) < 2:
             raise UserError(
                 f"data.source = {source.source}: {len(examples)} lines to complete in its"
@@ -153,15 +183,22 @@ class LineCompletion(Task):
                 f"the tokenizer {name} turns {_PROBE!r} into {written!r}, so it cannot complete"
                 " lines of code; use a model of code or of running text"
             )
-        return sorted({*line_ends, end_of_text})
+        return sorted({*line_ends, end_of_text, *ends_of_gap(tokenizer)})
 
     def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
         """The generated line: the text up to its "\\n" or the end of the text."""
-        end_of_text = end_of_text_id(tokenizer)
-        if end_of_text in token_ids:
-            token_ids = token_ids[: token_ids.index(end_of_text)]
-        text = str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+        ends = {end_of_text_id(tokenizer), *ends_of_gap(tokenizer)}
+        written = [*takewhile(lambda token: token not in ends, token_ids)]
+        text = continuations(tokenizer, [written])[0]
         return text.removeprefix(example.begins_with).partition("\n")[0]
+
+    def context_shown(self, tokenizer: Any, example: EvalExample) -> str:
+        """The last three lines before the answer, without special tokens before and after them."""
+        before = list(before_gap(tokenizer, example.context))
+        start = text_start(tokenizer)
+        if before[: len(start)] == start:
+            before = before[len(start) :]
+        return super().context_shown(tokenizer, replace(example, context=before))
 
     def score(
         self,
@@ -190,40 +227,3 @@ class LineCompletion(Task):
                 "loss_per_byte": byte_column,
             },
         )
-
-
-def _choose_lines(source: SourceTree, num_lines: int) -> dict[str, list[int]]:
-    """Hash of each file -> indices of its lines to complete."""
-    candidates: dict[str, list[int]] = {}
-    # By hash: if not every file contributes, the choice does not depend on the file names.
-    for file in sorted(source.held_out, key=lambda file: file.sha256):
-        lines = _text(file).split("\n")
-        first = next(i for i, line in enumerate(lines) if line.strip())
-        worth = [i for i, line in enumerate(lines) if i > first and any(map(str.isalnum, line))]
-        random.Random(file.sha256).shuffle(worth)
-        if worth:
-            candidates[file.sha256] = worth
-    chosen: dict[str, list[int]] = {key: [] for key in candidates}
-    missing = min(num_lines, sum(map(len, candidates.values())))
-    turn = 0
-    while missing:
-        for key in [key for key, worth in candidates.items() if len(worth) > turn][:missing]:
-            chosen[key].append(candidates[key][turn])
-            missing -= 1
-        turn += 1
-    return {key: lines for key, lines in chosen.items() if lines}
-
-
-def _text(file: SourceFile) -> str:
-    try:
-        text = read_text(file.path)
-    except OSError as error:
-        raise UserError(
-            f"{file.path}: {error.strerror}; let no other program change the source meanwhile"
-        ) from None
-    if text is None or hashlib.sha256(text.encode()).hexdigest() != file.sha256:
-        raise UserError(
-            f"{file.path} changed while it was read; let no other program change the source"
-            " meanwhile"
-        )
-    return text

@@ -14,6 +14,7 @@ from lwo_dist.data.examples import (
     TrainExample,
     cut_windows,
     scored_bytes,
+    text_start,
 )
 from lwo_dist.data.pairs import Pair, Pairs
 
@@ -25,9 +26,12 @@ __all__ = ["given_lines", "windows_of"]
 def windows_of(source: Pairs, tokenizer: Any, config: Config) -> Iterator[TrainExample]:
     """Windows of whole lines from each context and its line, of which all are learned."""
     tokenize = LineTokenizer(tokenizer)
+    start = text_start(tokenizer)
+    length = config.train.sequence_length - len(start)
     for pair in source.train:
         found = tokenize(f"{pair.source}{_line(pair)}\n")
-        yield from cut_windows(found.tokens, found.edges, config.train.sequence_length)
+        for window in cut_windows(found.tokens, found.edges, length):
+            yield window.after(start)
 
 
 def given_lines(source: Pairs, tokenizer: Any, config: Config) -> list[EvalExample | Note]:

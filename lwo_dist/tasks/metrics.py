@@ -1,8 +1,9 @@
 """Scores of predicted against reference texts, 0 to 100.
 
 Exact match and edit similarity are those of line completion in CodeXGLUE (Lu et al., 2021): lines
-equal except for surrounding whitespace, and the `fuzz.ratio` of the two. BLEU is sacrebleu's corpus
-BLEU (Papineni et al., 2002; Post, 2018) with its default smoothing. `smoothed_bleu4` and
+equal except for surrounding whitespace, and the `fuzz.ratio` of the two. Its evaluator also ignores
+how much whitespace is within a line, and rounds each ratio to a whole number. BLEU is sacrebleu's
+corpus BLEU (Papineni et al., 2002; Post, 2018) with its default smoothing. `smoothed_bleu4` and
 `codexglue_bleu` are the two other BLEUs that CodeXGLUE's evaluators report; they differ in tokens,
 smoothing and brevity penalty, and none is comparable with another.
 

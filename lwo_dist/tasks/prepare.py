@@ -17,7 +17,7 @@ from lwo_dist.cache import build_once, cache_folder
 from lwo_dist.config import Config
 from lwo_dist.console import say
 from lwo_dist.data.dataset import PreparedData, load_dataset, write_dataset
-from lwo_dist.data.examples import EvalExample, Note, end_of_text_id
+from lwo_dist.data.examples import EvalExample, Note, end_of_text_id, text_start
 
 from .base import Task
 
@@ -56,13 +56,21 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     task.end_token_ids(tokenizer)  # refuse an unusable tokenizer before reading the source
     cache = cache_folder(config)
     source = task.read(config.data, cache)
+    length = config.train.sequence_length
     settings: list[Any] = [
-        config.train.sequence_length,
+        length,
         config.eval.num_lines,
         config.eval.max_new_tokens,
     ]
+    if config.train.packing:
+        settings.append("packing")
     if config.data.prompt is not None or config.data.chat:
         settings += [config.data.prompt, config.data.chat and tokenizer.chat_template]
+    data = config.data
+    settings += [[data.retrieval, data.retrieval_in_training]] if data.retrieval else []
+    own = config.completion.model_dump(exclude_defaults=True)
+    settings += [own] if own else []
+    settings += text_start(tokenizer)
     # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,
@@ -85,7 +93,8 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
             f"held_out_{many}_asked": config.eval.num_lines,
         }
         train = task.training_examples(source, tokenizer, config)
-        noted = write_dataset(folder, train, held_out, counts, notes)
+        packed_length = length if config.train.packing else None
+        noted = write_dataset(folder, train, held_out, counts, notes, packed_length=packed_length)
         if noted:
             say(f"examples: {', '.join(f'{count} {reason}' for reason, count in noted.items())}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lwo_dist.callback import Callback, RunInfo
 from lwo_dist.tasks.scores import ScoreSheet
@@ -32,7 +33,7 @@ class Progress(Callback):
             f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on"
             f" {info.world_size} {info.device} worker(s), {info.trained_parameters:,} of"
             f" {info.parameters:,} parameters in {len(info.layers)} layers,"
-            f" {info.data['windows']:,} training sequences,"
+            f" {_sequences(info.data)},"
             f" {info.held_out_examples:,} held-out {self._sheet.example[1]}"
             + (f", from step {info.start_step}" if info.start_step else "")
         )
@@ -77,3 +78,16 @@ class Progress(Callback):
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
+
+
+def _sequences(data: Mapping[str, Any]) -> str:
+    if "packed_rows" not in data:
+        return f"{data['windows']:,} training sequences"
+    packed, unpacked = (
+        data[name] / (data[name] + data["tokens"])
+        for name in ("padding_tokens", "padding_tokens_unpacked")
+    )
+    return (
+        f"{data['windows']:,} training examples packed in {data['packed_rows']:,} sequences"
+        f" ({packed:.0%} padding, unpacked {unpacked:.0%})"
+    )

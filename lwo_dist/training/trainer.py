@@ -166,12 +166,11 @@ class Trainer:
     def _summed_loss(self, micro_batch: dict[str, Tensor]) -> Tensor:
         """Sum of the cross-entropy over the label tokens, in nats and fp32."""
         batch = {name: tensor.to(self.device) for name, tensor in micro_batch.items()}
-        output = self.lwo.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        )
+        labels = batch.pop("labels")
+        output = self.lwo.model(**batch)
         return cross_entropy(
             output.logits[:, :-1].flatten(0, 1).float(),
-            batch["labels"][:, 1:].flatten(),
+            labels[:, 1:].flatten(),
             ignore_index=IGNORED_LABEL,
             reduction="sum",
         )

@@ -88,7 +88,7 @@ def scores_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def whole_arguments(inputs: Path) -> list[str]:
     methods = f"--methods={inputs / 'damaged.yaml'},tests.dummies:Dying,lwo,full"
-    return [methods, "--rates=1e-3,1e-2", "--seeds=2", "--sweep-steps=2"]
+    return [methods, "--rates=1e-3,1e-2", "--seeds=2", "--sweep-steps=2", "--jobs=2"]
 
 
 @pytest.fixture(scope="module")

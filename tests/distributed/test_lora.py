@@ -79,7 +79,8 @@ def attach(strategy: str, dtype: torch.dtype, *, checkpointing: bool = False) ->
     model = prepared(dtype)
     if checkpointing:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     config = zero.lwo_config(RECIPE)
     if strategy == "fsdp":
         shard_model(model, precision="fp32", device_type="cpu")
@@ -101,7 +102,7 @@ def losses_and_weights(
             if name in frozen:
                 assert parameter.grad is None and not parameter.requires_grad, name
         results.append((losses, found))
-        if strategy != "zero 1":
+        if strategy not in ("zero 1", "zero 2"):
             # The same with recomputed activations, whose inputs need no gradient.
             recomputed, _ = train(attach(strategy, dtype, checkpointing=True), 2)
             assert recomputed == pytest.approx(losses[:2], abs=1e-6)
@@ -132,12 +133,9 @@ def test_equals_a_plain_peft_loop(world_size: int) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_equals_a_plain_peft_loop_under_zero(world_size: int) -> None:
+def test_equals_a_plain_peft_loop_under_zero() -> None:
     stages = ["zero 1", "zero 2", "zero 3"]
-    for found in run_ranks(losses_and_weights, world_size, stages, torch.float32, deepspeed=True)[
-        0
-    ]:
+    for found in run_ranks(losses_and_weights, 2, stages, torch.float32, deepspeed=True)[0]:
         assert_like_the_plain_loop(found, torch.float32, 1e-5)
 
 
@@ -226,11 +224,12 @@ def check_exports(summary: dict[str, Any], base: Path, capsys: Any, target: Path
 @pytest.mark.parametrize(
     "settings",
     [
-        ["strategy=fsdp"],
+        pytest.param(["strategy=fsdp"], marks=pytest.mark.long),
         ["strategy=fsdp", "train.precision=bf16", "fsdp.storage=bf16"],
         pytest.param(["strategy=deepspeed", "zero_stage=3"], marks=needs_deepspeed),
         pytest.param(
-            ["strategy=deepspeed", "zero_stage=2", "train.precision=bf16"], marks=needs_deepspeed
+            ["strategy=deepspeed", "zero_stage=2", "train.precision=bf16"],
+            marks=[needs_deepspeed, pytest.mark.long],
         ),
     ],
     ids=["fsdp", "fsdp-bf16", "zero3", "zero2-bf16"],

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import socket
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import lwo_dist
 from lwo_dist import distributed
@@ -142,6 +143,78 @@ def test_epochs_are_the_steps_that_the_data_makes_of_them(
     assert run_ranks(run_and_record, 2, same)[0][1] == losses
     # With 32-bit arithmetic, which is what a CPU has.
     assert config.train.precision == "auto" and state["run"]["train"]["precision"] == "fp32"
+
+
+def test_a_packed_run_says_how_much_is_padding(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    packed = ("strategy=fsdp", "train.packing=true", "train.steps=3", "train.sequence_length=240")
+    config = prepare(make_config(inputs, tmp_path, *packed))
+    (summary, _), _ = run_ranks(run_and_record, 2, config)
+    data = read_state(tmp_path / "r")["run"]["data"]
+    assert summary["loss_last"] < summary["loss_first"]
+    assert data["packed_rows"] < data["windows"]
+    assert data["padding_tokens"] < data["padding_tokens_unpacked"]
+
+
+def test_packing_of_a_model_that_would_mix_examples(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inputs[0])
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    bloom = BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=2, n_head=2)
+    BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
+    config = make_config((tmp_path / "bloom", inputs[1]), tmp_path / "runs", "train.packing=true")
+    with pytest.raises(RanksError, match="BloomForCausalLM does not keep the examples"):
+        run_ranks(run_and_record, 1, prepare(config))
+    assert not list((tmp_path / "runs" / "r").glob("checkpoints/*"))
+
+
+def save_own_code(model: Path, folder: Path) -> None:
+    """A model and a tokenizer whose classes lie beside them."""
+    shutil.copytree(model, folder)
+    (folder / "own_config.py").write_text(
+        "from transformers import Qwen2Config\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+    )
+    (folder / "own_model.py").write_text(
+        "from transformers import Qwen2ForCausalLM\nfrom .own_config import OwnConfig\n"
+        "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (folder / "own_tokenizer.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    models = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    config = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": models}
+    tokenizer = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]},
+    }
+    for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_model_with_code_of_its_own_is_saved_resumed_and_exported_with_it(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    save_own_code(inputs[0], tmp_path / "own")
+    trusted = ("model.trust_remote_code=true", "checkpoint.steps=2", "train.steps=4")
+    inputs = (tmp_path / "own", inputs[1])
+    config = prepare(make_config(inputs, tmp_path / "runs", *trusted))
+    with pytest.raises(RanksError, match="stopped by the test"):
+        run_ranks(stop_after, 1, config, 2)
+    again = prepare(make_config(inputs, tmp_path / "runs", *trusted))
+    summary, losses = run_ranks(run_and_record, 1, again)[0]
+    assert losses[0][0] == 4
+    shutil.rmtree(tmp_path / "own")
+    found = run_ranks(classes_of, 1, summary["export"])
+    assert found == [("OwnModel", "OwnTokenizer")]
+
+
+def classes_of(folder: str) -> tuple[str, str]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return type(model).__name__, type(tokenizer).__name__
 
 
 def read_state(run_dir: Path) -> dict:

@@ -184,7 +184,7 @@ def test_the_programs_that_the_manifests_name_run(image: Built) -> None:
     assert image.output("ray", "--version").split()[-1] == wanted["ray"]
     assert image.output("mlflow", "--version").split()[-1] == wanted["mlflow"]
     imports = (
-        "import torch, deepspeed, psycopg2, flask_wtf; print(torch.__version__,"
+        "import torch, deepspeed, peft, psycopg2, flask_wtf; print(torch.__version__,"
         " deepspeed.__version__)"
     )
     assert (

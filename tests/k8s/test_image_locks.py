@@ -15,7 +15,7 @@ from lwo_dist.extras import EXTRAS as MODULES
 from .manifests import REPOSITORY
 
 # `server` is for MLflow's server, which our code does not import.
-EXTRAS = ("run", "ray", "mlflow", "deepspeed", "server")
+EXTRAS = ("run", "ray", "mlflow", "deepspeed", "lora", "code", "server")
 TORCH_LINKS = "--find-links https://download.pytorch.org/whl/cpu/torch/"
 # What torch brings for CUDA, which nobody but it asks for.
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
@@ -149,9 +149,9 @@ RULES: dict[str, Callable[[Texts], Iterator[str]]] = {
     )
 }
 
-# As it was in the image.
-PEFT = (
-    f"peft==0.21.2 \\\\\n    --hash=sha256:{'0' * 64}\n"
+# What no extra of the image has.
+UNUSED = (
+    f"gguf==0.19.0 \\\\\n    --hash=sha256:{'0' * 64}\n"
     "    # via\n    #   lwo-dist (pyproject.toml)\n"
 )
 BROKEN = [
@@ -172,8 +172,8 @@ BROKEN = [
     ("what_is_asked_for_is_there", "cpu", r"(?m)^accelerate==.*\n(    --hash.*\n)+", ""),
     ("what_is_asked_for_is_there", "project", r'"mlflow>=[\d.]+"', '"mlflow>=99"'),
     ("what_is_asked_for_is_there", "cpu", r"(?m)^ray==", "boto3=="),
-    ("nothing_is_there_unused", "script", "--extra server", "--extra server --extra lora"),
-    ("nothing_is_there_unused", "cpu", r"(?m)^ray==", f"{PEFT}ray=="),
+    ("nothing_is_there_unused", "script", "--extra server", "--extra server --extra gguf"),
+    ("nothing_is_there_unused", "cpu", r"(?m)^ray==", f"{UNUSED}ray=="),
     ("nothing_is_there_unused", "project", r"(?m)^deepspeed = .*", "deepspeed = []"),
     ("nothing_is_there_unused", "code", r"(import|from) deepspeed\b", "import another"),
     ("nothing_of_a_builder", "cpu", r"download\.pytorch\.org", "mirror.example"),

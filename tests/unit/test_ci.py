@@ -38,7 +38,7 @@ if [[ -e {tmp_path}/fails ]]; then [[ "$*" != *"$(cat {tmp_path}/fails)"* ]]; fi
     requirements = [REPOSITORY / "pyproject.toml", REPOSITORY / "launch" / "constraints.txt"]
     stamp = "".join(path.read_text() for path in requirements)
     (tmp_path / ".lwo-dist").write_text(
-        f"run ray mlflow deepspeed gguf test\n{stamp}{REPOSITORY}\n"
+        f"run ray mlflow deepspeed lora gguf code test\n{stamp}{REPOSITORY}\n"
     )
     return tmp_path
 

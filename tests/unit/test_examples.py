@@ -29,6 +29,7 @@ from lwo_dist.data.examples import (
     TrainExample,
     cut_windows,
     pad_id,
+    text_start,
 )
 from lwo_dist.data.source_tree import SourceTree
 from lwo_dist.errors import UserError
@@ -52,6 +53,11 @@ TASK: LineCompletion = TASKS.get("completion")
 
 def prepare(config: Config, **more: Any) -> PreparedData:
     return prepare_dataset(config, make_tokenizer(), TASK, **more)
+
+
+def as_read(kind: str, text: str) -> str:
+    """Metaspace takes a space at the start of a text for the one that it would put there."""
+    return text.lstrip(" ") if kind == "metaspace" else text
 
 
 def tree(config: Config, cache: Path) -> SourceTree:
@@ -131,9 +137,13 @@ def test_windows_hold_the_tokens_of_the_whole_text(kind: str, tmp_path: Path) ->
     tokenizer = tokenizer_of_kind(kind)
     config = make_config(write_tree(tmp_path / "tree"), tmp_path)
     source = tree(config, tmp_path)
+    start = text_start(tokenizer)
+    assert len(start) == (kind in ("llama2", "gemma"))
     learned = []
     for window in TASK.training_examples(source, tokenizer, config):
-        learned += window.input_ids[window.target_start :]
+        tokens = list(window.input_ids)
+        assert len(tokens) <= 48 and tokens[: len(start)] == start
+        learned += tokens[window.target_start :]
     whole = []
     for file in source.train:
         ids = tokenizer(file.path.read_text(), add_special_tokens=False)["input_ids"]
@@ -156,9 +166,12 @@ def test_windows_are_cut_between_lines(kind: str) -> None:
         for a, b in pairwise(found.edges)
     ]
     assert len(pieces) > 5
-    for before, after in pairwise(pieces):
-        assert before.endswith("\n") or after.startswith("\n")
-        assert "\n" not in before.strip("\n ")  # every line is one piece
+    firsts = [tokenizer.decode(found.tokens[edge]) for edge in found.edges[1:-1]]
+    for (before, after), first in zip(pairwise(pieces), firsts, strict=True):
+        # Or where one token holds what is on both sides of a line end.
+        assert before.endswith("\n") or after.startswith("\n") or "\n" in first
+        inner = before.strip("\n ")
+        assert "\n" not in inner or kind == "metaspace"  # every line is one piece
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,18 +179,21 @@ def test_a_prompt_tells_no_more_than_the_text_before_the_line(kind: str, tmp_pat
     """It ends at a token of the whole text, and with the known start of the answer it is the text
     before the line: the line's indentation is not known."""
     tokenizer = tokenizer_of_kind(kind)
-    config = make_config(write_tree(tmp_path / "tree"), tmp_path, "train.sequence_length=600")
+    config = make_config(write_tree(tmp_path / "tree"), tmp_path, "train.sequence_length=900")
     source = tree(config, tmp_path)
     texts = {file.name: file.path.read_text() for file in source.held_out}
     examples = TASK.evaluation_examples(source, tokenizer, config)
     assert len(examples) == 20
     indented = 0
+    start = text_start(tokenizer)
     for example in examples:
         before = "".join(texts[example.name].splitlines(keepends=True)[: example.line - 1])
-        context = tokenizer.decode(example.context, clean_up_tokenization_spaces=False)
-        assert context + example.begins_with == before
+        context = tokenizer.decode(
+            example.context[len(start) :], clean_up_tokenization_spaces=False
+        )
+        assert as_read(kind, context + example.begins_with) == as_read(kind, before)
         assert example.begins_with.endswith("\n")
-        whole = tokenizer(texts[example.name], add_special_tokens=False)["input_ids"]
+        whole = tokenizer(texts[example.name])["input_ids"]
         here = [*example.context, *example.target]
         assert whole[: len(here)] == here
         indented += not tokenizer.decode([example.target[0]]).endswith("\n")

@@ -25,6 +25,7 @@ NOWHERE = "--address=http://127.0.0.1:1"
 # One way to call each command.
 CALLS = {
     "train": ["train"],
+    "compare": ["compare", "--name", "x"],
     "config": ["config", "--defaults"],
     "data": ["data", "data.source=nowhere"],
     "submit": ["submit", NOWHERE],
@@ -80,7 +81,7 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
     out, err = _call(environment, [CALLS[name] for name in COMMANDS], tmp_path)
     assert out == [*["2"] * len(COMMANDS), "False"]
-    extras = {"train": "run,ray", "submit": "ray", "jobs": "ray", "replay": "mlflow"}
+    extras = {"train": "run,ray", "compare": "run,ray", "submit": "ray", "jobs": "ray", "replay": "mlflow"}
     extras |= {
         "config": "run",
         "data": "run",
@@ -91,9 +92,10 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
     }
     for name, line in zip(COMMANDS, err, strict=True):
         assert line.startswith(f"lwo-dist: lwo-dist {name} needs packages that are not installed (")
-        assert line.endswith(f": pip install 'lwo-dist[{extras[name]}]'")
+        otherwise = ", or pass --without-ray" if name == "compare" else ""
+        assert line.endswith(f": pip install 'lwo-dist[{extras[name]}]'{otherwise}")
     assert (
-        "accelerate, datasets, datasketch, matplotlib" in err[0]
+        "accelerate, bm25s, datasets, datasketch, matplotlib" in err[0]
         and "yaml, ray, aiohttp_cors" in err[0]
     )
 

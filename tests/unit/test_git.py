@@ -184,6 +184,32 @@ def test_names_and_commit_of_a_work_tree(tmp_path: Path) -> None:
     assert Repository.around(tmp_path) is None
 
 
+def test_when_files_were_last_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge counts where it changed a file itself; odd names are names."""
+    root = repository(tmp_path / "tree")
+
+    def commit(date: int, *arguments: str) -> None:
+        monkeypatch.setenv("GIT_COMMITTER_DATE", f"{2_000_000_000 + date} +0000")
+        git(root, *arguments)
+
+    git(root, "switch", "-q", "-c", "side")
+    odd = os.fsdecode(b"odd\n :\xff.py")
+    (root / odd).write_text("x = 1\n")
+    git(root, "add", ".")
+    commit(1, "commit", "-q", "-m", "odd")
+    git(root, "switch", "-q", "main")
+    (root / "file_1.py").write_text("x = 1\n")
+    commit(2, "commit", "-q", "-a", "-m", "two")
+    git(root, "merge", "-q", "--no-ff", "--no-commit", "side")
+    (root / "file_2.py").write_text("x = 2\n")
+    git(root, "add", ".")
+    commit(3, "commit", "-q", "-m", "merge")
+    found = Repository.at(root).last_changes(root)
+    late = {name: when - 2_000_000_000 for name, when in found.items() if when >= 2_000_000_000}
+    assert late == {odd: 1, "file_1.py": 2, "file_2.py": 3}
+    assert len(found) == 13
+
+
 @pytest.mark.parametrize("how", ["worktree", "sha256", "split index", "packed", "submodule"])
 def test_every_repository_layout_is_supported(tmp_path: Path, how: str) -> None:
     root = tmp_path / "tree"

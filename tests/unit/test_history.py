@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lwo_dist import distributed
 from lwo_dist.config import DataConfig
 from lwo_dist.data.history import MOST_FILES, is_fix, read_fixes
 from lwo_dist.data.pairs import Pair
@@ -17,6 +18,11 @@ from lwo_dist.data.private import read_defect, read_repair
 from lwo_dist.data.source_tree import read_source_tree
 from lwo_dist.errors import UserError
 from lwo_dist.git import Repository
+from lwo_dist.registry import TASKS
+from lwo_dist.run import prepare, run
+from tests.code_samples import make_config
+from tests.models import save_tiny_model
+from tests.ranks import run_ranks
 
 
 def git(folder: Path, *arguments: str, date: int = 0) -> str:
@@ -34,7 +40,7 @@ def git(folder: Path, *arguments: str, date: int = 0) -> str:
 
 
 def function(name: str, value: int) -> str:
-    return f'def {name}(x):\n    """Do it."""\n    y = x + {value}\n    return y\n'
+    return f'def {name}(x):\n    """Do the work of it."""\n    y = x + {value}\n    return y\n'
 
 
 class History:
@@ -229,11 +235,13 @@ def test_merges_and_links_are_left_out(tmp_path: Path) -> None:
     made.commit("Fix a", a=function("a", 1))
     git(made.root, "switch", "-q", "main")
     made.commit("Fix b", b=function("b", 1))
-    git(made.root, "merge", "-q", "--no-ff", "-m", "Fix by merging", "side", date=50)
+    git(made.root, "merge", "-q", "--no-ff", "-m", "Merge side", "side", date=50)
     (made.root / "a.py").unlink()
-    (made.root / "a.py").symlink_to("b.py")
+    (made.root / "a.py").symlink_to("def a(x):\n    y = 2\n    return y\n")  # a link's content
     made.commit("Fix by a link")
-    assert sorted(fixes(made)[0]) == [("a", "y = x + 1"), ("b", "y = x + 1")]
+    found, skipped = fixes(made)
+    assert sorted(found) == [("a", "y = x + 1"), ("b", "y = x + 1")]
+    assert skipped == {"commit that is no fix": 1}
 
 
 def test_only_the_newest_commits_and_the_folder_are_read(tmp_path: Path) -> None:
@@ -346,3 +354,42 @@ def test_lost_objects_are_said(history: History, tmp_path: Path) -> None:
     (history.root / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
     with pytest.raises(UserError, match="git log failed: unable to read tree"):
         fixes(history)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_tiny_model(folder, [function(f"work_{n}", n) for n in range(40)])
+    return folder
+
+
+@pytest.mark.parametrize("task", ["generation", "summarisation", "repair", "defect"])
+def test_every_task_trains_on_private_code(
+    task: str, history: History, model_folder: Path, tmp_path: Path
+) -> None:
+    settings = make_config(
+        history.root,
+        tmp_path / "runs",
+        f"task={task}",
+        f"model.name={model_folder}",
+        "strategy=replicate",
+        "train.steps=4",
+        "train.global_batch_size=4",
+        "train.sequence_length=120",
+        "eval.max_new_tokens=40",
+        "lwo.steps_per_layer=2",
+        "lwo.lr=1e-2",
+        "tracking.enabled=false",
+        "cluster.num_workers=1",
+    )
+    (summary,) = run_ranks(_whole_run, 1, settings)
+    before, after = summary["eval"]["before"], summary["eval"]["after"]
+    many = TASKS.get(task).example[1]
+    files = read_source_tree(settings.data, tmp_path)
+    each = 2 if task == "defect" else 1
+    assert before[f"eval/{many}"] == each * len(files.held_out) >= 2
+    assert after["eval/loss"] < before["eval/loss"]
+
+
+def _whole_run(config: Any) -> dict[str, Any] | None:
+    return run(distributed.on_rank_0(prepare, config))

@@ -385,3 +385,67 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         lwo.write_layer({"x": torch.zeros(1)})
     with pytest.raises(UserError, match=r"'head.bias' have shape \(3,\), and the model's is \(11,"):
         lwo.write_layer({"head.bias": torch.zeros(3)})
+
+
+# ---- what the caller has frozen
+
+
+def changed_by_a_cycle(model: torch.nn.Module, **how: Any) -> tuple[set[str], LWO]:
+    """The parameters that a cycle of visits changes, and the hook, detached."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lwo = lwo_dist.attach(model, LWOConfig(lr=1e-2, steps_per_layer=1), **how)
+    for step in range(len(lwo.layers)):
+        tokens, labels = oracle.global_batch(step)
+        lwo.backward(oracle.loss_sum(model, tokens, labels))
+        lwo.step()
+    lwo.detach()
+    now = dict(model.named_parameters())
+    return {name for name, value in before.items() if not torch.equal(value, now[name])}, lwo
+
+
+@pytest.mark.parametrize("method", ["lwo", "full"])
+def test_what_is_frozen_stays_frozen_and_is_said(method: str) -> None:
+    model = oracle.tiny_model(tied=False, num_layers=2)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.requires_grad_(False)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    said = f"2 of {len(list(model.parameters()))} parameters are frozen .*model.embed_tokens.weight"
+    with pytest.warns(UserWarning, match=said):
+        changed, lwo = changed_by_a_cycle(model, method=method)
+    assert changed == {name for name, _ in model.named_parameters()} - frozen
+    assert "embed" not in [layer.name for layer in lwo.layers]
+    assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+    # Attached again without detach(), what was merely inactive is trained too.
+    with pytest.warns(UserWarning, match=said):
+        lwo_dist.attach(model, LWOConfig(lr=1e-2, steps_per_layer=1))
+        changed, _ = changed_by_a_cycle(model, method=method)
+    assert changed == {name for name, _ in model.named_parameters()} - frozen
+
+
+def test_of_a_peft_model_the_adapters_are_trained() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        oracle.tiny_model(tied=True, num_layers=2),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    adapters = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(adapters) == 4
+    with pytest.warns(UserWarning, match="are frozen"):
+        changed, lwo = changed_by_a_cycle(model)
+    assert changed == adapters
+    assert [layer.name for layer in lwo.layers] == ["layer_0", "layer_1"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == adapters
+
+
+def test_own_layers_do_not_thaw_what_is_frozen() -> None:
+    model = oracle.tiny_model(tied=False, num_layers=2)
+    model.lm_head.requires_grad_(False)
+    names = ("model.norm.weight", "lm_head.weight")
+    layers = [lwo_dist.Layer("top", names), lwo_dist.Layer("low", ("model.embed_tokens.weight",))]
+    with pytest.warns(UserWarning, match="lm_head.weight"):
+        changed, _ = changed_by_a_cycle(model, layers=layers)
+    assert changed == {"model.norm.weight", "model.embed_tokens.weight"}
+    with pytest.raises(UserError, match="every parameter of the layers to train is frozen"):
+        lwo_dist.attach(
+            model, LWOConfig(lr=1.0), layers=[lwo_dist.Layer("head", ("lm_head.weight",))]
+        )

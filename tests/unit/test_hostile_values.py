@@ -11,7 +11,7 @@ import pytest
 
 from lwo_dist.checkpoint.format import newest_checkpoint
 from lwo_dist.checkpoint.resume import refuse_other_run
-from lwo_dist.checkpoint.schema import INDEX, MOMENTS, STATE
+from lwo_dist.checkpoint.schema import ADAPTERS_INDEX, INDEX, MOMENTS, STATE
 from lwo_dist.config import Config
 from lwo_dist.errors import DamagedError, UserError
 from lwo_dist.run import _read_record
@@ -36,6 +36,11 @@ no_hub = hostile.no_hub
         (lambda s: s.update(sha256=[]), "sha256"),
         (lambda s: s["sha256"].update({"config.json": 7}), "sha256"),
         (lambda s: s["sha256"].pop(MOMENTS), "does not name active.safetensors"),
+        (
+            lambda s: s["sha256"].update({ADAPTERS_INDEX: "0" * 64}),
+            "names adapters.index.json and model.safetensors.index.json",
+        ),
+        (lambda s: s["sha256"].pop(INDEX), "names no model.safetensors.index.json"),
         (lambda s: s.update(moments=None), "moments"),
         (lambda s: s.update(format="1"), "format"),
         (lambda s: s.pop("sha256"), "sha256"),
@@ -58,6 +63,9 @@ def test_a_malformed_value_is_named(
         (lambda s: s.pop("run"), "has no run"),
         (lambda s: s.update(run=[]), "run"),
         (lambda s: s["run"].pop("base_model"), "run.base_model"),
+        (lambda s: s["run"].update(lora={"rank": 0}), "run.lora.rank"),
+        (lambda s: s["run"].update(lora={"target_modules": [".*"]}), "run.lora.target_modules"),
+        (lambda s: s["run"].update(base_digest="1"), "run.base_digest"),
         (lambda s: s["data"].update(seed="0"), "data.seed"),
         (lambda s: s["results"].update(peaks=7), "results.peaks"),
         (lambda s: s["results"]["evaluations"].update({"²": {}}), "results.evaluations"),

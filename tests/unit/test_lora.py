@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lwo_dist.checkpoint.export import export_adapter, export_model
 from lwo_dist.checkpoint.format import Checkpoint, newest_checkpoint
@@ -44,6 +53,21 @@ def gpt2() -> Any:
     torch.manual_seed(1)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=61, **ends))
+
+
+def mixtral() -> Any:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=61, **sizes, **heads))
+
+
+BASES: dict[str, Callable[[], Any]] = {
+    "tied": lambda: oracle.tiny_model(tied=True),
+    "untied": lambda: oracle.tiny_model(tied=False),
+    "gpt2": gpt2,
+    "mixtral": mixtral,
+}
 
 
 def adapters_of(model: nn.Module) -> set[str]:
@@ -98,6 +122,19 @@ def test_names_of_no_fitting_layer_are_refused(targets: list[str], message: str)
 def test_a_model_that_peft_refuses_is_one_line() -> None:
     with pytest.raises(UserError, match=r"peft cannot add adapters to Linear \(.*another method$"):
         prepared(nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_layers_that_peft_takes_for_fused_experts_are_refused() -> None:
+    # Older versions of peft leave the experts as they are.
+    pytest.importorskip("peft.utils.transformers_weight_conversion")
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "first_k_dense_replace": 1}
+    config = Glm4MoeConfig(vocab_size=31, num_hidden_layers=2, **sizes, **heads, **experts)
+    assert adapters_of(prepared(Glm4MoeForCausalLM(config), target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="peft adds adapters to model.layers.1.mlp.experts too"):
+        prepared(Glm4MoeForCausalLM(config))
 
 
 def test_a_model_without_adapters_cannot_be_attached() -> None:
@@ -180,12 +217,13 @@ def logits(model: Any) -> torch.Tensor:
         ("tied", {"rank": 4, "alpha": 20, "use_rslora": True, "dropout": 0.1}),
         ("untied", {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
         ("gpt2", {"rank": 2}),  # its linear layers are transposed, one of them is square
+        ("mixtral", {}),  # transformers fuses its experts; they have no adapters
     ],
 )
 def test_both_exports_compute_what_base_and_adapters_do(
     kind: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    base = gpt2() if kind == "gpt2" else oracle.tiny_model(tied=kind == "tied")
+    base = BASES[kind]()
     untuned = logits(base)
     model, checkpoint = saved(base, tmp_path, **settings)
     tuned = logits(model)

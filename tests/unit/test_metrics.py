@@ -48,6 +48,20 @@ def test_edit_similarity() -> None:
     assert edit_similarity(predictions, references) == pytest.approx(np.mean(expected))
 
 
+def test_edit_similarity_of_codexglue() -> None:
+    """The example on the page of its line completion: 43.8, of whole numbers."""
+    pairs = [
+        ("owner )", "owner , final Point location )"),
+        ("> openToxModels ;", "> models ;"),
+        ("= string . length ( ) ;", "= 0 ;"),
+        ('"" ) ;', "CallHierarchyMessages . SearchScopeActionGroup_workspace_tooltip ) ;"),
+        ("? > in ;", "Ex1 > in1 ;"),
+    ]
+    predictions, references = zip(*pairs, strict=True)
+    assert edit_similarities(predictions, references).round().mean() == pytest.approx(43.8)
+    assert exact_match(predictions, references) == 0
+
+
 def test_bleu_by_hand() -> None:
     # Tokens: a . b ( c ) against a . b ( d ): precisions 5/6, 3/5, 2/4, 1/3; equal lengths, so no
     # brevity penalty.
@@ -141,6 +155,8 @@ def test_codexglue_bleu_by_hand() -> None:
 
 
 def test_accuracy_and_f1() -> None:
+    # The example on the page of CodeXGLUE's defect detection.
+    assert accuracy(["0", "1", "1", "0", "0"], ["0", "1", "0", "0", "1"]) == 60
     predictions = ["yes", "yes ", "no", "yes", "no", "maybe"]
     references = ["yes", "no", "yes", "yes", "no", "no"]
     assert accuracy(predictions, references) == 50

@@ -127,10 +127,15 @@ def test_a_token_in_the_config_or_an_override_is_never_sent(tmp_path: Path, targ
 
 def test_names_that_ray_cannot_pack_are_left_out(tmp_path: Path, target: Path) -> None:
     source = _tree(tmp_path / "source", {"code.py": ""})
-    (source / os.fsdecode(b"caf\xe9.py")).write_text("x = 1")
-    assert pack(source, "", target) == [
-        f"{os.fsdecode(bytes([99, 97, 102, 233]))}.py (name is not UTF-8)"
+    name = os.fsdecode(b"caf\xe9")
+    (source / f"{name}.py").write_text("x = 1")
+    (source / name).mkdir()
+    (source / name / "code.py").write_text("x = 1")
+    assert sorted(pack(source, "", target)) == [
+        f"{name}.py (name is not UTF-8)",
+        f"{name}/code.py (name is not UTF-8)",
     ]
+    assert (target / "code.py").exists() and not (target / name).exists()
 
 
 def test_git_that_fails_sends_nothing(tmp_path: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lwo_dist.config import DataConfig
+from lwo_dist.data import source_tree
 from lwo_dist.data.pairs import Pair, split_pairs
 from lwo_dist.data.private import read_generation, read_summarisation
 from lwo_dist.data.source_tree import read_source_tree
@@ -260,3 +261,17 @@ def test_without_git(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="needs git, which is not installed"):
         read_source_tree(config(tree, split="time", use_git=False), tmp_path)
+
+
+def test_a_file_that_goes_meanwhile_is_said(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_and_lose(*arguments: Any, **options: Any) -> Any:
+        found = source_tree.find_files(*arguments, **options)
+        for path in tree.glob("*.py"):
+            path.unlink()
+        return found
+
+    monkeypatch.setattr("lwo_dist.data.private.find_files", find_and_lose)
+    with pytest.raises(UserError, match="No such file or directory; let no other program change"):
+        read_generation(config(tree), tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -50,6 +52,19 @@ def repository(root: Path) -> Path:
     return root
 
 
+def notebook(cells: list[str], kind: str = "code", version: int = 4) -> bytes:
+    key = "source" if version == 4 else "input"
+    found: list[dict[str, Any]] = [
+        {"cell_type": kind, key: cell.splitlines(keepends=True), "outputs": [{"text": "no code"}]}
+        for cell in cells
+    ]
+    found.insert(1, {"cell_type": "markdown", "source": "no code"})
+    whole = {"cells": found, "nbformat": 4}
+    if version == 3:
+        whole = {"worksheets": [{"cells": found}], "nbformat": 3}
+    return json.dumps(whole, indent=1).encode()
+
+
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -59,13 +74,28 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     ("name", "content", "reason"),
     [
         ("data.py", b"x = 1\n\0\n", "binary"),
-        ("latin.py", b"caf\xe9 = 1\n", "binary"),
+        ("latin.py", b"caf\xe9 = 1\n", "not UTF-8"),
+        ("other.py", b"# coding: no-such-codec\ncaf\xe9 = 1\n", "not UTF-8"),
+        ("wrong.py", b"# coding: ascii\ncaf\xe9 = 1\n", "not UTF-8"),
+        ("third.py", b"#\n#\n# coding: latin-1\ncaf\xe9 = 1\n", "not UTF-8"),
+        ("half.py", codecs.BOM_UTF16_LE + b"x\0\x00\xd8", "binary"),
+        ("unmarked.py", "x = 1\n".encode("utf-16-le"), "binary"),
+        ("wide_key.py", f"TOKEN = 'ghp_{'a1' * 18}'\n".encode("utf-16"), "secret"),
         ("empty.py", b"\n  \n", "empty"),
         ("nothing.py", b"", "empty"),
         ("huge.py", b"x = 1\n" * 200, "huge"),
         ("long.py", b"x = 1\n" * 15 + b"y" * 1001 + b"\n", "minified"),
         ("wide.py", b"xyz = 1 ;" * 12 + b"\n", "minified"),
         ("text.txt", b"x = 1\n", "extension"),
+        ("text.ipynb", notebook(["Only words."], kind="markdown"), "notebook without code"),
+        ("data.ipynb", b'{"a": 1}\n', "notebook without code"),
+        ("broken.ipynb", b"[" * 4000, "notebook without code"),
+        (
+            "odd.ipynb",
+            b'{"cells": [{"cell_type": "code", "source": 1}]}\n',
+            "notebook without code",
+        ),
+        ("key.ipynb", notebook([f"TOKEN = 'ghp_{'a1' * 18}'\n"]), "secret"),
         ("yarn.lock", b"x = 1\n", "lock file"),
         ("copy.py", code(0).encode(), "duplicate"),
         ("crlf.py", code(0).replace("\n", "\r\n").encode().rstrip(), "duplicate"),
@@ -95,10 +125,50 @@ def test_skipped_and_counted(tmp_path: Path, name: str, content: bytes, reason: 
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    limits = {"max_file_bytes": 1199 if reason == "huge" else 5000, "extensions": (".py", "lock")}
+    limits = {
+        "max_file_bytes": 1199 if reason == "huge" else 5000,
+        "extensions": (".py", "lock", "ipynb"),
+    }
     tree = read(root, tmp_path, **limits)
     assert tree.skipped == {reason: 1}
     assert len(names(tree)) == 12  # of two equal files one is kept
+
+
+@pytest.mark.parametrize(
+    ("encoding", "first_line"),
+    [
+        ("latin-1", "# -*- coding: latin-1 -*-"),
+        ("gbk", "#!/bin/python\n# vim: set fileencoding=gbk :"),
+        ("cp1251", "// -*- coding: windows-1251 -*-"),
+        ("shift_jis", '<?xml version="1.0" encoding="Shift_JIS"?>'),
+        ("iso2022_jp", "# coding: iso-2022-jp"),
+        ("utf-16", ""),
+        ("utf-32", "# coding: latin-1"),  # the mark counts
+        ("utf-8", "# coding: utf-16"),  # as when an editor or git has converted it
+        ("utf-8", "# coding: unicode_escape"),
+    ],
+)
+def test_text_is_decoded_as_the_file_declares(
+    tmp_path: Path, encoding: str, first_line: str
+) -> None:
+    letters = {"latin-1": "caf\xe9 \xdf", "cp1251": "\u043a\u043e\u0434"}.get(
+        encoding, "\u6f22\u5b57"
+    )
+    text = f"{first_line}\nname = '{letters}\\n'\n"
+    root = write_tree(tmp_path / "tree")
+    (root / "own.py").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    tree = read(root, tmp_path)
+    assert tree.skipped == {} and "own.py" in names(tree)
+    assert read_text(root / "own.py") == text
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_the_code_cells_of_a_notebook_are_read(tmp_path: Path, version: int) -> None:
+    root = write_tree(tmp_path / "tree")
+    cells = ["import os\nprint(1)", "\n", "def f(x):\n    return x\n"]
+    (root / "Own.IPYNB").write_bytes(notebook(cells, version=version))
+    assert "Own.IPYNB" in names(read(root, tmp_path))
+    assert read_text(root / "Own.IPYNB") == ("import os\nprint(1)\n\ndef f(x):\n    return x\n")
 
 
 def test_ordinary_files_are_kept(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.extras import require
-from lwo_dist.layers import Layer, check_layers
+from lwo_dist.layers import Layer, check_layers, keep_flags, own_flags, without_frozen
 from lwo_dist.methods import Method
 from lwo_dist.optimizer import make_adamw
 from lwo_dist.schedule import make_schedule
@@ -95,12 +95,16 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
         UserError: a model without layers, or DeepSpeed is missing or an untested version.
     """
     load_deepspeed().check_environment()
-    layers = check_layers(model, method.layers(model, config))
+    flags = own_flags(model)
+    layers: Sequence[Layer] = check_layers(model, method.layers(model, config))
+    if not method.changes_model:
+        layers = without_frozen(layers, flags)
     visits = method.visits(layers)
     schedule = make_schedule(config, [visit.active.name for visit in visits])
     first = visits[schedule.active_layer(0)]
     trained = set(first.parameter_names)
     parameters = dict(model.named_parameters())
+    keep_flags(model, flags)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
     return [[parameters[name] for name in layer.parameter_names] for layer in first.layers]

@@ -1,0 +1,86 @@
+"""Passages by BM25, against the formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lwo_dist.data.retrieval import Passage, Retriever, passages_of, query_of
+
+
+def named(*texts: str) -> list[Passage]:
+    return [Passage(f"{i}.py", 1, text) for i, text in enumerate(texts)]
+
+
+def by_hand(texts: list[list[str]], query: list[str]) -> list[float]:
+    """Of Lucene: k1 = 1.5, b = 0.75, and the idf that is never negative."""
+    mean = sum(map(len, texts)) / len(texts)
+    scores = []
+    for text in texts:
+        score = 0.0
+        for word in query:
+            having = sum(word in other for other in texts)
+            idf = math.log(1 + (len(texts) - having + 0.5) / (having + 0.5))
+            count = text.count(word)
+            score += idf * count / (count + 1.5 * (0.25 + 0.75 * len(text) / mean))
+        scores.append(score)
+    return scores
+
+
+def test_the_nearest_are_those_of_the_formula() -> None:
+    texts = ["a a b", "a c c c c c c", "b c", "d", "a b c d e f g h", "c a"]
+    words = [text.split() for text in texts]
+    retriever = Retriever(named(*texts))
+    for query in ("a", "c", "b c", "a d", "c c a"):
+        scores = by_hand(words, query.split())
+        order = sorted(range(len(texts)), key=lambda i: (-scores[i], i))
+        expected = [f"{i}.py" for i in order if scores[i] > 0]
+        assert [passage.name for passage in retriever.nearest(query, 9)] == expected
+        assert [passage.name for passage in retriever.nearest(query, 2)] == expected[:2]
+
+
+def test_what_is_not_found() -> None:
+    retriever = Retriever(named("alpha beta", "alpha"))
+    assert [p.name for p in retriever.nearest("ALPHA!", 5)] == ["1.py", "0.py"]
+    assert [p.name for p in retriever.nearest("alpha", 5, not_from="1.py")] == ["0.py"]
+    for nothing in ("", "gamma", "( + )", "beta_alphabet"[4:]):
+        assert retriever.nearest(nothing, 5) == []
+    assert retriever.nearest("alpha", 0) == []
+    assert Retriever([]).nearest("alpha", 3) == Retriever(named("()")).nearest("(", 3) == []
+
+
+def test_equal_ones_come_in_their_order() -> None:
+    passages = named(*["same words here"] * 40, "other")
+    found = Retriever(passages).nearest("words", 30)
+    assert found == passages[:30]
+
+
+def test_words_are_parts_of_names() -> None:
+    passages = named("def read_file(): ...", "x = filed", "y = reads")
+    assert [p.name for p in Retriever(passages).nearest("file", 3)] == ["0.py"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "starts"),
+    [(0, []), (3, [1]), (20, [1]), (21, [1, 11]), (30, [1, 11]), (31, [1, 11, 21])],
+)
+def test_passages_of_a_text(lines: int, starts: list[int]) -> None:
+    text = "".join(f"line {i}\n" for i in range(1, lines + 1))
+    found = passages_of("a.py", text)
+    assert [passage.line for passage in found] == starts
+    for passage in found:
+        last = min(passage.line + 19, lines)
+        assert passage.text == "".join(f"line {i}\n" for i in range(passage.line, last + 1))
+
+
+def test_only_one_sign_ends_a_line() -> None:
+    text = "a\f\u2028\x1c\x0b\n" * 11
+    assert [passage.line for passage in passages_of("a.py", text)] == [1]
+    assert query_of(text) == "a\f\u2028\x1c\x0b\n" * 10
+
+
+def test_the_query_is_the_end() -> None:
+    text = "".join(f"{i}\n" for i in range(30)) + "unfinished"
+    assert query_of(text) == "".join(f"{i}\n" for i in range(21, 30)) + "unfinished"
+    assert query_of("") == ""
