@@ -47,6 +47,7 @@ _HELD_OUT = Features(
         "name": Value("string"),
         "line": Value("int32"),
         "begins_with": Value("string"),
+        "ends_with": Value("string"),
         "target_bytes": Value("int32"),
         "choices": ListOf(ListOf(Value("int32"))),
     }

@@ -93,6 +93,8 @@ class EvalExample:
     """The tokens of each possible answer. Where given, nothing is generated: the answer is the one
     with the highest log-probability after the context. All examples of a task have them, or none.
     """
+    ends_with: str = ""
+    """Text that ends an answer, besides the tokens that do."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,13 @@ def given_lines(source: Pairs, tokenizer: Any, config: Config) -> list[EvalExamp
         context, notes = cut_context(found.tokens[: found.start], limit, tokenize.begin)
         size = scored_bytes(tokenizer, context, target)
         example = EvalExample(
-            context, target, _line(pair), pair.name, pair.line, found.begins_with, size
+            context,
+            target,
+            _line(pair),
+            pair.name,
+            pair.line,
+            found.begins_with,
+            size,
         )
         return [example, *notes]
 

@@ -102,7 +102,7 @@ class PairTask(Task):
         self, source: Pairs, tokenizer: Any, config: Config
     ) -> Iterator[TrainExample | Note]:
         """One example a pair. A pair that is longer than `train.sequence_length` is left out."""
-        prompts = _Prompts(self, tokenizer, config.data)
+        prompts = _Prompts(self, tokenizer, config.data, source)
         for pair in source.train:
             found = prompts(pair, pair.target)
             if isinstance(found, Note):
@@ -122,7 +122,7 @@ class PairTask(Task):
         Raises:
             UserError: fewer than two, too few for a confidence interval.
         """
-        prompts = _Prompts(self, tokenizer, config.data)
+        prompts = _Prompts(self, tokenizer, config.data, source)
         return choose(
             source,
             lambda pair: self._evaluation(prompts, tokenizer, pair, config),
@@ -150,6 +150,7 @@ class PairTask(Task):
             pair.line,
             found.begins_with,
             scored_bytes(tokenizer, context, target),
+            ends_with=prompts.ends_with,
         )
         return [example, *notes]
 
@@ -165,11 +166,15 @@ class PairTask(Task):
         return sorted(ends)
 
     def decode(self, tokenizer: Any, example: EvalExample, token_ids: list[int]) -> str:
-        """The text up to the first token that ends an answer."""
+        """The text up to the first token that ends an answer; its first line, where no target has
+        more."""
         ends = set(self.end_token_ids(tokenizer))
         end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
         text = text_after(tokenizer, example.context, token_ids[:end])
-        return text.removeprefix(example.begins_with)
+        text = text.removeprefix(example.begins_with)
+        if example.ends_with:
+            text = text.lstrip(example.ends_with).partition(example.ends_with)[0]
+        return text
 
     def score(
         self,
@@ -445,7 +450,7 @@ class _Prompts:
         UserError: `data.chat` without a chat template.
     """
 
-    def __init__(self, task: PairTask, tokenizer: Any, config: DataConfig):
+    def __init__(self, task: PairTask, tokenizer: Any, config: DataConfig, source: Pairs):
         self._task = task
         self._tokenizer = tokenizer
         self._config = config
@@ -453,6 +458,9 @@ class _Prompts:
         self.begin = self._tokenize.begin
         self.end = _end_of_message(tokenizer) if config.chat else end_of_text_id(tokenizer)
         """The token after a target."""
+        one_line = not any("\n" in pair.target for pair in source.train)
+        self.ends_with = "\n" if one_line and not config.chat else ""
+        """What ends an answer of a model that does not know the token: an untuned one goes on."""
 
     def __call__(self, pair: Pair, target: str) -> Any:
         """The prompt of `pair` and `target` in tokens, a `PromptedText`; or the reason why not."""

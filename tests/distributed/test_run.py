@@ -271,7 +271,8 @@ def test_the_mlflow_run_has_the_metrics_the_config_and_the_picture(
     [experiment] = client.search_experiments(filter_string="name = 'e'")
     [found] = client.search_runs([experiment.experiment_id])
     assert found.info.run_id == summary["mlflow_run_id"] and found.info.status == "FINISHED"
-    names = """eval/loss eval/exact_match eval/edit_similarity eval/bleu train/loss
+    names = """eval/loss eval/exact_match eval/edit_similarity eval/bleu eval/loss_per_byte
+        train/loss
         train/tokens_per_second update/learning_rate update/grad_norm visit/layer
         visit/loss_drop visit/change_norm system/peak_memory_GB system/optimizer_state_GB
         system/training_seconds system/training_tokens"""

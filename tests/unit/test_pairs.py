@@ -143,6 +143,17 @@ def test_the_users_own_prompt_may_end_within_a_line() -> None:
         assert task.decode(tokenizer, example, list(example.target)) == pair.target
 
 
+def test_the_answer_is_one_line_where_no_target_has_more() -> None:
+    """An untuned model goes on, and what it writes then says nothing about its answer."""
+    tokenizer = make_tokenizer()
+    task = task_named("generation")
+    written = tokens_of(tokenizer, "\nalpha\nbeta")
+    (line, *_) = evaluation(task, source_of([("a", "b"), ("b", "c")]), tokenizer, small())
+    assert task.decode(tokenizer, line, written) == "alpha"
+    (lines, *_) = evaluation(task, source_of([("a", "b\nb"), ("b", "c")]), tokenizer, small())
+    assert task.decode(tokenizer, lines, written) == "\nalpha\nbeta"
+
+
 def test_texts_begin_as_the_tokenizer_begins_them(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(bos_token="<s>", pad_token="<pad>")
     from tokenizers.processors import TemplateProcessing
