@@ -417,7 +417,7 @@ def _check(config: Config) -> None:
     task: Task = TASKS.get(config.task)
     task.check(config)
     if config.model.name != "tiny-code" and not is_gguf(config.model.name):
-        check_model(config.model)
+        check_model(config.model, config.train.sequence_length)
     task.read(config.data, cache_folder(config))
 
 

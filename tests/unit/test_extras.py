@@ -81,7 +81,13 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
     out, err = _call(environment, [CALLS[name] for name in COMMANDS], tmp_path)
     assert out == [*["2"] * len(COMMANDS), "False"]
-    extras = {"train": "run,ray", "compare": "run,ray", "submit": "ray", "jobs": "ray", "replay": "mlflow"}
+    extras = {
+        "train": "run,ray",
+        "compare": "run,ray",
+        "submit": "ray",
+        "jobs": "ray",
+        "replay": "mlflow",
+    }
     extras |= {
         "config": "run",
         "data": "run",
