@@ -48,6 +48,14 @@ RUN_BY = {
     ),
     "torchrun --master-port 29500 --nproc-per-node 8 launch/train.py "
     "-c launch/configs/7b_8gpu_80gb.yaml data.source=DIR": "tests/distributed/test_configs.py",
+    "lwo-dist compare -c CONFIG.yaml data.source=DIR --name lora-or-lwo": (
+        "tests/cluster/test_compare.py"
+    ),
+    "lwo-dist compare -c CONFIG.yaml data.source=DIR --name more "
+    "--methods lwo,lora,lora_r64.yaml --seeds 5 --jobs 4": "tests/distributed/test_compare.py",
+    "lwo-dist compare -c CONFIG.yaml data.source=DIR --name here --without-ray": (
+        "tests/distributed/test_compare.py"
+    ),
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --adapter": "tests/distributed/test_lora.py",
