@@ -30,14 +30,15 @@ def gains(sheet: ScoreSheet, before: Record, after: Record) -> dict[str, dict[st
         weight: after.get(name) or before.get(name)
         for weight, name in (("token", "tokens"), ("byte", "bytes"))
     }
+    first, second = before.get("lines", {}), after.get("lines", {})
     found = {}
     for score in sheet.scores:
-        if not score.per_example or not all(score.name in r["lines"] for r in (before, after)):
+        if not score.per_example or score.name not in first or score.name not in second:
             continue
         sign = 1 if score.higher_is_better else -1
         mean, low, high = paired_interval(
-            sign * np.array(before["lines"][score.name]),
-            sign * np.array(after["lines"][score.name]),
+            sign * np.array(first[score.name]),
+            sign * np.array(second[score.name]),
             weights.get(score.weight),
         )
         found[score.name] = {"mean": mean, "low": low, "high": high}
@@ -50,7 +51,7 @@ def changes(sheet: ScoreSheet, before: Record, after: Record) -> dict[str, dict[
     """
     found = {}
     for score in sheet.scores:
-        if score.count_label and score.name in before["lines"]:
+        if score.count_label and score.name in before.get("lines", {}):
             was, now = (np.array(record["lines"][score.name]) >= 100 for record in (before, after))
             found[score.name] = {
                 "gained": np.flatnonzero(~was & now).tolist(),

@@ -14,10 +14,10 @@ def test_the_runs_of_a_comparison_are_runs_on_ray(tmp_path: Path) -> None:
     """Two workers each. Both methods start from the same scores, and the page has both."""
     folder = make_inputs(tmp_path)
     settings = [s for s in overrides(folder, "") if not s.startswith("run_name=")]
-    call = [*settings, "cluster.num_workers=2", "--name=cmp", "--methods=lwo,lora"]
+    settings += ["cluster.num_workers=2", "--name=cmp", "--methods=lwo,lora"]
+    settings += ["--seeds=1", "--rates=1e-2", "--no-equal-time"]
     done = subprocess.run(
-        [sys.executable, "-m", "lwo_dist.cli", "compare", *call, "--seeds=1", "--rates=1e-2"]
-        + ["--no-equal-time"],
+        [sys.executable, "-m", "lwo_dist.cli", "compare", *settings],
         env=environment(folder, OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,

@@ -71,6 +71,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     assert before | after == losses
     expected, found = exported(summary), exported(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for results in (summary, resumed):
+        for point in results["eval"]["curve"]:
+            assert point.pop("training_seconds") >= 0.0
     for key in ("eval", "tokens", "loss_first", "loss_last"):
         assert resumed[key] == summary[key]
 
