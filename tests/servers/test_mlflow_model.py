@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from lwo_dist.spool import count_points
 from lwo_dist.tracking.mlflow import replay
+from lwo_dist.tracking.sender import Sender
 from tests.models import save_tiny_model
 from tests.tracking import assert_equal_to_spool, begin, client_of, config_for, history, train
 
@@ -165,6 +167,9 @@ def test_a_model_that_cannot_be_uploaded_harms_nothing(finished, storage, monkey
     with monkeypatch.context() as patch:
         patch.setattr(mlflow_model, "_upload", fail)
         run_id, client = finished("no-room", flush_timeout_s=3)
+        for thread in threading.enumerate():
+            if isinstance(thread, Sender):  # else its last attempt could meet the replay below
+                thread.join(60)
     spool = storage / "no-room" / "metrics.jsonl"
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
