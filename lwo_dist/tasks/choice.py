@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lwo_dist.config import Config, DataConfig
-from lwo_dist.data.examples import EvalExample, Note, PromptedText, scored_bytes
+from lwo_dist.data.examples import EvalExample, Note, scored_bytes
 from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.errors import UserError
 
@@ -49,18 +49,16 @@ class ChoiceTask(PairTask):
     def evaluation_example(
         self, prompts: Prompts, tokenizer: Any, pair: Pair, config: Config
     ) -> list[EvalExample | Note]:
-        found: dict[str, PromptedText] = {}
-        for answer in self.answers:
-            text = prompts(pair, answer)
-            if isinstance(text, Note):
-                return [text]
-            found[answer] = text
-        right = found[pair.target]
+        length = config.train.sequence_length
+        found = prompts(pair, self.answers, lambda text: len(text.tokens) <= length)
+        if isinstance(found, Note):
+            return [found]
+        right = found[self.answers.index(pair.target)]
         context = right.tokens[: right.start]
-        if any(text.tokens[: text.start] != context for text in found.values()):
+        if any(text.tokens[: text.start] != context for text in found):
             return [Note("answers of which the prompt's tokens depend")]
-        choices = [text.tokens[text.start :] for text in found.values()]
-        limit = config.train.sequence_length - max(map(len, choices))
+        choices = [text.tokens[text.start :] for text in found]
+        limit = length - max(map(len, choices))
         context, notes = cut_context(context, limit, prompts.begin)
         target = right.tokens[right.start :]
         example = EvalExample(

@@ -24,6 +24,7 @@ from lwo_dist.config import Config, DataConfig
 from lwo_dist.data.examples import (
     EvalExample,
     Note,
+    PromptedText,
     TrainExample,
     end_of_text_id,
     scored_bytes,
@@ -54,6 +55,7 @@ class PairTask(Task):
     """What tasks from text to text have in common."""
 
     example = ("answer", "answers")
+    retrieves = True
 
     def read(self, config: DataConfig, cache: Path) -> Pairs:
         """The usable pairs of the source, split.
@@ -80,28 +82,40 @@ class PairTask(Task):
     def training_examples(
         self, source: Pairs, tokenizer: Any, config: Config
     ) -> Iterator[TrainExample | Note]:
-        """One example a pair. A pair that is longer than `train.sequence_length` is left out."""
-        prompts = self._prompts(tokenizer, config.data, source)
+        """One example a pair. A pair that is longer than `train.sequence_length` is left out.
+
+        With `data.retrieval_in_training` each begins with worked examples; they are not learned.
+        """
+        prompts = self._prompts(
+            tokenizer, config.data, source, with_examples=config.data.retrieval_in_training
+        )
+
+        def fits(text: PromptedText) -> bool:
+            return len(text.tokens) + 1 <= config.train.sequence_length
+
         for pair in source.train:
-            found = prompts(pair, pair.target)
+            found = prompts(pair, [pair.target], fits)
             if isinstance(found, Note):
                 yield found
-            elif len(found.tokens) + 1 > config.train.sequence_length:
+            elif not fits(found[0]):
                 yield Note("longer than train.sequence_length")
             else:
-                yield TrainExample([*found.tokens, prompts.end], found.start)
+                yield TrainExample([*found[0].tokens, prompts.end], found[0].start)
 
     def evaluation_examples(
         self, source: Pairs, tokenizer: Any, config: Config
     ) -> list[EvalExample | Note]:
         """`eval.num_lines` of the held-out pairs, those with the lowest hashes, in their order.
 
-        A context that leaves no room for an answer is cut at its front.
+        A context that leaves no room for an answer is cut at its front. With `data.retrieval` it
+        begins with as many worked examples as leave room for all of it.
 
         Raises:
             UserError: fewer than two, too few for a confidence interval.
         """
-        prompts = self._prompts(tokenizer, config.data, source)
+        prompts = self._prompts(
+            tokenizer, config.data, source, with_examples=config.data.retrieval > 0
+        )
         return choose(
             source,
             lambda pair: self.evaluation_example(prompts, tokenizer, pair, config),
@@ -109,19 +123,23 @@ class PairTask(Task):
             self.example[1],
         )
 
-    def _prompts(self, tokenizer: Any, config: DataConfig, source: Pairs) -> Prompts:
-        return Prompts(self.request if config.chat else self.prompt, tokenizer, config, source)
+    def _prompts(
+        self, tokenizer: Any, config: DataConfig, source: Pairs, *, with_examples: bool
+    ) -> Prompts:
+        ask = self.request if config.chat else self.prompt
+        return Prompts(ask, tokenizer, config, source, with_examples=with_examples)
 
     def evaluation_example(
         self, prompts: Prompts, tokenizer: Any, pair: Pair, config: Config
     ) -> list[EvalExample | Note]:
         """The example of a held-out pair, if it can be scored, and notes on it."""
-        found = prompts(pair, pair.target)
+        limit = config.train.sequence_length - config.eval.max_new_tokens
+        found = prompts(pair, [pair.target], lambda text: text.start <= limit)
         if isinstance(found, Note):
             return [found]
-        target = [*found.tokens[found.start :], prompts.end]
-        limit = config.train.sequence_length - config.eval.max_new_tokens
-        context, notes = cut_context(found.tokens[: found.start], limit, prompts.begin)
+        (text,) = found
+        target = [*text.tokens[text.start :], prompts.end]
+        context, notes = cut_context(text.tokens[: text.start], limit, prompts.begin)
         if len(target) > config.eval.max_new_tokens:
             notes.append(Note("target cut to eval.max_new_tokens"))
             target = target[: config.eval.max_new_tokens]
@@ -131,7 +149,7 @@ class PairTask(Task):
             pair.target,
             pair.name,
             pair.line,
-            found.begins_with,
+            text.begins_with,
             scored_bytes(tokenizer, context, target),
             ends_with=prompts.ends_with,
         )
