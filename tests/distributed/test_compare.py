@@ -219,7 +219,7 @@ def test_another_design_under_the_same_name_is_refused(inputs, whole):
 
 
 def test_tasks_beside_each_other_from_a_data_set_and_from_a_git_history(inputs, tmp_path):
-    """Each has its own data, and its own scores on the page; an untuned base is scored once a task."""
+    """Each has its own data and its own scores; the untuned base is scored once a task."""
     data = tmp_path / "pairs.jsonl"
     rows = [{"java": f"int a{i} = {i};", "cs": f"int A{i} = {i};"} for i in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
