@@ -128,10 +128,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (("train", "-c", "none.yaml"), "config file none.yaml: No such file or directory"),
         (("train", "-c"), "argument -c/--config: expected one argument; see lwo-dist train --help"),
-        (
-            ("train", "seed=1", "-c", "none.yaml", "seed"),
-            "override 'seed' must read key=value",
-        ),
         (("train", "seed=1", "--stpes", "seed=2"), "unrecognized arguments: --stpes seed=2"),
         (("export", "a", "b"), "unrecognized arguments: b"),
         (("trian",), "invalid choice: 'trian'"),

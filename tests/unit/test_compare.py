@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lwo_dist.cli import main
@@ -22,6 +24,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.methods.full import FullFineTuning
 from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.models.flops import flops_per_sequence
+from lwo_dist.report.comparison import task_figure
 from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.completion import LineCompletion
 from lwo_dist.tasks.intervals import paired_interval
@@ -352,6 +355,29 @@ def test_the_page_has_losses_failures_and_the_command():
     assert "| cmp-full-0 | no room |" in page
     assert "lwo-dist compare --name cmp\n" in page
     assert "![completion](comparison-completion.png)" in page
+
+
+def test_in_the_picture_the_bars_of_a_score_share_a_unit_and_no_label_covers_another():
+    results = found((0.1, 0.05, 0.2))
+    results["design"]["methods"]["full"] = {}
+    of_task = results["readings"]["completion"]
+    lwo = of_task["equal_steps"]["lwo"]
+    larger = {"mean": 0.4, "low": 0.3, "high": 0.5}
+    scores = ("exact_match", "edit_similarity", "bleu", "loss")
+    by_method = {
+        "lwo": {**lwo, "against": dict.fromkeys(scores, lwo["against"]["loss"])},
+        "full": {**lwo, "against": dict.fromkeys(scores, larger)},
+    }
+    of_task["equal_steps"] |= by_method
+    of_task["equal_time"] = by_method
+    figure = task_figure(results, "completion", results["rows"][:2])
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[1]
+    ends = [line.get_xdata()[-1] for line in axes.lines if len(line.get_xdata()) == 2]
+    assert ends[:4] == pytest.approx([0.4, 1.0, 0.4, 1.0])
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) == len(scores) * 5
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
 # ---- operations
