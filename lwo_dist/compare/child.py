@@ -42,6 +42,8 @@ def run_children(
     waiting = list(reversed(configs))
     running: dict[Connection, Any] = {}
     stopped: Stopped | None = None
+    # The fork server reads it when it imports the libraries.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with _passing_on(running) as signals:
         while running or (waiting and not signals):
             while waiting and len(running) < jobs and not signals:
@@ -113,7 +115,6 @@ def _main(config: Config, launcher: Launcher, results: Connection) -> None:
     # A group of its own: a Ctrl-C of the terminal would reach it twice.
     os.setpgid(0, 0)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         if launcher == "ray":
             from lwo_dist.cluster.ray_train import train

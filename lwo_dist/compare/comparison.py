@@ -95,8 +95,12 @@ def compare(
             with another design.
         Stopped: the process was asked to stop; the same command goes on.
     """
-    for config in design.configs():
+    configs = design.configs()
+    for config in configs:
         _check(config)
+    sources = {(config.task, config.data.model_dump_json()): config for config in configs}
+    for config in sources.values():
+        TASKS.get(config.task).read(config.data, cache_folder(config))
     folder = RunFolder(storage, design.name)
     folder.check_writable()
     make_folder(folder.local)
@@ -410,7 +414,7 @@ class _Work:
 
 
 def _check(config: Config) -> None:
-    """Refuse settings, a model or a source that no run could use. Raises: UserError."""
+    """Refuse settings or a model that no run could use. Raises: UserError."""
     if config.data.source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     check_config(config)
@@ -418,7 +422,6 @@ def _check(config: Config) -> None:
     task.check(config)
     if config.model.name != "tiny-code" and not is_gguf(config.model.name):
         check_model(config.model, config.train.sequence_length)
-    task.read(config.data, cache_folder(config))
 
 
 def _metrics(found: Comparison) -> dict[str, float]:

