@@ -88,7 +88,7 @@ def difference_figure(
     blocks = _differences(found, task)
     labels: list[str] = []
     for score, bars in blocks.items():
-        labels.append(f"{score.replace('_', ' ')}:")
+        labels.append(f"{score}:")
         ends = [abs(gain[end]) for _, _, gain in bars for end in ("low", "high")]
         unit = max(filter(math.isfinite, ends), default=0.0) or 1.0
         for label, method, gain in bars:
@@ -113,7 +113,9 @@ def _differences(
     blocks: dict[str, list[tuple[str, str, Mapping[str, float]]]] = {}
     for purpose, suffix in (("equal_steps", ""), ("equal_time", ", equal time")):
         for method, reading in found["readings"].get(task, {}).get(purpose, {}).items():
-            for score, gain in reading["against"].items():
+            names = reading["mean"]["labels"]
+            for name, gain in reading["against"].items():
+                score = names.get(name, name)
                 blocks.setdefault(score, []).append((f"{method}{suffix}", method, gain))
     return blocks
 

@@ -275,6 +275,9 @@ def row(method: str, seed: int, seconds: float, loss: float, **changes: Any) -> 
         "device": "CPU",
         "world_size": 1,
         "count": "lines",
+        "examples": 12,
+        "labels": {"loss": "loss", "edit_similarity": "edit similarity"},
+        "headings": {"loss": "loss, nats per token", "edit_similarity": "edit similarity, %"},
         "steps": 40,
         "flops_per_step": 1e12,
         "training_seconds": seconds,
@@ -322,6 +325,7 @@ def found(gain: tuple[float, float, float]) -> dict[str, Any]:
             "methods": {"lwo": {}, "lora": {}},
             "config": config,
             "seeds": [0],
+            "rates": [3e-4, 1e-3],
             "sweep_steps": 20,
             "reference": "lora",
         },
@@ -351,10 +355,24 @@ def test_the_page_has_losses_failures_and_the_command():
     page = comparison_page(found((-0.1, -0.2, -0.05)), ["comparison-completion.png"])
     assert "| lwo | 2.100 |" in page
     assert "-0.1 (-0.2 to -0.05, **worse**)" in page
+    assert "| 12 held-out lines | loss, nats per token | edit similarity, % |" in page
+    assert "| better than lora by | loss, nats per token |" in page
+    assert "best of the same search (20 steps a try)" in page and "seed 0." in page
     assert "not reached" in page
     assert "| cmp-full-0 | no room |" in page
     assert "lwo-dist compare --name cmp\n" in page
     assert "![completion](comparison-completion.png)" in page
+
+
+def test_the_page_says_that_rates_were_given_and_that_a_task_has_no_finished_run():
+    results = found((-0.1, -0.2, -0.05))
+    results["design"]["rates"] = [1e-3]
+    results["design"]["seeds"] = [0, 1]
+    results["readings"]["repair"] = {"equal_steps": {}, "equal_time": {}}
+    page = comparison_page(results, [])
+    assert "The learning rate was given: 0.001 for every method." in page
+    assert "search" not in page and "seeds 0, 1." in page
+    assert "## repair\n\nNo run has finished.\n" in page
 
 
 def test_in_the_picture_the_bars_of_a_score_share_a_unit_and_no_label_covers_another():
