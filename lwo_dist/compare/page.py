@@ -107,7 +107,12 @@ def _scores(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
     names = _names(by_method)
     first = next(iter(by_method.values()))["mean"]
     headings = first["headings"]
-    table = [[f"{first['examples']} held-out {first['count']}", *(headings.get(name, name) for name in names)]]
+    table = [
+        [
+            f"{first['examples']} held-out {first['count']}",
+            *(headings.get(name, name) for name in names),
+        ]
+    ]
     if purpose == "equal_steps":
         untuned = next(
             row["before"]
