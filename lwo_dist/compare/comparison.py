@@ -1,11 +1,11 @@
-"""Does the runs of a comparison in order, and writes down what they found after each.
+"""Performs the runs of a comparison in order, and writes down the findings after each.
 
 <storage>/<name>/comparison.json    design, rates, rows, differences
 <storage>/<name>/comparison.md      the page, and its pictures beside it
 <storage>/<name>-<task>-<method>-...  the runs
 
-A run that has finished is not done again, and one that was interrupted goes on from its checkpoint,
-so the same command goes on after any stop. A run that failed keeps its error in its row, and is
+A finished run is not repeated, and an interrupted one resumes from its checkpoint, so the same
+command resumes the comparison after any stop. A run that failed keeps its error in its row, and is
 tried again when the command is given again.
 """
 
