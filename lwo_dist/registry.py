@@ -96,10 +96,10 @@ TASKS = Registry(
     "task",
     {
         "completion": "lwo_dist.tasks.completion:LineCompletion",
-        "generation": "lwo_dist.tasks.pairs:Generation",
-        "summarisation": "lwo_dist.tasks.pairs:Summarisation",
-        "translation": "lwo_dist.tasks.pairs:Translation",
-        "repair": "lwo_dist.tasks.pairs:Repair",
-        "defect": "lwo_dist.tasks.pairs:DefectDetection",
+        "generation": "lwo_dist.tasks.generation:Generation",
+        "summarisation": "lwo_dist.tasks.summarisation:Summarisation",
+        "translation": "lwo_dist.tasks.translation:Translation",
+        "repair": "lwo_dist.tasks.repair:Repair",
+        "defect": "lwo_dist.tasks.defect:DefectDetection",
     },
 )

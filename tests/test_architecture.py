@@ -34,6 +34,7 @@ FLOORS = [
     {"report", "checkpoint"},
     {"tracking"},
     {"training", "examples"},
+    {"prepare"},
     {"run"},
     {"cluster"},
     {"compare"},

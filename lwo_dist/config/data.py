@@ -89,12 +89,17 @@ class DataConfig(Settings):
         0,
         ge=0,
         description=(
-            "put up to this many similar passages of the training files (BM25) before each held-out"
-            " context, in at most half of its room; 0: none"
+            "put up to this many similar pieces of the training data (BM25) before each held-out"
+            " context: passages of files, in at most half of its room, or in a task from text to"
+            " text worked examples, as long as they fit; 0: none"
         ),
     )
     retrieval_in_training: bool = Field(
-        False, description="put them before training sequences, too; never from the same file"
+        False,
+        description=(
+            "put them before training examples, too; never an example before itself, nor code from"
+            " the same file"
+        ),
     )
     split: Literal["hash", "time"] = Field(
         "hash",
@@ -127,8 +132,7 @@ class DataConfig(Settings):
             )
         if self.retrieval_in_training and not self.retrieval:
             raise ValueError(
-                "retrieval_in_training needs data.retrieval, the number of passages; set it, such"
-                " as 3"
+                "retrieval_in_training needs data.retrieval, how many to put; set it, such as 3"
             )
         return self
 

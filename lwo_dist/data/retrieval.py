@@ -1,12 +1,14 @@
-"""Passages of the training files that resemble a text, by BM25 (Robertson et al., 1994), in the
-`lucene` variant of the library bm25s.
+"""Passages of the training files, or whole training examples, that resemble a text: by BM25
+(Robertson et al., 1994), in the `lucene` variant of the library bm25s.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
+from typing import Generic, TypeVar
 
 import bm25s
 import numpy as np
@@ -18,6 +20,8 @@ QUERY_LINES = 10
 _LINES = 20
 _STRIDE = 10
 _WORD = re.compile(r"[^\W_]+")
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -45,34 +49,33 @@ def query_of(text: str) -> str:
     return "".join(_lines(text)[-QUERY_LINES:])
 
 
-class Retriever:
-    """Finds passages. Words are runs of letters and digits, in lower case: `read_file` is two.
+class Retriever(Generic[_Item]):
+    """Finds items by their texts. Words are runs of letters and digits, in lower case: `read_file`
+    is two.
 
-    The same passages and queries give the same answer.
+    The same items and queries give the same answer.
     """
 
-    def __init__(self, passages: Sequence[Passage]):
-        self._passages = list(passages)
-        self._names = np.array([passage.name for passage in self._passages])
+    def __init__(self, items: Sequence[_Item], text_of: Callable[[_Item], str]):
+        self._items = list(items)
         self._index = bm25s.BM25()
-        words = [_words(passage.text) for passage in self._passages]
+        words = [_words(text_of(item)) for item in self._items]
         self._known = {word for text in words for word in text}
         if self._known:
             self._index.index(words, show_progress=False)
 
-    def nearest(self, query: str, k: int, not_from: str | None = None) -> list[Passage]:
-        """Up to `k` passages that share words with `query`, best first, of equal ones the earlier.
-
-        Args:
-            not_from: name of a file whose passages are left out.
-        """
+    def nearest(
+        self, query: str, k: int, leave_out: Callable[[_Item], bool] = lambda item: False
+    ) -> list[_Item]:
+        """Up to `k` items that share words with `query`, best first, of equal ones the earlier."""
         words = [word for word in _words(query) if word in self._known]
         if not words:
             return []
         scores = self._index.get_scores(words)
-        scores = np.where(self._names == not_from, 0.0, scores)
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [self._passages[i] for i in best if scores[i] > 0]
+        order = np.argsort(-scores, kind="stable")
+        sharing = takewhile(lambda index: scores[index] > 0, order)
+        found = (self._items[index] for index in sharing)
+        return list(islice((item for item in found if not leave_out(item)), k))
 
 
 def _lines(text: str) -> list[str]:

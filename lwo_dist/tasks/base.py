@@ -66,7 +66,7 @@ class Task(ABC):
     formats: ClassVar[tuple[str, ...]] = ("code",)
     """The values of `data.format` that it reads."""
     retrieves: ClassVar[bool] = False
-    """Whether it puts `data.retrieval` passages before its contexts."""
+    """Whether it puts `data.retrieval` pieces of the training data before its contexts."""
     example: ClassVar[tuple[str, str]] = ("example", "examples")
     """Display name of one held-out example and of many; the plural has no spaces, because
     `eval/<many>` counts them."""

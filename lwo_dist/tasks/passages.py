@@ -23,7 +23,8 @@ class Passages:
                 passage
                 for file in source.train
                 for passage in passages_of(file.name, source_text(file))
-            ]
+            ],
+            lambda passage: passage.text,
         )
 
     def __call__(self, before: str, name: str | None) -> list[int]:
@@ -31,13 +32,14 @@ class Passages:
         line_end = self._tokenize("\n", "x").tokens
         pieces: list[list[int]] = []
         left = self.room
-        for passage in self._retriever.nearest(query_of(before), self._k, name):
+        found = self._retriever.nearest(query_of(before), self._k, lambda each: each.name == name)
+        for passage in found:
             header = f"{comment_mark(passage.name)} {passage.name}\n"
-            found = self._tokenize(header + passage.text)
-            fitting = [edge for edge in found.edges if edge <= left - len(line_end)]
+            tokenized = self._tokenize(header + passage.text)
+            fitting = [edge for edge in tokenized.edges if edge <= left - len(line_end)]
             if len(fitting) < 3:  # no line of it after the header
                 break
-            piece = found.tokens[: fitting[-1]]
+            piece = tokenized.tokens[: fitting[-1]]
             if not self._tokenize.texts[piece[-1]].endswith("\n"):
                 piece = [*piece, *line_end]
             pieces.append(piece)

@@ -23,7 +23,8 @@ from lwo_dist.checkpoint import export
 from lwo_dist.cli import main
 from lwo_dist.config import Config
 from lwo_dist.data import batches
-from lwo_dist.run import prepare, run
+from lwo_dist.prepare import prepare
+from lwo_dist.run import run
 from lwo_dist.training import trainer
 from tests.distributed import test_run
 from tests.distributed.test_run import STEPS, make_config, stop_after

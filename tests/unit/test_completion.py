@@ -372,7 +372,7 @@ def test_prepared_examples_follow_the_options(tmp_path: Path) -> None:
         (["completion.context_lines=0"], "completion.context_lines"),
         (["completion.fim_rate=2"], "completion.fim_rate"),
         (["data.retrieval=-1"], "data.retrieval"),
-        (["data.retrieval_in_training=true"], "needs data.retrieval, the number of passages"),
+        (["data.retrieval_in_training=true"], "needs data.retrieval, how many to put"),
     ],
 )
 def test_options_that_cannot_be(settings: list[str], message: str) -> None:
@@ -385,5 +385,13 @@ def test_options_without_effect() -> None:
     given = load_config(None, ["data.format=repobench", "completion.mid_line=true"])
     with pytest.raises(UserError, match="completion.mid_line has no effect with data.format"):
         TASK.check(given)
-    with pytest.raises(UserError, match="data.retrieval = 2 has no effect with the task gener"):
-        TASKS.get("generation").check(load_config(None, ["data.retrieval=2"]))
+    given = load_config(None, ["data.format=repobench", "data.retrieval=2"])
+    with pytest.raises(UserError, match="data.retrieval has no effect with data.format"):
+        TASK.check(given)
+
+    class Alone(LineCompletion):
+        name = "alone"
+        retrieves = False
+
+    with pytest.raises(UserError, match="data.retrieval = 2 has no effect with the task alone"):
+        Alone().check(load_config(None, ["data.retrieval=2"]))

@@ -21,12 +21,13 @@ from lwo_dist.config import Config, DataConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.data.examples import EvalExample, TrainExample
 from lwo_dist.errors import UserError
+from lwo_dist.prepare import prepare
 from lwo_dist.registry import TASKS
 from lwo_dist.report.history import History
 from lwo_dist.report.outcome import Outcome
 from lwo_dist.report.page import save_report
 from lwo_dist.report.tables import read_evaluations, scores_table
-from lwo_dist.run import prepare, run
+from lwo_dist.run import run
 from lwo_dist.spool import read_spool
 from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.base import LOSS, Task, token_losses

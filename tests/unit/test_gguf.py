@@ -16,7 +16,7 @@ from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 from lwo_dist.models import licence_of
 from lwo_dist.models.gguf import dequantise
-from lwo_dist.run import prepare
+from lwo_dist.prepare import prepare
 from tests.code_samples import END_OF_TEXT, code, make_config, tokenizer_of_kind, write_tree
 
 

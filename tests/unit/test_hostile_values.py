@@ -14,7 +14,7 @@ from lwo_dist.checkpoint.resume import refuse_other_run
 from lwo_dist.checkpoint.schema import ADAPTERS_INDEX, INDEX, MOMENTS, STATE
 from lwo_dist.config import Config
 from lwo_dist.errors import DamagedError, UserError
-from lwo_dist.run import _read_record
+from lwo_dist.prepare import read_record
 from lwo_dist.storage import RunFolder
 from tests import hostile
 from tests.hostile import (
@@ -145,26 +145,26 @@ def test_a_config_cannot_make_an_export_build_endless_layers(
 def test_a_wrong_run_json_gets_one_line(case: Case, data: bytes) -> None:
     (case.run / "run.json").write_bytes(data)
     with pytest.raises(UserError, match=r"r/run.json is damaged \(.*\); remove it") as error:
-        _read_record(RunFolder.at(str(case.run)))
+        read_record(RunFolder.at(str(case.run)))
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
 def test_neither_a_link_nor_a_pipe_nor_a_huge_file_is_read_for_run_json(case: Case) -> None:
     path = case.run / "run.json"
     run = RunFolder.at(str(case.run))
-    record = _read_record(run)
+    record = read_record(run)
     assert record is not None and record["run_name"]
     path.unlink()
-    assert _read_record(run) is None
+    assert read_record(run) is None
     path.symlink_to(case.outside / "secret.json")
     with pytest.raises(UserError, match=r"run.json is a symlink; .*\); remove it"):
-        _read_record(run)
+        read_record(run)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(UserError, match=r"run.json is not a regular file\); remove it"):
-        _read_record(run)
+        read_record(run)
     path.unlink()
     with path.open("wb") as file:
         file.truncate(2**40)  # sparse
     with pytest.raises(UserError, match=r"is larger than 134217728 bytes\); remove it"):
-        _read_record(run)
+        read_record(run)
