@@ -71,6 +71,8 @@ class Comparison:
     """Task -> purpose -> method -> `mean` (`readings.means`), `against` (the difference from the
     reference), `time_to_loss` (seconds to the reference's lowest loss, or None)."""
     mlflow_run_id: str | None = None
+    complete: bool = False
+    """Whether every run was done or has failed."""
 
 
 def compare(
@@ -181,6 +183,7 @@ class _Work:
             self._at_equal_steps(task)
             if self.design.equal_time:
                 self._at_equal_time(task)
+        self.found.complete = True
         self._write()
 
     def _rates_of(self, task: Variant) -> None:

@@ -21,6 +21,8 @@ def comparison_page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The page of a comparison (`compare.Comparison` as a mapping)."""
     design = found["design"]
     lines = [f"# {design['name']}: {', '.join(design['methods'])}", ""]
+    if not found["complete"]:
+        lines += ["**Not complete yet.** The same command resumes it.", ""]
     lines += [f"- {verdict}" for verdict in verdicts(found)]
     lines += ["", *_setup(found)]
     for task, readings in found["readings"].items():

@@ -329,6 +329,7 @@ def found(gain: tuple[float, float, float]) -> dict[str, Any]:
             "sweep_steps": 20,
             "reference": "lora",
         },
+        "complete": True,
         "command": "lwo-dist compare --name cmp",
         "rates": {"completion": {"lwo": 1e-3, "lora": 1e-3}},
         "sweep": [],
@@ -372,6 +373,8 @@ def test_the_page_says_that_rates_were_given_and_that_a_task_has_no_finished_run
     page = comparison_page(results, [])
     assert "The learning rate was given: 0.001 for every method." in page
     assert "search" not in page and "seeds 0, 1." in page
+    assert "Not complete yet" not in page
+    assert "Not complete yet" in comparison_page({**results, "complete": False}, [])
     assert "## repair\n\nNo run has finished.\n" in page
 
 
