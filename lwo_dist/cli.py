@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             after Ctrl-C, which it can resume too; for `submit`, that of the job.
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parse(argv)
         code: int | None = arguments.run_command(arguments)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -60,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes one unbroken stretch of key=value arguments, and leaves those after an option.
+    if hasattr(arguments, "overrides") and not any(part.startswith("-") for part in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
-"""Bytes and times as people read them. Every line, page and picture formats them here."""
+"""Bytes, counts and times as people read them. Every line, page and picture formats them here."""
 
 from __future__ import annotations
 
-__all__ = ["byte_unit", "human_bytes", "human_seconds"]
+__all__ = ["byte_unit", "human_bytes", "human_count", "human_seconds"]
 
 _BYTE_UNITS = (("B", 1), ("KB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))
 
@@ -27,6 +27,18 @@ def human_bytes(size: float) -> str:
     count = size / factor
     digits = 0 if count >= 100 or name == "B" else 1
     return f"{count:.{digits}f} {name}"
+
+
+def human_count(count: float) -> str:
+    """`count` with three digits and a decimal prefix.
+
+    >>> human_count(148_000_000), human_count(1.25e15)
+    ('148 M', '1.25 P')
+    """
+    for prefix, factor in (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {prefix}"
+    return f"{count:.3g}"
 
 
 def human_seconds(seconds: float) -> str:

@@ -32,7 +32,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--config", type=Path, metavar="FILE", help="YAML file; unset: the defaults"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that go before the file's"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings, such as train.steps=300; they override the file's",
     )
 
 

@@ -19,19 +19,21 @@ _RATES = "1e-4,3e-4,1e-3"
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("compare", help="compare methods on your model and data")
     parser.description = (
-        "Run methods from the same start on the same batches, each with the best learning rate of"
-        " the same search, and write a page with scores, differences and costs. The same command"
-        " goes on after a stop."
+        "Train with several methods from the same weights on the same batches, each with the best"
+        " learning rate of the same search, and write a page with scores, differences and costs."
+        " The same command resumes after a stop."
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--name", required=True, help="of the comparison: a folder in storage, and its runs' prefix"
+        "--name",
+        required=True,
+        help="name of the comparison: a folder in storage, and the prefix of its runs",
     )
     parser.add_argument(
         "--methods",
         default="lwo,lora,full",
         metavar="LIST",
-        help="names, or YAML files of settings that go before the config's; default: %(default)s",
+        help="names, or YAML files of settings that override the config's; default: %(default)s",
     )
     parser.add_argument(
         "--tasks", metavar="LIST", help="names, or YAML files of settings; default: the config's"
@@ -57,7 +59,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="runs of the search at a time; the runs that are compared are done one by one",
+        help="runs of the search at a time; the compared runs go one by one",
     )
     parser.add_argument(
         "--no-equal-time",

@@ -1,11 +1,11 @@
-"""Does the runs of a comparison in order, and writes down what they found after each.
+"""Performs the runs of a comparison in order, and writes down the findings after each.
 
 <storage>/<name>/comparison.json    design, rates, rows, differences
 <storage>/<name>/comparison.md      the page, and its pictures beside it
 <storage>/<name>-<task>-<method>-...  the runs
 
-A run that has finished is not done again, and one that was interrupted goes on from its checkpoint,
-so the same command goes on after any stop. A run that failed keeps its error in its row, and is
+A finished run is not repeated, and an interrupted one resumes from its checkpoint, so the same
+command resumes the comparison after any stop. A run that failed keeps its error in its row, and is
 tried again when the command is given again.
 """
 
@@ -71,6 +71,8 @@ class Comparison:
     """Task -> purpose -> method -> `mean` (`readings.means`), `against` (the difference from the
     reference), `time_to_loss` (seconds to the reference's lowest loss, or None)."""
     mlflow_run_id: str | None = None
+    complete: bool = False
+    """Whether every run was done or has failed."""
 
 
 def compare(
@@ -181,6 +183,7 @@ class _Work:
             self._at_equal_steps(task)
             if self.design.equal_time:
                 self._at_equal_time(task)
+        self.found.complete = True
         self._write()
 
     def _rates_of(self, task: Variant) -> None:

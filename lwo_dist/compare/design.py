@@ -41,7 +41,7 @@ class Variant:
     label: str
     """In names of runs, tables and pictures."""
     settings: Mapping[str, Any]
-    """By group, as in a config file; they go before the config's."""
+    """By group, as in a config file; they override the config's."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def read_variants(key: str, given: str) -> tuple[Variant, ...]:
 
     Args:
         key: `method` or `task`.
-        given: separated by commas: names, or YAML files of settings that go before the config's.
+        given: separated by commas: names, or YAML files of settings that override the config's.
 
     Raises:
         UserError: an unknown name, an unreadable file, one label twice.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lwo_dist.units import human_bytes, human_seconds
+from lwo_dist.units import human_bytes, human_count, human_seconds
 
 __all__ = ["comparison_page", "verdicts"]
 
@@ -21,11 +21,15 @@ def comparison_page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The page of a comparison (`compare.Comparison` as a mapping)."""
     design = found["design"]
     lines = [f"# {design['name']}: {', '.join(design['methods'])}", ""]
+    if not found["complete"]:
+        lines += ["**Not complete yet.** The same command resumes it.", ""]
     lines += [f"- {verdict}" for verdict in verdicts(found)]
     lines += ["", *_setup(found)]
     for task, readings in found["readings"].items():
         lines += ["", f"## {task}", ""]
         lines += [f"![{task}]({name})" for name in pictures if name == f"comparison-{task}.png"]
+        if not readings["equal_steps"]:
+            lines += ["No run has finished."]
         for purpose, title in _PURPOSES.items():
             if readings[purpose]:
                 lines += ["", f"### {title}", ""]
@@ -47,8 +51,10 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
             for method, reading in readings[purpose].items():
                 if base is None or method == reference:
                     continue
+                labels = reading["mean"]["labels"]
                 parts = [
-                    f"{_title(name)} {_judged(gain)}" for name, gain in reading["against"].items()
+                    f"{labels.get(name, name)} {_judged(gain)}"
+                    for name, gain in reading["against"].items()
                 ]
                 share = reading["mean"]["training_seconds"] / base["mean"]["training_seconds"]
                 sentences.append(
@@ -72,6 +78,13 @@ def _judged(gain: Mapping[str, float]) -> str:
 def _setup(found: Mapping[str, Any]) -> list[str]:
     design, config = found["design"], found["design"]["config"]
     train = config["train"]
+    seeds, rates = design["seeds"], design["rates"]
+    rate = (
+        f" The learning rate was given: {rates[0]:g} for every method."
+        if len(rates) == 1
+        else f" Its learning rate is the best of the same search ({design['sweep_steps']} steps a"
+        " try), on validation files that no score below uses."
+    )
     return [
         "```bash",
         found["command"],
@@ -80,11 +93,9 @@ def _setup(found: Mapping[str, Any]) -> list[str]:
         f"Model {str(config['model']['name']).rstrip('/').rpartition('/')[2]};"
         f" {train['steps']} steps of"
         f" {train['global_batch_size']} sequences of {train['sequence_length']} tokens; strategy"
-        f" {config['strategy']}, {_workers(found)}; seeds {', '.join(map(str, design['seeds']))}."
-        " Every method starts from the same weights and sees the same batches. Its learning rate is"
-        " the best of the"
-        f" same search ({design['sweep_steps']} steps a try), on validation files that no score"
-        " below uses.",
+        f" {config['strategy']}, {_workers(found)};"
+        f" seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+        " Every method starts from the same weights and sees the same batches." + rate,
     ]
 
 
@@ -96,7 +107,14 @@ def _workers(found: Mapping[str, Any]) -> str:
 def _scores(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
     by_method = found["readings"][task][purpose]
     names = _names(by_method)
-    table = [["", *(_title(name) for name in names)]]
+    first = next(iter(by_method.values()))["mean"]
+    headings = first["headings"]
+    table = [
+        [
+            f"{first['examples']} held-out {first['count']}",
+            *(headings.get(name, name) for name in names),
+        ]
+    ]
     if purpose == "equal_steps":
         untuned = next(
             row["before"]
@@ -127,7 +145,8 @@ def _differences(found: Mapping[str, Any], task: str, purpose: str) -> list[str]
     if not others:
         return []
     names = list(next(iter(others.values())))
-    table = [[f"better than {reference} by", *(_title(name) for name in names)]]
+    headings = next(iter(found["readings"][task][purpose].values()))["mean"]["headings"]
+    table = [[f"better than {reference} by", *(headings.get(name, name) for name in names)]]
     table += [
         [method, *(_judged(against[name]) for name in names)] for method, against in others.items()
     ]
@@ -138,10 +157,6 @@ def _names(by_method: Mapping[str, Any]) -> list[str]:
     """The scores, without the number of examples."""
     mean = next(iter(by_method.values()))["mean"]
     return [name for name in mean["scores"] if name != mean["count"]]
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _costs(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
@@ -167,7 +182,7 @@ def _costs(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
                 str(mean["steps"]),
                 human_seconds(mean["training_seconds"]) + against("training_seconds"),
                 f"{1000 * mean['step_seconds']:.0f} ms" + against("step_seconds"),
-                f"{mean['flops_per_step'] / 1e12:.3g} T" + against("flops_per_step"),
+                human_count(mean["flops_per_step"]) + against("flops_per_step"),
                 human_bytes(mean["peak_memory_bytes"]),
                 human_bytes(mean["optimizer_state_bytes"]),
                 human_bytes(mean["bytes_sent_per_step"]),

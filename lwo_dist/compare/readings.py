@@ -37,8 +37,9 @@ def row_of(run_folder: RunFolder) -> Row:
         Names and values of the columns: `base_model`, `device`, `world_size`, `steps`, `tokens`,
         seconds (`training_seconds`, `step_seconds`), bytes (`peak_memory_bytes`,
         `optimizer_state_bytes`, `bytes_sent_per_step`, `serve_bytes`), `count` (the score that
-        counts the examples), scores by name without `eval/` (`before`, `scores`), and `curve`: for
-        each evaluation `step`, `training_seconds` and `scores`.
+        counts the examples), `labels` and `headings` of the scores by name, scores by name without
+        `eval/` (`before`, `scores`), and `curve`: for each evaluation `step`, `training_seconds`
+        and `scores`.
     """
     summary = read_json(run_folder.file("summary.json"))
     sheet = ScoreSheet.read(summary["eval"], summary["eval"]["before"])
@@ -56,6 +57,8 @@ def row_of(run_folder: RunFolder) -> Row:
         "device": summary["device"],
         "world_size": summary["world_size"],
         "count": sheet.example[1],
+        "labels": {score.name: score.label for score in sheet.scores},
+        "headings": {score.name: score.heading for score in sheet.scores},
         "steps": steps,
         "training_seconds": summary["training_seconds"],
         "step_seconds": summary["training_seconds"] / steps,
@@ -90,6 +93,9 @@ def means(rows: Sequence[Row]) -> Row:
     return {
         "seeds": len(rows),
         "count": rows[0]["count"],
+        "labels": rows[0]["labels"],
+        "headings": rows[0]["headings"],
+        "examples": rows[0]["examples"],
         "lr": rows[0]["lr"],
         "steps": rows[0]["steps"],
         "flops_per_step": rows[0]["flops_per_step"],

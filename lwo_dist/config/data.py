@@ -80,7 +80,7 @@ class DataConfig(Settings):
         0.0,
         ge=0,
         lt=1,
-        description="share of the files kept for choosing settings; no training, no final score",
+        description="share of the files kept for choosing settings; not for training or scores",
     )
     evaluate_on: Literal["held_out", "validation"] = Field(
         "held_out", description="which files are scored; validation: to choose settings"
@@ -89,7 +89,7 @@ class DataConfig(Settings):
         0,
         ge=0,
         description=(
-            "put up to so many similar pieces of the training data (BM25) before each held-out"
+            "put up to this many similar pieces of the training data (BM25) before each held-out"
             " context: passages of files, in at most half of its room, or in a task from text to"
             " text worked examples, as long as they fit; 0: none"
         ),
@@ -110,8 +110,8 @@ class DataConfig(Settings):
         0.85,
         gt=0,
         le=1,
-        description="similarity from which a training file or pair is left out as a copy of a"
-        " scored one: shared 5-grams of tokens over all of both; null: only equal ones are",
+        description="leave out training files and pairs whose similarity to a scored one is at"
+        " least this: Jaccard index of token 5-grams; null: leave out only equal ones",
     )
     max_commits: int = Field(
         10_000, ge=1, description="newest commits to look for fixes in (tasks repair, defect)"

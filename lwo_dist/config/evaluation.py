@@ -25,7 +25,7 @@ class EvalConfig(Settings):
     baseline: str | None = Field(
         None,
         description=(
-            "run in this storage whose scores of the untuned model are taken over, instead of"
+            "run in this storage whose scores of the untuned model are reused, instead of"
             " computing them again; same model and examples; compare sets it"
         ),
     )

@@ -24,7 +24,7 @@ class TrackingConfig(Settings):
     )
     experiment: str = Field("lwo_dist", description="MLflow experiment")
     parent_run_id: str | None = Field(
-        None, description="MLflow run to show this one under; compare sets it"
+        None, description="MLflow run to nest this one under; compare sets it"
     )
     flush_timeout_s: float = Field(
         30.0, ge=0, description="longest wait at the end for points that are still unsent"

@@ -51,8 +51,8 @@ class TrainConfig(Settings):
         None,
         ge=1,
         description=(
-            "end after so many evaluations without a better eval.metric; unset: never; the schedule"
-            " of the learning rate does not get shorter"
+            "end after this many evaluations in a row without a better eval.metric; unset: never;"
+            " the learning-rate schedule is not shortened"
         ),
     )
     max_seconds: float | None = Field(

@@ -1,4 +1,4 @@
-"""How comments of a line begin, by the ending of a file's name."""
+"""What a line comment begins with, by the ending of a file's name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def comment_mark(name: str) -> str:
 
 
 def is_comment(line: str, name: str) -> bool:
-    """Whether a line is a comment and nothing else, judged by its first signs alone.
+    """Whether a line is a comment and nothing else, judged by its first characters alone.
 
     In languages with `/* */`, a line in the middle of such a comment counts if it begins with `*`
     and a space.

@@ -55,7 +55,7 @@ def _decoded(data: bytes) -> str:
         if encoding is not None:
             try:
                 text = data.decode(encoding)
-                text.encode()  # no half characters
+                text.encode()  # no lone surrogates
                 return text
             except (UnicodeError, LookupError):
                 pass
@@ -70,7 +70,7 @@ def _declared(data: bytes) -> str | None:
         return None
     name = found.group(1).decode()
     try:
-        # Not a transformation, such as unicode_escape; and a UTF-16 that git has converted is none.
+        # Not unicode_escape and the like; nor UTF-16, which these bytes, read as ASCII, are not.
         if "escape" in name.lower() or _ASCII.decode(name).encode() != _ASCII:
             return None
     except (UnicodeError, LookupError):

@@ -1,4 +1,4 @@
-"""Training texts that are nearly copies of scored ones, which would make any tuning look good.
+"""Training texts that are nearly copies of scored ones, which would inflate the scores.
 
 Two texts are compared by the sets of their 5-grams of tokens (Jaccard similarity), as Lee et al. do
 (2022, "Deduplicating Training Data Makes Language Models Better"); 0.85 is the threshold of The
@@ -61,9 +61,10 @@ def near_duplicates(texts: Iterable[str], scored: Iterable[str], config: DataCon
 
 
 def _rows(threshold: float) -> int:
-    """Hashes in a band of the index: as many as find 99 of 100 pairs that are just as similar as
-    the threshold, and nearly all that are more. A pair missed is a copy learned; one too many costs
-    an exact comparison. (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4.)
+    """Hashes in a band of the index: the most that still find 99 of 100 pairs whose similarity is
+    just the threshold, and so nearly all above it. A missed pair is a copy that is trained on; a
+    false candidate costs one exact comparison. (Leskovec, Rajaraman, Ullman, "Mining of Massive
+    Datasets", section 3.4.)
     """
     found = {r: 1 - (1 - threshold**r) ** (_PERMUTATIONS // r) for r in range(1, 65)}
     return max((rows for rows, share in found.items() if share >= 0.99), default=1)
@@ -82,7 +83,7 @@ def _jaccard(one: Grams, other: Grams) -> float:
 
 
 def _grams(text: str) -> Grams:
-    """Hashes of the 5-grams, unique; of a text with fewer tokens that of them all."""
+    """Unique hashes of the 5-grams; a text of fewer tokens has one, of them all."""
     tokens = [crc32(token.encode()) for token in _TOKEN.findall(text)]
     if not tokens:
         return np.empty(0, np.uint64)

@@ -256,7 +256,7 @@ def scored_bytes(tokenizer: Any, context: Sequence[int], target: Sequence[int]) 
 def text_start(tokenizer: Any) -> list[int]:
     """The token that the tokenizer puts before every text, or nothing.
 
-    Models whose tokenizer does so know no text without it: Gemma's losses are useless then.
+    Such a model has never seen text without it: Gemma's losses are useless then.
     """
     before: list[int] = tokenizer("")["input_ids"][:1]
     return before if before == [tokenizer.bos_token_id] else []

@@ -25,7 +25,7 @@ _FAMILIES = (
     ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>"),  # CodeLlama
 )
 _ANCHOR = "\u263a"
-"""Put before a text that is no start of a text, where the tokenizer adds a space to such a start;
+"""Put before text that does not start a file, where the tokenizer would add a space to its start;
 CodeLlama's own code does the same."""
 
 
@@ -42,7 +42,7 @@ class FillIn:
     anchor: str
 
     extra: ClassVar[int] = 8
-    """What arranging a text so may add to its tokens: four, and some where a word is cut."""
+    """Tokens that rearranging a text may add: four, and some where a word is cut."""
 
     @classmethod
     def of(cls, tokenizer: Any, tokenize: LineTokenizer) -> FillIn:
@@ -63,7 +63,7 @@ class FillIn:
 
     def context(self, prefix: str, suffix: str, room: int) -> list[int]:
         """The nearest whole lines on both sides in at most `room` tokens, of which a quarter is for
-        the suffix; what one side does not need, the other one gets.
+        the suffix; what one side does not need goes to the other.
         """
         before = self.tokenize(prefix)
         after = self.tokenize(suffix, self.anchor)
@@ -88,12 +88,12 @@ class FillIn:
     def rearranged(
         self, example: TrainExample, text: str, draw: random.Random, length: int
     ) -> TrainExample:
-        """A training example whose text is cut at two places, drawn evenly over its characters.
+        """A training example whose text is cut at two positions, drawn uniformly.
 
         All of it is learned. Where it would exceed `length` tokens, its start is left out.
 
         Args:
-            text: that of the example; where it is not whole characters, the example is as it was.
+            text: that of the example; where it has broken characters, the example stays as it is.
         """
         if "\ufffd" in text or len(text) < 2:
             return example

@@ -77,7 +77,7 @@ def read_fixes(config: DataConfig, root: Path, task: str) -> tuple[list[Fix], Co
     for commit in commits:
         known = [change for change in commit.changes if language_of(change[0])]
         if not is_fix(commit.subject):
-            skipped["commit that is no fix"] += 1
+            skipped["not a fix"] += 1
         elif len(known) > MOST_FILES:
             skipped["large commit"] += 1
         else:

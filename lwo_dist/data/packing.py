@@ -16,8 +16,8 @@ def pack(lengths: npt.NDArray[np.int32], room: int) -> list[list[int]]:
     """Divide examples among rows of at most `room` tokens, by best fit decreasing.
 
     The longest example comes first, ties in order, and each goes where it leaves the least room.
-    The number of rows is at most 11/9 of the optimum and 1 (Johnson et al., "Worst-Case Performance
-    Bounds for Simple One-Dimensional Packing Algorithms", 1974).
+    The number of rows is at most 11/9 of the optimum, plus 4 (Johnson et al., "Worst-Case
+    Performance Bounds for Simple One-Dimensional Packing Algorithms", 1974).
 
     Args:
         lengths: [examples], tokens of each. One longer than `room` gets a row of its own.

@@ -1,7 +1,7 @@
 """Pairs of texts from one's own code: its functions, and the fixes in its git history.
 
 A pair is on the side of the file that it comes from, which is the same for every task. A function
-that is in several files, but for its layout, is used once: on the held-out side if it is there.
+that is in several files, even in another layout, is used once: on the held-out side if it is there.
 """
 
 from __future__ import annotations

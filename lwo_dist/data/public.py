@@ -200,7 +200,7 @@ def _unusable(pair: Pair, config: DataConfig) -> str:
     try:
         f"{pair.name}{pair.language}".encode()
         text = f"{pair.source}\n{pair.target}".encode()
-    except UnicodeEncodeError:  # JSON can name halves of characters
+    except UnicodeEncodeError:  # JSON can hold lone surrogates
         return "not Unicode"
     if len(text) > config.max_file_bytes:
         return "huge"

@@ -39,7 +39,9 @@ def save_comparison_pictures(found: Mapping[str, Any], folder: Path) -> list[Pat
 
 def task_figure(found: Mapping[str, Any], task: str, rows: Rows) -> Figure:
     """Loss over training time on the left; on the right the differences from the reference."""
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    blocks = _differences(found, task)
+    lines = len(blocks) + sum(map(len, blocks.values()))
+    figure = Figure(figsize=(12, max(4.4, 1 + 0.24 * lines)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     methods = list(found["design"]["methods"])
     colours = dict(zip(methods, COLOURS * len(methods), strict=False))
@@ -67,7 +69,7 @@ def loss_over_time_figure(axes: Axes, rows: Rows, colours: Mapping[str, str]) ->
                 axes.plot(*zip(*curve, strict=True), style, color=colour, linewidth=0.7, alpha=0.45)
             length = min(map(len, curves))
             mean = np.mean([curve[:length] for curve in curves], axis=0)
-            label = method if purpose == "equal_steps" else f"{method}, for the reference's time"
+            label = method if purpose == "equal_steps" else f"{method}, equal time"
             axes.plot(*mean.T, style, color=colour, linewidth=2.2, marker="o", markersize=4)
             axes.plot([], [], style, color=colour, linewidth=2.2, label=label)
     axes.set_xlabel("training seconds", color=SOFT)
@@ -78,33 +80,44 @@ def loss_over_time_figure(axes: Axes, rows: Rows, colours: Mapping[str, str]) ->
 def difference_figure(
     axes: Axes, found: Mapping[str, Any], task: str, colours: Mapping[str, str]
 ) -> None:
-    """Differences from the reference with their 95 % intervals, each score in units of the widest
-    interval, so that different units share an axis.
+    """Differences from the reference with their 95 % intervals, in a block for each score. A block
+    has its own unit, so its bars are compared with each other and with the line only.
     """
     _plain(axes)
     reference = found["design"]["reference"]
-    bars = []
-    for purpose, suffix in (("equal_steps", ""), ("equal_time", ", equal time")):
-        for method, reading in found["readings"].get(task, {}).get(purpose, {}).items():
-            for score, gain in reading["against"].items():
-                bars.append((score, f"{method}{suffix}", colours[method], gain))
-    bars.sort(key=lambda bar: bar[0])
-    for place, (_, _, colour, gain) in enumerate(reversed(bars)):
-        widest = max(abs(gain["low"]), abs(gain["high"])) or 1.0
-        mean, low, high = (gain[name] / widest for name in ("mean", "low", "high"))
-        if math.isfinite(mean):
-            axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot([mean], [place], "o", color=colour, markersize=6)
+    blocks = _differences(found, task)
+    labels: list[str] = []
+    for score, bars in blocks.items():
+        labels.append(f"{score}:")
+        ends = [abs(gain[end]) for _, _, gain in bars for end in ("low", "high")]
+        unit = max(filter(math.isfinite, ends), default=0.0) or 1.0
+        for label, method, gain in bars:
+            mean, low, high = (gain[name] / unit for name in ("mean", "low", "high"))
+            if math.isfinite(mean):
+                place = len(labels)
+                axes.plot([low, high], [place, place], color=colours[method], linewidth=2)
+                axes.plot([mean], [place], "o", color=colours[method], markersize=6)
+            labels.append(f"{label}  {gain['mean']:+.3g}")
     axes.axvline(0, color=SOFT, linewidth=1)
-    axes.set_yticks(
-        range(len(bars)),
-        [
-            f"{score.replace('_', ' ')}\n{method}  {gain['mean']:+.3g}"
-            for score, method, _, gain in reversed(bars)
-        ],
-    )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(-1.1, 1.1)
     axes.set_xticks([])
     axes.set_title(f"better than {reference} to the right of the line", loc="left", color=INK)
+
+
+def _differences(
+    found: Mapping[str, Any], task: str
+) -> dict[str, list[tuple[str, str, Mapping[str, float]]]]:
+    """By score: label, method and difference of every bar."""
+    blocks: dict[str, list[tuple[str, str, Mapping[str, float]]]] = {}
+    for purpose, suffix in (("equal_steps", ""), ("equal_time", ", equal time")):
+        for method, reading in found["readings"].get(task, {}).get(purpose, {}).items():
+            names = reading["mean"]["labels"]
+            for name, gain in reading["against"].items():
+                score = names.get(name, name)
+                blocks.setdefault(score, []).append((f"{method}{suffix}", method, gain))
+    return blocks
 
 
 def _plain(axes: Axes) -> None:

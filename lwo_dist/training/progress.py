@@ -32,7 +32,8 @@ class Progress(Callback):
         self._say(
             f"{info.config.run_name}: {info.config.method} with {info.config.strategy} on"
             f" {info.world_size} {info.device} worker(s), {info.trained_parameters:,} of"
-            f" {info.parameters:,} parameters in {len(info.layers)} layers,"
+            f" {info.parameters:,} parameters in {len(info.layers)}"
+            f" layer{'s' if len(info.layers) > 1 else ''},"
             f" {_sequences(info.data)},"
             f" {info.held_out_examples:,} held-out {self._sheet.example[1]}"
             + (f", from step {info.start_step}" if info.start_step else "")

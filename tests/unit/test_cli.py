@@ -128,6 +128,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (("train", "-c", "none.yaml"), "config file none.yaml: No such file or directory"),
         (("train", "-c"), "argument -c/--config: expected one argument; see lwo-dist train --help"),
+        (("train", "seed=1", "--stpes", "seed=2"), "unrecognized arguments: --stpes seed=2"),
+        (("export", "a", "b"), "unrecognized arguments: b"),
         (("trian",), "invalid choice: 'trian'"),
         ((), "the following arguments are required: COMMAND"),
     ],
@@ -501,6 +503,16 @@ def test_a_cluster_that_cannot_be_used_gets_one_line(
         assert cli.main(command) == 2
         said = capsys.readouterr().err
         assert message in said and len(said.splitlines()) == 1 and "hunter2" not in said
+
+
+def test_settings_may_stand_before_between_and_behind_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 1\ntrain: {steps: 5}\n")
+    assert cli.main(["config", "seed=2", "-c", str(file), "train.steps=6", "seed=3"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "seed: 3" in lines and "steps: 6" in lines
 
 
 def test_data_counts_used_and_skipped_files(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lwo_dist.cli import main
@@ -22,6 +24,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.methods.full import FullFineTuning
 from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.models.flops import flops_per_sequence
+from lwo_dist.report.comparison import task_figure
 from lwo_dist.storage import RunFolder
 from lwo_dist.tasks.completion import LineCompletion
 from lwo_dist.tasks.intervals import paired_interval
@@ -272,6 +275,9 @@ def row(method: str, seed: int, seconds: float, loss: float, **changes: Any) -> 
         "device": "CPU",
         "world_size": 1,
         "count": "lines",
+        "examples": 12,
+        "labels": {"loss": "loss", "edit_similarity": "edit similarity"},
+        "headings": {"loss": "loss, nats per token", "edit_similarity": "edit similarity, %"},
         "steps": 40,
         "flops_per_step": 1e12,
         "training_seconds": seconds,
@@ -319,9 +325,11 @@ def found(gain: tuple[float, float, float]) -> dict[str, Any]:
             "methods": {"lwo": {}, "lora": {}},
             "config": config,
             "seeds": [0],
+            "rates": [3e-4, 1e-3],
             "sweep_steps": 20,
             "reference": "lora",
         },
+        "complete": True,
         "command": "lwo-dist compare --name cmp",
         "rates": {"completion": {"lwo": 1e-3, "lora": 1e-3}},
         "sweep": [],
@@ -348,10 +356,49 @@ def test_the_page_has_losses_failures_and_the_command():
     page = comparison_page(found((-0.1, -0.2, -0.05)), ["comparison-completion.png"])
     assert "| lwo | 2.100 |" in page
     assert "-0.1 (-0.2 to -0.05, **worse**)" in page
+    assert "| 12 held-out lines | loss, nats per token | edit similarity, % |" in page
+    assert "| better than lora by | loss, nats per token |" in page
+    assert "best of the same search (20 steps a try)" in page and "seed 0." in page
     assert "not reached" in page
     assert "| cmp-full-0 | no room |" in page
     assert "lwo-dist compare --name cmp\n" in page
     assert "![completion](comparison-completion.png)" in page
+
+
+def test_the_page_says_that_rates_were_given_and_that_a_task_has_no_finished_run():
+    results = found((-0.1, -0.2, -0.05))
+    results["design"]["rates"] = [1e-3]
+    results["design"]["seeds"] = [0, 1]
+    results["readings"]["repair"] = {"equal_steps": {}, "equal_time": {}}
+    page = comparison_page(results, [])
+    assert "The learning rate was given: 0.001 for every method." in page
+    assert "search" not in page and "seeds 0, 1." in page
+    assert "Not complete yet" not in page
+    assert "Not complete yet" in comparison_page({**results, "complete": False}, [])
+    assert "## repair\n\nNo run has finished.\n" in page
+
+
+def test_in_the_picture_the_bars_of_a_score_share_a_unit_and_no_label_covers_another():
+    results = found((0.1, 0.05, 0.2))
+    results["design"]["methods"]["full"] = {}
+    of_task = results["readings"]["completion"]
+    lwo = of_task["equal_steps"]["lwo"]
+    larger = {"mean": 0.4, "low": 0.3, "high": 0.5}
+    scores = ("exact_match", "edit_similarity", "bleu", "loss")
+    by_method = {
+        "lwo": {**lwo, "against": dict.fromkeys(scores, lwo["against"]["loss"])},
+        "full": {**lwo, "against": dict.fromkeys(scores, larger)},
+    }
+    of_task["equal_steps"] |= by_method
+    of_task["equal_time"] = by_method
+    figure = task_figure(results, "completion", results["rows"][:2])
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[1]
+    ends = [line.get_xdata()[-1] for line in axes.lines if len(line.get_xdata()) == 2]
+    assert ends[:4] == pytest.approx([0.4, 1.0, 0.4, 1.0])
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) == len(scores) * 5
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
 # ---- operations

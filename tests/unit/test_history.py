@@ -123,7 +123,7 @@ def test_repair_pairs(history: History, tmp_path: Path) -> None:
         "python",
     )
     assert len(found.train) + len(found.held_out) == 40
-    assert found.skipped == {"commit that is no fix": 1}
+    assert found.skipped == {"not a fix": 1}
 
 
 def test_defect_pairs_are_balanced(history: History, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_skipped_and_counted(tmp_path: Path) -> None:
     found, skipped = fixes(made, extensions=[".py", ".txt"], max_file_bytes=2000)
     assert found == [("good", "y = x + 2")]
     assert skipped == {
-        "commit that is no fix": 2,
+        "not a fix": 2,
         "extension": 1,
         "huge or missing": 1,
         "large commit": 1,
@@ -242,7 +242,7 @@ def test_merges_and_links_are_left_out(tmp_path: Path) -> None:
     made.commit("Fix by a link")
     found, skipped = fixes(made)
     assert sorted(found) == [("a", "y = x + 1"), ("b", "y = x + 1")]
-    assert skipped == {"commit that is no fix": 1}
+    assert skipped == {"not a fix": 1}
 
 
 def test_only_the_newest_commits_and_the_folder_are_read(tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def _without_fixes(history: History) -> Path:
         ),
         (
             _without_fixes,
-            ": no function was changed by a fix among the newest 10000 commits (skipped: 2 commit"
-            " that is no fix); give a repository with fixes, or raise data.max_commits",
+            ": no function was changed by a fix among the newest 10000 commits (skipped: 2 not a"
+            " fix); give a repository with fixes, or raise data.max_commits",
         ),
     ],
 )
