@@ -36,6 +36,9 @@ def comparison_page(found: Mapping[str, Any], pictures: Sequence[str]) -> str:
                 lines += _scores(found, task, purpose)
                 lines += _differences(found, task, purpose)
                 lines += ["", *_costs(found, task, purpose)]
+                lines += _never_trained(readings[purpose])
+        if readings["equal_steps"]:
+            lines += _examples(found, task)
         lines += ["", "### Learning rates", "", *_sweep(found, task)]
     lines += ["", *_failures(found), *_how_to_read(found)]
     return "\n".join(lines).rstrip() + "\n"
@@ -191,6 +194,28 @@ def _costs(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
             ]
         )
     return _table(table)
+
+
+def _never_trained(by_method: Mapping[str, Any]) -> list[str]:
+    return [
+        f"\n{method}: {len(names)} of its layers never trained in {reading['mean']['steps']} steps;"
+        " its scores are those of a run that is too short for it."
+        for method, reading in by_method.items()
+        if (names := reading["mean"]["never_trained"])
+    ]
+
+
+def _examples(found: Mapping[str, Any], task: str) -> list[str]:
+    """What was read and what was left out, by reason."""
+    row = next(row for row in found["rows"] if row["task"] == task and row["status"] == "done")
+    numbers = [
+        f"{count:,} {name.replace('_', ' ')}"
+        for name, count in row["data"].items()
+        if isinstance(count, int)
+    ]
+    skipped = [f"{count:,} {reason}" for reason, count in row["data"].get("skipped", {}).items()]
+    left_out = f" Skipped: {', '.join(skipped)}." if skipped else ""
+    return ["", f"Examples: {', '.join(numbers)}.{left_out}"]
 
 
 def _sweep(found: Mapping[str, Any], task: str) -> list[str]:

@@ -55,6 +55,8 @@ def row_of(run_folder: RunFolder) -> Row:
     return {
         "base_model": summary["base_model"],
         "device": summary["device"],
+        "data": summary["data"],
+        "never_trained": summary["never_trained"],
         "world_size": summary["world_size"],
         "count": sheet.example[1],
         "labels": {score.name: score.label for score in sheet.scores},
@@ -93,6 +95,7 @@ def means(rows: Sequence[Row]) -> Row:
     return {
         "seeds": len(rows),
         "count": rows[0]["count"],
+        "never_trained": rows[0]["never_trained"],
         "labels": rows[0]["labels"],
         "headings": rows[0]["headings"],
         "examples": rows[0]["examples"],

@@ -273,6 +273,8 @@ def row(method: str, seed: int, seconds: float, loss: float, **changes: Any) -> 
         "run_name": f"cmp-{method}-{seed}",
         "status": "done",
         "device": "CPU",
+        "data": {"train_files": 7, "skipped": {"binary": 3}},
+        "never_trained": ["layer_2"] if method == "lwo" else [],
         "world_size": 1,
         "count": "lines",
         "examples": 12,
@@ -360,6 +362,8 @@ def test_the_page_has_losses_failures_and_the_command():
     assert "| better than lora by | loss, nats per token |" in page
     assert "best of the same search (20 steps a try)" in page and "seed 0." in page
     assert "not reached" in page
+    assert "lwo: 1 of its layers never trained in 40 steps" in page
+    assert "Examples: 7 train files. Skipped: 3 binary." in page
     assert "| cmp-full-0 | no room |" in page
     assert "lwo-dist compare --name cmp\n" in page
     assert "![completion](comparison-completion.png)" in page
