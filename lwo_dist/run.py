@@ -32,6 +32,14 @@ from .checkpoint.store import LayerStore
 from .config import Config
 from .console import say
 from .data import PreparedData, steps_of_epochs
+from .driver import (
+    ending_tracking,
+    model_source,
+    prepare,
+    read_record,
+    share_run,
+    stopped_early,
+)
 from .errors import printable
 from .files import write_whole
 from .hook import LWO, attach
@@ -45,14 +53,6 @@ from .models import (
     refuse_tokens,
 )
 from .models.saving import save_model_files
-from .prepare import (
-    ending_tracking,
-    model_source,
-    prepare,
-    read_record,
-    share_run,
-    stopped_early,
-)
 from .registry import METHODS, STRATEGIES, TASKS
 from .run_info import checkpoint_record
 from .stop import CTRL_C, Stopped, StopRequest, StopVote

@@ -34,7 +34,7 @@ FLOORS = [
     {"report", "checkpoint"},
     {"tracking"},
     {"training", "examples"},
-    {"prepare"},
+    {"driver"},
     {"run"},
     {"cluster"},
     {"compare"},
@@ -285,3 +285,11 @@ def test_a_broken_tree_is_caught(tmp_path: Path, file: str, text: str, problem: 
     found = problems(tmp_path)
     assert len(found) == 1
     assert problem in found[0]
+
+
+def test_no_module_hides_what_the_package_offers() -> None:
+    """Importing `lwo_dist.NAME` as a module would replace the function of that name."""
+    import lwo_dist
+
+    modules = {path.stem for path in (REPOSITORY / "lwo_dist").iterdir()}
+    assert not modules & set(lwo_dist.__all__)

@@ -100,7 +100,7 @@ def train(config: Config) -> dict[str, Any]:
             else:
                 nodes = [this_machine()]
             resources = resources_per_worker(config.cluster, nodes)
-            from lwo_dist.prepare import ending_tracking, prepare
+            from lwo_dist.driver import ending_tracking, prepare
 
             config = prepare(config, elsewhere=joins)
             stack.enter_context(ending_tracking(config))
@@ -115,7 +115,7 @@ def train(config: Config) -> dict[str, Any]:
             stack.enter_context(watched_waiting(config, resources, stop))
             return _fit_until_done(config, resources, threads, flag)
     except KeyboardInterrupt:
-        from lwo_dist.prepare import stopped_early
+        from lwo_dist.driver import stopped_early
 
         # Ray turns a SIGTERM while it starts into its own exit.
         raise stopped_early(config, stop.reason or "SIGTERM") from None

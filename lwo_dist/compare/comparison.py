@@ -353,8 +353,8 @@ class _Work:
     def _flops_of(self, run: Run, base_model: str) -> float:
         key = (run.task, run.method)
         if key not in self._flops:
+            from lwo_dist.driver import model_source
             from lwo_dist.models.flops import flops_per_sequence
-            from lwo_dist.prepare import model_source
 
             say(f"counting the operations of {run.method}")
             method = METHODS.get(run.config.method)

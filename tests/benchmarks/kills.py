@@ -152,7 +152,7 @@ def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     import torch
 
     from lwo_dist.config.reading import load_config
-    from lwo_dist.prepare import prepare
+    from lwo_dist.driver import prepare
 
     make_inputs(folder)
     _, file, *others = overrides(folder, "unbroken", *settings(kills))

@@ -166,11 +166,11 @@ def test_the_end_of_a_run_that_is_lost_is_for_the_other_process_to_say(
     monkeypatch.setattr(ray_train, "_set_environment", lambda: True)
     monkeypatch.setattr(ray_train, "joined_ray", lambda: nullcontext([]))
     monkeypatch.setattr(ray_train, "resources_per_worker", lambda *_: {"CPU": 1})
-    monkeypatch.setattr("lwo_dist.prepare.prepare", prepare)
+    monkeypatch.setattr("lwo_dist.driver.prepare", prepare)
     monkeypatch.setattr(ray_train, "forwarded", lambda _: nullcontext())
     monkeypatch.setattr(ray_train, "watched_waiting", lambda *_: nullcontext())
     monkeypatch.setattr(ray_train, "_fit_until_done", fails)
-    monkeypatch.setattr("lwo_dist.prepare.end_run", lambda *told: said.append(told[-1]))
+    monkeypatch.setattr("lwo_dist.driver.end_run", lambda *told: said.append(told[-1]))
     with pytest.raises(RuntimeError, match="peer is gone"):
         ray_train.train(Config(run_name="r", storage=str(tmp_path)))
     assert said == ended

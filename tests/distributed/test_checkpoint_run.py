@@ -23,7 +23,7 @@ from lwo_dist.checkpoint import export
 from lwo_dist.cli import main
 from lwo_dist.config import Config
 from lwo_dist.data import batches
-from lwo_dist.prepare import prepare
+from lwo_dist.driver import prepare
 from lwo_dist.run import run
 from lwo_dist.training import trainer
 from tests.distributed import test_run

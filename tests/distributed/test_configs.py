@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lwo_dist.config.reading import load_config
-from lwo_dist.prepare import prepare
+from lwo_dist.driver import prepare
 from lwo_dist.run import run
 from tests.code_samples import code, write_tree
 from tests.models import save_tiny_model

@@ -24,8 +24,8 @@ import lwo_dist
 from lwo_dist import distributed
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.run import run
 from tests import oracle
 from tests.distributed import training, zero

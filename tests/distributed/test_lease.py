@@ -24,8 +24,8 @@ from lwo_dist import lease
 from lwo_dist.callback import Callback
 from lwo_dist.checkpoint.format import committed_steps, read_checkpoint
 from lwo_dist.config import Config
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.run import run
 from lwo_dist.spool import read_spool
 from lwo_dist.storage import RunFolder

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lwo_dist
 from lwo_dist.cli import main
 from lwo_dist.config import Config, LoRAConfig
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO
 from lwo_dist.memory import lora_bytes, lora_numel, padded_numel
 from lwo_dist.methods.lora import LoRA
-from lwo_dist.prepare import prepare
 from lwo_dist.run import run
 from lwo_dist.strategies.deepspeed.builder import make_engine
 from lwo_dist.strategies.fsdp.builder import shard_model

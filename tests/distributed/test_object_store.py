@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from lwo_dist.cli import main
 from lwo_dist.config import Config
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.storage import RunFolder, storage_folder
 from tests.distributed import test_run
 from tests.distributed.test_run import exported, make_config, run_and_record, stop_after

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lwo_dist.prepare import prepare
+from lwo_dist.driver import prepare
 from tests.distributed.test_deepspeed_run import resume_all
 from tests.distributed.test_run import exported, inputs, make_config
 from tests.ranks import run_ranks

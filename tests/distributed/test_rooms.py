@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import lwo_dist
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
+from lwo_dist.driver import prepare
 from lwo_dist.hook import LWO
-from lwo_dist.prepare import prepare
 from lwo_dist.run import run
 from lwo_dist.strategies.deepspeed.builder import make_engine
 from lwo_dist.strategies.fsdp.builder import shard_model

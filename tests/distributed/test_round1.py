@@ -23,9 +23,9 @@ from lwo_dist.cli import main
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.data.examples import LineTokenizer, TokenizedText
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.models import load_tokenizer
-from lwo_dist.prepare import prepare
 from lwo_dist.registry import TASKS
 from lwo_dist.run import run
 from lwo_dist.tasks.prepare import prepare_dataset

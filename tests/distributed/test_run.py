@@ -22,8 +22,8 @@ from lwo_dist import distributed
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.run import _with_precision, run
 from lwo_dist.run_info import RunInfo
 from lwo_dist.spool import SPOOL_NAME, points_of, read_spool

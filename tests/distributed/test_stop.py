@@ -14,7 +14,7 @@ import torch
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.distributed import first_reason, rank
-from lwo_dist.prepare import prepare
+from lwo_dist.driver import prepare
 from lwo_dist.run import run
 from lwo_dist.stop import StopNow, Stopped, StopRequest, StopVote
 from tests.distributed.test_run import exported, inputs, make_config

@@ -20,8 +20,8 @@ from lwo_dist.checkpoint.manage import list_checkpoints
 from lwo_dist.config import Config, DataConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.data.examples import EvalExample, TrainExample
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.registry import TASKS
 from lwo_dist.report.history import History
 from lwo_dist.report.outcome import Outcome

@@ -13,10 +13,10 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from lwo_dist.config import ModelConfig
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.models import licence_of
 from lwo_dist.models.gguf import dequantise
-from lwo_dist.prepare import prepare
 from tests.code_samples import END_OF_TEXT, code, make_config, tokenizer_of_kind, write_tree
 
 

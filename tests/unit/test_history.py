@@ -16,9 +16,9 @@ from lwo_dist.data.history import MOST_FILES, is_fix, read_fixes
 from lwo_dist.data.pairs import Pair
 from lwo_dist.data.private import read_defect, read_repair
 from lwo_dist.data.source_tree import read_source_tree
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.git import Repository
-from lwo_dist.prepare import prepare
 from lwo_dist.registry import TASKS
 from lwo_dist.run import run
 from tests.code_samples import make_config

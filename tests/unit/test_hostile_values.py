@@ -13,8 +13,8 @@ from lwo_dist.checkpoint.format import newest_checkpoint
 from lwo_dist.checkpoint.resume import refuse_other_run
 from lwo_dist.checkpoint.schema import ADAPTERS_INDEX, INDEX, MOMENTS, STATE
 from lwo_dist.config import Config
+from lwo_dist.driver import read_record
 from lwo_dist.errors import DamagedError, UserError
-from lwo_dist.prepare import read_record
 from lwo_dist.storage import RunFolder
 from tests import hostile
 from tests.hostile import (

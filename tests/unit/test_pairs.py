@@ -20,8 +20,8 @@ from lwo_dist import distributed
 from lwo_dist.config import Config
 from lwo_dist.data.examples import EvalExample, Note, TrainExample, scored_bytes
 from lwo_dist.data.pairs import Pair, Pairs
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.registry import TASKS
 from lwo_dist.run import run
 from lwo_dist.tasks import metrics

@@ -9,9 +9,9 @@ import pytest
 from lwo_dist.cluster.jobs import _checked
 from lwo_dist.cluster.ray_train import _passed_on
 from lwo_dist.config.reading import load_config
+from lwo_dist.driver import _with_absolute_paths, prepare
 from lwo_dist.errors import UserError
 from lwo_dist.files import absolute_uri
-from lwo_dist.prepare import _with_absolute_paths, prepare
 from tests.code_samples import code, write_tree
 from tests.models import save_tiny_model
 

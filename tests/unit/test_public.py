@@ -19,8 +19,8 @@ from lwo_dist.config import DataConfig
 from lwo_dist.config.reading import load_config
 from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.data.public import read_public
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.prepare import prepare
 from lwo_dist.registry import TASKS
 from tests.code_samples import make_config
 from tests.models import save_tiny_model
