@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ __all__ = [
     "END_OF_TEXT",
     "KINDS",
     "code",
+    "git",
     "make_config",
     "make_tokenizer",
     "tokenizer_of_kind",
@@ -192,3 +194,18 @@ def make_config(source: Path, storage: Path, *overrides: str) -> Config:
         "data.held_out_fraction=0.3",
     ]
     return load_config(None, [f"data.source={source}", f"storage={storage}", *small, *overrides])
+
+
+def git(folder: Path, *arguments: str, date: int = 0) -> str:
+    """Run git as somebody, `date` seconds after a fixed time, without the user's settings."""
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    when = f"{1_700_000_000 + date} +0000"
+    done = subprocess.run(
+        ["git", *who, *arguments],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "GIT_COMMITTER_DATE": when, "GIT_AUTHOR_DATE": when},
+    )
+    return done.stdout.strip()

@@ -49,6 +49,8 @@ def run_children(
             while waiting and len(running) < jobs and not signals:
                 connection, process = _start(waiting.pop(), launcher)
                 running[connection] = process
+                for number in signals:  # that came while it started
+                    os.kill(process.pid, number)
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
                 name, outcome = _outcome(ready, running.pop(ready))

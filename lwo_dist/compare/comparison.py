@@ -132,7 +132,7 @@ class _Work:
         self._jobs = jobs
         self._count = 0
         self._pictures: list[str] = []
-        self._flops: dict[tuple[str, str], float] = {}
+        self._flops: dict[tuple[str, str], float | None] = {}
         self._baselines: dict[tuple[str, str, str], str] = {}
         self._errors: dict[str, FailedRunError] = {}
         first = design.equal_steps(
@@ -350,7 +350,8 @@ class _Work:
             if folder.path(name).is_dir():
                 folder.remove_folder(name)
 
-    def _flops_of(self, run: Run, base_model: str) -> float:
+    def _flops_of(self, run: Run, base_model: str) -> float | None:
+        """Operations of an optimizer step; None, with a line, for a model that cannot be traced."""
         key = (run.task, run.method)
         if key not in self._flops:
             from lwo_dist.driver import model_source
@@ -360,11 +361,15 @@ class _Work:
             method = METHODS.get(run.config.method)
             base = run.config.model.model_copy(update={"name": base_model})
             config = run.config.model_copy(update={"model": base})
-            model = model_source(config, method).empty()
-            visits = method.visits(method.layers(model, run.config.lwo))
             length = run.config.train.sequence_length
-            of_sequence = flops_per_sequence(model, visits, length)
-            self._flops[key] = of_sequence * run.config.train.global_batch_size
+            try:
+                model = model_source(config, method).empty()
+                visits = method.visits(method.layers(model, run.config.lwo))
+                of_sequence = flops_per_sequence(model, visits, length)
+                self._flops[key] = of_sequence * run.config.train.global_batch_size
+            except Exception as error:  # its code may do anything without values to compute with
+                self._flops[key] = None
+                say(f"the operations of {run.method} were not counted ({first_line(error)})")
         return self._flops[key]
 
     def _write(self) -> None:

@@ -173,7 +173,7 @@ def _costs(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
         mean = reading["mean"]
 
         def against(name: str, mean: Mapping[str, Any] = mean) -> str:
-            if base is None or not base[name]:
+            if base is None or not base[name] or mean[name] is None:
                 return ""
             return f" ({mean[name] / base[name]:.2f}x)"
 
@@ -185,7 +185,9 @@ def _costs(found: Mapping[str, Any], task: str, purpose: str) -> list[str]:
                 str(mean["steps"]),
                 human_seconds(mean["training_seconds"]) + against("training_seconds"),
                 f"{1000 * mean['step_seconds']:.0f} ms" + against("step_seconds"),
-                human_count(mean["flops_per_step"]) + against("flops_per_step"),
+                "not counted"
+                if mean["flops_per_step"] is None
+                else human_count(mean["flops_per_step"]) + against("flops_per_step"),
                 human_bytes(mean["peak_memory_bytes"]),
                 human_bytes(mean["optimizer_state_bytes"]),
                 human_bytes(mean["bytes_sent_per_step"]),

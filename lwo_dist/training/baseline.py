@@ -34,6 +34,8 @@ def _read(config: Config, data: PreparedData, name: str) -> dict[str, object]:
         run_folder.fetch_small()
         summary = read_json(run_folder.file("summary.json"))
         record: dict[str, object] = read_json(run_folder.file(_SCORES))
+        if not {"scores", "cost"} <= record.keys():
+            raise DamagedError(f"{_SCORES} was written by an older lwo_dist")
         found = {"model": summary["base_model"], "examples": summary["fingerprint"]}
     except (DamagedError, KeyError, TypeError, OSError) as error:
         raise UserError(

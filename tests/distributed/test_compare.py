@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 
 from lwo_dist.compare.child import run_children
 from lwo_dist.config.reading import make_config
-from tests.code_samples import code, write_tree
+from tests.code_samples import code, git, write_tree
 from tests.models import save_tiny_model
 
 SETTINGS = (
@@ -266,11 +266,6 @@ def fixed_functions(folder: Path) -> Path:
             git(folder, "add", ".")
             git(folder, "commit", "-m", "Add functions")
     return folder
-
-
-def git(folder: Path, *arguments: str) -> None:
-    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 SHORT = ("--methods=lwo,full", "--rates=1e-2", "--seeds=1", "--no-equal-time")

@@ -405,6 +405,13 @@ def test_in_the_picture_the_bars_of_a_score_share_a_unit_and_no_label_covers_ano
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
+def test_operations_that_could_not_be_counted_do_not_take_the_page_down():
+    whole = found((-0.1, -0.2, -0.05))
+    reading = whole["readings"]["completion"]["equal_steps"]
+    reading["lwo"]["mean"]["flops_per_step"] = None
+    assert "not counted" in comparison_page(whole, [])
+
+
 # ---- operations
 
 

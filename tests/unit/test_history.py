@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,23 +20,9 @@ from lwo_dist.errors import UserError
 from lwo_dist.git import Repository
 from lwo_dist.registry import TASKS
 from lwo_dist.run import run
-from tests.code_samples import make_config
+from tests.code_samples import git, make_config
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks
-
-
-def git(folder: Path, *arguments: str, date: int = 0) -> str:
-    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    when = f"{1_700_000_000 + date} +0000"
-    done = subprocess.run(
-        ["git", *who, *arguments],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin", "GIT_COMMITTER_DATE": when, "GIT_AUTHOR_DATE": when},
-    )
-    return done.stdout.strip()
 
 
 def function(name: str, value: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lwo_dist.data.pairs import Pair, split_pairs
 from lwo_dist.data.private import read_generation, read_summarisation
 from lwo_dist.data.source_tree import read_source_tree
 from lwo_dist.errors import UserError
+from tests.code_samples import git
 
 
 def function(number: int, name: str = "work") -> str:
@@ -158,20 +158,6 @@ def test_the_identity_follows_what_is_read(tree: Path, tmp_path: Path) -> None:
     assert identity(held_out_fraction=0.5) != first
     write(tree, {"file_3.py": function(3).replace("total *", "total +")})
     assert identity() != first
-
-
-def git(folder: Path, *arguments: str, date: int = 0) -> str:
-    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    when = f"{1_700_000_000 + date} +0000"
-    done = subprocess.run(
-        ["git", *who, *arguments],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin", "GIT_COMMITTER_DATE": when, "GIT_AUTHOR_DATE": when},
-    )
-    return done.stdout.strip()
 
 
 def test_the_split_by_time(tree: Path, tmp_path: Path) -> None:
