@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from types import ModuleType
 from typing import Generic, TypeVar
 
-import bm25s
 import numpy as np
 
 __all__ = ["QUERY_LINES", "Passage", "Retriever", "passages_of", "query_of"]
@@ -58,7 +59,7 @@ class Retriever(Generic[_Item]):
 
     def __init__(self, items: Sequence[_Item], text_of: Callable[[_Item], str]):
         self._items = list(items)
-        self._index = bm25s.BM25()
+        self._index = _bm25s().BM25()
         words = [_words(text_of(item)) for item in self._items]
         self._known = {word for text in words for word in text}
         if self._known:
@@ -86,3 +87,20 @@ def _lines(text: str) -> list[str]:
 
 def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
+
+
+def _bm25s() -> ModuleType:
+    """The library, without JAX. Where JAX is installed, bm25s computes with it as it is imported,
+    and JAX then holds three quarters of the GPU's memory.
+    """
+    missing = object()
+    jax = sys.modules.get("jax", missing)
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        import bm25s
+    finally:
+        if jax is missing:
+            del sys.modules["jax"]
+        else:
+            sys.modules["jax"] = jax  # type: ignore[assignment]
+    return bm25s

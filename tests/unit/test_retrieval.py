@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +92,22 @@ def test_the_query_is_the_end() -> None:
     text = "".join(f"{i}\n" for i in range(30)) + "unfinished"
     assert query_of(text) == "".join(f"{i}\n" for i in range(21, 30)) + "unfinished"
     assert query_of("") == ""
+
+
+def test_jax_stays_out(tmp_path: Path) -> None:
+    """With JAX, bm25s computes on the GPU as it is imported, and JAX takes most of its memory."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('JAX was imported')")
+    use = (
+        "import sys; from lwo_dist.data.retrieval import Retriever\n"
+        "print(Retriever(['a b', 'c d'], str).nearest('c', 1), 'jax' in sys.modules, flush=True)\n"
+        "import jax"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", use],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("['c d'] False\n", "JAX was imported\n")
