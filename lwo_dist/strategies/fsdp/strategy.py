@@ -27,6 +27,7 @@ from lwo_dist.strategies.base import (
     Update,
     update_shards,
 )
+from lwo_dist.strategies.changes import KnownParameters, changed
 from lwo_dist.strategies.parks import join, split
 
 from .shards import (
@@ -53,6 +54,7 @@ class FullyShard(Strategy):
         super().__init__(model, layers, config)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._reshard()
+        self._known = KnownParameters(model)
         # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
         # with or without a stack.
         self._depths = parameter_depths(model) if any(layer.depth for layer in layers) else {}
@@ -102,6 +104,25 @@ class FullyShard(Strategy):
             [[self._shards[name] for name in layer.parameter_names] for layer in visit.layers]
         )
         self._unpark_moments()
+
+    def refuse_changes(self) -> None:
+        # The modules may have gathered parameters now, so FSDP2's own record is looked at.
+        items = (
+            item
+            for module in self._modules
+            for group in fsdp_groups(module)
+            for item in group.fsdp_params
+        )
+        sharded = {id(item.sharded_param) for item in items}
+        for name, parameter in self._trained.items():
+            if id(parameter) not in sharded:
+                raise changed(f"{name} is another parameter than it was")
+            if local_shard(parameter).data_ptr() != self._shards[name].data_ptr():
+                raise changed(f"{name} has moved")
+
+    def refuse_any_change(self) -> None:
+        self._reshard()
+        super().refuse_any_change()
 
     def deactivate(self) -> None:
         if self._visit is None:
