@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .names import named_parameters
+
 __all__ = ["Guard"]
 
 _REMEDY = (
@@ -50,7 +52,7 @@ class Guard:
     def watch(self, names: Sequence[str]) -> None:
         """Watch the gradients of these parameters, which are trainable, and of no others."""
         _remove(self._visit)
-        parameters = dict(self._module.named_parameters()) if names else {}
+        parameters = named_parameters(self._module) if names else {}
         guard = weakref.ref(self)
 
         def after_gradient(_: Tensor) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lwo_dist.names import clean_name
+
 __all__ = ["KnownParameters", "changed"]
 
 
@@ -15,20 +17,28 @@ class KnownParameters:
     def __init__(self, model: nn.Module):
         self._model = model
         named = model.named_parameters(remove_duplicate=False)
-        self._known = {name: (name.split("."), parameter) for name, parameter in named}
+        self._known = {clean_name(name): (name.split("."), parameter) for name, parameter in named}
 
     def refuse_replaced(self, names: Iterable[str]) -> None:
         """Raise RuntimeError if the model has another parameter under one of these names."""
         for name in names:
             path, known = self._known[name]
             if self._find(path) is not known:
-                raise changed(f"{name} is another parameter than it was")
+                self._refuse_other(name, known)
+
+    def _refuse_other(self, name: str, known: nn.Parameter) -> None:
+        """Let a module around it pass, such as that of `torch.compile(layer)`."""
+        for other, parameter in self._model.named_parameters(remove_duplicate=False):
+            if clean_name(other) == name and parameter is known:
+                self._known[name] = other.split("."), known
+                return
+        raise changed(f"{name} is another parameter than it was")
 
     def refuse_any_change(self) -> None:
         """Raise RuntimeError if a parameter was replaced, added or removed."""
         self.refuse_replaced(self._known)
         for name, _ in self._model.named_parameters(remove_duplicate=False):
-            if name not in self._known:
+            if clean_name(name) not in self._known:
                 raise changed(f"{name} was added to it")
 
     def _find(self, path: list[str]) -> nn.Parameter | None:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lwo_dist
 from lwo_dist import LWOConfig, UserError
 from lwo_dist.hook import LWO
+from lwo_dist.names import clean_name
 from tests.unit.test_hook import STEPS_PER_LAYER, Tiny, attach, loss_of, tiny, train
 
 Change = Callable[[Tiny], object]
@@ -46,6 +48,20 @@ def test_a_moved_model_trains_the_same(change: Change, state: str, method: str) 
 
     still, moved = run(set()), run({1, 4, 9, 10, 17})
     assert all(torch.equal(still[name], moved[name]) for name in still)
+
+
+def test_a_layer_that_is_wrapped_later_trains_the_same() -> None:
+    def run(step_of_change: int) -> dict[str, torch.Tensor]:
+        lwo = attach()
+        for step in range(12):
+            if step == step_of_change:
+                for i in (0, 1):
+                    lwo.model.layers[i] = checkpoint_wrapper(lwo.model.layers[i])
+            train(lwo, step, step + 1)
+        return {clean_name(name): p for name, p in weights(lwo.model).items()}
+
+    bare, wrapped = run(99), run(3)  # inside the visit of layer 0
+    assert all(torch.equal(bare[name], wrapped[name]) for name in bare)
 
 
 def assign(model: Tiny) -> None:
