@@ -34,6 +34,7 @@ class Guard:
         self._module = module
         # No weak references: torch.utils.swap_tensors, which FSDP2's `to` uses, refuses those.
         self._parameters = {id(parameter): parameter for parameter in module.parameters()}
+        self._allowed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._in_backward = False
         self._visit: list[Any] = []
         guard = weakref.ref(self)
@@ -69,6 +70,10 @@ class Guard:
             for name in names[::every]
         ]
 
+    def allow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let this optimizer hold parameters of the model and be stepped."""
+        self._allowed.add(optimizer)
+
     @contextmanager
     def backward(self) -> Iterator[None]:
         """The hook's own backward pass."""
@@ -83,6 +88,8 @@ class Guard:
         self._end()
 
     def _refuse_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in self._allowed:
+            return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in self._parameters:

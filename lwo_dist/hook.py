@@ -293,6 +293,13 @@ class LWO:
             bytes_sent=bytes_sent,
         )
 
+    def allow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Allow `step` of an optimizer that holds parameters of the model but updates none.
+
+        A loop may need one for its scheduler. The step of any other is a RuntimeError.
+        """
+        self._guard.allow(optimizer)
+
     def flush(self) -> None:
         """Call before evaluation or any read of the model's weights."""
         self.strategy.flush()

@@ -170,6 +170,8 @@ def test_a_step_of_someone_elses_optimizer_is_an_error(
     other(torch.ones(2)).sum().backward()
     unrelated.step()
     lwo.step()
+    lwo.allow(mine)
+    mine.step()
     lwo.detach()
     mine.step()
 
