@@ -14,6 +14,7 @@ changes exactly the layers of its visit.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from . import distributed
 from .config import LWOConfig
 from .errors import UserError
+from .guard import Guard
 from .layers import (
     Layer,
     Visit,
@@ -176,6 +178,7 @@ class LWO:
         how = _method(method)
         self.model = model
         self.module = builder.module(model)
+        _refuse_attached(self.module)
         self.config = config
         self._flags = own_flags(self.module)
         found = layers if layers is not None else how.layers(self.module, config)
@@ -200,7 +203,9 @@ class LWO:
         self._at_boundary: bool | None = None  # of the last backward; None after a full step
         self._active = -1
         keep_flags(self.module, self._flags)
+        self._guard = Guard(self.module)
         self._follow_schedule()
+        _ATTACHED[self.module] = weakref.ref(self)
         if config.inactive_master == "discard":
             warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
         self._checkpointing = CheckpointingWatch(self.module)
@@ -232,7 +237,8 @@ class LWO:
             boundary = micro_step >= accumulation
             if accumulation > 1:
                 loss = loss / accumulation
-        self.strategy.backward(loss, boundary)
+        with self._guard.backward():
+            self.strategy.backward(loss, boundary)
         # Only now: a backward that failed, as for lack of memory, may be tried again.
         self._micro_step = micro_step
         self._at_boundary = boundary
@@ -265,6 +271,7 @@ class LWO:
                 skipped=None,
                 bytes_sent=0,
             )
+        self.strategy.refuse_changes()
         update = self.strategy.step(lr, self.config.max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
         device = update.skipped.device
@@ -286,6 +293,13 @@ class LWO:
             bytes_sent=bytes_sent,
         )
 
+    def allow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Allow `step` of an optimizer that holds parameters of the model but updates none.
+
+        A loop may need one for its scheduler. The step of any other is a RuntimeError.
+        """
+        self._guard.allow(optimizer)
+
     def flush(self) -> None:
         """Call before evaluation or any read of the model's weights."""
         self.strategy.flush()
@@ -298,6 +312,7 @@ class LWO:
         """
         self._refuse_mid_accumulation("detach()")
         self.strategy.flush()
+        self._guard.end()
         self.strategy.deactivate()
         # Before the strategy's own part, which depends on what is trainable.
         for name, parameter in named_parameters(self.module).items():
@@ -305,6 +320,7 @@ class LWO:
         forget_flags(self.module)
         self.strategy.detach()
         self._checkpointing.end()
+        _ATTACHED.pop(self.module, None)
         self._active = -1
 
     # ---- position
@@ -456,12 +472,15 @@ class LWO:
         index = self.schedule.active_layer(self.step_count)
         if index == self._active and self.step_in_visit != 0:
             return False
+        self.strategy.refuse_any_change()
         if self._active >= 0:
             self.before_switch()
         started = time.perf_counter()
         with torch.profiler.record_function("LWO::switch"):
+            self._guard.watch([])
             self.strategy.deactivate()
             self.strategy.activate(self.visits[index], partial(make_adamw, self.config))
+            self._guard.watch(self.visits[index].parameter_names)
         self.switch_seconds += time.perf_counter() - started
         switched = index != self._active
         self._active = index
@@ -478,6 +497,18 @@ class LWO:
     def _refuse_detached(self) -> None:
         if self._active < 0:
             raise RuntimeError("this LWO was detached from its model; call lwo_dist.attach again")
+
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LWO]] = weakref.WeakKeyDictionary()
+
+
+def _refuse_attached(module: nn.Module) -> None:
+    other = _ATTACHED.get(module)
+    if other is not None and other() is not None:
+        raise UserError(
+            f"this {type(module).__name__} is attached to another LWO, and both would change its"
+            " weights; call detach() on that one first"
+        )
 
 
 def _method(method: str | Method) -> Method:

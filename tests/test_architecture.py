@@ -26,7 +26,7 @@ FLOORS = [
     {"schedule", "optimizer", "run_info", "lease", "cache"},
     {"methods", "callback"},
     {"strategies"},
-    {"state"},
+    {"guard", "state"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
     {"data", "models", "integrations", "plan"},
@@ -54,6 +54,7 @@ CORE = {
     "errors",
     "extras",
     "git",
+    "guard",
     "hook",
     "layers",
     "lwo_dist",

@@ -249,6 +249,10 @@ def _failures(found: Mapping[str, Any]) -> list[str]:
 
 def _how_to_read(found: Mapping[str, Any]) -> list[str]:
     reference = found["design"]["reference"]
+    equal_time = (
+        f"- At equal training time a method has as many steps as fit into the time that {reference}"
+        " took for its own."
+    )
     return [
         "## How to read this",
         "",
@@ -257,8 +261,7 @@ def _how_to_read(found: Mapping[str, Any]) -> list[str]:
         f"- A difference is positive where the method is better than {reference}; its 95 % interval"
         " is a paired bootstrap over the held-out examples, with each example's mean over the"
         " seeds. It says nothing about other models or data.",
-        f"- At equal training time a method has as many steps as fit into the time that {reference}"
-        " took for its own.",
+        *([equal_time] if found["design"]["equal_time"] else []),
         "- Training time leaves out evaluations and saves. FLOPs are counted, matrix products and"
         " attention of full sequences, not measured.",
         "- To serve: what has to be kept for each tuned model; for lora the adapter, without the"

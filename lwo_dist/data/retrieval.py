@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice, takewhile
 from types import ModuleType
 from typing import Generic, TypeVar
@@ -97,10 +98,9 @@ def _bm25s() -> ModuleType:
     jax = sys.modules.get("jax", missing)
     sys.modules["jax"] = None  # type: ignore[assignment]
     try:
-        import bm25s
+        return import_module("bm25s")
     finally:
         if jax is missing:
             del sys.modules["jax"]
         else:
             sys.modules["jax"] = jax  # type: ignore[assignment]
-    return bm25s

@@ -15,6 +15,7 @@ from lwo_dist.config import Config, LWOConfig
 from lwo_dist.layers import Layer, Visit
 from lwo_dist.methods import Method
 
+from .changes import KnownParameters
 from .parks import HostParks
 
 __all__ = [
@@ -147,6 +148,7 @@ class Strategy(ABC):
     def __init__(self, module: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         self.module = module
         self.layers = tuple(layers)
+        self._known = KnownParameters(module)
         self._keeps_moments = config.state == "keep"
         self._parks_masters = config.inactive_master == "host"
         self._parked_moments = HostParks()
@@ -170,6 +172,18 @@ class Strategy(ABC):
         Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard` is
         set.
         """
+
+    def refuse_changes(self) -> None:
+        """Raise RuntimeError if the visit's parameters are no longer those of the model.
+
+        Called before each update; `refuse_any_change` before a visit.
+        """
+        assert self._visit is not None
+        self._known.refuse_replaced(self._visit.parameter_names)
+
+    def refuse_any_change(self) -> None:
+        """Raise RuntimeError if the model no longer has the parameters it had at `attach`."""
+        self._known.refuse_any_change()
 
     def prefetch(self, visit: Visit) -> None:
         """Start moving the next visit's parked tensors to the device."""

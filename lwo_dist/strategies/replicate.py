@@ -30,6 +30,7 @@ from .base import (
     Update,
     update_shards,
 )
+from .changes import changed
 
 __all__ = ["Replicate", "ReplicateBuilder"]
 
@@ -93,6 +94,7 @@ class Replicate(Strategy):
         super().__init__(model, layers, config)
         self._parameters = named_parameters(model)
         self._refuse_16_bit()
+        self._dtypes = {name: parameter.dtype for name, parameter in self._parameters.items()}
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
         self._flat_weights: dict[str, Tensor] = {}
         self._trained: dict[str, _FlatLayer] = {}
@@ -108,6 +110,7 @@ class Replicate(Strategy):
             self._trained[layer.name] = _FlatLayer(layer, weights, gradient, views)
         self._hang_gradients()
         self._visit = visit
+        self._make_optimizer = make_optimizer
         self._optimizer = make_optimizer([[flat.weight_shard] for flat in self._trained.values()])
         self._unpark_moments()
 
@@ -122,6 +125,7 @@ class Replicate(Strategy):
         self._visit = None
 
     def step(self, lr: float, max_norm: float) -> Update:
+        self._follow_storage()
         self._hang_gradients()
         for flat in self._trained.values():
             flat.reduce()
@@ -204,14 +208,18 @@ class Replicate(Strategy):
         """The flat weights of `layer`, built at its first visit; its parameters are views.
 
         Rebuilt if a parameter has received other storage in the meantime (`model.to`).
+
+        Raises:
+            RuntimeError: a parameter has another dtype than at `attach`.
         """
         flat = self._flat_weights.get(layer.name)
-        if flat is not None:
-            views = self._views(layer, flat)
-            if all(
-                self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()
-            ):
-                return flat
+        if flat is not None and self._is_flat(layer, flat):
+            return flat
+        for name in layer.parameter_names:
+            if self._parameters[name].dtype != self._dtypes[name]:
+                raise changed(
+                    f"{name} went from {self._dtypes[name]} to {self._parameters[name].dtype}"
+                )
         parameters = [self._parameters[name] for name in layer.parameter_names]
         flat = parameters[0].new_zeros(self._flat_numel(layer), requires_grad=False)
         for name, view in self._views(layer, flat).items():
@@ -219,6 +227,24 @@ class Replicate(Strategy):
             self._parameters[name].data = view
         self._flat_weights[layer.name] = flat
         return flat
+
+    def _is_flat(self, layer: Layer, flat: Tensor) -> bool:
+        """Whether the parameters of `layer` are still views of `flat`."""
+        views = self._views(layer, flat)
+        return all(
+            self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()
+        )
+
+    def _follow_storage(self) -> None:
+        """Keep training layers whose parameters have moved within the visit (`model.to`)."""
+        if all(self._is_flat(flat.layer, flat.weights) for flat in self._trained.values()):
+            return
+        assert self._visit is not None
+        moments = {layer: self._shards_of_optimizer(layer) for layer in self._visit.layers}
+        self._trained = {}
+        self.activate(self._visit, self._make_optimizer)
+        for layer, shards in moments.items():
+            self._put_into_optimizer(layer, shards)
 
     def _flat_numel(self, layer: Layer) -> int:
         numel = sum(

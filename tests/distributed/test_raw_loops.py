@@ -224,15 +224,17 @@ def train_sharded_in_16_bits() -> dict[str, Tensor]:
 
 
 def test_hybrid_sharding_of_16_bits_trains_as_over_one_dimension() -> None:
-    """The masters differ by the order of the sums, which AdamW can turn to a step of lr at most."""
+    """The masters differ by the order of the sums alone, in gradients that bf16 has made."""
     hybrids = run_ranks(train_hybrid_in_16_bits, 4)
     sharded = run_ranks(train_sharded_in_16_bits, 4)[0]
     before = dict(oracle.tiny_model(tied=True, dtype=torch.bfloat16).named_parameters())
+    moved = apart = 0.0
     for name, tensor in hybrids[0].items():
         assert tensor.dtype == torch.float32
         assert all(torch.equal(tensor, other[name]) for other in hybrids[1:]), name
-        moved = (sharded[name] - before[name]).norm()
-        assert (tensor - sharded[name]).norm() < 0.05 * moved, name
+        moved += (sharded[name] - before[name].detach()).square().sum().item()
+        apart += (sharded[name] - tensor).square().sum().item()
+    assert apart < 0.05**2 * moved
 
 
 def skipped_by_replicas() -> list[float]:
@@ -571,26 +573,6 @@ def test_gradients_are_divided_as_the_caller_says_but_by_one_factor() -> None:
     assert_equals_plain_loop(found, tied=True, case="sums")
     assert "divided by 4.0, 1.0" in message or "divided by 1.0, 4.0" in message
     assert "not recursive" in message
-
-
-def replaced(how: str) -> str:
-    lwo = attach(shard(tiny_model(tied=True)))
-    train_step(lwo, 0)
-    if how == "moved":
-        lwo.module._apply(torch.clone)  # as `to(device)` does
-    else:
-        lwo.module.load_state_dict(
-            {name: tensor.clone() for name, tensor in lwo.module.state_dict().items()}, assign=True
-        )
-    with pytest.raises(UserError) as caught:
-        train_step(lwo, 1)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("how", ["moved", "assigned"])
-def test_parameters_replaced_after_attach_are_refused_at_the_next_step(how: str) -> None:
-    for message in run_ranks(replaced, 2, how):
-        assert "model.embed_tokens.weight was replaced or moved after attach" in message
 
 
 def refusals() -> dict[str, str]:

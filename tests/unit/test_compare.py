@@ -329,6 +329,7 @@ def found(gain: tuple[float, float, float]) -> dict[str, Any]:
             "seeds": [0],
             "rates": [3e-4, 1e-3],
             "sweep_steps": 20,
+            "equal_time": True,
             "reference": "lora",
         },
         "complete": True,

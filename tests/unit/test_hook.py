@@ -305,7 +305,9 @@ def test_attach_again_after_detach_goes_on() -> None:
     train(again, 0, 2)
     unbroken = attach()
     train(unbroken, 0, 4)
-    fresh = attach(unbroken.module)
+    same = tiny()
+    same.load_state_dict(unbroken.module.state_dict())
+    fresh = attach(same)
     train(fresh, 0, 2)
     torch.testing.assert_close(weights(again), weights(fresh), rtol=0, atol=0)
 

@@ -29,6 +29,7 @@ __all__ = [
     "check_engine",
     "check_environment",
     "partitioner",
+    "refuse_own_checkpoints",
     "warn",
     "warn_overruled",
 ]
@@ -79,8 +80,38 @@ def check_engine(engine: Any, accumulation: int) -> None:
             )
 
 
+def refuse_own_checkpoints(engine: Any) -> Callable[[], None]:
+    """Make the engine refuse to save and load its own checkpoints, and its module to load weights:
+    they have the optimizer of one layer, and ZeRO's masters would overwrite loaded weights.
+
+    Returns:
+        A function that ends it.
+    """
+    remedy = (
+        "while lwo_dist is attached; save lwo.state_dict() and lwo.read_layer(layer) for the"
+        " weights, and set them with lwo.load_state_dict and lwo.write_layer"
+    )
+
+    def refuse(name: str) -> Callable[..., None]:
+        def refused(*_: Any, **__: Any) -> None:
+            raise RuntimeError(f"{name} cannot be used {remedy}")
+
+        return refused
+
+    for name in ("save_checkpoint", "load_checkpoint"):
+        setattr(engine, name, refuse(f"engine.{name}"))
+    hook = engine.module.register_load_state_dict_pre_hook(refuse("load_state_dict"))
+
+    def end() -> None:
+        for name in ("save_checkpoint", "load_checkpoint"):
+            delattr(engine, name)
+        hook.remove()
+
+    return end
+
+
 class RateOfEngine:
-    """Keeps the engine's own learning-rate scheduler, if any, on the optimizer it was made for.
+    """Keeps the engine's learning-rate scheduler, or one of its optimizer, on that optimizer.
 
     That optimizer is emptied at the first switch and no longer trains anything: it only holds the
     rate.
@@ -88,11 +119,15 @@ class RateOfEngine:
 
     def __init__(self, engine: Any):
         scheduler = engine.lr_scheduler
+        inner = engine.basic_optimizer
+        self._inner = inner
         self._holder: torch.optim.Optimizer | None = None
+        self._before = [group["lr"] for group in inner.param_groups]
         if scheduler is None:
+            if any("initial_lr" in group for group in inner.param_groups):  # set by schedulers
+                self._follow("the scheduler of the optimizer that the engine was made with")
             return
         name = type(scheduler).__name__
-        inner = engine.basic_optimizer
         held = getattr(scheduler, "optimizer", None)
         if held is engine.optimizer:
             scheduler.optimizer = inner
@@ -107,19 +142,37 @@ class RateOfEngine:
                 f"the engine's scheduler {name} changes the betas, which are LWOConfig's; set"
                 " cycle_momentum: false"
             )
-        if len({group["lr"] for group in inner.param_groups}) > 1:
-            raise UserError(
-                f"the engine's scheduler {name} sets several learning rates; a layer has one: use"
-                " one group"
-            )
-        self._holder = inner
-        warn(
-            f"the engine's scheduler {name} sets the learning rate; lr and its schedule in"
-            " LWOConfig are not used"
-        )
+        self._follow(f"the engine's scheduler {name}")
+
+    @property
+    def follows(self) -> bool:
+        """Whether a scheduler of the engine, or of its optimizer, sets the rate."""
+        return self._holder is not None
 
     def now(self, scheduled: float) -> float:
-        return scheduled if self._holder is None else float(self._holder.param_groups[0]["lr"])
+        """The next step's rate.
+
+        Raises:
+            RuntimeError: the rate of the engine's optimizer was changed, and nothing reads it.
+        """
+        rates = [group["lr"] for group in self._inner.param_groups]
+        if self._holder is not None:
+            return float(rates[0])
+        if rates != self._before:
+            raise RuntimeError(
+                "the learning rate of the optimizer that the engine was made with changed after"
+                f" attach ({self._before[0]} -> {rates[0]}), without effect; make its scheduler"
+                " before attach, or call lwo.step(lr=...)"
+            )
+        return scheduled
+
+    def _follow(self, scheduler: str) -> None:
+        if len({group["lr"] for group in self._inner.param_groups}) > 1:
+            raise UserError(
+                f"{scheduler} sets several learning rates; a layer has one: use one group"
+            )
+        self._holder = self._inner
+        warn(f"{scheduler} sets the learning rate; lr and its schedule in LWOConfig are not used")
 
 
 def warn_overruled(engine: Any, made: torch.optim.Optimizer, *, rate: bool) -> None:

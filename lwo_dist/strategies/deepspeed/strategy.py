@@ -19,6 +19,7 @@ from lwo_dist.layers import Layer, Visit
 from lwo_dist.memory import local_bytes
 from lwo_dist.names import named_parameters, named_tensors
 from lwo_dist.strategies.base import MOMENTS, MakeOptimizer, Moments, Strategy, Update
+from lwo_dist.strategies.changes import changed
 from lwo_dist.strategies.parks import join, split
 
 from . import fragments as fragments
@@ -26,6 +27,7 @@ from . import private as private
 from .engine import (
     RateOfEngine,
     check_engine,
+    refuse_own_checkpoints,
     warn,
     warn_overruled,
 )
@@ -56,15 +58,24 @@ class DeepSpeedZero(Strategy):
         self._rate = RateOfEngine(engine)
         self._config = engine._config
         written: dict[str, Any] = self._config._param_dict
-        self._clipping: float | None = written.get("gradient_clipping")
+        if written.get("gradient_clipping") == "auto":
+            # transformers and accelerate replace it; in a loop of one's own, LWOConfig decides.
+            self._config.gradient_clipping = config.max_grad_norm
+            self._clipping: float | None = None
+        else:
+            self._clipping = written.get("gradient_clipping")
         self._warned = False
-        self._own_bucket = "reduce_bucket_size" not in written.get("zero_optimization", {})
+        bucket = written.get("zero_optimization", {}).get("reduce_bucket_size", "auto")
+        self._own_bucket = bucket == "auto"
         # Key of a shard -> its offset in the flattened parameter.
         self._starts: dict[str, int] = {}
         self._written: set[str] = set()  # keys of parks, see [Note: Where a park was cut]
         self._sent = private.SentBytes()
         self._before_backward = True
-        self._count_hook = engine.register_forward_pre_hook(self._start_count)
+        self._undo = [
+            engine.register_forward_pre_hook(self._start_count).remove,
+            refuse_own_checkpoints(engine),
+        ]
         self._micro_steps = engine.micro_steps
 
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
@@ -76,7 +87,7 @@ class DeepSpeedZero(Strategy):
         first = self._visit is None
         if first:
             self._warn_if_late(trained)
-            warn_overruled(self._engine, optimizer, rate=self._engine.lr_scheduler is None)
+            warn_overruled(self._engine, optimizer, rate=not self._rate.follows)
         offload = private.release(self._engine)
         names = set(visit.parameter_names)
         for name, parameter in self._parameters.items():
@@ -106,9 +117,20 @@ class DeepSpeedZero(Strategy):
                 self._park_master(name, self._part(name))
         # The ZeRO optimizer itself is freed at the next switch: the engine always needs one.
 
+    def refuse_changes(self) -> None:
+        super().refuse_changes()
+        assert self._visit is not None
+        # Under stages 1 and 2, ZeRO writes the new weights to its flat buffers.
+        weights = private.flat_weights(self._engine.optimizer)
+        flat = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        for name in self._visit.parameter_names:
+            if flat and self._parameters[name].untyped_storage().data_ptr() not in flat:
+                raise changed(f"{name} has moved")
+
     def detach(self) -> None:
         """The engine keeps the last ZeRO optimizer; to continue training, make a new engine."""
-        self._count_hook.remove()
+        for undo in self._undo:
+            undo()
 
     def learning_rate(self, scheduled: float) -> float:
         return self._rate.now(scheduled)

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
-from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit, last_depths
 from lwo_dist.memory import local_bytes
 from lwo_dist.names import named_parameters, named_tensors
@@ -29,6 +28,7 @@ from lwo_dist.strategies.base import (
     Update,
     update_shards,
 )
+from lwo_dist.strategies.changes import KnownParameters, changed
 from lwo_dist.strategies.parks import join, split
 
 from .checks import (
@@ -62,6 +62,7 @@ class FullyShard(Strategy):
         self._groups = fsdp_groups(self._modules)
         self._reshard()
         refuse_unsupported(model, self._groups)
+        self._known = KnownParameters(model)
         # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
         # with or without a stack.
         self._depths: dict[str, int] = {}
@@ -119,6 +120,19 @@ class FullyShard(Strategy):
         )
         self._unpark_moments()
 
+    def refuse_changes(self) -> None:
+        # The modules may have gathered parameters now, so FSDP2's own record is looked at.
+        own = {item.sharded_param for group in self._groups for item in group.fsdp_params}
+        for name, parameter in self._trained.items():
+            if parameter not in own:
+                raise changed(f"{name} is another parameter than it was")
+            if local_shard(parameter).data_ptr() != self._shards[name].data_ptr():
+                raise changed(f"{name} has moved")
+
+    def refuse_any_change(self) -> None:
+        self._reshard()
+        super().refuse_any_change()
+
     def deactivate(self) -> None:
         if self._visit is None:
             return
@@ -155,7 +169,6 @@ class FullyShard(Strategy):
 
     def step(self, lr: float, max_norm: float) -> Update:
         self._reshard()  # or forward would use the old weights, after set_reshard_after_backward
-        self._refuse_replaced()
         for name, shard in self._shards.items():
             gradient = self._trained[name].grad
             shard.grad = local_shard(gradient) if gradient is not None else torch.zeros_like(shard)
@@ -329,18 +342,6 @@ class FullyShard(Strategy):
         for group in self._mesh.get_all_groups():
             distributed.all_reduce(tensor, group)
         return tensor / self._replicas
-
-    def _refuse_replaced(self) -> None:
-        """Raise UserError if a trained shard is no longer the one that the optimizer updates."""
-        own = {item.sharded_param for group in self._groups for item in group.fsdp_params}
-        for name, parameter in self._trained.items():
-            kept = local_shard(parameter).data_ptr() == self._shards[name].data_ptr()
-            if parameter not in own or not kept:
-                raise UserError(
-                    f"parameter {name} was replaced or moved after attach, as by model.to() or"
-                    " load_state_dict(assign=True): the optimizer would update its old weights;"
-                    " call lwo_dist.attach after that"
-                )
 
 
 def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
