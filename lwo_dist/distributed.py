@@ -170,7 +170,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     ranks = world_size(group)
     if ranks == 1:
         return [value]
-    device = _device_of_collectives()
+    device = _device_of_collectives(group)
     mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
     sizes = torch.empty(ranks, dtype=torch.int64, device=device)
     _all_gather(sizes, torch.tensor([mine.numel()], device=device), group=group)
@@ -184,10 +184,10 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return [pickle.loads(bytes(row[:size].tolist())) for row, size in rows]
 
 
-def _device_of_collectives() -> torch.device:
+def _device_of_collectives(group: dist.ProcessGroup | None) -> torch.device:
     """The CPU where the process group has a backend for it, else the accelerator."""
     # Such as "gloo", "nccl", or "cpu:gloo,cuda:nccl".
-    if "gloo" in dist.get_backend_config():
+    if "gloo" in dist.get_backend_config(group):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None

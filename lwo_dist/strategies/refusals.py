@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -112,24 +112,31 @@ class CheckpointingWatch:
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
+    if not any(_remedy(module) for module in _walk(model)):
+        return
     for name, module in model.named_modules():
-        if isinstance(module, CheckpointWrapper) and (
-            module.checkpoint_impl is CheckpointImpl.REENTRANT or _re_enters(module.checkpoint_fn)
-        ):
+        if remedy := _remedy(module):
             raise UserError(
                 f"activation checkpointing of {name} is reentrant, which loses the active layer's"
-                " gradients; use checkpoint_wrapper(module,"
-                " checkpoint_impl=CheckpointImpl.NO_REENTRANT)"
+                f" gradients; {remedy}"
             )
-        if getattr(module, "gradient_checkpointing", False) and _re_enters(
-            getattr(module, "_gradient_checkpointing_func", None)
-        ):
-            raise UserError(
-                f"activation checkpointing of {name} is reentrant, which loses the active layer's"
-                " gradients; call"
-                ' gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant":'
-                " False})"
-            )
+
+
+def _remedy(module: nn.Module) -> str | None:
+    """What to do instead, if the module is checkpointed in the reentrant way."""
+    if isinstance(module, CheckpointWrapper):
+        if module.checkpoint_impl is CheckpointImpl.REENTRANT or _re_enters(module.checkpoint_fn):
+            return "use checkpoint_wrapper(module, checkpoint_impl=CheckpointImpl.NO_REENTRANT)"
+        return None
+    # As transformers sets it: `getattr` on a module without the attribute is slow.
+    if module.__dict__.get("gradient_checkpointing") and _re_enters(
+        getattr(module, "_gradient_checkpointing_func", None)
+    ):
+        return (
+            'call gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant":'
+            " False})"
+        )
+    return None
 
 
 def _re_enters(checkpoint: Any) -> bool:
@@ -142,15 +149,25 @@ def _end_backward_at_active_layer(model: nn.Module) -> bool:
     Called twice it loses track of its first hooks, so they are looked up on the modules themselves.
     """
     found = False
-    for module in model.modules():
+    for module in _walk(model):
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del module._forward_hooks[key]
                 found = True
     disable = getattr(model, "disable_input_require_grads", None)
-    if disable is not None:
+    if found and disable is not None:
         disable()
     return found
+
+
+def _walk(model: nn.Module) -> Iterator[nn.Module]:
+    """As `model.modules()`, which makes a name for each and takes several times as long."""
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            yield module
+            waiting += module._modules.values()
 
 
 def warn_of_frozen(flags: Mapping[str, bool]) -> None:

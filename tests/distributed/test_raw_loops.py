@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import lwo_dist
 from lwo_dist import LWO, LWOConfig, UserError
@@ -140,6 +140,22 @@ def test_any_layout_trains_as_a_plain_loop() -> None:
         assert counted, name
 
 
+def train_accumulating(names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name in names:
+        tied, layout = LAYOUTS[name]
+        model = tiny_model(tied=tied)
+        layout(model)
+        found[name] = train(attach(model, gradient_accumulation_steps=2), RECIPE.steps)[1]
+    return found
+
+
+def test_any_layout_accumulates_as_a_plain_loop() -> None:
+    names = ["torchtitan", "accelerate, tied", "[embed, head], tied", "the root alone"]
+    for name, found in run_ranks(train_accumulating, 2, names)[0].items():
+        assert_equals_plain_loop(found, tied=LAYOUTS[name][0], case=name)
+
+
 def train_resharded_to_pairs() -> dict[str, Tensor]:
     return train(attach(shard(tiny_model(tied=True), reshard_after_forward=2)), RECIPE.steps)[1]
 
@@ -160,8 +176,7 @@ def train_hybrid(replicas: int) -> tuple[dict[str, Tensor], dict[str, Tensor], b
     """Weights at the end, without and with a resume in mid-visit; counts; the moments of the
     resume.
     """
-    model = shard(tiny_model(tied=True), mesh=hybrid(replicas))
-    lwo = attach(model, state="keep")
+    lwo = attach(shard(tiny_model(tied=True), mesh=hybrid(replicas)), state="keep")
     counts = [counted_step(lwo, step) for step in range(7)]
     state = lwo.state_dict()
     saved = weights(lwo)
@@ -192,6 +207,32 @@ def test_hybrid_sharding_trains_as_a_plain_loop(replicas: int, world_size: int) 
             assert (plain[name] - found[name]).abs().max() < TOLERANCE, name
             assert torch.equal(found[name], ranks[0][0][name]), name
             assert torch.equal(found[name], resumed[name]), name
+
+
+def train_hybrid_in_16_bits() -> dict[str, Tensor]:
+    """Weights that are stored in bf16, and their masters parked."""
+    model = oracle.tiny_model(tied=True, dtype=torch.bfloat16)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    lwo = attach(shard(model, mesh=hybrid(2), mp_policy=policy))
+    return train(lwo, RECIPE.steps)[1]
+
+
+def train_sharded_in_16_bits() -> dict[str, Tensor]:
+    model = oracle.tiny_model(tied=True, dtype=torch.bfloat16)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return train(attach(shard(model, mp_policy=policy)), RECIPE.steps)[1]
+
+
+def test_hybrid_sharding_of_16_bits_trains_as_over_one_dimension() -> None:
+    """The masters differ by the order of the sums, which AdamW can turn to a step of lr at most."""
+    hybrids = run_ranks(train_hybrid_in_16_bits, 4)
+    sharded = run_ranks(train_sharded_in_16_bits, 4)[0]
+    before = dict(oracle.tiny_model(tied=True, dtype=torch.bfloat16).named_parameters())
+    for name, tensor in hybrids[0].items():
+        assert tensor.dtype == torch.float32
+        assert all(torch.equal(tensor, other[name]) for other in hybrids[1:]), name
+        moved = (sharded[name] - before[name]).norm()
+        assert (tensor - sharded[name]).norm() < 0.05 * moved, name
 
 
 def skipped_by_replicas() -> list[float]:
@@ -237,6 +278,63 @@ def test_ranks_of_a_smaller_mesh_train_on_their_own() -> None:
         assert any(f"over the ranks [{i}, {i + 1}] of 4" in line for line in ranks[i][2])
         assert not ranks[i + 1][2]
     assert ranks[0][1] != ranks[2][1]
+
+
+# ---- experts that only some ranks use
+
+
+class Experts(nn.Module):
+    """Adds to each sequence what the expert of its first token makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        parts = []
+        for row, first in zip(x, tokens[:, 0].tolist(), strict=True):
+            parts.append(row + self.experts[first % 3](row).tanh())
+        return torch.stack(parts)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(12, 8)
+        self.layers = nn.ModuleList(Experts() for _ in range(2))
+        self.head = nn.Linear(8, 12)
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, tokens)
+        logits: Tensor = self.head(x)
+        return logits.logsumexp(-1).square().mean()
+
+
+# Rank 0 uses the experts 0 and 1, rank 1 the experts 0 and 2.
+TOKENS = torch.tensor([[0, 5, 7], [1, 2, 9], [3, 4, 4], [2, 8, 1]])
+
+
+def train_mixture(distributed: bool) -> dict[str, Tensor]:
+    model = Mixture()
+    if distributed:
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    lwo = attach(model)
+    for _ in range(10):
+        lwo.backward(model(TOKENS.chunk(2)[dist.get_rank()] if distributed else TOKENS))
+        lwo.step()
+    return weights(lwo)
+
+
+def test_experts_that_only_some_ranks_use_keep_their_gradients_apart() -> None:
+    expected = train_mixture(False)
+    for name, tensor in run_ranks(train_mixture, 2, True, timeout=60)[0].items():
+        assert (tensor - expected[name]).abs().max() < TOLERANCE, name
 
 
 # ---- wrappers
@@ -497,6 +595,13 @@ def refusals() -> dict[str, str]:
 
     model = tiny_model(tied=True)
     found["ignored"] = message(fully_shard(model, ignored_params={model.model.norm.weight}))
+    model = shard(tiny_model(tied=False))
+    names = tuple(name for name, _ in model.named_parameters() if ".layers.1." in name)
+    with pytest.raises(UserError) as caught:
+        layers = [lwo_dist.Layer("second", names, depth=3)]
+        lwo_dist.attach(model, LWOConfig(), layers=layers)
+    found["depth"] = str(caught.value)
+
     model = oracle.tiny_model(tied=True, seed=dist.get_rank())
     found["seeds"] = message(shard(model, mesh=pair))
     found["whole"] = message(torch.compile(shard(tiny_model(tied=True)), backend="aot_eager"))
@@ -509,6 +614,8 @@ def test_what_cannot_be_sharded_is_refused_with_reason_and_remedy() -> None:
         assert "divided by" in found["uneven"] and "not recursive" in found["uneven"]
         assert "pass the same mesh to every fully_shard" in found["meshes"]
         assert "model.norm.weight lies outside of every fully_shard'ed module" in found["ignored"]
+        assert "layer 'second' has depth 3, but its model.layers.1." in found["depth"]
+        assert "is used at depth 2" in found["depth"]
         assert "initial weights differ between rank 0 and rank 1" in found["seeds"]
         assert "torch.compile was called on the model as a whole" in found["whole"]
         assert all("\n" not in line for line in found.values())

@@ -1,1 +1,1 @@
-"""FSDP2: `builder` shards our models, `strategy` trains sharded models, `shards` splits tensors."""
+"""FSDP2: `builder` shards our models, `strategy` trains sharded models, `checks` refuses others."""

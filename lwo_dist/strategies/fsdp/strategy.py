@@ -8,7 +8,6 @@ cast to fp32 for the duration of its visit.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -32,14 +31,18 @@ from lwo_dist.strategies.base import (
 from lwo_dist.strategies.changes import KnownParameters, changed
 from lwo_dist.strategies.parks import join, split
 
+from .checks import (
+    assert_same_on_mesh,
+    mesh_of,
+    refuse_depths,
+    refuse_uneven_division,
+    refuse_unsupported,
+)
 from .shards import (
     as_shard_of,
     fsdp_groups,
     local_shard,
-    mesh_of,
     padded_rows,
-    refuse_uneven_division,
-    refuse_unsupported,
     replace_shards,
     shard_like,
     whole_tensor,
@@ -59,15 +62,17 @@ class FullyShard(Strategy):
         self._groups = fsdp_groups(self._modules)
         self._reshard()
         self._known = KnownParameters(model)
+        refuse_unsupported(model, self._groups)
         # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
         # with or without a stack.
-        self._depths = last_depths(model) if any(layer.depth for layer in layers) else {}
-        refuse_unsupported(model, self._groups)
+        self._depths: dict[str, int] = {}
+        if any(layer.depth for layer in layers):
+            self._depths = last_depths(model)
+            refuse_depths(model, layers)
         refuse_uneven_division(self._groups)
         self._mesh = mesh_of(model)
         self._replicas = self._mesh.size() // self._mesh.shape[-1]
-        self._assert_same()
-        self._warn_of_ranks_outside()
+        assert_same_on_mesh(model, self._mesh)
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._stored = {name: p.dtype for name, p in named_parameters(model).items()}
         self._trained: dict[str, nn.Parameter] = {}
@@ -100,6 +105,9 @@ class FullyShard(Strategy):
         for group in self._groups:
             own = {item.sharded_param for item in group.fsdp_params}
             group.unshard_in_backward = not needed.isdisjoint(own)
+            # Zeros for an expert that no token of this rank reaches: the ranks' gradients are sent
+            # one after the other, and would be summed with those of other experts.
+            group.reduce_scatter_unused_params = not own.isdisjoint(self._trained.values())
             group._init_mp_dtypes()
         self._visit = visit
         # Empty if a parameter has fewer rows than there are ranks, so that every rank goes through
@@ -143,6 +151,7 @@ class FullyShard(Strategy):
         self._reshard()
         for group in self._groups:
             group.unshard_in_backward = True
+            group.reduce_scatter_unused_params = False
             group._init_mp_dtypes()
         root = self.module
         assert isinstance(root, FSDPModule)
@@ -333,36 +342,6 @@ class FullyShard(Strategy):
         for group in self._mesh.get_all_groups():
             distributed.all_reduce(tensor, group)
         return tensor / self._replicas
-
-    def _assert_same(self) -> None:
-        """Raise UserError if ranks have other buffers or shapes, or replicas other weights."""
-        parameters = named_parameters(self.module)
-        same = {
-            name: int(torch.hash_tensor(buffer).item())
-            for name, buffer in self.module.named_buffers()
-            if buffer.numel()
-        } | {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        groups = self._mesh.get_all_groups()
-        distributed.assert_same_on_all_ranks(same, "buffers or parameter shapes", groups)
-        if self._replicas > 1:
-            shards = {name: local_shard(parameter) for name, parameter in parameters.items()}
-            hashes = {
-                name: int(torch.hash_tensor(shard).item()) if shard.numel() else 0
-                for name, shard in shards.items()
-            }
-            of_replica = distributed.gather_objects(hashes, groups[-1])
-            whole = {name: [hashes[name] for hashes in of_replica] for name in hashes}
-            distributed.assert_same_on_all_ranks(whole, "initial weights", groups)
-
-    def _warn_of_ranks_outside(self) -> None:
-        ranks = self._mesh.mesh.flatten().tolist()
-        if len(ranks) < distributed.world_size() and distributed.rank() == ranks[0]:
-            warnings.warn(
-                f"the model is sharded over the ranks {ranks} of {distributed.world_size()}: they"
-                " train it on their own, and share no gradients with the others; for one model on"
-                " all ranks pass fully_shard a mesh of all, (shard) or (replicate, shard)",
-                stacklevel=6,
-            )
 
 
 def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
