@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import Trainer, TrainingArguments
 
 from lwo_dist.config import LWOConfig
 from tests import oracle
@@ -95,7 +95,7 @@ class Expected:
     weights: dict[str, Tensor]
     moved: float
     """The norm of what all steps changed."""
-    rates: list[float] = field(default_factory=list)
+    rates: list[float]
     norms: list[float] = field(default_factory=list)
 
     def relative_difference(self, got: dict[str, Tensor]) -> float:
@@ -103,21 +103,30 @@ class Expected:
         return _distance(got, self.weights) / self.moved
 
 
+def linear_rates() -> list[float]:
+    """The rate of each step with transformers' linear warm-up and decay."""
+    up = [LR * step / WARMUP for step in range(WARMUP)]
+    return up + [LR * (STEPS - step) / (STEPS - WARMUP) for step in range(WARMUP, STEPS)]
+
+
 def plain_loop(
     layers: list[tuple[str, ...]],
     dtype: torch.dtype,
     *,
+    rates: list[float] | None = None,
     tied: bool = False,
     steps: int = STEPS,
 ) -> Expected:
-    """Layer by layer, in plain torch, with the scheduler of the Trainer."""
+    """Layer by layer, in plain torch.
+
+    Args:
+        rates: the learning rate of each step, instead of `linear_rates`.
+    """
     model = oracle.tiny_model(tied=tied, dtype=dtype)
     before = snapshot(model)
     parameters = dict(model.named_parameters())
-    clock = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
-    scheduler = get_linear_schedule_with_warmup(clock, WARMUP, STEPS)
     rows = Rows()
-    expected = Expected({}, 0.0)
+    expected = Expected({}, 0.0, rates or linear_rates())
     for step in range(steps):
         if step % STEPS_PER_LAYER == 0:
             active = layers[step // STEPS_PER_LAYER % len(layers)]
@@ -133,12 +142,9 @@ def plain_loop(
         count = (labels[:, 1:] != -100).sum()
         (oracle.loss_sum(model, tokens, labels) / count).backward()
         expected.norms.append(float(nn.utils.clip_grad_norm_(mine, CLIP)))
-        expected.rates.append(clock.param_groups[0]["lr"])
-        optimizer.param_groups[0]["lr"] = expected.rates[-1]
+        optimizer.param_groups[0]["lr"] = expected.rates[step]
         optimizer.step()
         optimizer.zero_grad()
-        clock.step()
-        scheduler.step()
     expected.weights = snapshot(model)
     expected.moved = _distance(expected.weights, before)
     return expected

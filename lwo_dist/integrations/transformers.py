@@ -143,8 +143,11 @@ class LWOTrainerMixin:
             self._lwo_optimizer.detach()
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if self.is_deepspeed_enabled:  # for the engine, which the hook empties
+        if self.is_deepspeed_enabled:
+            if self.optimizer is not None:  # of the DeepSpeed config
+                return self.optimizer
             arguments = self.args
+            # The engine is made with it; the hook empties it.
             self.optimizer = torch.optim.AdamW(
                 [p for p in self.model.parameters() if p.requires_grad],
                 lr=arguments.learning_rate,
