@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -57,8 +57,9 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """The number of ranks in `group`; None: of all ranks."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def local_device() -> torch.device:
@@ -134,10 +135,10 @@ def all_gather(flat: torch.Tensor, shard: torch.Tensor) -> None:
         flat.copy_(shard)
 
 
-def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over ranks, in place; every rank gets the same bits."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
+def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum `tensor` over the ranks of `group`, in place; every rank gets the same bits."""
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -160,24 +161,25 @@ def gather_floats(values: list[float], device: torch.device) -> list[list[float]
     return everyone.view(world_size(), len(values)).tolist()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value` (small and picklable), in rank order.
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The `value` (small and picklable) of every rank of `group`, in rank order.
 
     Unlike torch's `all_gather_object`, this does not need NumPy, which the plugin alone does not
     install.
     """
-    if world_size() == 1:
+    ranks = world_size(group)
+    if ranks == 1:
         return [value]
     device = _device_of_collectives()
     mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(device)
-    sizes = torch.empty(world_size(), dtype=torch.int64, device=device)
-    _all_gather(sizes, torch.tensor([mine.numel()], device=device))
+    sizes = torch.empty(ranks, dtype=torch.int64, device=device)
+    _all_gather(sizes, torch.tensor([mine.numel()], device=device), group=group)
     longest = int(sizes.max())
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: mine.numel()] = mine
-    everyone = torch.empty(world_size() * longest, dtype=torch.uint8, device=device)
-    _all_gather(everyone, padded)
-    rows = zip(everyone.view(world_size(), longest).cpu(), sizes.tolist(), strict=True)
+    everyone = torch.empty(ranks * longest, dtype=torch.uint8, device=device)
+    _all_gather(everyone, padded, group=group)
+    rows = zip(everyone.view(ranks, longest).cpu(), sizes.tolist(), strict=True)
     # A row at a time: as Python numbers a byte takes eight.
     return [pickle.loads(bytes(row[:size].tolist())) for row, size in rows]
 
@@ -305,19 +307,29 @@ def on_rank_0(fn: Callable[..., T], *args: Any) -> T:
     return result
 
 
-def assert_same_on_all_ranks(values: dict[str, Any], what: str) -> None:
+def assert_same_on_all_ranks(
+    values: dict[str, Any], what: str, groups: Sequence[dist.ProcessGroup | None] = (None,)
+) -> None:
     """Check that small values, such as hashes by parameter name, are equal on all ranks.
+
+    Args:
+        groups: those of this rank, one for each dimension of a mesh: its ranks are compared.
 
     Raises:
         UserError: on all ranks, naming the first key that differs.
     """
-    everyone = gather_objects(values)
-    for other_rank, other in enumerate(everyone):
-        if other == everyone[0]:
+    everyone = {rank(): values}
+    for group in groups:
+        everyone = {key: found[key] for found in gather_objects(everyone, group) for key in found}
+    first_rank = min(everyone)
+    first = everyone[first_rank]
+    for other_rank, other in sorted(everyone.items()):
+        if other == first:
             continue
-        keys = [key for key in {**everyone[0], **other} if everyone[0].get(key) != other.get(key)]
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
         raise UserError(
-            f"{what} differ between rank 0 and rank {other_rank} ({len(keys)} of them, first"
+            f"{what} differ between rank {first_rank} and rank {other_rank} ({len(keys)} of them,"
+            " first"
             f" {keys[0]}); load the same weights on every rank, or set one seed before the model is"
             " made"
         )

@@ -37,13 +37,15 @@ from .layers import (
     without_frozen,
 )
 from .methods import Method
+from .names import clean_name, named_parameters
 from .optimizer import make_adamw
 from .registry import METHODS, STRATEGIES
 from .schedule import learning_rate, make_schedule
 from .state import moments_by_layer, refuse_moments, refuse_strangers, whole_shapes
 from .strategies import Moments, StrategyBuilder
 from .strategies.refusals import (
-    end_backward_at_active_layer,
+    CheckpointingWatch,
+    refuse_compiled,
     refuse_wrapped,
     warn_of_frozen,
     warn_of_rounding,
@@ -107,7 +109,8 @@ def attach(
     Raises:
         UserError: anything unsupported, with reason and remedy: DDP, FSDP1, 16-bit storage (except
             DeepSpeed's, and FSDP2's in bf16 under a policy that reduces in fp32), reentrant
-            checkpointing, meshes of more than one dimension, a model without a stack of layers,
+            checkpointing, `torch.compile` of the model as a whole, meshes other than (shard) and
+            (replicate, shard), a model without a stack of layers,
             initial weights that differ between ranks, DeepSpeed settings that cannot be honoured,
             `layers` that do not fit the model, or nothing that requires a gradient.
 
@@ -174,7 +177,6 @@ class LWO:
         self.model = model
         self.module = builder.module(model)
         self.config = config
-        self._had_input_grads = end_backward_at_active_layer(self.module)
         self._flags = own_flags(self.module)
         found = layers if layers is not None else how.layers(self.module, config)
         self.layers: Sequence[Layer] = check_layers(self.module, found)
@@ -182,6 +184,8 @@ class LWO:
             self.layers = without_frozen(self.layers, self._flags)
             warn_of_frozen(self._flags)
         self.visits: Sequence[Visit] = check_visits(self.layers, how.visits(self.layers))
+        if len(self.visits) > 1:
+            refuse_compiled(self.module)
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
@@ -199,6 +203,7 @@ class LWO:
         self._follow_schedule()
         if config.inactive_master == "discard":
             warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
+        self._checkpointing = CheckpointingWatch(self.module)
 
     # ---- a step
 
@@ -298,13 +303,11 @@ class LWO:
         self.strategy.flush()
         self.strategy.deactivate()
         # Before the strategy's own part, which depends on what is trainable.
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in named_parameters(self.module).items():
             parameter.requires_grad_(self._flags[name])
         forget_flags(self.module)
         self.strategy.detach()
-        enable: Any = getattr(self.module, "enable_input_require_grads", None)
-        if self._had_input_grads and enable is not None:
-            enable()
+        self._checkpointing.end()
         self._active = -1
 
     # ---- position
@@ -352,7 +355,8 @@ class LWO:
     def masters(self) -> list[Tensor]:
         """This rank's fp32 master shards of the visit's layers; do not modify them.
 
-        Across ranks each element appears once; padding is zero.
+        Across ranks each element appears once, under a (replicate, shard) mesh once per replica;
+        padding is zero.
         """
         self._refuse_detached()
         return self.strategy.masters()
@@ -370,6 +374,7 @@ class LWO:
         Raises:
             UserError: a name or shape that does not match the model.
         """
+        tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
         refuse_strangers("weights", {name: t.shape for name, t in tensors.items()}, self.module)
         self.strategy.flush()
         self.strategy.write_layer(tensors)

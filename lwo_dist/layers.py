@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .errors import UserError
+from .names import clean_name, named_parameters, named_tensors
 
 __all__ = [
     "Layer",
@@ -25,6 +26,7 @@ __all__ = [
     "find_stack",
     "forget_flags",
     "keep_flags",
+    "last_depths",
     "own_flags",
     "parameter_depths",
     "rest_names",
@@ -41,7 +43,9 @@ class Layer:
 
     name: str
     parameter_names: tuple[str, ...]
-    """As in `model.named_parameters()`: a tied parameter appears once, under its first name."""
+    """As in `model.named_parameters()`, without the parts of wrappers such as `_orig_mod`: a tied
+    parameter appears once, under its first name.
+    """
     depth: int = 0
     """Where backward may stop: 0 for the embedding, i + 1 for transformer layer i, len(stack) + 1
     for the head. 0 is always correct and gives the longest backward.
@@ -136,37 +140,58 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     registers out of order (OPT) ends up in the wrong one of these two layers, which lengthens
     backward but does not change results.
     """
+    depths = _depths_of_names(model)
+    return {name: depths[name] for name in named_parameters(model)}
+
+
+def last_depths(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> the depth of its last use: the head's, for a matrix tied to it."""
+    depths = _depths_of_names(model)
+    last: dict[int, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        last[id(parameter)] = max(depths[clean_name(name)], last.get(id(parameter), 0))
+    _, stack = find_stack(model)
+    head = _output_embedding(model)
+    for parameter in head.parameters() if head is not None else ():
+        last[id(parameter)] = len(stack) + 1
+    return {name: last[id(parameter)] for name, parameter in named_parameters(model).items()}
+
+
+def _depths_of_names(model: nn.Module) -> dict[str, int]:
+    """The depth of every name of a parameter; one that is shared or tied has several."""
     path, stack = find_stack(model)
     top = len(stack) + 1
     head = _output_embedding(model)
     head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
     depths = {}
     behind = False
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         behind = behind or module is stack
         for parameter_name, parameter in module.named_parameters(prefix=name, recurse=False):
-            if parameter_name in depths:
-                continue
             if parameter_name.startswith(f"{path}."):
-                depths[parameter_name] = int(parameter_name[len(path) + 1 :].split(".")[0]) + 1
+                depth = int(parameter_name[len(path) + 1 :].split(".")[0]) + 1
             elif isinstance(module, nn.Embedding) or not (
                 behind or id(parameter) in head_parameters
             ):
-                depths[parameter_name] = 0
+                depth = 0
             else:
-                depths[parameter_name] = top
-    unique = dict(model.named_parameters())
-    return {name: depths[name] for name in unique}
+                depth = top
+            depths[clean_name(parameter_name)] = depth
+    return depths
 
 
 def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
-    """Return `layers` if they fit `model`.
+    """Return `layers`, with clean names, if they fit `model`.
 
     Raises:
         UserError: no layers, an empty layer, a duplicate name, or a parameter that the model does
             not have or that is in two layers.
     """
-    names = {name for name, _ in model.named_parameters()}
+    names = set(named_parameters(model))
+    layers = [
+        replace(layer, parameter_names=tuple(clean_name(name) for name in layer.parameter_names))
+        for layer in layers
+    ]
     owner: dict[str, str] = {}
     for layer in layers:
         if not _NAME.fullmatch(layer.name) or layer.name == "rest":
@@ -192,7 +217,7 @@ def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
             owner[name] = layer.name
     if not layers:
         raise UserError("there are no layers to train; give at least one")
-    return list(layers)
+    return layers
 
 
 _FLAGS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
@@ -200,7 +225,7 @@ _FLAGS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 def own_flags(model: nn.Module) -> dict[str, bool]:
     """Parameter name -> `requires_grad` as the caller set it, before `keep_flags`."""
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in named_parameters(model).items()}
     kept = _FLAGS.get(model, {})
     return {name: kept.get(name, flag) for name, flag in flags.items()}
 
@@ -268,10 +293,10 @@ def rest_names(model: nn.Module, layers: Iterable[Layer]) -> list[str]:
     Additional names of a tied parameter that is trained are not included.
     """
     trained = {name for layer in layers for name in layer.parameter_names}
-    trained_ids = {id(p) for name, p in model.named_parameters() if name in trained}
+    trained_ids = {id(p) for name, p in named_parameters(model).items() if name in trained}
     return [
         name
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in named_tensors(model).items()
         if name not in trained and id(tensor) not in trained_ids
     ]
 
@@ -306,7 +331,7 @@ def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
         else:
             continue
         a = joined[owner[depth]]
-        b = joined[owner[depths[first_name[id(parameter)]]]]
+        b = joined[owner[depths[clean_name(first_name[id(parameter)])]]]
         joined = [min(a, b) if group in (a, b) else group for group in joined]
     merged: dict[int, list[int]] = {}
     for group, target in zip(groups, joined, strict=True):

@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import UserError
 from .layers import Layer
+from .names import clean_name, named_tensors
 from .strategies import MOMENTS, Moments
 
 __all__ = ["moments_by_layer", "refuse_moments", "refuse_strangers", "whole_shapes"]
@@ -33,7 +34,8 @@ def moments_by_layer(
         )
     owner = {name: layer for layer in layers for name in layer.parameter_names}
     by_layer: dict[str, Moments] = {}
-    for name, kinds in state["moments"].items():
+    moments = {clean_name(name): kinds for name, kinds in state["moments"].items()}
+    for name, kinds in moments.items():
         if name not in owner:
             raise UserError(
                 f"the state has moments of {name!r}, which is in none of the trained layers; "
@@ -84,5 +86,5 @@ def refuse_strangers(what: str, shapes: Mapping[str, torch.Size], module: nn.Mod
 
 def whole_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Unsharded shapes of parameters and buffers; a tied tensor appears under each of its names."""
-    tensors = module.state_dict(keep_vars=True)
-    return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors.items()}
+    tensors = named_tensors(module).items()
+    return {name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors}

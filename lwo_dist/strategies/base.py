@@ -218,7 +218,7 @@ class Strategy(ABC):
     def masters(self) -> list[Tensor]:
         """This rank's fp32 master shards of the visit's layers.
 
-        Across ranks each element appears once; padding is zero.
+        Across ranks, or those of a replica, each element appears once; padding is zero.
         """
 
     # ---- weights and moments of any layer
@@ -305,7 +305,11 @@ class Strategy(ABC):
 
 
 def update_shards(
-    optimizer: torch.optim.Optimizer, lr: float, max_norm: float, non_finite: Tensor | float
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    max_norm: float,
+    non_finite: Tensor | float,
+    sum_over_ranks: Callable[[Tensor], Tensor] = distributed.all_reduce,
 ) -> Update:
     """Clip by the norm over all ranks and update this rank's shards; skip if it is not finite.
 
@@ -317,11 +321,13 @@ def update_shards(
         optimizer: a fused AdamW over this rank's shards, with `.grad` set in the same dtype.
         max_norm: as in `torch.nn.utils.clip_grad_norm_`; 0 only measures the norm.
         non_finite: NaN if the loss was not finite, else 0.
+        sum_over_ranks: of a scalar of each rank whose shards are part of the layer; every rank gets
+            the same bits.
     """
     shards = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in shards]
     square = torch.stack(torch._foreach_norm(gradients)).square().sum() + non_finite
-    norm = distributed.all_reduce(square).sqrt()
+    norm = sum_over_ranks(square).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     skipped = (~norm.isfinite()).to(torch.float32)

@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    CheckpointWrapper,
+)
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lwo_dist import distributed
 from lwo_dist.errors import UserError
+from lwo_dist.layers import find_stack
+from lwo_dist.names import clean_name
 
 from .base import Strategy
 
-__all__ = ["end_backward_at_active_layer", "refuse_wrapped", "warn_of_frozen", "warn_of_rounding"]
+__all__ = [
+    "CheckpointingWatch",
+    "refuse_compiled",
+    "refuse_wrapped",
+    "warn_of_frozen",
+    "warn_of_rounding",
+]
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -39,15 +53,76 @@ def refuse_wrapped(model: nn.Module) -> None:
     if any(isinstance(m, FSDPModule) for m in model.modules()) and not isinstance(
         model, FSDPModule
     ):
+        refuse_compiled(model)  # its wrapper hides the root
         raise UserError(
             "fully_shard was called on submodules but not on the root; call it on the root"
             " module too"
         )
+    _refuse_reentrant(model)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model whose stack of layers is compiled in one piece: that is a graph per visit.
+
+    Raises:
+        UserError: `torch.compile` was called on the model, or on a part with all of its layers.
+    """
+    if not any(_is_compiled(module) for module in model.modules()):
+        return
+    path, stack = find_stack(model)
     for name, module in model.named_modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and getattr(
-            checkpoint, "keywords", {}
-        ).get("use_reentrant"):
+        name = clean_name(name)
+        if _is_compiled(module) and any(part is stack for part in module.modules()):
+            raise UserError(
+                f"torch.compile was called on {name or 'the model'} as a whole: each visit would"
+                " need a graph of its own, and dynamo stops at its recompile_limit; compile each"
+                f" layer instead: for layer in model.{clean_name(path)}: layer.compile()"
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # By `layer.compile()`, or the wrapper that `torch.compile(layer)` returns.
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+class CheckpointingWatch:
+    """Activation checkpointing may be switched on at any time: look before each forward pass.
+
+    The pass raises UserError if checkpointing has become reentrant. `enable_input_require_grads`,
+    which would make backward run through the whole frozen prefix, is undone: transformers calls it
+    along with checkpointing, though only the reentrant form needs it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._undone = _end_backward_at_active_layer(model)
+        self._hook = model.register_forward_pre_hook(self._look, prepend=True)
+
+    def end(self) -> None:
+        """Give the model back as its owner would have it."""
+        self._hook.remove()
+        enable: Any = getattr(self._model, "enable_input_require_grads", None)
+        if self._undone and enable is not None:
+            enable()
+
+    def _look(self, model: nn.Module, _: Any) -> None:
+        _refuse_reentrant(model)
+        self._undone = _end_backward_at_active_layer(model) or self._undone
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, CheckpointWrapper) and (
+            module.checkpoint_impl is CheckpointImpl.REENTRANT or _re_enters(module.checkpoint_fn)
+        ):
+            raise UserError(
+                f"activation checkpointing of {name} is reentrant, which loses the active layer's"
+                " gradients; use checkpoint_wrapper(module,"
+                " checkpoint_impl=CheckpointImpl.NO_REENTRANT)"
+            )
+        if getattr(module, "gradient_checkpointing", False) and _re_enters(
+            getattr(module, "_gradient_checkpointing_func", None)
+        ):
             raise UserError(
                 f"activation checkpointing of {name} is reentrant, which loses the active layer's"
                 " gradients; call"
@@ -56,12 +131,14 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def end_backward_at_active_layer(model: nn.Module) -> bool:
-    """Undo `enable_input_require_grads`, which makes backward run through the whole frozen prefix.
+def _re_enters(checkpoint: Any) -> bool:
+    return isinstance(checkpoint, partial) and bool(checkpoint.keywords.get("use_reentrant"))
 
-    Returns whether there was anything to undo. transformers enables it along with activation
-    checkpointing, but only the reentrant form needs it. Called twice it loses track of its first
-    hooks, so they are looked up on the modules themselves.
+
+def _end_backward_at_active_layer(model: nn.Module) -> bool:
+    """Undo `enable_input_require_grads`; returns whether there was anything to undo.
+
+    Called twice it loses track of its first hooks, so they are looked up on the modules themselves.
     """
     found = False
     for module in model.modules():

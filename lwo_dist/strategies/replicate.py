@@ -18,6 +18,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit
 from lwo_dist.memory import local_bytes, padded_numel
 from lwo_dist.methods import Method
+from lwo_dist.names import named_parameters, named_tensors
 
 from .base import (
     MOMENTS,
@@ -90,7 +91,7 @@ class Replicate(Strategy):
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = named_parameters(model)
         self._refuse_16_bit()
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
         self._flat_weights: dict[str, Tensor] = {}
@@ -136,11 +137,11 @@ class Replicate(Strategy):
         return [flat.weight_shard.detach() for flat in self._trained.values()]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
-        tensors = dict(self.module.state_dict(keep_vars=True))
+        tensors = named_tensors(self.module)
         return {name: tensors[name].detach().to("cpu", copy=True) for name in layer.parameter_names}
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
-        own = dict(self.module.state_dict(keep_vars=True))
+        own = named_tensors(self.module)
         for name, tensor in tensors.items():
             own[name].detach().copy_(tensor)
 

@@ -15,6 +15,7 @@ from lwo_dist.config import Config, LWOConfig
 from lwo_dist.extras import require
 from lwo_dist.layers import Layer, check_layers, keep_flags, own_flags, without_frozen
 from lwo_dist.methods import Method
+from lwo_dist.names import named_parameters
 from lwo_dist.optimizer import make_adamw
 from lwo_dist.schedule import make_schedule
 from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
@@ -103,7 +104,7 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
     schedule = make_schedule(config, [visit.active.name for visit in visits])
     first = visits[schedule.active_layer(0)]
     trained = set(first.parameter_names)
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     keep_flags(model, flags)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)

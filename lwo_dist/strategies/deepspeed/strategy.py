@@ -17,6 +17,7 @@ from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
 from lwo_dist.layers import Layer, Visit
 from lwo_dist.memory import local_bytes
+from lwo_dist.names import named_parameters, named_tensors
 from lwo_dist.strategies.base import MOMENTS, MakeOptimizer, Moments, Strategy, Update
 from lwo_dist.strategies.parks import join, split
 
@@ -50,7 +51,7 @@ class DeepSpeedZero(Strategy):
         check_engine(engine, config.gradient_accumulation_steps)
         self._engine = engine
         self.forward_is_collective = engine.zero_optimization_stage() == 3
-        self._parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self._parameters: dict[str, Any] = dict(named_parameters(engine.module))
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._rate = RateOfEngine(engine)
         self._config = engine._config
@@ -156,11 +157,11 @@ class DeepSpeedZero(Strategy):
         return [self._part(name)[0] for name in self._visit.parameter_names]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
-        own = self.module.state_dict(keep_vars=True)
+        own = named_tensors(self.module)
         return {name: self._whole_master(name, own[name]) for name in layer.parameter_names}
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
-        own = self.module.state_dict(keep_vars=True)
+        own = named_tensors(self.module)
         for name, tensor in tensors.items():
             target = own[name]
             fragments.put(private.stored(target), tensor)

@@ -8,6 +8,7 @@ cast to fp32 for the duration of its visit.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
-from lwo_dist.layers import Layer, Visit, parameter_depths
+from lwo_dist.errors import UserError
+from lwo_dist.layers import Layer, Visit, last_depths
 from lwo_dist.memory import local_bytes
+from lwo_dist.names import named_parameters, named_tensors
 from lwo_dist.strategies.base import (
     MOMENTS,
     MakeOptimizer,
@@ -33,8 +36,9 @@ from .shards import (
     as_shard_of,
     fsdp_groups,
     local_shard,
-    own_parameters,
+    mesh_of,
     padded_rows,
+    refuse_uneven_division,
     refuse_unsupported,
     replace_shards,
     shard_like,
@@ -52,18 +56,19 @@ class FullyShard(Strategy):
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._groups = fsdp_groups(self._modules)
         self._reshard()
         # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
         # with or without a stack.
-        self._depths = parameter_depths(model) if any(layer.depth for layer in layers) else {}
-        refuse_unsupported(model, self._modules)
-        buffers = {
-            name: int(torch.hash_tensor(b).item()) for name, b in model.named_buffers() if b.numel()
-        }
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        distributed.assert_same_on_all_ranks({**buffers, **shapes}, "buffers or parameter shapes")
+        self._depths = last_depths(model) if any(layer.depth for layer in layers) else {}
+        refuse_unsupported(model, self._groups)
+        refuse_uneven_division(self._groups)
+        self._mesh = mesh_of(model)
+        self._replicas = self._mesh.size() // self._mesh.shape[-1]
+        self._assert_same()
+        self._warn_of_ranks_outside()
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
-        self._stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._stored = {name: p.dtype for name, p in named_parameters(model).items()}
         self._trained: dict[str, nn.Parameter] = {}
         self._shards: dict[str, nn.Parameter] = {}
         self._micro_batches = 0
@@ -75,23 +80,26 @@ class FullyShard(Strategy):
     # and a flag set on them is silently lost. The flags are set on the sharded parameters; the
     # dtypes of newly trainable groups are set, because FSDP2 determines them once and ignores
     # frozen parameters; and the groups of the prefix are marked as not needed in backward, as
-    # otherwise the prefetch gathers one of them for nothing.
+    # otherwise the prefetch gathers one of them for nothing. A group is needed for the last use of
+    # any of its parameters: a tied matrix is below and above the stack.
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
         self._reshard()
-        parameters = dict(self.module.named_parameters())
+        parameters = named_parameters(self.module)
         trained = set(visit.parameter_names)
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trained)
         self._trained = {name: parameters[name] for name in visit.parameter_names}
         for layer in visit.layers:
             self._cast_to_masters(layer)
-        for module in self._modules:
-            names = own_parameters(self.module, module)
-            above = any(self._depths.get(name, visit.depth) >= visit.depth for name in names)
-            needed = above or not trained.isdisjoint(names)
-            module.set_unshard_in_backward(needed)
-            for group in fsdp_groups(module):
-                group._init_mp_dtypes()
+        needed = {
+            parameter
+            for name, parameter in parameters.items()
+            if self._depths.get(name, visit.depth) >= visit.depth or name in trained
+        }
+        for group in self._groups:
+            own = {item.sharded_param for item in group.fsdp_params}
+            group.unshard_in_backward = not needed.isdisjoint(own)
+            group._init_mp_dtypes()
         self._visit = visit
         # Empty if a parameter has fewer rows than there are ranks, so that every rank goes through
         # the same steps.
@@ -119,10 +127,9 @@ class FullyShard(Strategy):
 
     def detach(self) -> None:
         self._reshard()
-        for module in self._modules:
-            module.set_unshard_in_backward(True)
-            for group in fsdp_groups(module):
-                group._init_mp_dtypes()
+        for group in self._groups:
+            group.unshard_in_backward = True
+            group._init_mp_dtypes()
         root = self.module
         assert isinstance(root, FSDPModule)
         root.set_requires_gradient_sync(True)
@@ -132,14 +139,20 @@ class FullyShard(Strategy):
         assert isinstance(root, FSDPModule)
         # Inside an accumulation each rank keeps the whole gradient, which is reduced once.
         root.set_requires_gradient_sync(boundary)
+        root.set_is_last_backward(True)
+        refuse_uneven_division(self._groups)
         self._micro_batches += 1
         super().backward(loss, boundary)
 
     def step(self, lr: float, max_norm: float) -> Update:
+        self._reshard()  # or forward would use the old weights, after set_reshard_after_backward
+        self._refuse_replaced()
         for name, shard in self._shards.items():
             gradient = self._trained[name].grad
             shard.grad = local_shard(gradient) if gradient is not None else torch.zeros_like(shard)
-        update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
+        update = update_shards(
+            self._optimizer, lr, max_norm, self._take_non_finite(), self._sum_over_mesh
+        )
         for name, shard in self._shards.items():
             shard.grad = None
             self._trained[name].grad = None
@@ -156,7 +169,7 @@ class FullyShard(Strategy):
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         self._reshard()
-        own = self.module.state_dict(keep_vars=True)
+        own = named_tensors(self.module)
         parked = self._parked_masters.get(layer.name)
         read = {}
         for name in layer.parameter_names:
@@ -168,7 +181,7 @@ class FullyShard(Strategy):
 
     def write_layer(self, tensors: dict[str, Tensor]) -> None:
         self._reshard()
-        own = self.module.state_dict(keep_vars=True)
+        own = named_tensors(self.module)
         for name, tensor in tensors.items():
             target = own[name]
             master = shard_like(tensor, target, self._master_dtype(name, target))
@@ -198,7 +211,7 @@ class FullyShard(Strategy):
 
     def _whole_moments(self, layer: Layer, shards: dict[str, Tensor]) -> Moments:
         self._reshard()
-        parameters = dict(self.module.named_parameters())
+        parameters = named_parameters(self.module)
         exported = {}
         for name in layer.parameter_names:
             exported[name] = {"step": shards[f"{name}.step"].to("cpu", copy=True)}
@@ -211,7 +224,7 @@ class FullyShard(Strategy):
 
     def _cut_moments(self, layer: Layer, state: Moments) -> dict[str, Tensor]:
         self._reshard()
-        parameters = dict(self.module.named_parameters())
+        parameters = named_parameters(self.module)
         shards = {}
         for name in layer.parameter_names:
             own = parameters[name]
@@ -242,7 +255,7 @@ class FullyShard(Strategy):
             parameter = self._trained[name]
             if parameter.dtype == torch.bfloat16:
                 shards[parameter] = _master(name, local_shard(parameter), parked)
-        replace_shards(self._modules, shards)
+        replace_shards(self._groups, shards)
 
     def _cast_to_storage(self, layer: Layer) -> None:
         masters = {
@@ -252,7 +265,7 @@ class FullyShard(Strategy):
         }
         self._park_master(layer.name, masters)
         replace_shards(
-            self._modules,
+            self._groups,
             {self._trained[name]: m.to(torch.bfloat16) for name, m in masters.items()},
         )
 
@@ -265,20 +278,23 @@ class FullyShard(Strategy):
             self._parked_masters.put(layer, lacking)
 
     def bytes_per_step(self) -> int:
-        if distributed.world_size() == 1 or self._visit is None:
+        if self._visit is None:
             return 0
-        total = 0
+        shards = self._mesh.shape[-1]
         trained = {id(parameter) for parameter in self._trained.values()}
-        for group in [group for module in self._modules for group in fsdp_groups(module)]:
+        gathered = reduced = 0
+        for group in self._groups:
             gathers = 2 if group._reshard_after_forward and group.unshard_in_backward else 1
             for item in group.fsdp_params:
                 numel = padded_rows(item.sharded_param)
                 dtype = item.param_dtype or item.orig_dtype
-                total += gathers * self._micro_batches_of_step * numel * dtype.itemsize
+                gathered += gathers * self._micro_batches_of_step * numel * dtype.itemsize
                 if id(item.sharded_param) in trained:
-                    reduced = group.mp_policy.reduce_dtype or item.sharded_param.dtype
-                    total += numel * reduced.itemsize
-        return total
+                    dtype = group.mp_policy.reduce_dtype or item.sharded_param.dtype
+                    reduced += numel * dtype.itemsize
+        sent = gathered + reduced if shards > 1 else 0
+        # The replicas sum each shard of the gradient.
+        return sent + reduced // shards if self._replicas > 1 else sent
 
     def memory(self) -> dict[str, int]:
         parameters = list(self.module.parameters())
@@ -296,6 +312,56 @@ class FullyShard(Strategy):
     def _reshard(self) -> None:
         for module in self._modules:  # `reshard` is not recursive
             module.reshard()
+
+    # ---- the ranks
+
+    def _sum_over_mesh(self, tensor: Tensor) -> Tensor:
+        """Sum a scalar over the shards; replicas hold the same ones, which count once."""
+        for group in self._mesh.get_all_groups():
+            distributed.all_reduce(tensor, group)
+        return tensor / self._replicas
+
+    def _assert_same(self) -> None:
+        """Raise UserError if ranks have other buffers or shapes, or replicas other weights."""
+        parameters = named_parameters(self.module)
+        same = {
+            name: int(torch.hash_tensor(buffer).item())
+            for name, buffer in self.module.named_buffers()
+            if buffer.numel()
+        } | {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        groups = self._mesh.get_all_groups()
+        distributed.assert_same_on_all_ranks(same, "buffers or parameter shapes", groups)
+        if self._replicas > 1:
+            shards = {name: local_shard(parameter) for name, parameter in parameters.items()}
+            hashes = {
+                name: int(torch.hash_tensor(shard).item()) if shard.numel() else 0
+                for name, shard in shards.items()
+            }
+            of_replica = distributed.gather_objects(hashes, groups[-1])
+            whole = {name: [hashes[name] for hashes in of_replica] for name in hashes}
+            distributed.assert_same_on_all_ranks(whole, "initial weights", groups)
+
+    def _warn_of_ranks_outside(self) -> None:
+        ranks = self._mesh.mesh.flatten().tolist()
+        if len(ranks) < distributed.world_size() and distributed.rank() == ranks[0]:
+            warnings.warn(
+                f"the model is sharded over the ranks {ranks} of {distributed.world_size()}: they"
+                " train it on their own, and share no gradients with the others; for one model on"
+                " all ranks pass fully_shard a mesh of all, (shard) or (replicate, shard)",
+                stacklevel=6,
+            )
+
+    def _refuse_replaced(self) -> None:
+        """Raise UserError if a trained shard is no longer the one that the optimizer updates."""
+        own = {item.sharded_param for group in self._groups for item in group.fsdp_params}
+        for name, parameter in self._trained.items():
+            kept = local_shard(parameter).data_ptr() == self._shards[name].data_ptr()
+            if parameter not in own or not kept:
+                raise UserError(
+                    f"parameter {name} was replaced or moved after attach, as by model.to() or"
+                    " load_state_dict(assign=True): the optimizer would update its old weights;"
+                    " call lwo_dist.attach after that"
+                )
 
 
 def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
