@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, SequentialSampler
@@ -76,6 +80,23 @@ def loss_in_full(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int)
     return total / num_items_in_batch
 
 
+def fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def use_fsdp(accelerator: Any) -> None:
+    """Let the accelerator shard by FSDP2 on CPUs, where it ignores the plugin and makes DDP."""
+    accelerator.state.fsdp_plugin = fsdp_plugin()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 def config(**more: Any) -> LWOConfig:
     return LWOConfig(**({"steps_per_layer": STEPS_PER_LAYER} | more))
 
@@ -114,20 +135,21 @@ def plain_loop(
     dtype: torch.dtype,
     *,
     rates: list[float] | None = None,
-    tied: bool = False,
-    steps: int = STEPS,
+    count: int | None = None,
 ) -> Expected:
     """Layer by layer, in plain torch.
 
     Args:
         rates: the learning rate of each step, instead of `linear_rates`.
+        count: divide the loss of each step by so many labels, and label every token; else the loss
+            is the mean of `Rows`' labels.
     """
-    model = oracle.tiny_model(tied=tied, dtype=dtype)
+    model = oracle.tiny_model(tied=False, dtype=dtype)
     before = snapshot(model)
     parameters = dict(model.named_parameters())
     rows = Rows()
     expected = Expected({}, 0.0, rates or linear_rates())
-    for step in range(steps):
+    for step in range(STEPS):
         if step % STEPS_PER_LAYER == 0:
             active = layers[step // STEPS_PER_LAYER % len(layers)]
             for name, parameter in parameters.items():
@@ -138,9 +160,9 @@ def plain_loop(
         of_epoch = step % 5
         first = of_epoch * ROWS * ACCUMULATION
         tokens = rows.tokens[first : first + ROWS * ACCUMULATION]
-        labels = rows.labels[first : first + ROWS * ACCUMULATION]
-        count = (labels[:, 1:] != -100).sum()
-        (oracle.loss_sum(model, tokens, labels) / count).backward()
+        labels = tokens if count else rows.labels[first : first + ROWS * ACCUMULATION]
+        divisor = count or int((labels[:, 1:] != -100).sum())
+        (oracle.loss_sum(model, tokens, labels) / divisor).backward()
         expected.norms.append(float(nn.utils.clip_grad_norm_(mine, CLIP)))
         optimizer.param_groups[0]["lr"] = expected.rates[step]
         optimizer.step()
@@ -148,6 +170,49 @@ def plain_loop(
     expected.weights = snapshot(model)
     expected.moved = _distance(expected.weights, before)
     return expected
+
+
+def accelerate_loop(
+    accelerator: Any,
+    parts: Sequence[Any],
+    *,
+    done: int = 0,
+    save: Path | None = None,
+) -> tuple[list[float], list[float]]:
+    """A usual loop of accelerate; returns the norm and the rate of each step.
+
+    Args:
+        parts: model, optimizer, loader, and scheduler, all prepared.
+        done: steps that a loaded state has done.
+        save: where to save the state after the third step.
+    """
+    model, optimizer, loader, scheduler = parts
+    norms: list[float] = []
+    rates: list[float] = []
+    for epoch in range(done // 5, EPOCHS):
+        batches = loader
+        if epoch == done // 5 and done % 5:
+            batches = accelerator.skip_first_batches(loader, done % 5 * ACCUMULATION)
+        for batch in batches:
+            with accelerator.accumulate(model):
+                tokens = batch["input_ids"]
+                logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+                accelerator.backward(cross_entropy(logits, tokens[:, 1:].flatten()))
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                    norms.append(float(norm))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                rates.append(optimizer.report.lr)
+                if save is not None and len(rates) == 3:
+                    accelerator.save_state(str(save))
+    return norms, rates
+
+
+# What `accelerate_loop` divides by: it weighs each micro-batch alike, the short accumulation half.
+LABELS = ROWS * ACCUMULATION * 11
 
 
 def logged(trainer: Any, key: str) -> list[Any]:

@@ -171,9 +171,15 @@ class LWOTrainerMixin:
                 " layer, biases and norms too, which the Trainer leaves out",
                 stacklevel=2,
             )
+        # `save_model` writes a whole model, for from_pretrained.
         if self.is_deepspeed_enabled:
+            settings = self.accelerator.deepspeed_plugin.deepspeed_config
+            zero = settings.get("zero_optimization", {})
+            zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
             freeze_all_but_first(self.model, config, self.lwo_method)
-        elif not self.is_fsdp_enabled:
+        elif self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        else:
             # Not for training, which makes DDP: the hook reduces gradients itself. The accelerator
             # prepares no model twice.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
@@ -320,6 +326,11 @@ def _refuse(trainer: Any) -> None:
         raise UserError(
             "auto_find_batch_size starts training anew with other batches, which the hook cannot"
             " follow; leave it out"
+        )
+    if getattr(arguments, "enable_jit_checkpoint", False):
+        raise UserError(
+            "enable_jit_checkpoint saves in the middle of a step, from which the hook cannot go on;"
+            " leave it out, and set save_steps"
         )
     checkpointing = {
         **(getattr(arguments, "gradient_checkpointing_kwargs", None) or {}),

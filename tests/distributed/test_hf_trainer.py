@@ -5,11 +5,13 @@ and goes on from a checkpoint in mid-visit with the same bits.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -30,7 +32,6 @@ BUCKETS = {
     "reduce_bucket_size": "auto",
     "stage3_prefetch_bucket_size": "auto",
     "stage3_param_persistence_threshold": "auto",
-    "stage3_gather_16bit_weights_on_model_save": True,
 }
 ADAMW = {
     "type": "AdamW",
@@ -78,13 +79,23 @@ def make(kind: str, folder: Path, **more: Any) -> Any:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    return trainers.InOrder(
+    if kind == "fsdp2_prepare_model":
+        state = SimpleNamespace(fsdp_plugin=trainers.fsdp_plugin())
+        accelerator = SimpleNamespace(
+            state=state, mixed_precision="no", is_main_process=dist.get_rank() == 0
+        )
+        fsdp2_prepare_model(accelerator, model)
+    trainer = trainers.InOrder(
         model=model,
         args=arguments,
         train_dataset=trainers.Rows(),
         eval_dataset=trainers.Rows(8),
         compute_loss_func=trainers.loss_in_full if dtype == torch.float64 else None,
     )
+    if kind == "fsdp":
+        trainers.use_fsdp(trainer.accelerator)
+        trainer.is_fsdp_enabled = True
+    return trainer
 
 
 def zeroed(trainer: Any) -> Any:
@@ -144,8 +155,10 @@ def test_replicate_without_ddp(tmp_path: Path) -> None:
     check("replicate", "replicate", tmp_path, torch.float64)
 
 
-def test_a_model_that_the_user_has_sharded(tmp_path: Path) -> None:
-    check("fully_shard", "fsdp", tmp_path, torch.float64)
+@pytest.mark.parametrize("kind", ["fully_shard", "fsdp2_prepare_model", "fsdp"])
+def test_fsdp2(tmp_path: Path, kind: str) -> None:
+    """Sharded before by the user, by hand or by accelerate, and by the Trainer."""
+    check(kind, "fsdp", tmp_path, torch.float64)
 
 
 @pytest.mark.parametrize(

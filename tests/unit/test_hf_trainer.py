@@ -219,6 +219,7 @@ class OwnBackward(trainers.InOrder):
         ({"optim": "adafactor"}, {}, "optim = adafactor cannot be used"),
         ({"optim": "sgd"}, {}, "optim = sgd cannot be used"),
         ({"auto_find_batch_size": True}, {}, "auto_find_batch_size"),
+        ({"enable_jit_checkpoint": True}, {}, "enable_jit_checkpoint saves in the middle"),
         ({"torch_compile": True}, {}, "torch.compile of the whole model"),
         (
             {
@@ -251,6 +252,13 @@ def test_what_cannot_work_is_refused_by_name(
 def test_what_agrees_is_no_contradiction(tmp_path: Path) -> None:
     agreed = trainers.config(lr=trainers.LR, eps=1e-6, max_grad_norm=0.5, warmup_steps=2)
     use_lwo(make(tmp_path), agreed)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(UserError, match="this process uses 2 GPUs by DataParallel"):
+        use_lwo(trainer, trainers.config())
 
 
 def test_optimizers_of_ones_own_are_refused(tmp_path: Path) -> None:
