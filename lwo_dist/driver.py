@@ -24,7 +24,7 @@ from .examples.tiny_code import default_cache_folder, ensure_tiny_code
 from .files import absolute, absolute_uri, make_folder, write_whole
 from .git import is_repository_url
 from .methods import Method
-from .models import PretrainedSource, check_model, check_prepared
+from .models import PretrainedSource, check_model, check_prepared, decoder_start
 from .models.gguf import dequantise, is_gguf
 from .registry import METHODS, STRATEGIES, TASKS
 from .stop import Stopped
@@ -36,6 +36,7 @@ from .tracking.mlflow import DATABASE, create_run, end_run, tracking_uri
 
 __all__ = [
     "ending_tracking",
+    "fitting_task",
     "model_source",
     "prepare",
     "read_record",
@@ -85,6 +86,8 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             )
         if config.model.name != "tiny-code" and not is_gguf(config.model.name):
             check_model(config.model, config.train.sequence_length, elsewhere=elsewhere)
+            if not elsewhere or Path(config.model.name).expanduser().exists():
+                task, _ = fitting_task(config)
         say(f"reading {printable(str(config.data.source))}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
@@ -111,6 +114,18 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             share(run_folder.local.parent)
         share_run(config, run_folder)
     return config
+
+
+def fitting_task(config: Config) -> tuple[Task, int | None]:
+    """The task with examples for the run's kind of model; and the first token of the decoder, if
+    that is an encoder-decoder. No collective.
+
+    Raises:
+        UserError: the task or a setting is for decoders alone.
+    """
+    task: Task = TASKS.get(config.task)
+    start = decoder_start(config.model)
+    return (task if start is None else task.for_encoder_decoder(config)), start
 
 
 @contextmanager

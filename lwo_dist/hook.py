@@ -243,13 +243,14 @@ class LWO:
         self._micro_step = micro_step
         self._at_boundary = boundary
 
-    def step(self, lr: float | None = None) -> StepReport:
+    def step(self, lr: float | None = None, max_grad_norm: float | None = None) -> StepReport:
         """Update the visit's layers and switch at its end; call it after every `backward`.
 
         Does nothing inside an accumulation.
 
         Args:
             lr: the learning rate, if the caller has a scheduler; None: from the config.
+            max_grad_norm: what to clip to, if the caller decides; None: from the config.
 
         Raises:
             RuntimeError: `backward` was not called.
@@ -272,7 +273,9 @@ class LWO:
                 bytes_sent=0,
             )
         self.strategy.refuse_changes()
-        update = self.strategy.step(lr, self.config.max_grad_norm)
+        if max_grad_norm is None:
+            max_grad_norm = self.config.max_grad_norm
+        update = self.strategy.step(lr, max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
         device = update.skipped.device
         self.skipped_steps = self.skipped_steps.to(device) + update.skipped

@@ -1,8 +1,9 @@
-"""Which parameters are trained together: a decoder's layers, found by structure rather than name.
+"""Which parameters are trained together: a model's layers, found by structure rather than name.
 
-The stack of transformer layers is the largest `nn.ModuleList` of the model. Everything outside it
-belongs to `embed` or `head`. Layers that share a parameter (tied embeddings, repeated layers) form
-one layer.
+A decoder's stack of transformer layers is its largest `nn.ModuleList`. An encoder-decoder has two,
+which run one after the other and are one chain: the encoder's layers, then the decoder's.
+Everything outside the stacks belongs to `embed` or `head`. Layers that share a parameter (tied
+embeddings, repeated layers, blocks shared between layers) form one layer.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from .names import clean_name, named_parameters, named_tensors
 
 __all__ = [
     "Layer",
+    "Stack",
     "Visit",
     "check_layers",
     "check_visits",
     "find_layers",
-    "find_stack",
+    "find_stacks",
     "forget_flags",
     "keep_flags",
     "last_depths",
     "own_flags",
     "parameter_depths",
     "rest_names",
+    "separate_layers",
     "without_frozen",
 ]
 
@@ -47,8 +50,8 @@ class Layer:
     parameter appears once, under its first name.
     """
     depth: int = 0
-    """Where backward may stop: 0 for the embedding, i + 1 for transformer layer i, len(stack) + 1
-    for the head. 0 is always correct and gives the longest backward.
+    """Where backward may stop: 0 for the embedding, i + 1 for transformer layer i of the chain,
+    one more than its last layer for the head. 0 is always correct and gives the longest backward.
     """
 
 
@@ -74,6 +77,24 @@ class Visit:
         return min(layer.depth for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Transformer layers that run one after another."""
+
+    name: str
+    """Prefix of its layers' names: "layer", or of several stacks the name of the module that holds
+    them, such as "encoder"."""
+    path: str
+    """Of `modules` in the model."""
+    modules: nn.ModuleList
+    first: int
+    """Depth of its first layer."""
+
+    @property
+    def depths(self) -> range:
+        return range(self.first, self.first + len(self.modules))
+
+
 def find_layers(
     model: nn.Module,
     *,
@@ -84,35 +105,34 @@ def find_layers(
     """The trained layers of `model` in the order of the forward pass; everything else is `rest`.
 
     Raises:
-        UserError: no stack of layers, an encoder-decoder, or only half of a tied embedding and
-            head.
+        UserError: no stack of layers, an encoder-decoder with one, or only half of a tied embedding
+            and head.
     """
-    _, stack = find_stack(model)
+    stacks = find_stacks(model)
     depths = parameter_depths(model)
-    top = len(stack) + 1
-    groups = [[0], *_chunks(range(1, top), layers_per_group), [top]]
-    groups = _merge_tied(model, groups)
+    top = _top(stacks)
+    chunks = [chunk for stack in stacks for chunk in _chunks(stack.depths, layers_per_group)]
+    groups = _merge_tied(model, stacks, [[0], *chunks, [top]])
     layers = []
     for group in groups:
         if not _is_trained(group, top, train_embeddings, train_head):
             continue
         names = tuple(name for name, depth in depths.items() if depth in group)
         if names:
-            layers.append(Layer(_name(group, top), names, min(group)))
+            layers.append(Layer(_name(group, stacks), names, min(group)))
     return layers
 
 
-def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and module of the stack of transformer layers: the `nn.ModuleList` with most parameters.
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks of transformer layers, in the order of the forward pass.
 
-    The experts of a mixture and the heads of an attention are lists too, but they are inside the
-    stack and smaller.
+    The first found is the `nn.ModuleList` with most parameters. The experts of a mixture and the
+    heads of an attention are lists too, but they are inside it and smaller. An encoder-decoder has
+    another list at the same place of another module: `encoder.layers` and `decoder.layers`.
+
+    Raises:
+        UserError: there is none, or one alone in an encoder-decoder.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UserError(
-            f"{type(model).__name__} is an encoder-decoder; layer-wise optimisation needs a"
-            " decoder-only model"
-        )
     sizes = {
         name: sum(
             getattr(p, "ds_numel", p.numel()) for p in module.parameters()
@@ -121,15 +141,49 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList)
     }
     # Among equal sizes the first is the outermost: named_modules yields parents before children.
-    path = max(sizes, key=lambda name: sizes[name], default=None)
-    if path is None or sizes[path] == 0:
+    largest = max(sizes, key=lambda name: sizes[name], default=None)
+    if largest is None or sizes[largest] == 0:
         raise UserError(
             f"{type(model).__name__} has no stack of layers (an nn.ModuleList with parameters); "
             "use method: full, or a decoder model such as Qwen2 or Llama"
         )
-    stack = model.get_submodule(path)
-    assert isinstance(stack, nn.ModuleList)
-    return path, stack
+    # None: not a Hugging Face model.
+    has_two = getattr(getattr(model, "config", None), "is_encoder_decoder", None)
+    paths = [largest]
+    if has_two is not False:
+        paths = [name for name in sizes if sizes[name] and _place(name) == _place(largest)]
+    if has_two and len(paths) == 1:
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder, but only {largest} was found of its"
+            " layers; layer-wise optimisation needs two lists at the same place, such as"
+            " encoder.layers and decoder.layers: use method: full"
+        )
+    stacks = []
+    first = 1
+    for path in paths:
+        modules = model.get_submodule(path)
+        assert isinstance(modules, nn.ModuleList)
+        name = path.split(".")[-2].strip("_") if len(paths) > 1 else "layer"
+        stacks.append(Stack(name, path, modules, first))
+        first += len(modules)
+    return stacks
+
+
+def separate_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers that share no parameter with each other or with the rest of the model.
+
+    Only these can be sharded one by one: the others are left to a module that holds all uses.
+    """
+    stacks = find_stacks(model)
+    users: dict[int, set[int]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), set()).add(_depth_in(stacks, name) or 0)
+    return [
+        module
+        for stack in stacks
+        for module in stack.modules
+        if all(len(users[id(parameter)]) == 1 for parameter in module.parameters())
+    ]
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:
@@ -139,37 +193,47 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     output embedding and modules registered after the stack count as above it. A norm that a model
     registers out of order (OPT) ends up in the wrong one of these two layers, which lengthens
     backward but does not change results.
+
+    With several stacks only the output embedding counts as above them: what is registered after
+    the decoder's layers may come before them (BART's embedding norms) or after (T5's final norm),
+    and backward would stop too early for the first kind.
     """
     depths = _depths_of_names(model)
     return {name: depths[name] for name in named_parameters(model)}
 
 
 def last_depths(model: nn.Module) -> dict[str, int]:
-    """Parameter name -> the depth of its last use: the head's, for a matrix tied to it."""
+    """Parameter name -> the depth of its last use: the head's, for a matrix tied to it.
+
+    With several stacks, what is outside of them may be used last above them.
+    """
     depths = _depths_of_names(model)
+    stacks = find_stacks(model)
     last: dict[int, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        last[id(parameter)] = max(depths[clean_name(name)], last.get(id(parameter), 0))
-    _, stack = find_stack(model)
+        outside = len(stacks) > 1 and _depth_in(stacks, name) is None
+        depth = _top(stacks) if outside else depths[clean_name(name)]
+        last[id(parameter)] = max(depth, last.get(id(parameter), 0))
     head = _output_embedding(model)
     for parameter in head.parameters() if head is not None else ():
-        last[id(parameter)] = len(stack) + 1
+        last[id(parameter)] = _top(stacks)
     return {name: last[id(parameter)] for name, parameter in named_parameters(model).items()}
 
 
 def _depths_of_names(model: nn.Module) -> dict[str, int]:
     """The depth of every name of a parameter; one that is shared or tied has several."""
-    path, stack = find_stack(model)
-    top = len(stack) + 1
+    stacks = find_stacks(model)
+    top = _top(stacks)
     head = _output_embedding(model)
     head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
     depths = {}
     behind = False
     for name, module in model.named_modules(remove_duplicate=False):
-        behind = behind or module is stack
+        behind = behind or (len(stacks) == 1 and module is stacks[0].modules)
         for parameter_name, parameter in module.named_parameters(prefix=name, recurse=False):
-            if parameter_name.startswith(f"{path}."):
-                depth = int(parameter_name[len(path) + 1 :].split(".")[0]) + 1
+            inside = _depth_in(stacks, parameter_name)
+            if inside is not None:
+                depth = inside
             elif isinstance(module, nn.Embedding) or not (
                 behind or id(parameter) in head_parameters
             ):
@@ -310,26 +374,46 @@ def _chunks(items: range, size: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-def _merge_tied(model: nn.Module, groups: list[list[int]]) -> list[list[int]]:
+def _place(path: str) -> tuple[str, str] | str:
+    """What lists at the same place of different modules have in common: the path around the
+    module's own name."""
+    holder, _, last = path.rpartition(".")
+    return (holder.rpartition(".")[0], last) if holder else path
+
+
+def _depth_in(stacks: Sequence[Stack], name: str) -> int | None:
+    """Depth of the layer that a parameter is in; None outside of the stacks."""
+    for stack in stacks:
+        if name.startswith(f"{stack.path}."):
+            return stack.first + int(name[len(stack.path) + 1 :].split(".")[0])
+    return None
+
+
+def _top(stacks: Sequence[Stack]) -> int:
+    """Depth of the head."""
+    return stacks[-1].depths.stop
+
+
+def _merge_tied(
+    model: nn.Module, stacks: Sequence[Stack], groups: list[list[int]]
+) -> list[list[int]]:
     """Merge groups that share a parameter, ordered by their lowest depth."""
-    path, _ = find_stack(model)
     depths = parameter_depths(model)
     first_name = {id(p): name for name, p in model.named_parameters()}
     owner = {depth: i for i, group in enumerate(groups) for depth in group}
     joined = list(range(len(groups)))
-    top = max(owner)
+    top = _top(stacks)
     head = _output_embedding(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.startswith(f"{path}."):
-            depth = int(name[len(path) + 1 :].split(".")[0]) + 1
-        elif (
-            head is not None
-            and any(parameter is p for p in head.parameters())
-            and name != first_name[id(parameter)]
-        ):
+        depth = _depth_in(stacks, name)
+        if depth is None:
+            if (
+                head is None
+                or all(parameter is not p for p in head.parameters())
+                or name == first_name[id(parameter)]
+            ):
+                continue
             depth = top
-        else:
-            continue
         a = joined[owner[depth]]
         b = joined[owner[depths[clean_name(first_name[id(parameter)])]]]
         joined = [min(a, b) if group in (a, b) else group for group in joined]
@@ -348,13 +432,11 @@ def _is_trained(group: list[int], top: int, train_embeddings: bool, train_head: 
     return (0 not in group or train_embeddings) and (top not in group or train_head)
 
 
-def _name(group: list[int], top: int) -> str:
-    width = len(str(top - 2))
-    parts = {0: "embed", top: "head"}
-    inner = [depth - 1 for depth in group if depth not in parts]
-    names = [parts[depth] for depth in group if depth == 0]
-    if inner:
-        first = f"{inner[0]:0{width}}"
-        last = f"{inner[-1]:0{width}}"
-        names.append(f"layer_{first}" if first == last else f"layer_{first}-{last}")
-    return "_".join(names + [parts[depth] for depth in group if depth == top])
+def _name(group: list[int], stacks: Sequence[Stack]) -> str:
+    names = ["embed"] if 0 in group else []
+    for stack in stacks:
+        width = len(str(len(stack.modules) - 1))
+        inner = [f"{d - stack.first:0{width}}" for d in group if d in stack.depths]
+        if inner:
+            names.append(f"{stack.name}_{'-'.join(dict.fromkeys((inner[0], inner[-1])))}")
+    return "_".join(names + (["head"] if _top(stacks) in group else []))

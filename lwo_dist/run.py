@@ -34,6 +34,7 @@ from .console import say
 from .data import PreparedData, steps_of_epochs
 from .driver import (
     ending_tracking,
+    fitting_task,
     model_source,
     prepare,
     read_record,
@@ -53,7 +54,7 @@ from .models import (
     refuse_tokens,
 )
 from .models.saving import save_model_files
-from .registry import METHODS, STRATEGIES, TASKS
+from .registry import METHODS, STRATEGIES
 from .run_info import checkpoint_record
 from .stop import CTRL_C, Stopped, StopRequest, StopVote
 from .storage import RunFolder, is_url, storage_folder
@@ -175,8 +176,9 @@ def _build(
     """Build everything a run consists of; the same on every rank."""
     checkpoint = find_checkpoint(config, run_folder)
     tokenizer = load_tokenizer(config.model)
-    task: Task = TASKS.get(config.task)
-    data = _read_data(config, tokenizer, task)
+    with distributed.errors_on_all_ranks():
+        task, decoder_start = fitting_task(config)
+    data = _read_data(config, tokenizer, task, decoder_start)
     config = _with_length(config, data)
     if checkpoint is not None:
         refuse_other_run(config, data, checkpoint.state)
@@ -288,18 +290,23 @@ def _evaluation(
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             synced=lwo.strategy.forward_is_collective,
+            decoder_start=data.decoder_start,
             before_batch=before_batch,
         )
 
     return evaluate_now
 
 
-def _read_data(config: Config, tokenizer: Any, task: Task) -> PreparedData:
+def _read_data(
+    config: Config, tokenizer: Any, task: Task, decoder_start: int | None
+) -> PreparedData:
     # If nodes share no folder, each prepares its own examples.
     first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     shares_no_folder = is_url(config.storage) and not config.data.cache
     is_builder = distributed.rank() == 0 or (first_of_node and shares_no_folder)
-    return prepare_dataset(config, tokenizer, task, is_builder=is_builder)
+    return prepare_dataset(
+        config, tokenizer, task, is_builder=is_builder, decoder_start=decoder_start
+    )
 
 
 def _make_hook(config: Config, checkpoint: Checkpoint | None, device: torch.device) -> LWO:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
-from lwo_dist.layers import Layer, Visit, find_layers, find_stack
+from lwo_dist.layers import Layer, Visit, find_layers, find_stacks
 from lwo_dist.memory import local_bytes
 from lwo_dist.methods import Method, Saved
 from lwo_dist.strategies import Moments, Strategy, StrategyBuilder, Update
@@ -31,8 +31,8 @@ class Gains(Method):
     changes_model = True
 
     def prepare(self, model: nn.Module, config: Config) -> None:
-        _, stack = find_stack(model)
-        for layer in stack:
+        (stack,) = find_stacks(model)
+        for layer in stack.modules:
             layer.register_parameter("gain", nn.Parameter(torch.ones(1)))
             layer.register_forward_hook(lambda module, inputs, output: output * module.gain)
 

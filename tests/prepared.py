@@ -38,6 +38,7 @@ def prepared(
         train=Dataset.from_list([vars(e) for e in examples]),
         lengths=np.array([sum(lengths[i] for i in row) for row in sequences], dtype=np.int32),
         label_tokens=np.array([sum(labels[i] for i in row) for row in sequences], dtype=np.int32),
+        target_starts=np.array([example.target_start for example in examples], dtype=np.int32),
         held_out=(),
         counts={},
         fingerprint="",

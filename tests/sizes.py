@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lwo_dist.config import Config
-from lwo_dist.layers import find_stack
+from lwo_dist.layers import find_stacks
 from lwo_dist.memory import DecoderSize, fsdp_bytes, lora_bytes, step_bytes
 from lwo_dist.methods import Method
 from lwo_dist.registry import METHODS
@@ -57,12 +57,12 @@ def model_of(size: str) -> nn.Module:
 
 
 def size_of(model: nn.Module) -> DecoderSize:
-    _, stack = find_stack(model)
+    (stack,) = find_stacks(model)
     config: Any = model.config
     return DecoderSize(
         parameters=numel(model),
-        stack_layers=len(stack),
-        stack_layer_parameters=numel(stack[0]),
+        stack_layers=len(stack.modules),
+        stack_layer_parameters=numel(stack.modules[0]),
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
@@ -83,8 +83,8 @@ def largest_layer(model: nn.Module, config: Config) -> int:
 
 def adapter_numel(model: nn.Module, rank: int) -> int:
     """Parameters of LoRA's adapters on all linear layers of the transformer layers."""
-    _, stack = find_stack(model)
-    linears = [module for module in stack.modules() if isinstance(module, nn.Linear)]
+    (stack,) = find_stacks(model)
+    linears = [module for module in stack.modules.modules() if isinstance(module, nn.Linear)]
     return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
 
 

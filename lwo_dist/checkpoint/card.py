@@ -74,6 +74,7 @@ def model_card(
     *,
     has_code: bool = False,
     adapter: bool = False,
+    encodes: bool = False,
 ) -> ModelCard:
     """The card of a checkpoint's model, or of its adapters.
 
@@ -83,7 +84,11 @@ def model_card(
         comparison: of this step; empty if unknown.
         has_code: the model needs Python code of its own.
         adapter: of the adapters, in peft's format.
+        encodes: the model is an encoder-decoder.
     """
+    usage = _ADAPTER_USAGE if adapter else _USAGE
+    if encodes:
+        usage = usage.replace("ForCausalLM", "ForSeq2SeqLM")
     about = state["run"]
     base = about.get("base_name") or base_name(about["base_model"])
     licence = about["licence"] if "licence" in about else _hub_licence(about)
@@ -91,7 +96,7 @@ def model_card(
         base_model=base,
         license=licence,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text2text-generation" if encodes else "text-generation",
         tags=["code", "lwo_dist", about["method"]],
     )
     sections = [
@@ -99,7 +104,7 @@ def model_card(
         f"`{_safe(base)}`, tuned on `{_safe(about['source'])}` with lwo_dist"
         f" ({_method(about['method'])}).",
         "## Usage",
-        (_ADAPTER_USAGE if adapter else _USAGE) + (_CODE if has_code else ""),
+        usage + (_CODE if has_code else ""),
         "## Scores",
         "\n".join(_scores(state, comparison)),
         "## Training",

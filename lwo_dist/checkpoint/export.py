@@ -17,14 +17,14 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from lwo_dist.access import share_as_made
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import DamagedError, UserError, first_line
 from lwo_dist.files import put_in_place
 from lwo_dist.methods import Method, Saved
-from lwo_dist.models import base_digest, base_weights, weights
+from lwo_dist.models import base_digest, base_weights, model_class, weights
 from lwo_dist.registry import METHODS
 
 from .card import Comparison, model_card
@@ -96,6 +96,7 @@ def export_model(
                 dtype,
                 comparison or {},
                 has_code=bool(_code_of(checkpoint.folder)),
+                encodes=_is_encoder_decoder(saved),
             )
             card.save(temporary / "README.md")
     return target
@@ -120,12 +121,19 @@ def export_adapter(
     """
     about = _record_of(checkpoint)
     method = method or _method_of(about)
-    tensors, settings = method.adapter(_saved(checkpoint, about, trust_remote_code))
+    saved = _saved(checkpoint, about, trust_remote_code)
+    tensors, settings = method.adapter(saved)
     with _in_place(target) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (temporary / "adapter_config.json").write_text(text)
-        card = model_card(checkpoint.state, "fp32", comparison or {}, adapter=True)
+        card = model_card(
+            checkpoint.state,
+            "fp32",
+            comparison or {},
+            adapter=True,
+            encodes=_is_encoder_decoder(saved),
+        )
         card.save(temporary / "README.md")
     return target
 
@@ -149,6 +157,11 @@ def _record_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if about:
         check_record(checkpoint.state, "results")
     return about
+
+
+def _is_encoder_decoder(saved: Saved) -> bool:
+    settings: Any = saved.model.config
+    return bool(settings.is_encoder_decoder)
 
 
 def _saved(checkpoint: Checkpoint, about: Mapping[str, Any], trust_remote_code: bool) -> Saved:
@@ -208,7 +221,7 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=True):
             # The config could otherwise name an attention kernel on the hub, which is code.
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(settings).from_config(
                 settings, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
         model.tie_weights()

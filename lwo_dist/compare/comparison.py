@@ -423,6 +423,8 @@ class _Work:
 
 def _check(config: Config) -> None:
     """Refuse settings or a model that no run could use. Raises: UserError."""
+    from lwo_dist.driver import fitting_task
+
     if config.data.source is None:
         raise UserError("data.source is not set; give a folder of source files or a git repository")
     check_config(config)
@@ -430,6 +432,7 @@ def _check(config: Config) -> None:
     task.check(config)
     if config.model.name != "tiny-code" and not is_gguf(config.model.name):
         check_model(config.model, config.train.sequence_length)
+        fitting_task(config)
 
 
 def _metrics(found: Comparison) -> dict[str, float]:

@@ -81,7 +81,9 @@ class GlobalBatch:
     """This rank's part, a dict for each micro-batch of an accumulation: `input_ids`, `labels`
     (-100: not learned), and `attention_mask` (1 real, 0 padding) or, of packed sequences,
     `position_ids` (from 0 in each example, and in the padding), each [sequences, tokens], int64, on
-    the CPU. The model shifts the labels.
+    the CPU. The model shifts the labels. For an encoder-decoder `input_ids` and `attention_mask`
+    are the encoder's, and beside the labels, in their shape, are `decoder_input_ids`: the decoder's
+    first token and then the labels' tokens.
     """
     label_tokens: int
     """Positions of the whole global batch that count in the loss: the divisor of its summed loss.
@@ -114,23 +116,64 @@ def global_batch(
     rows_of_all_ranks = indices.reshape(accumulation, world_size, size)
     return GlobalBatch(
         indices=indices,
-        micro_batches=[_batch(data, rows[rank], _width(data, rows)) for rows in rows_of_all_ranks],
+        micro_batches=[_batch(data, rows, rank) for rows in rows_of_all_ranks],
         label_tokens=int(data.label_tokens[indices].sum(dtype=np.int64)),
         tokens=int(data.lengths[indices].sum(dtype=np.int64)),
     )
 
 
-def _width(data: PreparedData, indices: npt.NDArray[np.int64]) -> int:
-    """Tokens that a row of a micro-batch with these examples is padded to."""
-    longest = int(data.lengths[indices].max())
+def _batch(
+    data: PreparedData, rows_of_ranks: npt.NDArray[np.int64], rank: int
+) -> dict[str, torch.Tensor]:
+    indices = rows_of_ranks[rank]
+    if data.decoder_start is not None:
+        starts = data.target_starts[rows_of_ranks]
+        targets = data.lengths[rows_of_ranks] - starts
+        widths = (_width(data, starts), _width(data, targets + 1))
+        return _encoded(data, indices, data.decoder_start, *widths)
+    return _joined(data, indices, _width(data, data.lengths[rows_of_ranks]))
+
+
+def _width(data: PreparedData, lengths: npt.NDArray[np.int32]) -> int:
+    """Tokens that a row of a micro-batch with these rows is padded to."""
+    longest = int(lengths.max())
     rounded = -(-longest // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
     # An example is never cut, even if it is longer than `sequence_length`.
     return max(longest, min(rounded, data.sequence_length))
 
 
-def _batch(
+def _encoded(
+    data: PreparedData,
+    indices: npt.NDArray[np.int64],
+    decoder_start: int,
+    width: int,
+    decoder_width: int,
+) -> dict[str, torch.Tensor]:
+    """For an encoder-decoder."""
+    input_ids = torch.full((len(indices), width), data.pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    decoder_input_ids = torch.full((len(indices), decoder_width), data.pad_id, dtype=torch.int64)
+    decoder_input_ids[:, 0] = decoder_start
+    labels = torch.full_like(decoder_input_ids, IGNORED_LABEL)
+    rows = data.train[indices.tolist()]
+    examples = zip(rows["input_ids"], rows["target_start"], strict=True)
+    for i, (tokens, start) in enumerate(examples):
+        input_ids[i, :start] = torch.tensor(tokens[:start])
+        attention_mask[i, :start] = 1
+        learned = slice(1, 1 + len(tokens) - start)
+        labels[i, learned] = decoder_input_ids[i, learned] = torch.tensor(tokens[start:])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": decoder_input_ids,
+        "labels": labels,
+    }
+
+
+def _joined(
     data: PreparedData, indices: npt.NDArray[np.int64], width: int
 ) -> dict[str, torch.Tensor]:
+    """For a decoder."""
     input_ids = torch.full((len(indices), width), data.pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     position_ids = torch.arange(width).repeat(len(indices), 1)

@@ -66,6 +66,8 @@ class PreparedData:
     """[sequences], tokens of each. A sequence is an example, or with `packs` several."""
     label_tokens: npt.NDArray[np.int32]
     """[sequences], tokens of each that count in the loss."""
+    target_starts: npt.NDArray[np.int32]
+    """[examples], tokens of each that are its context."""
     held_out: tuple[EvalExample, ...]
     counts: Mapping[str, Any]
     """What the task has read (of a source tree: `train_files`, `held_out_files`, `skipped`, reason
@@ -79,6 +81,8 @@ class PreparedData:
     pad_id: int
     """Neither the end-of-text token nor a line end."""
     sequence_length: int
+    decoder_start: int | None = None
+    """First token of the decoder, if the examples are for an encoder-decoder."""
     packs: Dataset | None = None
     """Column `examples`: the rows of `train` that make up each sequence; None: one each."""
 
@@ -169,9 +173,17 @@ def _column(dataset: Dataset, name: str) -> npt.NDArray[np.int32]:
 
 
 def load_dataset(
-    folder: Path, fingerprint: str, tokenizer: Any, sequence_length: int
+    folder: Path,
+    fingerprint: str,
+    tokenizer: Any,
+    sequence_length: int,
+    *,
+    decoder_start: int | None = None,
 ) -> PreparedData:
     """What `write_dataset` wrote into `folder`.
+
+    Args:
+        decoder_start: first token of the decoder, of examples for an encoder-decoder.
 
     Raises:
         UserError: this worker does not see the folder, or the tokenizer has no token to pad with.
@@ -195,12 +207,14 @@ def load_dataset(
         train=train,
         lengths=lengths,
         label_tokens=label_tokens,
+        target_starts=_column(train, "target_start"),
         held_out=held_out,
         counts=json.loads((folder / "about.json").read_text()),
         fingerprint=fingerprint,
         folder=folder,
         pad_id=pad_id(tokenizer),
         sequence_length=sequence_length,
+        decoder_start=decoder_start,
         packs=packs,
     )
 

@@ -3,7 +3,8 @@ windows.
 
 A training example is one stretch of tokens, of which those from `target_start` on are learned. A
 held-out example is a context, the tokens that should follow, and their text. Every task's examples
-have these two shapes.
+have these two shapes. For an encoder-decoder what comes before `target_start`, or the context, is
+the encoder's input, and the rest the decoder's output.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from lwo_dist.errors import UserError
 
 __all__ = [
+    "EncoderTokenizer",
     "EvalExample",
     "LineTokenizer",
     "Note",
@@ -157,6 +159,50 @@ class LineTokenizer:
             return_attention_mask=False,
             split_special_tokens=True,
             verbose=False,
+        )["input_ids"]
+        return tokens
+
+
+class EncoderTokenizer:
+    """Tokenises a prompt for an encoder and its answer for a decoder, each as a text of its own.
+
+    Both have the special tokens that the tokenizer puts around such texts (T5's and BART's end
+    with one); none are recognised in the texts.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._end = end_of_text_id(tokenizer)
+
+    def __call__(self, prompt: str, answer: str) -> PromptedText:
+        """Without the end-of-text token of the answer.
+
+        Raises:
+            UserError: the tokenizer puts another token after that.
+        """
+        context = self._tokens(text=prompt)
+        target = self._tokens(text_target=answer)
+        if target[-1:] == [self._end]:
+            target = target[:-1]
+        if self._end in target:
+            raise UserError(
+                f"the tokenizer {_name(self._tokenizer)} ends the answer {answer[:40]!r} with"
+                f" {self._tokenizer.decode(target[-1:])!r}; use a model whose answers end with"
+                f" {self._tokenizer.eos_token}"
+            )
+        return PromptedText(context + target, len(context), "")
+
+    @property
+    def begin(self) -> list[int]:
+        """The tokens before each prompt."""
+        whole = self._tokens(text=_ANCHOR)
+        inner = self._tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+        return whole[: whole.index(inner[0])]
+
+    def _tokens(self, **text: str) -> list[int]:
+        # verbose=False: a text may be longer than the model's context; it is cut later.
+        tokens: list[int] = self._tokenizer(
+            **text, return_attention_mask=False, split_special_tokens=True, verbose=False
         )["input_ids"]
         return tokens
 

@@ -138,8 +138,9 @@ class LoRA(Method):
 def _peft_config(settings: LoRAConfig, model: nn.Module) -> Any:
     from peft import LoraConfig
 
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.use_rslora,

@@ -1,6 +1,6 @@
 """Builds a tokenizer and a model from a folder or a Hugging Face id."""
 
-from .hub import licence_of
+from .hub import licence_of, model_class
 from .limits import refuse_long_sequences, refuse_tokens
 from .source import (
     PretrainedSource,
@@ -9,6 +9,7 @@ from .source import (
     check_model,
     check_prepared,
     code_files,
+    decoder_start,
     load_tokenizer,
 )
 
@@ -19,8 +20,10 @@ __all__ = [
     "check_model",
     "check_prepared",
     "code_files",
+    "decoder_start",
     "licence_of",
     "load_tokenizer",
+    "model_class",
     "refuse_long_sequences",
     "refuse_tokens",
 ]

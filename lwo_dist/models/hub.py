@@ -12,7 +12,12 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+)
 from transformers.initialization import no_init_weights
 
 from lwo_dist.config import ModelConfig
@@ -24,6 +29,7 @@ __all__ = [
     "check_indexes",
     "empty_model",
     "licence_of",
+    "model_class",
     "one_line",
     "read_settings",
     "resolve",
@@ -92,12 +98,8 @@ def resolve(config: ModelConfig, patterns: list[str]) -> Path:
 
 
 def read_settings(config: ModelConfig, folder: Path) -> Any:
-    with one_line(config, "config.json", "give a decoder that this version of transformers knows"):
+    with one_line(config, "config.json", "give a model that this version of transformers knows"):
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    if settings.is_encoder_decoder:
-        raise UserError(
-            f"model.name {config.name!r} is an encoder-decoder; give a decoder, such as Qwen2"
-        )
     if getattr(settings, "quantization_config", None) is not None:
         raise UserError(
             f"model.name {config.name!r} is quantised and cannot be trained; give the model it was"
@@ -106,11 +108,16 @@ def read_settings(config: ModelConfig, folder: Path) -> Any:
     return settings
 
 
+def model_class(settings: Any) -> Any:
+    """The class of transformers that makes a language model of `settings`."""
+    return AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+
+
 def whole_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> Any:
     """`from_pretrained`, but mismatched weights are errors: it would skip or randomise them."""
     with one_line(config, "weights", AGAIN):
         check_indexes(folder)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = model_class(read_settings(config, folder)).from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
@@ -136,17 +143,20 @@ def _refuse_untied(config: ModelConfig, folder: Path, model: Any) -> None:
     for name, tensor in empty_model(config, folder, settings).state_dict(keep_vars=True).items():
         other = first.setdefault(id(tensor), name)
         if tensors.get(name) is not tensors.get(other):
+            remedy = "set tie_word_embeddings to false there"
+            if settings.is_encoder_decoder:  # T5's setting means another thing
+                remedy = "give a model that has one matrix for both, such as CodeT5 or BART"
             raise UserError(
                 f"model.name {config.name!r}: config.json ties {other} and {name}, but the saved"
-                " weights differ; set tie_word_embeddings to false there"
+                f" weights differ; {remedy}"
             )
 
 
 def empty_model(config: ModelConfig, folder: Path, settings: Any) -> Any:
     """The model with parameters on the meta device and real buffers."""
-    with one_line(config, "model", "give a decoder that this version of transformers knows"):
+    with one_line(config, "model", "give a model that this version of transformers knows"):
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(settings).from_config(
                 settings, dtype=torch.float32, trust_remote_code=config.trust_remote_code
             )
         model.tie_weights()

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from lwo_dist import distributed
 from lwo_dist.config import ModelConfig
 from lwo_dist.errors import UserError
 
 from . import weights
-from .hub import empty_model, one_line, read_settings, resolve, whole_model
+from .hub import AGAIN, empty_model, one_line, read_settings, resolve, whole_model
 from .limits import refuse_long_sequences, refuse_tokenizer
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "check_model",
     "check_prepared",
     "code_files",
+    "decoder_start",
     "load_tokenizer",
 ]
 
@@ -89,7 +90,7 @@ def check_model(config: ModelConfig, sequence_length: int = 0, *, elsewhere: boo
         elsewhere: it is loaded on other machines; only a folder that is also here is checked.
 
     Raises:
-        UserError: no such folder or id, the hub is unreachable, no decoder, no weights, no
+        UserError: no such folder or id, the hub is unreachable, no language model, no weights, no
             tokenizer, tokens that the model does not have, too few positions.
     """
     if elsewhere and not Path(config.name).expanduser().exists():
@@ -108,6 +109,28 @@ def check_model(config: ModelConfig, sequence_length: int = 0, *, elsewhere: boo
     limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     if any(isinstance(limit, int) and limit < sequence_length for limit in limits):
         refuse_long_sequences(config.name, empty_model(config, folder, settings), sequence_length)
+
+
+def decoder_start(config: ModelConfig) -> int | None:
+    """The token that a decoder begins with, if the model is an encoder-decoder. No collective.
+
+    Raises:
+        UserError: its files do not name one.
+    """
+    folder = resolve(config, _SETTINGS)
+    settings = read_settings(config, folder)
+    if not settings.is_encoder_decoder:
+        return None
+    found = getattr(settings, "decoder_start_token_id", None)
+    if found is None and (folder / "generation_config.json").is_file():
+        with one_line(config, "generation_config.json", AGAIN):
+            found = GenerationConfig.from_pretrained(folder).decoder_start_token_id
+    if found is None:
+        raise UserError(
+            f"model.name {config.name!r} is an encoder-decoder, and its config.json has no"
+            " decoder_start_token_id; add the one that it was trained with"
+        )
+    return int(found)
 
 
 def code_files(config: ModelConfig) -> list[Path]:
@@ -161,7 +184,7 @@ class PretrainedSource:
 
         Every method is a collective and raises on all ranks:
             UserError: no such folder or id, an unreachable hub, a damaged or quantised checkpoint,
-                weights that do not match config.json, an encoder-decoder.
+                weights that do not match config.json.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lwo_dist import distributed
 from lwo_dist.errors import UserError
-from lwo_dist.layers import find_stack
+from lwo_dist.layers import find_stacks
 from lwo_dist.names import clean_name
 
 from .base import Strategy
@@ -69,14 +69,15 @@ def refuse_compiled(model: nn.Module) -> None:
     """
     if not any(_is_compiled(module) for module in model.modules()):
         return
-    path, stack = find_stack(model)
+    stacks = {stack.modules: stack.path for stack in find_stacks(model)}
     for name, module in model.named_modules():
         name = clean_name(name)
-        if _is_compiled(module) and any(part is stack for part in module.modules()):
+        inside = [stacks[part] for part in module.modules() if part in stacks]
+        if _is_compiled(module) and inside:
             raise UserError(
                 f"torch.compile was called on {name or 'the model'} as a whole: each visit would"
                 " need a graph of its own, and dynamo stops at its recompile_limit; compile each"
-                f" layer instead: for layer in model.{clean_name(path)}: layer.compile()"
+                f" layer instead: for layer in model.{clean_name(inside[0])}: layer.compile()"
             )
 
 

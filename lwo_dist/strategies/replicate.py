@@ -124,6 +124,13 @@ class Replicate(Strategy):
         self._trained = {}
         self._visit = None
 
+    def detach(self) -> None:
+        """Give each parameter storage of its own: of a shared one, accelerate saves one tensor."""
+        for layer in self.layers:
+            if self._flat_weights.pop(layer.name, None) is not None:
+                for name in layer.parameter_names:
+                    self._parameters[name].data = self._parameters[name].detach().clone()
+
     def step(self, lr: float, max_norm: float) -> Update:
         self._follow_storage()
         self._hang_gradients()

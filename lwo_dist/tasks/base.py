@@ -6,6 +6,7 @@ the package needs no line: `task: my_package.my_module:MyTask`.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,10 @@ class Task(ABC):
     """The values of `data.format` that it reads."""
     retrieves: ClassVar[bool] = False
     """Whether it puts `data.retrieval` pieces of the training data before its contexts."""
+    fits_encoder_decoders: ClassVar[bool] = False
+    """Whether its examples can be a text for an encoder and one for a decoder; `encodes` then says
+    that they are to be."""
+    encodes: bool = False
     example: ClassVar[tuple[str, str]] = ("example", "examples")
     """Display name of one held-out example and of many; the plural has no spaces, because
     `eval/<many>` counts them."""
@@ -110,6 +115,30 @@ class Task(ABC):
                 f"eval.max_new_tokens = {config.eval.max_new_tokens} leaves no room for a context"
                 f" in train.sequence_length = {config.train.sequence_length}; make it smaller"
             )
+
+    def for_encoder_decoder(self, config: Config) -> Task:
+        """This task with examples for an encoder-decoder.
+
+        Raises:
+            UserError: it has none, or a setting is for decoders alone.
+        """
+        model = f"model.name {config.model.name!r} is an encoder-decoder"
+        if not self.fits_encoder_decoders:
+            raise UserError(
+                f"the task {self.name} needs a decoder-only model, and {model}; give a decoder,"
+                " such as Qwen2, or a task from text to text, such as summarisation"
+            )
+        settings = {
+            "train.packing": config.train.packing,
+            "data.chat": config.data.chat,
+            "data.retrieval": config.data.retrieval,
+        }
+        for key, value in settings.items():
+            if value:
+                raise UserError(f"{key} = {value} is for decoders, and {model}; drop it")
+        found = copy.copy(self)
+        found.encodes = True
+        return found
 
     @abstractmethod
     def read(self, config: DataConfig, cache: Path) -> Source:
@@ -163,7 +192,13 @@ class Task(ABC):
 
     def context_shown(self, tokenizer: Any, example: EvalExample) -> str:
         """The end of the context to show beside an answer: its last three lines."""
-        text = str(tokenizer.decode(list(example.context), clean_up_tokenization_spaces=False))
+        text = str(
+            tokenizer.decode(
+                list(example.context),
+                clean_up_tokenization_spaces=False,
+                skip_special_tokens=self.encodes,  # they end the text
+            )
+        )
         text += example.begins_with
         return "\n".join(text.removesuffix("\n").split("\n")[-3:])
 

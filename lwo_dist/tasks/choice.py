@@ -68,7 +68,7 @@ class ChoiceTask(PairTask):
             pair.name,
             pair.line,
             right.begins_with,
-            scored_bytes(tokenizer, context, target),
+            scored_bytes(tokenizer, self.before_target(context), target),
             choices,
         )
         return [example, *notes]

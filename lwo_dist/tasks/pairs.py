@@ -7,6 +7,9 @@ indentation is in the same token, that token is the first to generate, as in lin
 
 With `data.chat` the prompt is a user's message, written by the model's own chat template, and the
 target ends as that template ends a message.
+
+For an encoder-decoder the prompt is the encoder's text and the target the decoder's, each with the
+special tokens that the tokenizer puts around texts.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ class PairTask(Task):
 
     example = ("answer", "answers")
     retrieves = True
+    fits_encoder_decoders = True
 
     def read(self, config: DataConfig, cache: Path) -> Pairs:
         """The usable pairs of the source, split.
@@ -127,7 +131,9 @@ class PairTask(Task):
         self, tokenizer: Any, config: DataConfig, source: Pairs, *, with_examples: bool
     ) -> Prompts:
         ask = self.request if config.chat else self.prompt
-        return Prompts(ask, tokenizer, config, source, with_examples=with_examples)
+        return Prompts(
+            ask, tokenizer, config, source, with_examples=with_examples, encodes=self.encodes
+        )
 
     def evaluation_example(
         self, prompts: Prompts, tokenizer: Any, pair: Pair, config: Config
@@ -140,6 +146,8 @@ class PairTask(Task):
         (text,) = found
         target = [*text.tokens[text.start :], prompts.end]
         context, notes = cut_context(text.tokens[: text.start], limit, prompts.begin)
+        if self.encodes and text_after(tokenizer, [], target) != pair.target:
+            notes.append(Note("target that the tokenizer does not keep"))
         if len(target) > config.eval.max_new_tokens:
             notes.append(Note("target cut to eval.max_new_tokens"))
             target = target[: config.eval.max_new_tokens]
@@ -150,10 +158,14 @@ class PairTask(Task):
             pair.name,
             pair.line,
             text.begins_with,
-            scored_bytes(tokenizer, context, target),
+            scored_bytes(tokenizer, self.before_target(context), target),
             ends_with=prompts.ends_with,
         )
         return [example, *notes]
+
+    def before_target(self, context: Sequence[int]) -> Sequence[int]:
+        """The tokens that a target's text follows."""
+        return [] if self.encodes else context
 
     def end_token_ids(self, tokenizer: Any) -> list[int]:
         """The end of the text, and of a message where the tokenizer has a chat template.
@@ -171,7 +183,7 @@ class PairTask(Task):
         more."""
         ends = set(self.end_token_ids(tokenizer))
         end = next((i for i, token in enumerate(token_ids) if token in ends), len(token_ids))
-        text = text_after(tokenizer, example.context, token_ids[:end])
+        text = text_after(tokenizer, self.before_target(example.context), token_ids[:end])
         text = text.removeprefix(example.begins_with)
         if example.ends_with:
             text = text.lstrip(example.ends_with).partition(example.ends_with)[0]

@@ -27,7 +27,12 @@ _LAYOUT = 2  # Raised when the files hold more, or other columns, of the same ex
 
 
 def prepare_dataset(
-    config: Config, tokenizer: Any, task: Task, *, is_builder: bool = True
+    config: Config,
+    tokenizer: Any,
+    task: Task,
+    *,
+    is_builder: bool = True,
+    decoder_start: int | None = None,
 ) -> PreparedData:
     """Prepare the examples of `config`, or reuse existing ones. A collective.
 
@@ -36,6 +41,7 @@ def prepare_dataset(
         task: the task of `config.task`.
         is_builder: whether this rank reads the source; true on rank 0 and, if nodes do not share
             the cache, on the first rank of each node.
+        decoder_start: first token of the decoder, with a task for encoder-decoders.
 
     Raises:
         UserError: on all ranks. The source or a setting is invalid, the cache cannot be written, or
@@ -48,7 +54,8 @@ def prepare_dataset(
             fingerprint, folder = _build(config, tokenizer, task)
     fingerprint, folder = distributed.broadcast_object((fingerprint, folder))
     with distributed.errors_on_all_ranks():
-        return load_dataset(folder, fingerprint, tokenizer, config.train.sequence_length)
+        length = config.train.sequence_length
+        return load_dataset(folder, fingerprint, tokenizer, length, decoder_start=decoder_start)
 
 
 def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
@@ -71,6 +78,7 @@ def _build(config: Config, tokenizer: Any, task: Task) -> tuple[str, Path]:
     own = config.completion.model_dump(exclude_defaults=True)
     settings += [own] if own else []
     settings += text_start(tokenizer)
+    settings += ["encoder-decoder"] if task.encodes else []
     # config.task, not task.name: a task that extends another may have kept its name.
     parts = [
         task.version,

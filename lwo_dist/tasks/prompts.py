@@ -9,7 +9,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lwo_dist.config import DataConfig
-from lwo_dist.data.examples import Note, PromptedText, PromptTokenizer, end_of_text_id
+from lwo_dist.data.examples import (
+    EncoderTokenizer,
+    Note,
+    PromptedText,
+    PromptTokenizer,
+    end_of_text_id,
+)
 from lwo_dist.data.pairs import Pair, Pairs
 from lwo_dist.errors import UserError, first_line
 
@@ -24,6 +30,7 @@ class Prompts:
     Args:
         ask: the task's prompt of a pair; with `data.chat` its request.
         with_examples: put `data.retrieval` worked examples before each prompt.
+        encodes: the prompts are for an encoder.
 
     Raises:
         UserError: `data.chat` without a chat template.
@@ -37,11 +44,14 @@ class Prompts:
         source: Pairs,
         *,
         with_examples: bool,
+        encodes: bool = False,
     ):
         self._ask = ask
         self._tokenizer = tokenizer
         self._config = config
-        self._tokenize = PromptTokenizer(tokenizer, chat=config.chat)
+        self._tokenize: PromptTokenizer | EncoderTokenizer = (
+            EncoderTokenizer(tokenizer) if encodes else PromptTokenizer(tokenizer, chat=config.chat)
+        )
         self.begin = self._tokenize.begin
         self.end = end_of_message(tokenizer) if config.chat else end_of_text_id(tokenizer)
         """The token after a target."""

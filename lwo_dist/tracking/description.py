@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lwo_dist.run_info import RunInfo, model_name, source_name
 from lwo_dist.tasks.scores import ScoreSheet
 from lwo_dist.units import human_seconds
 
-__all__ = ["RUN_ID", "describe_result", "describe_start"]
+__all__ = ["RUN_ID", "describe_result", "describe_start", "is_encoder_decoder"]
 
 RUN_ID = "<run id>"
 """Stands for MLflow's id of the run, which only the store knows."""
@@ -56,15 +57,24 @@ def describe_result(
             f" {summary['tokens_per_second']:,.0f} tokens/s.",
         ]
     if model is not None:
+        # transformers 5 has no pipeline from text to text.
+        encodes = is_encoder_decoder(info.run_dir / "model")
+        name, more = ("parts", ', return_type="components"') if encodes else ("pipeline", "")
         parts.append(
             "```python\nimport mlflow\n\n"
             f'mlflow.set_tracking_uri("{store}")\n'
-            f'pipeline = mlflow.transformers.load_model("runs:/{RUN_ID}/{model}")\n```'
+            f'{name} = mlflow.transformers.load_model("runs:/{RUN_ID}/{model}"{more})\n```'
         )
     card = info.run_dir / "model" / "README.md"
     if card.is_file():
         parts.append(f"---\n\n{_body(card)}")
     return redact("\n\n".join(parts))
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether an exported model is one; False without its config.json."""
+    path = folder / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text()).get("is_encoder_decoder"))
 
 
 def _scores(info: RunInfo, scores: Mapping[str, Any]) -> str:

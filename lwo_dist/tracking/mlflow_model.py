@@ -15,6 +15,8 @@ import yaml
 
 from lwo_dist.versions import version_of
 
+from .description import is_encoder_decoder
+
 __all__ = ["log_model"]
 
 _REQUIRED = ("accelerate", "mlflow", "safetensors", "tokenizers", "torch", "transformers")
@@ -85,7 +87,7 @@ def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
 
     `mlflow.transformers.save_model` would hold a second copy of them on disk, and its way to save a
     folder without loading it fails with transformers 5 (seen with MLflow 3.17 and transformers
-    5.23).
+    5.23). transformers 5 has no pipeline for an encoder-decoder, whose parts alone can be loaded.
     """
     import transformers
     from mlflow import pyfunc
@@ -94,6 +96,7 @@ def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(target / "components" / "tokenizer")
+    encodes = is_encoder_decoder(folder)
     text = Schema([ColSpec("string")])
     model = Model(
         run_id=run_id, model_id=model_id, signature=ModelSignature(inputs=text, outputs=text)
@@ -101,15 +104,18 @@ def _describe(run_id: str, model_id: str, folder: Path, target: Path) -> None:
     model.add_flavor(
         "transformers",
         transformers_version=transformers.__version__,
-        task="text-generation",
-        instance_type="TextGenerationPipeline",
+        task="text2text-generation" if encodes else "text-generation",
+        instance_type="Text2TextGenerationPipeline" if encodes else "TextGenerationPipeline",
         pipeline_model_type=json.loads((folder / "config.json").read_text())["architectures"][0],
         source_model_name=folder.parent.name,
         model_binary="model",
         components=["tokenizer"],
         tokenizer_type=type(tokenizer).__name__,
     )
-    pyfunc.add_to_model(model, loader_module="mlflow.transformers", python_env="python_env.yaml")
+    if not encodes:
+        pyfunc.add_to_model(
+            model, loader_module="mlflow.transformers", python_env="python_env.yaml"
+        )
     model.model_size_bytes = sum(
         file.stat().st_size for file in folder.rglob("*") if file.is_file()
     )

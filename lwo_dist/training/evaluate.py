@@ -4,7 +4,8 @@ Batches are formed once, longest context first, and distributed over the ranks; 
 on the number of ranks, so neither do the scores. Each context is computed once: its cache serves
 both the loss of the reference and the greedy answer, whose first token is chosen among those that
 begin with what is known. Where an example has choices, the answer is the most probable of them, and
-one forward gives the losses of all. The task decides what is scored, and how.
+one forward gives the losses of all. An encoder-decoder answers in `encoded`. The task decides what
+is scored, and how.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from lwo_dist.data.examples import EvalExample, pad_id, token_texts
 from lwo_dist.errors import UserError
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.scores import Column, Scores
+
+from .encoded import answer
+from .losses import summed_losses
 
 __all__ = ["Evaluation", "Sample", "evaluate"]
 
@@ -91,25 +95,30 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     synced: bool = False,
+    decoder_start: int | None = None,
     device: torch.device | str = "cpu",
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Answer `examples` greedily and score the answers; a collective if `world_size` is above 1.
 
     Args:
-        model: a Hugging Face decoder, plain or `fully_shard`ed. Its modes and generation_config are
-            restored afterwards.
+        model: a Hugging Face decoder or encoder-decoder, plain or `fully_shard`ed. Its modes and
+            generation_config are restored afterwards.
         batch_size: examples answered at once on a rank.
         max_new_tokens: maximum length of an answer.
         synced: every forward is a collective, as under FSDP2: all ranks then run the same number of
             batches and decoding steps, some of them only as padding.
+        decoder_start: first token of the decoder, if the model is an encoder-decoder.
         before_batch: called the same number of times on every rank, so it may be a collective; an
             exception in it ends the evaluation.
     """
     ordered = sorted(range(len(examples)), key=lambda i: (-len(examples[i].context), i))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    # The first token of a decoder's answer is chosen by us.
+    generated = max(max_new_tokens - 1, 1) if decoder_start is None else max_new_tokens
     config = GenerationConfig(
-        max_new_tokens=max(max_new_tokens - 1, 1),  # the first token is chosen by us
+        max_new_tokens=generated,
+        decoder_start_token_id=decoder_start,
         do_sample=False,
         use_cache=True,
         pad_token_id=pad_id(tokenizer),
@@ -127,11 +136,23 @@ def evaluate(
             indices = batches[min(number, len(batches) - 1)]
             part = [examples[i] for i in indices]
             rows = _choice_rows(part) if part[0].choices else part
-            batch = _collate(rows, config.pad_token_id, first_tokens, torch.device(device))
-            if part[0].choices:
-                losses, written = _choose(model, batch, part)
+            if decoder_start is not None:
+                losses, written = answer(
+                    model,
+                    rows,
+                    config,
+                    generates=not part[0].choices,
+                    device=torch.device(device),
+                    synced=synced,
+                )
             else:
-                losses, written = _complete(model, batch, config, synced)
+                batch = _collate(rows, config.pad_token_id, first_tokens, torch.device(device))
+                if part[0].choices:
+                    losses, written = _choice_losses(model, batch), []
+                else:
+                    losses, written = _complete(model, batch, config, synced)
+            if part[0].choices:
+                losses, written = _chosen(losses, part)
             if number < len(batches):
                 answers += zip(
                     indices, losses, (tokens[:max_new_tokens] for tokens in written), strict=True
@@ -211,17 +232,23 @@ def _choice_rows(examples: Sequence[EvalExample]) -> list[EvalExample]:
     ]
 
 
-def _choose(
-    model: Any, batch: _Batch, examples: Sequence[EvalExample]
+def _choice_losses(model: Any, batch: _Batch) -> list[float]:
+    """The summed loss of each target."""
+    targets = batch.input_ids.shape[1] - batch.width
+    logits = _forward(model, batch, 0, -1, logits_to_keep=targets).logits[:, -targets:]
+    found: list[float] = _losses_of(logits, batch).tolist()
+    return found
+
+
+def _chosen(
+    losses_of_rows: Sequence[float], examples: Sequence[EvalExample]
 ) -> tuple[list[float], list[list[int]]]:
     """The summed loss of each target, and the tokens of the choice with the least.
 
     Args:
-        batch: of `_choice_rows`.
+        losses_of_rows: of `_choice_rows`.
     """
-    targets = batch.input_ids.shape[1] - batch.width
-    logits = _forward(model, batch, 0, -1, logits_to_keep=targets).logits[:, -targets:]
-    of_rows = iter(_summed_losses(logits, batch).tolist())
+    of_rows = iter(losses_of_rows)
     losses, chosen = [], []
     for example in examples:
         found = [next(of_rows) for _ in example.choices]
@@ -253,7 +280,7 @@ def _complete(
         "logits_to_keep": keep,
     }
     logits = _forward(model, batch, cached, -1, **more).logits[:, -keep:]
-    losses = _summed_losses(logits, batch)
+    losses = _losses_of(logits, batch)
     first = torch.stack(
         [
             row[0].argmax() if allowed is None else allowed[row[0, allowed].argmax()]
@@ -288,20 +315,8 @@ def _forward(model: Any, batch: _Batch, start: int, end: int, **more: Any) -> An
     return model(input_ids=batch.input_ids[:, start:end], **inputs)
 
 
-def _summed_losses(logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """[examples], nats: the summed loss of each target.
-
-    Args:
-        logits: [examples, targets, vocabulary].
-    """
-    targets = batch.input_ids[:, batch.width :]
-    # Row by row: another copy of [examples, tokens, vocabulary] would dominate memory.
-    return torch.stack(
-        [
-            functional.cross_entropy(row[:length].float(), target[:length], reduction="sum")
-            for row, target, length in zip(logits, targets, batch.target_lengths, strict=True)
-        ]
-    )
+def _losses_of(logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    return summed_losses(logits, batch.input_ids[:, batch.width :], batch.target_lengths)
 
 
 def _scored(

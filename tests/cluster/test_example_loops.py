@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cluster.launching import REPOSITORY, free_port
+from tests.models import save_tiny_model
 
 EXAMPLES = REPOSITORY / "launch" / "examples"
-LOOPS = ("plain_loop.py", "fsdp2_loop.py", "deepspeed_loop.py")
+LOOPS = ("plain_loop.py", "fsdp2_loop.py", "deepspeed_loop.py", "accelerate_loop.py")
 
 
 def run(loop: str, steps: int, checkpoint: Path) -> list[tuple[int, float, str]]:
@@ -36,7 +40,7 @@ def run(loop: str, steps: int, checkpoint: Path) -> list[tuple[int, float, str]]
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float, str]]]:
     folder = tmp_path_factory.mktemp("unbroken")
-    loops = ("plain_loop.py", "fsdp2_loop.py")
+    loops = ("plain_loop.py", "fsdp2_loop.py", "accelerate_loop.py")
     found = {loop: run(loop, 6, folder / f"{loop}.pt") for loop in loops}
     # ZeRO computes what a plain loop does.
     return found | {"deepspeed_loop.py": found["plain_loop.py"]}
@@ -60,8 +64,62 @@ def test_a_loop_learns_and_goes_on_from_its_checkpoint(
     assert found[3][1] != pytest.approx(found[0][1], abs=1e-3)
 
 
+def test_the_trainer_learns_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    unbroken = train(6, tmp_path / "unbroken")
+    assert [entry["lwo/active_layer"] for entry in unbroken] == [0, 0, 1, 1, 2, 2]
+    assert unbroken[-1]["loss"] < unbroken[0]["loss"] - 0.05
+    train(3, tmp_path / "broken")
+    again = train(6, tmp_path / "broken")
+    assert [entry["step"] for entry in again] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "lwo/active_layer"):
+        assert [entry[key] for entry in again] == [entry[key] for entry in unbroken]
+    assert (tmp_path / "broken" / "model.safetensors").is_file()
+
+
+def train(steps: int, output: Path) -> list[dict[str, Any]]:
+    """What the example for transformers' Trainer logs, for each step."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}"]
+    arguments = ["--steps", str(steps), "--output", str(output)]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(EXAMPLES / "hf_trainer.py"), *arguments],
+        cwd=output.parent,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((output / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def test_trl_learns_from_chats(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_tiny_model(model, ["def f(x):\n    return x\n"], vocabulary=300)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}"
+        "{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    arguments = ["--model", str(model), "--steps", "8", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "trl_sft.py"), *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.05
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_every_example_is_run_and_says_how() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*LOOPS, "common.py"}
-    for loop in LOOPS:
+    others = {"common.py", "hf_trainer.py", "trl_sft.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*LOOPS, *others}
+    for loop in (*LOOPS, "hf_trainer.py"):
         port = "torchrun --master-port 29500 --nproc-per-node 2"
         assert f"    {port} launch/examples/{loop}\n" in (EXAMPLES / loop).read_text()

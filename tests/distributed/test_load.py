@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -25,6 +27,7 @@ from transformers import (
 from lwo_dist.config import ModelConfig, TrainConfig
 from lwo_dist.errors import UserError
 from lwo_dist.models import weights as loading
+from tests import families
 from tests.loading import load_model
 from tests.ranks import run_ranks
 
@@ -49,19 +52,30 @@ def make(kind: str) -> nn.Module:
         return GPT2LMHeadModel(
             GPT2Config(vocab_size=67, n_positions=64, n_embd=16, n_layer=2, n_head=4)
         )
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    if kind == "mixtral":
+        return MixtralForCausalLM(
+            MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+        )
+    return families.make(kind)
 
 
 def load(folder: Path) -> nn.Module:
     return load_model(ModelConfig(name=str(folder)), TrainConfig(), strategy="fsdp")
 
 
+def predict(model: Any) -> torch.Tensor:
+    tokens = torch.arange(40).view(2, 20)
+    more = {"decoder_input_ids": tokens.flip(0)} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=tokens, **more).logits
+    return found
+
+
 def logits(folder: Path) -> tuple[torch.Tensor, bool]:
     """What the loaded model computes, and whether rank 0 had to read it whole."""
     whole = []
     receive, loading.receive = loading.receive, lambda *args: (whole.append(1), receive(*args))
-    with torch.no_grad():
-        values = load(folder)(input_ids=torch.arange(40).view(2, 20)).logits
+    values = predict(load(folder))
     loading.receive = receive
     return values, bool(whole)
 
@@ -72,16 +86,14 @@ def all_logits(folders: list[Path]) -> list[tuple[torch.Tensor, bool]]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_logits(tmp_path: Path, world_size: int) -> None:
-    kinds = ["tied", "untied", "gpt2", "mixtral"]
+    kinds = ["tied", "untied", "gpt2", "mixtral", "zamba2", "t5", "bart"]
     folders = [tmp_path / kind for kind in kinds]
     for kind, folder in zip(kinds, folders, strict=True):
         make(kind).save_pretrained(folder)
     of_ranks = run_ranks(all_logits, world_size, folders)
     for i, (kind, folder) in enumerate(zip(kinds, folders, strict=True)):
-        with torch.no_grad():
-            expected = AutoModelForCausalLM.from_pretrained(folder)(
-                input_ids=torch.arange(40).view(2, 20)
-            ).logits
+        auto = AutoModelForSeq2SeqLM if kind in ("t5", "bart") else AutoModelForCausalLM
+        expected = predict(auto.from_pretrained(folder))
         for values, whole in (found[i] for found in of_ranks):
             # Each layer is gathered to the very numbers of the checkpoint: nothing may differ.
             assert torch.equal(values, expected), kind

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.errors import UserError
-from lwo_dist.layers import Layer, find_stack
+from lwo_dist.layers import Layer, separate_layers
 from lwo_dist.methods import Method
 from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
 
@@ -58,7 +58,8 @@ def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     """Wrap each transformer layer and the root with `fully_shard`, over all ranks, in place.
 
     Also works for a model on the meta device, to be materialised afterwards. The embedding, final
-    norm and head stay in the root's group, so that a tied matrix is held once.
+    norm and head stay in the root's group, so that a tied matrix is held once; so do layers that
+    share parameters (the blocks of Zamba).
 
     Args:
         precision: compute dtype, "fp32" or "bf16"; gradients are always reduced in fp32.
@@ -67,7 +68,6 @@ def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    _, stack = find_stack(model)
-    for layer in stack:
+    for layer in separate_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

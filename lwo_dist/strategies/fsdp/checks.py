@@ -107,7 +107,7 @@ def mesh_of(model: nn.Module) -> DeviceMesh:
     Raises:
         UserError: there are several.
     """
-    meshes = {}
+    meshes: dict[str, tuple[str, DeviceMesh]] = {}
     for name, parameter in named_parameters(model).items():
         assert isinstance(parameter, DTensor)
         meshes.setdefault(str(parameter.device_mesh.mesh.tolist()), (name, parameter.device_mesh))

@@ -61,8 +61,8 @@ class FullyShard(Strategy):
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._groups = fsdp_groups(self._modules)
         self._reshard()
-        refuse_unsupported(model, self._groups)
         self._known = KnownParameters(model)
+        refuse_unsupported(model, self._groups)
         # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
         # with or without a stack.
         self._depths: dict[str, int] = {}

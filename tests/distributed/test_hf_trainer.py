@@ -1,0 +1,168 @@
+"""transformers' Trainer with `use_lwo` on two ranks, under every strategy: it equals a plain loop,
+and goes on from a checkpoint in mid-visit with the same bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from lwo_dist.integrations.transformers import use_lwo
+from tests import oracle, trainers
+from tests.ranks import run_ranks
+
+ZERO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "steps_per_print": 2**31,
+}
+BUCKETS = {
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+}
+ADAMW = {
+    "type": "AdamW",
+    "params": {
+        "lr": "auto",
+        "betas": "auto",
+        "eps": "auto",
+        "weight_decay": "auto",
+        "torch_adam": True,
+    },
+}
+SCHEDULER = {
+    "type": "WarmupDecayLR",
+    "params": {
+        "warmup_min_lr": "auto",
+        "warmup_max_lr": "auto",
+        "warmup_num_steps": "auto",
+        "warmup_type": "linear",
+        "total_num_steps": "auto",
+    },
+}
+
+
+def make(kind: str, folder: Path, **more: Any) -> Any:
+    """A trainer on this rank, the same on all."""
+    dtype = torch.float64
+    if kind.startswith("zero"):
+        from lwo_dist.strategies.deepspeed.builder import load_deepspeed
+
+        load_deepspeed().check_environment()
+        import deepspeed
+
+        deepspeed.init_distributed(dist_init_required=False)
+        dtype = torch.float32
+        stage, *sections = kind.removeprefix("zero").split("+")
+        settings: dict[str, Any] = ZERO | {"zero_optimization": {"stage": int(stage), **BUCKETS}}
+        if "optimizer" in sections:
+            settings = settings | {"optimizer": ADAMW}
+        if "scheduler" in sections:
+            settings = settings | {"scheduler": SCHEDULER}
+        more["deepspeed"] = settings
+    arguments = trainers.arguments(folder, dist.get_world_size(), **more)
+    model = oracle.tiny_model(tied=False, dtype=dtype)
+    if kind == "fully_shard":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    if kind == "fsdp2_prepare_model":
+        state = SimpleNamespace(fsdp_plugin=trainers.fsdp_plugin())
+        accelerator = SimpleNamespace(
+            state=state, mixed_precision="no", is_main_process=dist.get_rank() == 0
+        )
+        fsdp2_prepare_model(accelerator, model)
+    trainer = trainers.InOrder(
+        model=model,
+        args=arguments,
+        train_dataset=trainers.Rows(),
+        eval_dataset=trainers.Rows(8),
+        compute_loss_func=trainers.loss_in_full if dtype == torch.float64 else None,
+    )
+    if kind == "fsdp":
+        trainers.use_fsdp(trainer.accelerator)
+        trainer.is_fsdp_enabled = True
+    return trainer
+
+
+def zeroed(trainer: Any) -> Any:
+    """Spoil the weights, so that a resume has to restore all of them."""
+    for parameter in trainer.model.parameters():
+        nn.init.zeros_(parameter)
+    return trainer
+
+
+def train(kind: str, folder: Path, method: str = "lwo") -> dict[str, Any]:
+    """Two runs: one unbroken, one from its checkpoint in mid-visit."""
+    unbroken = make(kind, folder, save_strategy="steps", save_steps=3)
+    use_lwo(unbroken, trainers.config(), method).train()
+    again = zeroed(make(kind, folder, save_strategy="no"))
+    use_lwo(again, trainers.config(), method)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    again.save_model(str(folder / "saved"))
+    return {
+        "strategy": unbroken.lwo.strategy_name,
+        "layers": [layer.parameter_names for layer in unbroken.lwo.layers],
+        "unbroken": trainers.weights(unbroken.lwo),
+        "again": trainers.weights(again.lwo),
+        "norms": trainers.logged(unbroken, "grad_norm"),
+        "rates": trainers.logged(unbroken, "learning_rate"),
+        "eval_loss": again.evaluate()["eval_loss"],
+    }
+
+
+def check(kind: str, strategy: str, folder: Path, dtype: torch.dtype) -> None:
+    results = run_ranks(train, 2, kind, folder, deepspeed=strategy == "deepspeed")
+    for result in results:
+        assert result["strategy"] == strategy
+        # The engine's own scheduler has stepped already when the Trainer logs.
+        followed = [0.0, *result["rates"][:-1]] if "+" in kind else None
+        expected = trainers.plain_loop(result["layers"], dtype, rates=followed)
+        tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+        assert expected.relative_difference(result["unbroken"]) < tolerance
+        assert result["norms"] == pytest.approx(expected.norms, rel=1e-4)
+        if "scheduler" not in kind:
+            assert expected.rates == pytest.approx(trainers.linear_rates())
+        if followed is None:
+            assert result["rates"] == pytest.approx(expected.rates)
+        assert_equal(result["again"], result["unbroken"])
+        assert result["eval_loss"] == results[0]["eval_loss"]
+    saved = AutoModelForCausalLM.from_pretrained(folder / "saved", dtype=dtype)
+    assert_equal(trainers.snapshot(saved), results[0]["unbroken"])
+    assert not list(folder.glob("checkpoint-3/global_step*"))
+
+
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(got[name].cpu(), weight.cpu()), name
+
+
+def test_replicate_without_ddp(tmp_path: Path) -> None:
+    check("replicate", "replicate", tmp_path, torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["fully_shard", "fsdp2_prepare_model", "fsdp"])
+def test_fsdp2(tmp_path: Path, kind: str) -> None:
+    """Sharded before by the user, by hand or by accelerate, and by the Trainer."""
+    check(kind, "fsdp", tmp_path, torch.float64)
+
+
+@pytest.mark.parametrize(
+    "kind", ["zero1+scheduler", "zero2", "zero3", "zero2+optimizer", "zero3+optimizer+scheduler"]
+)
+def test_deepspeed(tmp_path: Path, kind: str) -> None:
+    check(kind, "deepspeed", tmp_path, torch.float32)
