@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lwo_dist.layers import find_layers, find_stacks, separate_layers
+from lwo_dist.layers import find_layers, find_stacks
 
 __all__ = ["DECODERS", "ENCODER_DECODERS", "FAMILIES", "loss_sum", "make", "make_empty", "table"]
 
@@ -434,14 +434,14 @@ def loss_sum(model: Any, tokens: Tensor) -> Tensor:
 def table() -> str:
     """A row for each family."""
     rows = [
-        "| `model_type` | layers of the tiny model | kept together under `fsdp` |",
-        "|---|---|---|",
+        "| `model_type` | layers are in | embedding and head | share parameters |",
+        "|---|---|---|---|",
     ]
     for family in sorted(FAMILIES):
         model = make_empty(family)
-        layers = ", ".join(f"`{layer.name}`" for layer in find_layers(model))
-        together = sum(len(stack.modules) for stack in find_stacks(model)) - len(
-            separate_layers(model)
-        )
-        rows.append(f"| `{family}` | {layers} | {f'{together} layers' if together else ''} |")
+        names = [layer.name for layer in find_layers(model)]
+        stacks = ", ".join(f"`{stack.path}`" for stack in find_stacks(model))
+        tied = "tied" if "embed_head" in names else "apart"
+        joined = ", ".join(f"`{name}`" for name in names if "-" in name)
+        rows.append(f"| `{family}` | {stacks} | {tied} | {joined} |")
     return "\n".join(rows)
