@@ -95,7 +95,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY,
         "max_seq_len": 64,
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "deepseek_v2": LLAMA
     | MOE
@@ -415,7 +415,8 @@ def _build(family: str, **more: Any) -> Any:
     config = AutoConfig.for_model(family, **(FAMILIES[family] | more))
     config.use_cache = False
     auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
-    return auto.from_config(config)
+    # The fused kernels for experts take no float64.
+    return auto.from_config(config, experts_implementation="eager")
 
 
 def loss_sum(model: Any, tokens: Tensor) -> Tensor:
