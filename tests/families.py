@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lwo_dist.layers import find_layers, find_stacks, separate_layers
+from lwo_dist.layers import find_layers, find_stacks
 
 __all__ = ["DECODERS", "ENCODER_DECODERS", "FAMILIES", "loss_sum", "make", "make_empty", "table"]
 
@@ -95,7 +95,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY,
         "max_seq_len": 64,
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "deepseek_v2": LLAMA
     | MOE
@@ -415,7 +415,8 @@ def _build(family: str, **more: Any) -> Any:
     config = AutoConfig.for_model(family, **(FAMILIES[family] | more))
     config.use_cache = False
     auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
-    return auto.from_config(config)
+    # The fused kernels for experts take no float64.
+    return auto.from_config(config, experts_implementation="eager")
 
 
 def loss_sum(model: Any, tokens: Tensor) -> Tensor:
@@ -434,14 +435,14 @@ def loss_sum(model: Any, tokens: Tensor) -> Tensor:
 def table() -> str:
     """A row for each family."""
     rows = [
-        "| `model_type` | layers of the tiny model | kept together under `fsdp` |",
-        "|---|---|---|",
+        "| `model_type` | layers are in | embedding and head | share parameters |",
+        "|---|---|---|---|",
     ]
     for family in sorted(FAMILIES):
         model = make_empty(family)
-        layers = ", ".join(f"`{layer.name}`" for layer in find_layers(model))
-        together = sum(len(stack.modules) for stack in find_stacks(model)) - len(
-            separate_layers(model)
-        )
-        rows.append(f"| `{family}` | {layers} | {f'{together} layers' if together else ''} |")
+        names = [layer.name for layer in find_layers(model)]
+        stacks = ", ".join(f"`{stack.path}`" for stack in find_stacks(model))
+        tied = "tied" if "embed_head" in names else "apart"
+        joined = ", ".join(f"`{name}`" for name in names if "-" in name)
+        rows.append(f"| `{family}` | {stacks} | {tied} | {joined} |")
     return "\n".join(rows)

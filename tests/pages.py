@@ -16,7 +16,7 @@ from torch import nn
 
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
-from tests import sizes
+from tests import families, sizes
 
 __all__ = ["GENERATED", "TABLES", "filled", "fits", "memory", "names", "settings"]
 
@@ -84,10 +84,16 @@ def _need(size: str, method: str, count: int, gigabytes: int) -> str:
     return f"{need:.0f}" if need <= sizes.USABLE * gigabytes else f"no ({need:.0f})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings, "memory": memory, "fits": fits}
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "memory": memory,
+    "fits": fits,
+    "families": families.table,
+}
 GENERATED = [
     ("README.md", "fits"),
     ("lwo_dist/config/README.md", "settings"),
+    ("lwo_dist/models/README.md", "families"),
     ("lwo_dist/strategies/README.md", "memory"),
 ]
 """(page, table), all there are."""

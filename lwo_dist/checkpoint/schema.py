@@ -234,7 +234,7 @@ def check_depth(settings: Any, weights: int) -> None:
         value = waiting.pop()
         for key, item in value.items() if isinstance(value, dict) else ():
             waiting.append(item)
-            counts_layers = re.fullmatch(r"n_layers?|num_(\w+_)?layers?", key)
+            counts_layers = re.fullmatch(r"n_layers?|(num|encoder|decoder)_(\w+_)?layers?", key)
             if counts_layers and isinstance(item, int | float) and not item <= limit:
                 raise DamagedError(
                     f"config.json: {key} = {str(item)[:20]}, but there are {weights} weights"

@@ -33,7 +33,16 @@ PAIRS = [
 CASES = {
     "t5": ("t5", ["strategy=fsdp", "task=summarisation", "eval.metric=rouge_l"]),
     "bart": ("bart", ["strategy=replicate", "task=generation", "method=full"]),
-    "zero": ("t5", ["strategy=deepspeed", "zero_stage=3", "task=generation", "lwo.eps=1e-6"]),
+    "zero": (
+        "t5",
+        [
+            "strategy=deepspeed",
+            "zero_stage=3",
+            "task=generation",
+            "lwo.eps=1e-6",
+            "train.gradient_checkpointing=true",
+        ],
+    ),
     "lora": ("bart", ["strategy=fsdp", "task=repair", "method=lora", "lora.rank=2"]),
 }
 

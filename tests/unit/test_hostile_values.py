@@ -115,13 +115,14 @@ def test_a_safetensors_header_of_an_absurd_length_gets_one_line(
         assert any("is malformed" in line for line in said)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "encoder_layers", "decoder_layers"])
 def test_a_config_cannot_make_an_export_build_endless_layers(
-    case: Case, capsys: pytest.CaptureFixture[str]
+    case: Case, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    case.put_json("config.json", lambda values: values.update(num_hidden_layers=10**9))
+    case.put_json("config.json", lambda values: values.update({key: 10**9}))
     with time_limit(20):
         said = try_all(str(case.run), case.run.parent / "out", capsys)
-    assert any("num_hidden_layers = 1000000000, but" in line for line in said)
+    assert any(f"{key} = 1000000000, but" in line for line in said)
 
 
 @pytest.mark.parametrize(
