@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DummyScheduler
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,8 @@ from tests.ranks import run_ranks
 
 
 def make(kind: str) -> tuple[Any, list[Any]]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     world_size = dist.get_world_size()
     more: dict[str, Any] = {"cpu": True}
     others: list[Any] = []
