@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -37,6 +38,7 @@ __all__ = [
     "copied",
     "prepare",
     "read_state",
+    "reduce_in_fp32",
     "refuse_accelerator",
     "refuse_model",
     "write_state",
@@ -104,6 +106,7 @@ def prepare(
         target, wrapper, *prepared = accelerator.prepare(model, made, *others)
         wrapper.optimizer = optimizer  # the hook empties the engine's
     elif accelerator.distributed_type == DistributedType.FSDP:
+        reduce_in_fp32(accelerator)
         target, wrapper, *prepared = accelerator.prepare(model, optimizer, *others)
         accelerator._optimizers.remove(wrapper)
     else:
@@ -376,6 +379,17 @@ def copied(state_dict: Any) -> Any:
             value = copies[key]
         result[name] = value
     return result
+
+
+def reduce_in_fp32(accelerator: Any) -> None:
+    """Let FSDP2 sum gradients in fp32. For bf16, accelerate's plugin says bf16, which rounds them.
+
+    Call it before the model is sharded.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.reduce_dtype not in (None, torch.float32):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
 # ---- what cannot work

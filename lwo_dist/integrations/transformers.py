@@ -32,6 +32,7 @@ from .accelerate import (
     agree,
     copied,
     read_state,
+    reduce_in_fp32,
     refuse_accelerator,
     refuse_model,
     write_state,
@@ -178,6 +179,7 @@ class LWOTrainerMixin:
             zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
             freeze_all_but_first(self.model, config, self.lwo_method)
         elif self.is_fsdp_enabled:
+            reduce_in_fp32(self.accelerator)
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         else:
             # Not for training, which makes DDP: the hook reduces gradients itself. The accelerator
