@@ -35,6 +35,7 @@ from lwo_dist.methods import Method
 __all__ = [
     "LWOOptimizer",
     "agree",
+    "complete_deepspeed",
     "copied",
     "prepare",
     "read_state",
@@ -99,6 +100,7 @@ def prepare(
     optimizer = LWOOptimizer(model, config.lr)
     prepared: list[Any]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        complete_deepspeed(accelerator)
         made = _optimizer_of_engine(accelerator, model, config, method)
         for other in others:
             if isinstance(other, DummyScheduler):
@@ -390,6 +392,16 @@ def reduce_in_fp32(accelerator: Any) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.reduce_dtype not in (None, torch.float32):
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
+
+
+def complete_deepspeed(accelerator: Any) -> None:
+    """Fill in what the DeepSpeed config leaves open; call it before the engine is made."""
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    # An offloaded optimizer need not be DeepSpeed's own, which needs a compiler.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    # A model is saved whole, for from_pretrained.
+    zero = settings.setdefault("zero_optimization", {})
+    zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
 
 
 # ---- what cannot work
