@@ -47,7 +47,14 @@ __all__ = [
 ]
 
 _SCHEDULE = ("lr_scheduler_type", "warmup_steps", "lr_schedule_over")
-_OF_THE_HOOK = ("backward", "clip_grad_norm_", "clip_grad_value_", "no_sync", "get_state_dict")
+_OF_THE_HOOK = (
+    "backward",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "get_state_dict",
+    "no_sync",
+    "prepare",
+)
 _DISTRIBUTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -107,6 +114,7 @@ def prepare(
                 other.optimizer = made
         target, wrapper, *prepared = accelerator.prepare(model, made, *others)
         wrapper.optimizer = optimizer  # the hook empties the engine's
+        _prepare_schedulers_later(accelerator)
     elif accelerator.distributed_type == DistributedType.FSDP:
         reduce_in_fp32(accelerator)
         target, wrapper, *prepared = accelerator.prepare(model, optimizer, *others)
@@ -402,6 +410,25 @@ def complete_deepspeed(accelerator: Any) -> None:
     # A model is saved whole, for from_pretrained.
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+
+
+def _prepare_schedulers_later(accelerator: Any) -> None:
+    """Let `accelerator.prepare` wrap a scheduler that comes after the engine, too.
+
+    accelerate returns such a one as it is, so that it would step with each micro-batch.
+    """
+    own = accelerator.prepare
+
+    def prepare(*objects: Any, **settings: Any) -> Any:
+        prepared = [
+            accelerator.prepare_scheduler(each)
+            if isinstance(each, torch.optim.lr_scheduler.LRScheduler)
+            else own(each, **settings)
+            for each in objects
+        ]
+        return tuple(prepared) if len(prepared) != 1 else prepared[0]
+
+    accelerator.prepare = prepare
 
 
 # ---- what cannot work
