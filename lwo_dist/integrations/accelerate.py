@@ -398,7 +398,9 @@ def reduce_in_fp32(accelerator: Any) -> None:
     """
     plugin = accelerator.state.fsdp_plugin
     policy = plugin.mixed_precision_policy
-    if policy is not None and policy.reduce_dtype not in (None, torch.float32):
+    if policy is None:
+        return
+    if (policy.reduce_dtype or policy.param_dtype) not in (None, torch.float32):
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
