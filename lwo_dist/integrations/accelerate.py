@@ -16,9 +16,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler, DynamoBackend
@@ -34,9 +35,11 @@ from lwo_dist.methods import Method
 __all__ = [
     "LWOOptimizer",
     "agree",
+    "complete_deepspeed",
     "copied",
     "prepare",
     "read_state",
+    "reduce_in_fp32",
     "refuse_accelerator",
     "refuse_model",
     "write_state",
@@ -44,7 +47,14 @@ __all__ = [
 ]
 
 _SCHEDULE = ("lr_scheduler_type", "warmup_steps", "lr_schedule_over")
-_OF_THE_HOOK = ("backward", "clip_grad_norm_", "clip_grad_value_", "no_sync", "get_state_dict")
+_OF_THE_HOOK = (
+    "backward",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "get_state_dict",
+    "no_sync",
+    "prepare",
+)
 _DISTRIBUTED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -97,13 +107,16 @@ def prepare(
     optimizer = LWOOptimizer(model, config.lr)
     prepared: list[Any]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        complete_deepspeed(accelerator)
         made = _optimizer_of_engine(accelerator, model, config, method)
         for other in others:
             if isinstance(other, DummyScheduler):
                 other.optimizer = made
         target, wrapper, *prepared = accelerator.prepare(model, made, *others)
         wrapper.optimizer = optimizer  # the hook empties the engine's
+        _prepare_schedulers_later(accelerator)
     elif accelerator.distributed_type == DistributedType.FSDP:
+        reduce_in_fp32(accelerator)
         target, wrapper, *prepared = accelerator.prepare(model, optimizer, *others)
         accelerator._optimizers.remove(wrapper)
     else:
@@ -143,8 +156,8 @@ class LWOOptimizer(torch.optim.Optimizer):
         super().__init__([next(model.parameters())], {"lr": lr})
         self._accelerator: Any = None
         self._scheduler_of_engine: Any = None
-        self._backwards = 0  # since the last step
-        self._due = False
+        self._gradients: Literal["none", "some", "all", "used"] = "none"
+        self._deferred = False
         self._schedule_of_config: list[str] = []
 
     def drive(self, accelerator: Any, lwo: LWO, target: Any) -> None:
@@ -161,7 +174,7 @@ class LWOOptimizer(torch.optim.Optimizer):
         accelerator.backward = self._backward
         accelerator.clip_grad_norm_ = self._clip_grad_norm
         accelerator.clip_grad_value_ = _refuse_clip_grad_value
-        accelerator.no_sync = _no_sync
+        accelerator.no_sync = self._no_sync
         if lwo.strategy_name == "replicate":
             own = accelerator.get_state_dict
             accelerator.get_state_dict = lambda model, unwrap=True: copied(own(model, unwrap))
@@ -191,17 +204,23 @@ class LWOOptimizer(torch.optim.Optimizer):
         """Update the active layers, unless this is inside an accumulation or already done.
 
         Raises:
-            RuntimeError: `accelerator.backward` was not called since the last step.
+            RuntimeError: there are no gradients of `accelerator.backward`, or they were all made
+                within `accelerator.no_sync`.
         """
-        if not self._backwards:
+        if self._gradients == "none":
             raise RuntimeError(
                 "optimizer.step() without accelerator.backward(loss): layers are trained by the"
                 " gradients of accelerator.backward; call it instead of loss.backward()"
             )
-        if self._due:
+        if self._gradients == "some" and self._accelerator.sync_gradients:
+            raise RuntimeError(
+                "optimizer.step() after backward passes within accelerator.no_sync only, which"
+                " reduce no gradients; leave it for the last one before a step"
+            )
+        if self._gradients == "all":
             self._update(None)
-        if self._accelerator.sync_gradients:
-            self._backwards = 0
+        if self._gradients == "used":
+            self._gradients = "none"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do nothing: the hook drops gradients after each update."""
@@ -211,10 +230,19 @@ class LWOOptimizer(torch.optim.Optimizer):
         # gradient_accumulation_steps to 1.
         if scale_wrt_gas:
             loss = loss / self._accelerator.gradient_accumulation_steps
-        boundary = self._accelerator.sync_gradients
+        boundary = self._accelerator.sync_gradients and not self._deferred
         self.lwo.backward(loss, boundary=boundary)
-        self._backwards += 1
-        self._due = boundary
+        self._gradients = "all" if boundary else "some"
+
+    @contextlib.contextmanager
+    def _no_sync(self, model: Any) -> Iterator[None]:
+        """The backward passes within do not end the accumulation."""
+        before = self._deferred
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = before
 
     def _clip_grad_norm(
         self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2
@@ -232,16 +260,18 @@ class LWOOptimizer(torch.optim.Optimizer):
                 f"clip_grad_norm_ was given {given} of the {len(self.lwo.visit.parameter_names)}"
                 " trained parameters, which are clipped together; pass model.parameters()"
             )
-        if self._due:
+        if self._gradients == "all":
             max_norm = float(max_norm)
             self._update(0.0 if math.isinf(max_norm) else max_norm)
-        return self.report.grad_norm if self.report is not None else None
+        if self._gradients != "used" or self.report is None:
+            return None
+        return self.report.grad_norm
 
     def _update(self, max_norm: float | None) -> None:
         if max_norm is not None:
             agree(self.lwo.config, {"max_grad_norm": max_norm}, {"max_grad_norm": "max_norm"})
         self.report = self.lwo.step(lr=self._rate(), max_grad_norm=max_norm)
-        self._due = False
+        self._gradients = "used"
 
     def _rate(self) -> float | None:
         """The learning rate of a scheduler of the loop; None if there is none of it."""
@@ -322,16 +352,18 @@ def write_weights(lwo: LWO, state: Mapping[str, Any]) -> None:
     """Restore the weights of `read_state` only. All ranks call it.
 
     Raises:
-        UserError: it is of another model.
+        UserError: it is of another model; nothing has changed.
     """
     weights = state["weights"]
-    for layer in _saved_layers(lwo):
-        absent = [name for name in layer.parameter_names if name not in weights]
-        if absent:
-            raise UserError(
-                f"the checkpoint has no {absent[0]} ({len(absent)} names of {layer.name} are"
-                " absent); it is of another model"
-            )
+    layers = _saved_layers(lwo)
+    wanted = [name for layer in layers for name in layer.parameter_names]
+    absent = [name for name in wanted if name not in weights]
+    if absent:
+        raise UserError(
+            f"the checkpoint has no {absent[0]} and lacks {len(absent)} of {len(wanted)} tensors;"
+            " it is of another model"
+        )
+    for layer in layers:  # one at a time: the whole tensors may be in a file
         lwo.write_layer({name: weights[name] for name in layer.parameter_names})
 
 
@@ -358,6 +390,48 @@ def copied(state_dict: Any) -> Any:
             value = copies[key]
         result[name] = value
     return result
+
+
+def reduce_in_fp32(accelerator: Any) -> None:
+    """Let FSDP2 sum gradients in fp32. For bf16, accelerate's plugin says bf16, which rounds them.
+
+    Call it before the model is sharded.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is None:
+        return
+    if (policy.reduce_dtype or policy.param_dtype) not in (None, torch.float32):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
+
+
+def complete_deepspeed(accelerator: Any) -> None:
+    """Fill in what the DeepSpeed config leaves open; call it before the engine is made."""
+    settings = accelerator.deepspeed_plugin.deepspeed_config
+    # An offloaded optimizer need not be DeepSpeed's own, which needs a compiler.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    # A model is saved whole, for from_pretrained.
+    zero = settings.setdefault("zero_optimization", {})
+    zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+
+
+def _prepare_schedulers_later(accelerator: Any) -> None:
+    """Let `accelerator.prepare` wrap a scheduler that comes after the engine, too.
+
+    accelerate returns such a one as it is, so that it would step with each micro-batch.
+    """
+    own = accelerator.prepare
+
+    def prepare(*objects: Any, **settings: Any) -> Any:
+        prepared = [
+            accelerator.prepare_scheduler(each)
+            if isinstance(each, torch.optim.lr_scheduler.LRScheduler)
+            else own(each, **settings)
+            for each in objects
+        ]
+        return tuple(prepared) if len(prepared) != 1 else prepared[0]
+
+    accelerator.prepare = prepare
 
 
 # ---- what cannot work
@@ -432,11 +506,6 @@ def refuse_model(accelerator: Any, model: nn.Module) -> None:
             "the model is compiled as a whole, which makes a graph for each layer; pass the model"
             " itself, and call compile() on its layers"
         )
-
-
-def _no_sync(model: Any) -> contextlib.AbstractContextManager[None]:
-    """The hook reduces at the end of an accumulation only."""
-    return contextlib.nullcontext()
 
 
 def _refuse_clip_grad_value(*_: Any, **__: Any) -> None:

@@ -30,8 +30,10 @@ from lwo_dist.methods import Method
 from .accelerate import (
     LWOOptimizer,
     agree,
+    complete_deepspeed,
     copied,
     read_state,
+    reduce_in_fp32,
     refuse_accelerator,
     refuse_model,
     write_state,
@@ -171,13 +173,12 @@ class LWOTrainerMixin:
                 " layer, biases and norms too, which the Trainer leaves out",
                 stacklevel=2,
             )
-        # `save_model` writes a whole model, for from_pretrained.
         if self.is_deepspeed_enabled:
-            settings = self.accelerator.deepspeed_plugin.deepspeed_config
-            zero = settings.get("zero_optimization", {})
-            zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+            complete_deepspeed(self.accelerator)
             freeze_all_but_first(self.model, config, self.lwo_method)
         elif self.is_fsdp_enabled:
+            reduce_in_fp32(self.accelerator)
+            # `save_model` writes a whole model, for from_pretrained.
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         else:
             # Not for training, which makes DDP: the hook reduces gradients itself. The accelerator

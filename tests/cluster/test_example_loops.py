@@ -113,7 +113,7 @@ def test_trl_learns_from_chats(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
-    assert len(losses) == 8 and losses[-1] < losses[0] - 0.05
+    assert len(losses) == 8 and losses[-1] < losses[0]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DummyScheduler
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +24,8 @@ from tests.ranks import run_ranks
 
 
 def make(kind: str) -> tuple[Any, list[Any]]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     world_size = dist.get_world_size()
     more: dict[str, Any] = {"cpu": True}
     others: list[Any] = []
@@ -50,6 +53,7 @@ def make(kind: str) -> tuple[Any, list[Any]]:
             own |= {"warmup_min_lr": 0.0, "warmup_max_lr": trainers.LR, "warmup_type": "linear"}
             settings["scheduler"] = {"type": "WarmupDecayLR", "params": own}
             others = [DummyScheduler(None)]
+        PartialState(cpu=True)  # else DeepSpeed on CPUs is a world of one
         more = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings)}
         dtype = torch.float32
     accelerator = Accelerator(gradient_accumulation_steps=trainers.ACCUMULATION, **more)

@@ -161,6 +161,26 @@ def test_fsdp2(tmp_path: Path, kind: str) -> None:
     check(kind, "fsdp", tmp_path, torch.float64)
 
 
+def train_in_bf16(folder: Path) -> tuple[set[torch.dtype], set[str], list[str]]:
+    """As a user's `bf16=True` does: accelerate's plugin would reduce in bf16."""
+    trainer = make("fsdp", folder, max_steps=2)
+    trainer.model.float()
+    trainer.compute_loss_func = None
+    trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
+    before = trainers.snapshot(trainer.model)
+    use_lwo(trainer, trainers.config()).train()
+    after = trainers.weights(trainer.lwo)
+    moved = {name for name in before if not torch.equal(before[name].cpu(), after[name])}
+    dtypes = {weight.dtype for weight in after.values()}
+    return dtypes, moved, list(trainer.lwo.layers[0].parameter_names)
+
+
+def test_bf16_under_fsdp2_keeps_fp32_masters_and_sums(tmp_path: Path) -> None:
+    for dtypes, moved, trained in run_ranks(train_in_bf16, 2, tmp_path):
+        assert dtypes == {torch.float32}
+        assert moved == set(trained)
+
+
 @pytest.mark.parametrize(
     "kind", ["zero1+scheduler", "zero2", "zero3", "zero2+optimizer", "zero3+optimizer+scheduler"]
 )

@@ -86,6 +86,20 @@ def test_without_a_scheduler_the_config_sets_the_rate() -> None:
     assert rates[0] == 5e-4
 
 
+def test_a_loop_may_accumulate_by_no_sync() -> None:
+    accelerator, (model, optimizer, loader) = make()
+    first, second = list(loader)[:2]
+    with accelerator.no_sync(model):
+        accelerator.backward(model(**first).loss)
+    with pytest.raises(RuntimeError, match=r"within accelerator\.no_sync only"):
+        optimizer.step()
+    assert accelerator.clip_grad_norm_(model.parameters(), 1.0) is None
+    accelerator.backward(model(**second).loss)
+    assert float(accelerator.clip_grad_norm_(model.parameters(), 1.0)) > 0
+    optimizer.step()
+    assert optimizer.lwo.step_count == 1
+
+
 def test_a_model_is_saved_whole_while_attached_and_after(tmp_path: Path) -> None:
     """accelerate saves one tensor of each storage, and a layer has one."""
     accelerator, (model, optimizer, _) = make()
