@@ -35,7 +35,7 @@ class Guard:
         # No weak references: torch.utils.swap_tensors, which FSDP2's `to` uses, refuses those.
         self._parameters = {id(parameter): parameter for parameter in module.parameters()}
         self._allowed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._in_backward = False
+        self._ours = False
         self._visit: list[Any] = []
         guard = weakref.ref(self)
 
@@ -58,7 +58,7 @@ class Guard:
 
         def after_gradient(_: Tensor) -> None:
             live = guard()
-            if live is not None and not live._in_backward:
+            if live is not None and not live._ours:
                 raise RuntimeError(
                     "a backward pass outside of lwo.backward() reached the parameters that are"
                     f" trained; {_REMEDY}"
@@ -75,20 +75,20 @@ class Guard:
         self._allowed.add(optimizer)
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """The hook's own backward pass."""
-        self._in_backward = True
+    def ours(self) -> Iterator[None]:
+        """What happens inside is the hook's own doing."""
+        self._ours = True
         try:
             yield
         finally:
-            self._in_backward = False
+            self._ours = False
 
     def end(self) -> None:
         _remove(self._visit)
         self._end()
 
     def _refuse_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer in self._allowed:
+        if self._ours or optimizer in self._allowed:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -237,7 +237,7 @@ class LWO:
             boundary = micro_step >= accumulation
             if accumulation > 1:
                 loss = loss / accumulation
-        with self._guard.backward():
+        with self._guard.ours():
             self.strategy.backward(loss, boundary)
         # Only now: a backward that failed, as for lack of memory, may be tried again.
         self._micro_step = micro_step
@@ -275,7 +275,8 @@ class LWO:
         self.strategy.refuse_changes()
         if max_grad_norm is None:
             max_grad_norm = self.config.max_grad_norm
-        update = self.strategy.step(lr, max_grad_norm)
+        with self._guard.ours():
+            update = self.strategy.step(lr, max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
         device = update.skipped.device
         self.skipped_steps = self.skipped_steps.to(device) + update.skipped

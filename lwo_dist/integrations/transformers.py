@@ -321,7 +321,7 @@ def _refuse(trainer: Any) -> None:
     if arguments.n_gpu > 1:
         raise UserError(
             f"this process uses {arguments.n_gpu} GPUs by DataParallel; start one process for each"
-            " GPU (torchrun --nproc-per-node), or show it one (CUDA_VISIBLE_DEVICES=0)"
+            " GPU, or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     if arguments.auto_find_batch_size:
         raise UserError(

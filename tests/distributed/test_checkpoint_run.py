@@ -75,8 +75,8 @@ def record_batches(config: Config, stop: int) -> list[tuple[int, list[int]]]:
 
     def global_batch(*args: Any, **kwargs: Any) -> Any:
         rows: list[int] = []
-        batches._batch = lambda data, indices, width: (
-            rows.extend(indices.tolist()) or original(data, indices, width)
+        batches._batch = lambda data, rows_of_ranks, rank: (
+            rows.extend(rows_of_ranks[rank].tolist()) or original(data, rows_of_ranks, rank)
         )
         found = trainer_batch(*args, **kwargs)
         batches._batch = original
