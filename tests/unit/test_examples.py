@@ -427,8 +427,8 @@ def _raises(error: Exception) -> Any:
     return fails
 
 
-def _elsewhere(folder: Path, *rest: Any) -> PreparedData:
-    return load_dataset(folder / "not_here", *rest)
+def _elsewhere(folder: Path, *rest: Any, **named: Any) -> PreparedData:
+    return load_dataset(folder / "not_here", *rest, **named)
 
 
 def _prepared_by_rank_0(config: Config, spoil: str) -> list[Any]:
