@@ -7,6 +7,7 @@ The same command with more --steps goes on from the folder --checkpoint.
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 from common import LENGTH, SEQUENCES, load, read_arguments
 from torch.utils.data import DataLoader
@@ -17,7 +18,8 @@ from lwo_dist.integrations.accelerate import prepare
 
 def main() -> None:
     arguments = read_arguments(__doc__)
-    accelerator = Accelerator()
+    # Without cpu=True, accelerate takes several processes on CPUs for runs of their own.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model, tokens = load(arguments.model)
     blocks = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
     config = LWOConfig(lr=1e-3, steps_per_layer=2, state="keep")

@@ -35,6 +35,7 @@ def main() -> None:
             learning_rate=1e-3,
             lr_scheduler_type="constant",
             bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
             save_steps=20,
             logging_steps=1,
             report_to=[],
