@@ -329,7 +329,6 @@ def assert_same_on_all_ranks(
         keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
         raise UserError(
             f"{what} differ between rank {first_rank} and rank {other_rank} ({len(keys)} of them,"
-            " first"
-            f" {keys[0]}); load the same weights on every rank, or set one seed before the model is"
-            " made"
+            f" first {keys[0]}); load the same weights on every rank, or set one seed before the"
+            " model is made"
         )

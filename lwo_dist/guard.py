@@ -94,8 +94,8 @@ class Guard:
             for parameter in group["params"]:
                 if id(parameter) in self._parameters:
                     raise RuntimeError(
-                        f"a {type(optimizer).__name__} that holds parameters of the model was"
-                        f" stepped while lwo_dist trains it; {_REMEDY}"
+                        f"an optimizer ({type(optimizer).__name__}) that holds parameters of the"
+                        f" model was stepped while lwo_dist trains it; {_REMEDY}"
                     )
 
 

@@ -46,6 +46,20 @@ GPT2 = {
     "eos_token_id": 2,
 }
 MOE = {"moe_intermediate_size": 16}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 BART = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -97,38 +111,8 @@ DECODERS: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
-    "deepseek_v2": LLAMA
-    | MOE
-    | {
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "deepseek_v3": LLAMA
-    | MOE
-    | {
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "deepseek_v2": LLAMA | MOE | DEEPSEEK,
+    "deepseek_v3": LLAMA | MOE | DEEPSEEK,
     "ernie": _without(LLAMA, "num_key_value_heads") | {"is_decoder": True},
     "ernie4_5": LLAMA | {"head_dim": 8},
     "ernie4_5_moe": LLAMA | MOE | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},

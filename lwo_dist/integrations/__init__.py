@@ -2,4 +2,6 @@
 
 accelerate     Hugging Face's accelerate: `prepare(accelerator, model, config, ...)`
 transformers   `use_lwo(trainer, config)` for transformers' Trainer and its subclasses
+optimizer      what both loops see as the optimizer, and what it saves
+settings       what the host and the hook must agree on, and what is refused
 """

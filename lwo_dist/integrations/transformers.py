@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from lwo_dist.config import LWOConfig
 from lwo_dist.errors import UserError
@@ -27,18 +27,8 @@ from lwo_dist.hook import LWO, attach
 from lwo_dist.hook import prepare as freeze_all_but_first
 from lwo_dist.methods import Method
 
-from .accelerate import (
-    LWOOptimizer,
-    agree,
-    complete_deepspeed,
-    copied,
-    read_state,
-    reduce_in_fp32,
-    refuse_accelerator,
-    refuse_model,
-    write_state,
-    write_weights,
-)
+from .optimizer import LWOOptimizer, read_state, write_state, write_weights
+from .settings import agree, complete_deepspeed, reduce_in_fp32, refuse_accelerator, refuse_model
 
 __all__ = ["STATE_FILE", "LWOTrainerMixin", "use_lwo"]
 
@@ -234,14 +224,15 @@ class LWOTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         host: Any = super()
-        if state_dict is None and self.lwo is not None:
-            if self.lwo.strategy_name == "replicate":
-                if not isinstance(self.model, PreTrainedModel):  # saves whole storages
-                    state_dict = copied(self.model.state_dict())
-            elif not getattr(self.model, "is_distributed_loading_by_transformers", False):
-                # Sharded by the user.
-                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-                state_dict = get_model_state_dict(self.model, options=options)
+        loaded_in_shards = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        if (
+            state_dict is None
+            and self.lwo is not None
+            and self.lwo.strategy_name != "replicate"
+            and not loaded_in_shards  # which transformers gathers itself
+        ):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state_dict = get_model_state_dict(self.model, options=options)
         host._save(output_dir, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

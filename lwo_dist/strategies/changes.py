@@ -32,14 +32,14 @@ class KnownParameters:
             if clean_name(other) == name and parameter is known:
                 self._known[name] = other.split("."), known
                 return
-        raise changed(f"{name} is another parameter than it was")
+        raise changed(f"{name} was replaced")
 
     def refuse_any_change(self) -> None:
         """Raise RuntimeError if a parameter was replaced, added or removed."""
         self.refuse_replaced(self._known)
         for name, _ in self._model.named_parameters(remove_duplicate=False):
             if clean_name(name) not in self._known:
-                raise changed(f"{name} was added to it")
+                raise changed(f"{name} was added")
 
     def _find(self, path: list[str]) -> nn.Parameter | None:
         module: nn.Module | None = self._model
@@ -49,9 +49,9 @@ class KnownParameters:
 
 
 def changed(what: str) -> RuntimeError:
-    """The error for a model that changed under the hook; `what` happened to it."""
+    """The error for a model that changed under the hook. `what` happened to which parameter."""
     return RuntimeError(
         f"the model changed after attach: {what}, and would not be trained; move, resize, wrap,"
-        " extend or load it (assign=True) before attach, or call lwo.detach() before and attach"
-        " again; lwo.write_layer sets weights in place"
+        " extend or load it (assign=True) before attach, or detach first and attach again;"
+        " lwo.write_layer sets weights in place"
     )

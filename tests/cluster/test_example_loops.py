@@ -20,20 +20,26 @@ EXAMPLES = REPOSITORY / "launch" / "examples"
 LOOPS = ("plain_loop.py", "fsdp2_loop.py", "deepspeed_loop.py", "accelerate_loop.py")
 
 
-def run(loop: str, steps: int, checkpoint: Path) -> list[tuple[int, float, str]]:
-    """Step, loss and layer of each line that the loop prints."""
+def launch(example: str, *arguments: str, folder: Path) -> str:
+    """What the example prints on two ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}"]
-    arguments = ["--steps", str(steps), "--checkpoint", str(checkpoint)]
     done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(EXAMPLES / loop), *arguments],
-        cwd=checkpoint.parent,
+        [*launcher, "--nproc-per-node", "2", str(EXAMPLES / example), *arguments],
+        cwd=folder,
         env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = re.findall(r"^step (\d+)  loss ([\d.]+)  (\w+)$", done.stdout, re.MULTILINE)
+    return done.stdout
+
+
+def run(loop: str, steps: int, checkpoint: Path) -> list[tuple[int, float, str]]:
+    """Step, loss and layer of each line that the loop prints."""
+    arguments = ["--steps", str(steps), "--checkpoint", str(checkpoint)]
+    printed = launch(loop, *arguments, folder=checkpoint.parent)
+    lines = re.findall(r"^step (\d+)  loss ([\d.]+)  (\w+)$", printed, re.MULTILINE)
     return [(int(step), float(loss), layer) for step, loss, layer in lines]
 
 
@@ -78,17 +84,8 @@ def test_the_trainer_learns_and_goes_on_from_its_checkpoint(tmp_path: Path) -> N
 
 def train(steps: int, output: Path) -> list[dict[str, Any]]:
     """What the example for transformers' Trainer logs, for each step."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}"]
     arguments = ["--steps", str(steps), "--output", str(output)]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(EXAMPLES / "hf_trainer.py"), *arguments],
-        cwd=output.parent,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("hf_trainer.py", *arguments, folder=output.parent)
     state = json.loads((output / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
 

@@ -21,7 +21,8 @@ from transformers import get_linear_schedule_with_warmup
 
 from lwo_dist.config import LWOConfig
 from lwo_dist.errors import UserError
-from lwo_dist.integrations.accelerate import prepare, refuse_accelerator
+from lwo_dist.integrations.accelerate import prepare
+from lwo_dist.integrations.settings import refuse_accelerator
 from lwo_dist.schedule import learning_rate
 from tests import oracle, trainers
 

@@ -176,7 +176,7 @@ class _Failing:
 
 
 def test_a_model_of_plain_torch_is_saved_whole(tmp_path: Path) -> None:
-    """Under `replicate` the parameters of a layer share one storage, which safetensors refuses."""
+    """Under `replicate` the parameters of a layer share one storage; each is written whole."""
 
     class Plain(nn.Module):
         def __init__(self) -> None:

@@ -125,7 +125,7 @@ class DeepSpeedZero(Strategy):
         flat = {tensor.untyped_storage().data_ptr() for tensor in weights}
         for name in self._visit.parameter_names:
             if flat and self._parameters[name].untyped_storage().data_ptr() not in flat:
-                raise changed(f"{name} has moved")
+                raise changed(f"{name} was moved")
 
     def detach(self) -> None:
         """The engine keeps the last ZeRO optimizer; to continue training, make a new engine."""

@@ -125,9 +125,9 @@ class FullyShard(Strategy):
         own = {item.sharded_param for group in self._groups for item in group.fsdp_params}
         for name, parameter in self._trained.items():
             if parameter not in own:
-                raise changed(f"{name} is another parameter than it was")
+                raise changed(f"{name} was replaced")
             if local_shard(parameter).data_ptr() != self._shards[name].data_ptr():
-                raise changed(f"{name} has moved")
+                raise changed(f"{name} was moved")
 
     def refuse_any_change(self) -> None:
         self._reshard()
