@@ -80,7 +80,8 @@ class _FlatLayer:
 
     def reduce(self) -> None:
         distributed.reduce_scatter(self.gradient_shard, self.gradient)
-        self.gradient_shard.div_(distributed.world_size())
+        if distributed.world_size() > 1:
+            self.gradient_shard.div_(distributed.world_size())
 
     def publish(self) -> None:
         distributed.all_gather(self.weights, self.weight_shard.detach())
