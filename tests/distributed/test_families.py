@@ -32,11 +32,8 @@ CONFIG = LWOConfig(
 )
 STRATEGIES = {"replicate": 1, "fsdp": 2, "zero3": 2}
 """Strategy -> ranks."""
-# Relative, of all that two cycles have moved. Where a family computes a part in fp32, such as
-# rotary embeddings or a router, it does so in a float64 model too.
-BOUNDS = {"replicate": 1e-12, "fsdp": 5e-5, "zero3": 1e-3}
-# Seen: 2.7e-4. Not explained yet: `replicate`, on one rank, differs by 1e-15.
-LOOSER = {("gemma4_text", "fsdp"): 1e-3}
+# Relative, of all that two cycles have moved. DeepSpeed computes in fp32.
+BOUNDS = {"replicate": 1e-12, "fsdp": 1e-9, "zero3": 1e-3}
 # What differs from most: shared blocks, norms registered out of order, positions that all layers
 # take from the first one.
 SAMPLE = ["bart", "t5", "zamba2"]
@@ -91,8 +88,14 @@ def run(family: str, strategy: str) -> dict[str, Any]:
     return {"layers": layers, "start": start, "end": training.weights(lwo), "strays": strays}
 
 
-def plain(family: str, layers: list[tuple[str, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same in one process, in plain torch."""
+def plain(
+    family: str, layers: list[tuple[str, ...]], dtype: torch.dtype, chunks: int
+) -> dict[str, Tensor]:
+    """The same in one process, in plain torch, over the ranks' parts of each batch.
+
+    They stay parts, because a family may compute some of it in fp32, such as its rotary embeddings
+    or its router, in a float64 model too: a whole batch is then summed in another order.
+    """
     model = families.make(family, dtype)
     parameters = dict(model.named_parameters())
     for step in range(2 * len(layers) * STEPS_PER_LAYER):
@@ -105,7 +108,8 @@ def plain(family: str, layers: list[tuple[str, ...]], dtype: torch.dtype) -> dic
                 mine, lr=CONFIG.lr, eps=CONFIG.eps, weight_decay=CONFIG.weight_decay
             )
         tokens = batch(step)
-        (families.loss_sum(model, tokens) / tokens[:, 1:].numel()).backward()
+        for part in tokens.chunk(chunks):
+            (families.loss_sum(model, part) / tokens[:, 1:].numel()).backward()
         for parameter in mine:  # an expert that no token went to decays all the same
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -124,15 +128,14 @@ def test_equals_the_plain_loop(family: str, strategy: str) -> None:
     )
     found = ranks[0]
     dtype = torch.float32 if strategy == "zero3" else torch.float64
-    expected = plain(family, found["layers"], dtype)
+    expected = plain(family, found["layers"], dtype, STRATEGIES[strategy])
     assert found["strays"] == []
     trained = {name for layer in found["layers"] for name in layer}
     still = {name for name in trained if torch.equal(found["end"][name], found["start"][name])}
     assert still == {name for name in trained if torch.equal(expected[name], found["start"][name])}
     difference = _norm(found["end"][name] - expected[name] for name in expected)
     moved = _norm(expected[name] - found["start"][name] for name in expected)
-    bound = LOOSER.get((family, strategy), BOUNDS[strategy])
-    assert difference < bound * moved, f"relative difference {difference / moved}"
+    assert difference < BOUNDS[strategy] * moved, f"relative difference {difference / moved}"
     for name in expected:
         assert torch.equal(found["end"][name], ranks[-1]["end"][name]), name
 

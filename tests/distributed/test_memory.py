@@ -100,7 +100,7 @@ def gather() -> tuple[list[int], int, int]:
 
     def look(*_: Any) -> None:
         modules = [module for module in lwo.model.modules() if isinstance(module, FSDPModule)]
-        items = [item for m in modules for group in fsdp_groups(m) for item in group.fsdp_params]
+        items = [item for group in fsdp_groups(modules) for item in group.fsdp_params]
         storages = [t.untyped_storage() for item in items for t in item.all_gather_outputs]
         seen.append(sum(storage.size() for storage in storages))
 
