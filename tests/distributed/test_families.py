@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import lwo_dist
 from lwo_dist import LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO
 from lwo_dist.registry import METHODS
-from lwo_dist.strategies.deepspeed.builder import make_engine
+from lwo_dist.strategies.deepspeed.builder import load_deepspeed, make_engine
 from lwo_dist.strategies.fsdp.builder import shard_model
 from tests import families
 from tests.distributed import training, zero
@@ -32,11 +33,11 @@ CONFIG = LWOConfig(
 )
 STRATEGIES = {"replicate": 1, "fsdp": 2, "zero3": 2}
 """Strategy -> ranks."""
-# Relative, of all that two cycles have moved. DeepSpeed computes in fp32.
-BOUNDS = {"replicate": 1e-12, "fsdp": 1e-9, "zero3": 1e-3}
-# What differs from most: shared blocks, norms registered out of order, positions that all layers
-# take from the first one.
-SAMPLE = ["bart", "t5", "zamba2"]
+BOUND = 1e-12
+"""Relative, of all that two cycles have moved. Seen: 1e-14."""
+# What differs from most: norms registered out of order, experts, positions that all layers take
+# from the first one, shared blocks.
+SAMPLE = ["bart", "glm4_moe", "t5", "zamba2"]
 CASES = [
     pytest.param(
         family,
@@ -133,11 +134,37 @@ def test_equals_the_plain_loop(family: str, strategy: str) -> None:
     trained = {name for layer in found["layers"] for name in layer}
     still = {name for name in trained if torch.equal(found["end"][name], found["start"][name])}
     assert still == {name for name in trained if torch.equal(expected[name], found["start"][name])}
-    difference = _norm(found["end"][name] - expected[name] for name in expected)
     moved = _norm(expected[name] - found["start"][name] for name in expected)
-    assert difference < BOUNDS[strategy] * moved, f"relative difference {difference / moved}"
+    if strategy == "zero3":  # DeepSpeed computes in fp32: as far off as a plain loop is in fp32
+        exact = plain(family, found["layers"], torch.float64, STRATEGIES[strategy])
+        noise = _norm(expected[name] - exact[name] for name in expected)
+        bound = max(3 * noise, 1e-4 * moved)  # T5 has ReLUs, and one may flip
+    else:
+        bound = BOUND * moved
+    difference = _norm(found["end"][name] - expected[name] for name in expected)
+    assert difference < bound, f"relative difference {difference / moved}, above {bound / moved}"
     for name in expected:
         assert torch.equal(found["end"][name], ranks[-1]["end"][name]), name
+
+
+def loose_experts() -> str:
+    """The message of `attach` for an engine that was made without `prepare`."""
+    deepspeed = load_deepspeed()
+    model = families.make("glm4_moe", torch.float32)
+    parameters = list(model.parameters())
+    settings = zero.settings(3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    engine = deepspeed.build_engine(model, parameters, optimizer, settings)
+    with pytest.raises(UserError) as refused:
+        lwo_dist.attach(engine, CONFIG)
+    return str(refused.value)
+
+
+def test_an_engine_that_would_fetch_experts_one_by_one_is_refused() -> None:
+    pytest.importorskip("deepspeed")
+    for message in run_ranks(loose_experts, 2, deepspeed=True):
+        assert "fetch parts of model.layers.1.mlp.experts" in message
+        assert "lwo_dist.prepare" in message
 
 
 def _norm(tensors: Any) -> float:

@@ -90,12 +90,14 @@ def load_deepspeed() -> Any:
 
 
 def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn.Parameter]]:
-    """Freeze everything but the first visit; return the parameters of each of its layers.
+    """Freeze everything but the first visit; return the parameters of each of its layers. Of a
+    mixture of experts, ZeRO-3 will fetch each block of experts whole.
 
     Raises:
         UserError: a model without layers, or DeepSpeed is missing or an untested version.
     """
     load_deepspeed().check_environment()
+    importlib.import_module("lwo_dist.strategies.deepspeed.experts").fetch_experts_whole(model)
     flags = own_flags(model)
     layers: Sequence[Layer] = check_layers(model, method.layers(model, config))
     if not method.changes_model:

@@ -31,6 +31,7 @@ from .engine import (
     warn,
     warn_overruled,
 )
+from .experts import refuse_loose_experts
 from .fragments import Fragment
 
 __all__ = ["DeepSpeedZero"]
@@ -53,6 +54,8 @@ class DeepSpeedZero(Strategy):
         check_engine(engine, config.gradient_accumulation_steps)
         self._engine = engine
         self.forward_is_collective = engine.zero_optimization_stage() == 3
+        if self.forward_is_collective and distributed.world_size() > 1:
+            refuse_loose_experts(engine.module)
         self._parameters: dict[str, Any] = dict(named_parameters(engine.module))
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._rate = RateOfEngine(engine)
