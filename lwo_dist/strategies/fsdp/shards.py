@@ -14,6 +14,7 @@ from lwo_dist.memory import padded_numel
 
 __all__ = [
     "as_shard_of",
+    "drop_whole_gradients",
     "fsdp_groups",
     "local_shard",
     "padded_rows",
@@ -33,6 +34,14 @@ def fsdp_groups(modules: Iterable[FSDPModule]) -> list[Any]:
         elif state._fsdp_param_group is not None:
             groups[state._fsdp_param_group] = None
     return list(groups)
+
+
+def drop_whole_gradients(groups: Iterable[Any]) -> None:
+    """Drop what an unfinished accumulation has kept, which no reduction has turned into shards."""
+    for item in [item for group in groups for item in group.fsdp_params]:
+        item.unsharded_accumulated_grad = None
+        if hasattr(item, "_unsharded_param"):  # gathered before
+            item._unsharded_param.grad = None
 
 
 @torch.no_grad()

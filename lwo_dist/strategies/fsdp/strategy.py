@@ -40,6 +40,7 @@ from .checks import (
 )
 from .shards import (
     as_shard_of,
+    drop_whole_gradients,
     fsdp_groups,
     local_shard,
     padded_rows,
@@ -139,6 +140,7 @@ class FullyShard(Strategy):
         self._reshard()
         for parameter in self._trained.values():
             parameter.grad = None
+        drop_whole_gradients(self._groups)
         self._park_moments()
         del self._optimizer
         self._shards = {}
