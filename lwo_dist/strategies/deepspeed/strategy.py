@@ -132,7 +132,6 @@ class DeepSpeedZero(Strategy):
 
     def detach(self) -> None:
         """The engine keeps the last ZeRO optimizer; to continue training, make a new engine."""
-        self._engine.optimizer.zero_grad()  # of an unfinished accumulation
         for undo in self._undo:
             undo()
 

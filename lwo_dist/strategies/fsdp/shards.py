@@ -16,6 +16,7 @@ __all__ = [
     "as_shard_of",
     "drop_whole_gradients",
     "fsdp_groups",
+    "has_all_reduce_hook",
     "local_shard",
     "padded_rows",
     "replace_shards",
@@ -34,6 +35,11 @@ def fsdp_groups(modules: Iterable[FSDPModule]) -> list[Any]:
         elif state._fsdp_param_group is not None:
             groups[state._fsdp_param_group] = None
     return list(groups)
+
+
+def has_all_reduce_hook(group: Any) -> bool:
+    """Whether the caller reduces this group's gradients further (`set_all_reduce_hook`)."""
+    return group._all_reduce_hook is not None
 
 
 def drop_whole_gradients(groups: Iterable[Any]) -> None:
