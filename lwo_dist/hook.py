@@ -308,13 +308,18 @@ class LWO:
         """Call before evaluation or any read of the model's weights."""
         self.strategy.flush()
 
-    def detach(self) -> None:
+    def detach(self, *, drop_gradients: bool = False) -> None:
         """Give the model back with whole weights, and flags and hooks as `attach` found them.
 
         All ranks call it, right after a full step. A DeepSpeed engine keeps the ZeRO optimizer of
         the last visit and can run forward passes; to continue training, create a new engine.
+
+        Args:
+            drop_gradients: also inside an accumulation, whose gradients are dropped.
         """
-        self._refuse_mid_accumulation("detach()")
+        if not drop_gradients:
+            self._refuse_mid_accumulation("detach()", "pass drop_gradients=True")
+        self._refuse_detached()
         self.strategy.flush()
         self._guard.end()
         self.strategy.deactivate()
@@ -417,12 +422,16 @@ class LWO:
         self.strategy.flush()
         self.strategy.import_state(layer, moments)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, without_gradients: bool = False) -> dict[str, Any]:
         """Position and all existing moments; the weights are not included (see `read_layer`).
 
         All ranks call it; the result does not depend on the strategy or the world size.
+
+        Args:
+            without_gradients: also inside an accumulation, whose gradients it then lacks.
         """
-        self._refuse_mid_accumulation("state_dict()")
+        if not without_gradients:
+            self._refuse_mid_accumulation("state_dict()", "pass without_gradients=True")
         moments: Moments = {}
         for layer in self.layers:
             moments |= self.read_moments(layer)
@@ -435,7 +444,7 @@ class LWO:
             UserError: a key is missing, the schedule has a different active layer at that step, or
                 the moments belong to another model.
         """
-        self._refuse_mid_accumulation("load_state_dict()")
+        self._refuse_mid_accumulation("load_state_dict()", "detach and attach again")
         by_layer = moments_by_layer(state_dict, self.layers, self.module)
         step = state_dict["step"]
         scheduled = self.visits[self.schedule.active_layer(step)].active.name
@@ -490,12 +499,12 @@ class LWO:
         self._active = index
         return switched
 
-    def _refuse_mid_accumulation(self, what: str) -> None:
+    def _refuse_mid_accumulation(self, what: str, remedy: str) -> None:
         self._refuse_detached()
         if self._at_boundary is not None:
             raise RuntimeError(
                 f"{what} inside an accumulation would lose gradients; call it right after a whole"
-                " step"
+                f" step, or {remedy}"
             )
 
     def _refuse_detached(self) -> None:

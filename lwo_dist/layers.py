@@ -8,6 +8,7 @@ embeddings, repeated layers, blocks shared between layers) form one layer.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -190,9 +191,9 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     """Parameter name -> depth: 0 below the stack, i + 1 in its layer i, len(stack) + 1 above it.
 
     Outside the stack, embeddings and modules registered before the stack count as below it; the
-    output embedding and modules registered after the stack count as above it. A norm that a model
-    registers out of order (OPT) ends up in the wrong one of these two layers, which lengthens
-    backward but does not change results.
+    output embedding and modules registered after the stack count as above it, unless the model's
+    code uses them first. A norm that a model registers too early (OPT) ends up in the wrong one of
+    these two layers, which lengthens backward but does not change results.
 
     With several stacks only the output embedding counts as above them: what is registered after
     the decoder's layers may come before them (BART's embedding norms) or after (T5's final norm),
@@ -226,22 +227,53 @@ def _depths_of_names(model: nn.Module) -> dict[str, int]:
     top = _top(stacks)
     head = _output_embedding(model)
     head_parameters = {id(p) for p in head.parameters()} if head is not None else set()
+    early = _used_early(model, stacks[0]) if len(stacks) == 1 else set()
     depths = {}
     behind = False
     for name, module in model.named_modules(remove_duplicate=False):
         behind = behind or (len(stacks) == 1 and module is stacks[0].modules)
         for parameter_name, parameter in module.named_parameters(prefix=name, recurse=False):
             inside = _depth_in(stacks, parameter_name)
+            above = id(parameter) in head_parameters or (behind and module not in early)
             if inside is not None:
                 depth = inside
-            elif isinstance(module, nn.Embedding) or not (
-                behind or id(parameter) in head_parameters
-            ):
-                depth = 0
-            else:
+            elif above and not isinstance(module, nn.Embedding):
                 depth = top
+            else:
+                depth = 0
             depths[clean_name(parameter_name)] = depth
     return depths
+
+
+def _used_early(model: nn.Module, stack: Stack) -> set[nn.Module]:
+    """Modules used before the end of the stack, wherever they are registered.
+
+    They are those that the code of a `forward` names before the stack (the norm of BART's
+    embeddings), and lists as long as the stack, which are parts of its layers (XLM).
+    """
+    early: set[nn.Module] = set()
+    holder = model
+    for part in stack.path.split("."):
+        names = _names_in_code(type(holder), "forward", set())
+        for name, child in holder.named_children():
+            first = name in names and part in names and names.index(name) < names.index(part)
+            beside = isinstance(child, nn.ModuleList) and len(child) == len(stack.modules)
+            if first or (beside and child is not stack.modules):
+                early.update(child.modules())
+        holder = holder.get_submodule(part)
+    return early
+
+
+def _names_in_code(kind: type, method: str, seen: set[str]) -> list[str]:
+    """The names that the code of a method uses, and of the methods that it names, in order."""
+    code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
+    seen.add(method)
+    names = []
+    for name in code.co_names if code is not None else ():
+        names.append(name)
+        if name not in seen and inspect.isfunction(getattr(kind, name, None)):
+            names += _names_in_code(kind, name, seen)
+    return names
 
 
 def check_layers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:

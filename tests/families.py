@@ -98,6 +98,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 8,
         "head_dim": 8,
     },
+    "blenderbot-small": BART | {"tie_word_embeddings": False},
     "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4, "vocab_size": VOCABULARY},
     "codegen": GPT2 | {"rotary_dim": 4},
     "cohere": LLAMA,
@@ -331,6 +332,16 @@ DECODERS: dict[str, dict[str, Any]] = {
     "smollm3": LLAMA,
     "stablelm": LLAMA,
     "starcoder2": LLAMA,
+    "xlm": {
+        "emb_dim": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "causal": True,
+        "tie_word_embeddings": False,
+        **TOKENS,
+    },
     "zamba": LLAMA
     | {
         "num_hidden_layers": 6,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from lwo_dist.config import LWOConfig
@@ -22,6 +22,7 @@ from tests import oracle
 LR = 1e-3
 CLIP = 0.5
 ROWS = 4  # of a micro-batch, over all ranks
+STREAMED = 5 * ROWS
 ACCUMULATION = 2
 MICRO_BATCHES = 9  # of an epoch, so the last accumulation of an epoch is short
 EPOCHS = 2
@@ -47,8 +48,23 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[i], "labels": self.labels[i]}
 
 
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Rows of five micro-batches in each of `epochs`, and then none: ends in mid-accumulation."""
+
+    def __init__(self, epochs: int):
+        self._epochs = epochs
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self._epochs:
+            self._epochs -= 1
+            rows = Rows(STREAMED)
+            yield from (rows[i] for i in range(STREAMED))
+
+
 class InOrder(Trainer):  # type: ignore[misc]
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
+    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler | None:
+        if isinstance(self.train_dataset, Stream):
+            return None
         return SequentialSampler(self.train_dataset)
 
 
@@ -124,10 +140,26 @@ class Expected:
         return _distance(got, self.weights) / self.moved
 
 
-def linear_rates() -> list[float]:
+def linear_rates(steps: int = STEPS) -> list[float]:
     """The rate of each step with transformers' linear warm-up and decay."""
     up = [LR * step / WARMUP for step in range(WARMUP)]
-    return up + [LR * (STEPS - step) / (STEPS - WARMUP) for step in range(WARMUP, STEPS)]
+    return up + [LR * (steps - step) / (steps - WARMUP) for step in range(WARMUP, steps)]
+
+
+Groups = list[range]
+"""The rows of what is prefetched together, whose labels the loss of these rows is divided by."""
+
+
+def groups_of_epochs() -> list[Groups]:
+    """Those of each step: the last one of an epoch has one micro-batch."""
+    of_epoch = [range(i, min(i + 8, MICRO_BATCHES * ROWS)) for i in range(0, 36, 8)]
+    return [[rows] for rows in of_epoch * EPOCHS]
+
+
+def groups_of_stream(steps: int) -> list[Groups]:
+    """Those of `Stream`: what an epoch leaves over counts in the first step of the next."""
+    even: list[Groups] = [[range(16, 20), range(8)], [range(8, 16)]]
+    return [[range(8)], *(even[step % 2] for step in range(1, steps))]
 
 
 def plain_loop(
@@ -136,11 +168,13 @@ def plain_loop(
     *,
     rates: list[float] | None = None,
     count: int | None = None,
+    steps: list[Groups] | None = None,
 ) -> Expected:
     """Layer by layer, in plain torch.
 
     Args:
         rates: the learning rate of each step, instead of `linear_rates`.
+        steps: the rows of each step, instead of `groups_of_epochs`.
         count: divide the loss of each step by so many labels, and label every token; else the loss
             is the mean of `Rows`' labels.
     """
@@ -149,7 +183,7 @@ def plain_loop(
     parameters = dict(model.named_parameters())
     rows = Rows()
     expected = Expected({}, 0.0, rates or linear_rates())
-    for step in range(STEPS):
+    for step, groups in enumerate(steps or groups_of_epochs()):
         if step % STEPS_PER_LAYER == 0:
             active = layers[step // STEPS_PER_LAYER % len(layers)]
             for name, parameter in parameters.items():
@@ -157,12 +191,11 @@ def plain_loop(
                 parameter.grad = None
             mine = [parameters[name] for name in active]
             optimizer = torch.optim.AdamW(mine, lr=LR, eps=1e-6, weight_decay=0.0)
-        of_epoch = step % 5
-        first = of_epoch * ROWS * ACCUMULATION
-        tokens = rows.tokens[first : first + ROWS * ACCUMULATION]
-        labels = tokens if count else rows.labels[first : first + ROWS * ACCUMULATION]
-        divisor = count or int((labels[:, 1:] != -100).sum())
-        (oracle.loss_sum(model, tokens, labels) / divisor).backward()
+        for group in groups:
+            tokens = rows.tokens[group.start : group.stop]
+            labels = tokens if count else rows.labels[group.start : group.stop]
+            divisor = count or int((labels[:, 1:] != -100).sum())
+            (oracle.loss_sum(model, tokens, labels) / divisor).backward()
         expected.norms.append(float(nn.utils.clip_grad_norm_(mine, CLIP)))
         optimizer.param_groups[0]["lr"] = expected.rates[step]
         optimizer.step()

@@ -69,10 +69,14 @@ class LWOOptimizer(torch.optim.Optimizer):
             own = accelerator.get_state_dict
             accelerator.get_state_dict = lambda model, unwrap=True: copied(own(model, unwrap))
 
-    def detach(self) -> None:
-        """Detach the hook from the model and leave the accelerator as it was."""
+    def detach(self, *, drop_gradients: bool = False) -> None:
+        """Detach the hook from the model and leave the accelerator as it was.
+
+        Args:
+            drop_gradients: also inside an accumulation, whose gradients are dropped.
+        """
         try:
-            self.lwo.detach()
+            self.lwo.detach(drop_gradients=drop_gradients)
         finally:
             for name in _OF_THE_HOOK:
                 vars(self._accelerator).pop(name, None)
@@ -192,7 +196,9 @@ def _refuse_clip_grad_value(*_: Any, **__: Any) -> None:
 # ---- checkpoints
 
 
-def read_state(optimizer: LWOOptimizer, *, keep: bool) -> dict[str, Any]:
+def read_state(
+    optimizer: LWOOptimizer, *, keep: bool, without_gradients: bool = False
+) -> dict[str, Any]:
     """Weights, moments, position and learning rate. All ranks call it.
 
     The weights are whole: the exact fp32 masters. Of a model with adapters of peft, they are the
@@ -200,13 +206,15 @@ def read_state(optimizer: LWOOptimizer, *, keep: bool) -> dict[str, Any]:
 
     Args:
         keep: whether this rank needs the result; else it is empty.
+        without_gradients: also inside an accumulation, whose gradients it then lacks.
     """
     weights: dict[str, Tensor] = {}
     for layer in _saved_layers(optimizer.lwo):
         tensors = optimizer.lwo.read_layer(layer)
         if keep:
             weights |= tensors
-    state: dict[str, Any] = {"lwo": optimizer.lwo.state_dict(), "weights": weights}
+    position = optimizer.lwo.state_dict(without_gradients=without_gradients)
+    state: dict[str, Any] = {"lwo": position, "weights": weights}
     if not keep:
         return {}
     state["rates"] = [group["lr"] for group in optimizer.rate_groups]

@@ -123,7 +123,7 @@ class LWOTrainerMixin:
         try:
             result = host.train(*args, **kwargs)
         except BaseException:
-            # For another attempt, as in a notebook; inside an accumulation there is none.
+            # For another attempt, as in a notebook.
             with contextlib.suppress(RuntimeError):
                 self._detach()
             raise
@@ -131,8 +131,9 @@ class LWOTrainerMixin:
         return result
 
     def _detach(self) -> None:
+        # What a stopped accumulation has gathered is dropped, as by the Trainer.
         if self._lwo_optimizer is not None:
-            self._lwo_optimizer.detach()
+            self._lwo_optimizer.detach(drop_gradients=True)
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.is_deepspeed_enabled:
@@ -238,7 +239,8 @@ class LWOTrainerMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self._lwo_optimizer is not None
         writes: bool = self.args.should_save
-        state = read_state(self._lwo_optimizer, keep=writes)
+        # At the end of an epoch that ends in mid-accumulation, the Trainer saves as always.
+        state = read_state(self._lwo_optimizer, keep=writes, without_gradients=True)
         if writes:
             state["scheduler"] = self.lr_scheduler.state_dict()
             Path(output_dir).mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lwo_dist.integrations.transformers import use_lwo
 from tests import oracle, trainers
@@ -159,6 +159,38 @@ def test_replicate_without_ddp(tmp_path: Path) -> None:
 def test_fsdp2(tmp_path: Path, kind: str) -> None:
     """Sharded before by the user, by hand or by accelerate, and by the Trainer."""
     check(kind, "fsdp", tmp_path, torch.float64)
+
+
+class Stop(TrainerCallback):
+    """In the middle of the accumulation of the fourth step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 3
+
+
+def stop(kind: str, folder: Path) -> dict[str, Any]:
+    trainer = make(kind, folder)
+    trainer.add_callback(Stop())
+    use_lwo(trainer, trainers.config()).train()
+    return {
+        "layers": [layer.parameter_names for layer in trainer.lwo.layers],
+        "weights": trainers.weights(trainer.lwo),
+        "gradients": [p.grad is not None for p in trainer.model.parameters()],
+    }
+
+
+@pytest.mark.parametrize("kind", ["replicate", "fully_shard", "zero2", "zero3"])
+def test_a_stop_in_mid_accumulation_drops_its_gradients(tmp_path: Path, kind: str) -> None:
+    exact = not kind.startswith("zero")
+    for result in run_ranks(stop, 2, kind, tmp_path, deepspeed=not exact):
+        expected = trainers.plain_loop(
+            result["layers"],
+            torch.float64 if exact else torch.float32,
+            rates=trainers.linear_rates()[:3],
+            steps=trainers.groups_of_epochs()[:3],
+        )
+        assert expected.relative_difference(result["weights"]) < (1e-9 if exact else 2e-5)
+        assert not any(result["gradients"])
 
 
 def train_in_bf16(folder: Path) -> tuple[set[torch.dtype], set[str], list[str]]:

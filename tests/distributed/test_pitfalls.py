@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import psutil
 import pytest
@@ -361,3 +362,32 @@ def test_a_plain_loop_trains_what_fsdp_has_detached(precision: str) -> None:
     for found in run_ranks(detach_and_train, 2, precision):
         assert len(found) == len(list(oracle.tiny_model(tied=False).parameters()))
         assert {dtype for _, dtype, _ in found} == {torch.float32}
+
+
+def gradients_after_detach(strategy: str, unfinished: bool) -> dict[str, torch.Tensor]:
+    """Those of a plain backward pass after `detach`, with an accumulation that nothing finished."""
+    recipe = oracle.Recipe(accumulation=2)
+    lwo = attach(strategy, recipe, tied=False, dtype=torch.float64)
+    tokens, labels = micro_batches(0, 1)[0]
+    if unfinished:
+        lwo.backward(oracle.loss_sum(lwo.model, tokens, labels))
+        lwo.step()
+        with pytest.raises(RuntimeError, match="would lose gradients.*pass drop_gradients=True"):
+            lwo.detach()
+        lwo.detach(drop_gradients=True)
+    else:
+        lwo.detach()
+    oracle.loss_sum(lwo.model, tokens, labels).backward()
+    whole = {}
+    for name, parameter in lwo.module.named_parameters():
+        assert parameter.grad is not None
+        gradient: Any = parameter.grad
+        whole[name] = gradient.full_tensor() if strategy == "fsdp" else gradient
+    return whole
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
+def test_detach_drops_the_gradients_of_an_unfinished_accumulation(strategy: str) -> None:
+    dropped = run_ranks(gradients_after_detach, 2, strategy, True)
+    none = run_ranks(gradients_after_detach, 2, strategy, False)
+    assert all(same(a, b) for a, b in zip(dropped, none, strict=True))

@@ -11,11 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 import lwo_dist
 from lwo_dist import LWO, LWOConfig, UserError
 from lwo_dist.layers import find_layers
+from lwo_dist.strategies.fsdp.shards import fsdp_groups
 from tests import oracle
 from tests.distributed.collectives import CountCollectives
 from tests.distributed.raw_loops import (
@@ -238,6 +244,39 @@ def test_ranks_of_a_smaller_mesh_train_on_their_own() -> None:
     assert ranks[0][1] != ranks[2][1]
 
 
+def train_with_a_hook() -> tuple[dict[str, Tensor], list[str], list[float]]:
+    """Each rank has a mesh of its own; a hook of the caller's averages what each has reduced."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replica", "shard"))["shard"]
+    model = shard(tiny_model(tied=True), mesh=mesh)
+
+    def average(gradient: Tensor) -> None:
+        dist.all_reduce(gradient)
+        gradient.div_(2)
+
+    for module in model.modules():
+        if hasattr(module, "set_all_reduce_hook"):
+            module.set_all_reduce_hook(average)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lwo = attach(model)
+    found = train(lwo, RECIPE.steps)[1]
+    skipped = []
+    for broken in (False, True):  # the loss of rank 0 has no influence on the gradients
+        loss = oracle.loss_sum(lwo.model, *micro_batches(0, 1)[0])
+        if broken and dist.get_rank() == 0:
+            loss = loss + torch.tensor(torch.inf)
+        lwo.backward(loss)
+        skipped.append(float(lwo.step().skipped))
+    return found, [str(w.message) for w in caught], skipped
+
+
+def test_a_hook_of_the_callers_between_meshes_is_followed() -> None:
+    for found, messages, skipped in run_ranks(train_with_a_hook, 2):
+        assert_equals_plain_loop(found, tied=True, case="hook")
+        assert messages == []
+        assert skipped == [0.0, 0.0]  # alike on both ranks, or they would drift apart
+
+
 # ---- experts that only some ranks use
 
 
@@ -322,6 +361,26 @@ def test_a_setting_of_the_callers_changes_no_result(name: str) -> None:
     found, unfinished = run_ranks(set_by_caller, 2, name)[0]
     assert_equals_plain_loop(found, tied=True, case=name)
     assert unfinished == 0
+
+
+def settings_after_detach() -> list[set[bool]]:
+    model = shard(tiny_model(tied=True))
+    model.set_reduce_scatter_unused_params(True)
+    model.model.layers[0].set_unshard_in_backward(False)
+    groups = fsdp_groups([m for m in model.modules() if isinstance(m, FSDPModule)])
+    lwo = attach(model)
+    train_step(lwo, 0)
+    during = {group.reduce_scatter_unused_params for group in groups}
+    lwo.detach()
+    after = {group.reduce_scatter_unused_params for group in groups}
+    first = fsdp_groups([model.model.layers[0]])
+    return [during, after, {group.unshard_in_backward for group in first}]
+
+
+def test_detach_restores_what_the_caller_has_set() -> None:
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        pytest.skip("needs torch 2.13")
+    assert run_ranks(settings_after_detach, 2) == [[{True, False}, {True}, {False}]] * 2
 
 
 def train_on_sums() -> tuple[dict[str, Tensor], str]:

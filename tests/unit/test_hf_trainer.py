@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from lwo_dist.errors import UserError
 from lwo_dist.integrations.transformers import LWOTrainerMixin, use_lwo
@@ -74,6 +74,82 @@ def test_a_resume_in_mid_visit_is_bitwise(tmp_path: Path) -> None:
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10", dtype=torch.float64)
     for name, weight in trainers.snapshot(saved).items():
         assert torch.equal(weight, expected[name]), name
+
+
+class Stop(TrainerCallback):
+    """Stops in the middle of the accumulation of a step, or of the epoch."""
+
+    def __init__(self, step: int, what: str):
+        self._step, self._what = step, what
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            setattr(control, self._what, True)
+
+
+def cut_off(folder: Path, case: str, **more: Any) -> Any:
+    """A trainer whose training ends in the middle of an accumulation."""
+    if case == "the data end":
+        here = {"dispatch_batches": False}  # else accelerate fails at an empty epoch
+        trainer = make(folder, max_steps=6, accelerator_config=here, **more)
+        trainer.train_dataset = trainers.Stream(epochs=2)
+        return trainer
+    trainer = make(folder, **more)
+    trainer.add_callback(Stop(3, case))
+    return trainer
+
+
+@pytest.mark.parametrize("case", ["the data end", "should_training_stop", "should_epoch_stop"])
+def test_a_stop_in_mid_accumulation_ends_as_in_the_ordinary_trainer(
+    tmp_path: Path, case: str
+) -> None:
+    """Unfinished gradients count in the first step of the next epoch, or are dropped."""
+    ordinary = cut_off(tmp_path, case)
+    ordinary.train()
+    trainer = use_lwo(cut_off(tmp_path, case), trainers.config(), method="full")
+    trainer.train()
+    theirs = trainers.snapshot(ordinary.model)
+    for name, weight in trainers.snapshot(trainer.model).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-12)
+    assert trainer.state.global_step == ordinary.state.global_step < trainers.STEPS
+    for key in ("grad_norm", "learning_rate", "train_loss"):
+        assert trainers.logged(trainer, key) == pytest.approx(trainers.logged(ordinary, key))
+    assert all(p.requires_grad and p.grad is None for p in trainer.model.parameters())
+    trainer.train()  # the hook is gone, as for any other attempt
+
+
+def test_a_stream_that_ends_in_mid_accumulation_equals_a_plain_loop(tmp_path: Path) -> None:
+    """With what each epoch saves."""
+    trainer = use_lwo(cut_off(tmp_path, "the data end", save_strategy="epoch"), trainers.config())
+    trainer.train()
+    names = [layer.parameter_names for layer in trainer.lwo.layers]
+    for step in (2, 4):
+        expected = trainers.plain_loop(
+            names,
+            torch.float64,
+            rates=trainers.linear_rates(6)[:step],
+            steps=trainers.groups_of_stream(step),
+        )
+        saved = torch.load(tmp_path / f"checkpoint-{step}" / "lwo.pt", weights_only=True)
+        assert saved["lwo"]["step"] == step
+        assert expected.relative_difference(saved["weights"]) < 1e-9
+    assert expected.relative_difference(trainers.snapshot(trainer.model)) < 1e-9
+    assert trainers.logged(trainer, "grad_norm") == pytest.approx(expected.norms)
+
+
+def test_an_error_in_mid_accumulation_leaves_the_model_free(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            raise ZeroDivisionError
+
+    trainer = make(tmp_path)
+    trainer.add_callback(Fails())
+    with pytest.raises(ZeroDivisionError):
+        use_lwo(trainer, trainers.config()).train()
+    assert all(p.requires_grad and p.grad is None for p in trainer.model.parameters())
+    trainer.remove_callback(Fails)
+    trainer.train()
+    assert trainer.lwo.step_count == trainers.STEPS
 
 
 def test_a_resume_needs_a_checkpoint_of_ours(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lwo_dist.errors import UserError
 from lwo_dist.layers import (
@@ -160,6 +161,38 @@ def test_torch_s_own_transformer_is_a_chain() -> None:
     model = nn.Transformer(8, 2, 1, 2, 16, batch_first=True)
     names = ["embed", "encoder_0", "decoder_0", "decoder_1"]
     assert [layer.name for layer in find_layers(model)] == names
+
+
+class OutOfOrder(nn.Module):
+    """Registers all beside its blocks after them, and uses half of it before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.first, self.scale, self.last = nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.begin(self.embed(tokens))
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            hidden = norm(block(hidden))
+        return self.end(hidden)
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        return torch.as_tensor(self.scale(self.first(hidden)))
+
+    def end(self, hidden: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.last(hidden)))
+
+
+def test_what_is_used_before_the_stack_is_below_it_wherever_it_is_registered() -> None:
+    depths = parameter_depths(OutOfOrder())
+    below = {name.partition(".")[0] for name, depth in depths.items() if depth == 0}
+    above = {name.partition(".")[0] for name, depth in depths.items() if depth == 4}
+    assert below == {"embed", "first", "scale", "norms"}
+    assert above == {"last", "head"}
 
 
 def test_a_decoder_has_one_stack() -> None:

@@ -17,7 +17,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, parameter_depths
 from lwo_dist.names import named_parameters
 
-from .shards import local_shard
+from .shards import has_all_reduce_hook, local_shard
 
 __all__ = [
     "assert_same_on_mesh",
@@ -101,8 +101,10 @@ def _unsupported_mesh(name: str, parameter: DTensor) -> UserError:
     )
 
 
-def mesh_of(model: nn.Module) -> DeviceMesh:
+def mesh_of(model: nn.Module, groups: Iterable[Any]) -> DeviceMesh:
     """The mesh that all parameters are sharded over; warns if some ranks are not on it.
+
+    There is no warning where a hook of the caller's reduces gradients further.
 
     Raises:
         UserError: there are several.
@@ -118,7 +120,8 @@ def mesh_of(model: nn.Module) -> DeviceMesh:
             " the same mesh to every fully_shard"
         )
     ranks, (_, mesh) = meshes.popitem()
-    if mesh.size() < distributed.world_size() and distributed.rank() == mesh.mesh.flatten()[0]:
+    alone = mesh.size() < distributed.world_size() and not any(map(has_all_reduce_hook, groups))
+    if alone and distributed.rank() == mesh.mesh.flatten()[0]:
         warnings.warn(
             f"the model is sharded over the ranks {ranks} of {distributed.world_size()}: they train"
             " it on their own, and share no gradients with the others; for one model on all ranks"

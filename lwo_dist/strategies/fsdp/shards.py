@@ -14,7 +14,9 @@ from lwo_dist.memory import padded_numel
 
 __all__ = [
     "as_shard_of",
+    "drop_whole_gradients",
     "fsdp_groups",
+    "has_all_reduce_hook",
     "local_shard",
     "padded_rows",
     "replace_shards",
@@ -33,6 +35,19 @@ def fsdp_groups(modules: Iterable[FSDPModule]) -> list[Any]:
         elif state._fsdp_param_group is not None:
             groups[state._fsdp_param_group] = None
     return list(groups)
+
+
+def has_all_reduce_hook(group: Any) -> bool:
+    """Whether the caller reduces this group's gradients further (`set_all_reduce_hook`)."""
+    return group._all_reduce_hook is not None
+
+
+def drop_whole_gradients(groups: Iterable[Any]) -> None:
+    """Drop what an unfinished accumulation has kept, which no reduction has turned into shards."""
+    for item in [item for group in groups for item in group.fsdp_params]:
+        item.unsharded_accumulated_grad = None
+        if hasattr(item, "_unsharded_param"):  # gathered before
+            item._unsharded_param.grad = None
 
 
 @torch.no_grad()

@@ -40,7 +40,9 @@ from .checks import (
 )
 from .shards import (
     as_shard_of,
+    drop_whole_gradients,
     fsdp_groups,
+    has_all_reduce_hook,
     local_shard,
     padded_rows,
     replace_shards,
@@ -49,6 +51,9 @@ from .shards import (
 )
 
 __all__ = ["FullyShard"]
+
+
+_SET = ("unshard_in_backward", "reduce_scatter_unused_params")  # of a group, at each switch
 
 
 class FullyShard(Strategy):
@@ -60,6 +65,8 @@ class FullyShard(Strategy):
         super().__init__(model, layers, config)
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._groups = fsdp_groups(self._modules)
+        # Those of the caller, for `detach`. torch 2.11 has no `reduce_scatter_unused_params`.
+        self._own = [{name: getattr(g, name, False) for name in _SET} for g in self._groups]
         self._reshard()
         self._known = KnownParameters(model)
         refuse_unsupported(model, self._groups)
@@ -70,7 +77,7 @@ class FullyShard(Strategy):
             self._depths = last_depths(model)
             refuse_depths(model, layers)
         refuse_uneven_division(self._groups)
-        self._mesh = mesh_of(model)
+        self._mesh = mesh_of(model, self._groups)
         self._replicas = self._mesh.size() // self._mesh.shape[-1]
         assert_same_on_mesh(model, self._mesh)
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
@@ -139,6 +146,7 @@ class FullyShard(Strategy):
         self._reshard()
         for parameter in self._trained.values():
             parameter.grad = None
+        drop_whole_gradients(self._groups)
         self._park_moments()
         del self._optimizer
         self._shards = {}
@@ -149,9 +157,9 @@ class FullyShard(Strategy):
 
     def detach(self) -> None:
         self._reshard()
-        for group in self._groups:
-            group.unshard_in_backward = True
-            group.reduce_scatter_unused_params = False
+        for group, own in zip(self._groups, self._own, strict=True):
+            for name, value in own.items():
+                setattr(group, name, value)
             group._init_mp_dtypes()
         root = self.module
         assert isinstance(root, FSDPModule)
@@ -172,9 +180,10 @@ class FullyShard(Strategy):
         for name, shard in self._shards.items():
             gradient = self._trained[name].grad
             shard.grad = local_shard(gradient) if gradient is not None else torch.zeros_like(shard)
-        update = update_shards(
-            self._optimizer, lr, max_norm, self._take_non_finite(), self._sum_over_mesh
-        )
+        non_finite = self._take_non_finite()
+        if any(map(has_all_reduce_hook, self._groups)):
+            non_finite = 0.0  # of ranks of this mesh only; the gradients are those of all
+        update = update_shards(self._optimizer, lr, max_norm, non_finite, self._sum_over_mesh)
         for name, shard in self._shards.items():
             shard.grad = None
             self._trained[name].grad = None
