@@ -38,6 +38,7 @@ __all__ = [
     "rank",
     "reduce_scatter",
     "silent_ranks",
+    "start_all_gather",
     "world_size",
 ]
 
@@ -133,6 +134,18 @@ def all_gather(flat: torch.Tensor, shard: torch.Tensor) -> None:
         _all_gather(flat, shard)
     elif shard.data_ptr() != flat.data_ptr():
         flat.copy_(shard)
+
+
+def start_all_gather(flat: torch.Tensor, shard: torch.Tensor) -> dist.Work | None:
+    """As `all_gather`, in the background: `flat` is whole after `wait` of the result, if any.
+
+    On a GPU `wait` makes the current stream wait, not the host.
+    """
+    if world_size() > 1:
+        work: dist.Work = _all_gather(flat, shard, async_op=True)
+        return work
+    all_gather(flat, shard)
+    return None
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -243,7 +243,13 @@ class LWO:
         self._micro_step = micro_step
         self._at_boundary = boundary
 
-    def step(self, lr: float | None = None, max_grad_norm: float | None = None) -> StepReport:
+    def step(
+        self,
+        lr: float | None = None,
+        max_grad_norm: float | None = None,
+        *,
+        wait: bool = True,
+    ) -> StepReport:
         """Update the visit's layers and switch at its end; call it after every `backward`.
 
         Does nothing inside an accumulation.
@@ -251,6 +257,10 @@ class LWO:
         Args:
             lr: the learning rate, if the caller has a scheduler; None: from the config.
             max_grad_norm: what to clip to, if the caller decides; None: from the config.
+            wait: False lets `replicate` send the new weights while the next forward pass of `model`
+                is below the layer; the numbers are the same. Until that pass, a read of the active
+                layer's parameters gives NaN: call `flush` before you read them, or call a part
+                of the model.
 
         Raises:
             RuntimeError: `backward` was not called.
@@ -276,11 +286,13 @@ class LWO:
         if max_grad_norm is None:
             max_grad_norm = self.config.max_grad_norm
         with self._guard.ours():
-            update = self.strategy.step(lr, max_grad_norm)
+            step = self.strategy.step if wait else self.strategy.step_ahead
+            update = step(lr, max_grad_norm)
         bytes_sent = self.strategy.bytes_per_step()
-        device = update.skipped.device
-        self.skipped_steps = self.skipped_steps.to(device) + update.skipped
-        self.skipped_in_a_row = (self.skipped_in_a_row.to(device) + 1) * update.skipped
+        # Before the first step they are on the CPU, where torch takes them as numbers: `to` would
+        # wait for the device.
+        self.skipped_steps = self.skipped_steps + update.skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * update.skipped
         self._micro_step = 0
         self._at_boundary = None
         self.step_count += 1

@@ -224,6 +224,13 @@ class Strategy(ABC):
     def step(self, lr: float, max_norm: float) -> Update:
         """Reduce gradients, clip them (0: no clipping), update, and publish the new weights."""
 
+    def step_ahead(self, lr: float, max_norm: float) -> Update:
+        """As `step`, but publishing may go on until the next forward pass needs the new weights.
+
+        Until then, or until `flush`, a read of them gives NaN.
+        """
+        return self.step(lr, max_norm)
+
     @abstractmethod
     def flush(self) -> None:
         """Finish pending work, so that the model's weights can be read or used."""

@@ -2,20 +2,23 @@
 
 A step has three phases over one flat buffer per layer: reduce-scatter the gradients, AdamW on this
 rank's part of the flat weights, all-gather the weights. That is 2 x the layer's bytes, where DDP
-sends 2 x the model's.
+sends 2 x the model's. The all-gather may run while the next forward pass is below the layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.errors import UserError
-from lwo_dist.layers import Layer, Visit
+from lwo_dist.layers import Layer, Visit, find_stacks
 from lwo_dist.memory import local_bytes, padded_numel
 from lwo_dist.methods import Method
 from lwo_dist.names import named_parameters, named_tensors
@@ -35,6 +38,7 @@ from .changes import changed
 __all__ = ["Replicate", "ReplicateBuilder"]
 
 _ALIGN = 4  # elements: parameters in the flat buffer are aligned to 16 bytes for fast kernels
+_LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during backward
 
 
 class ReplicateBuilder(StrategyBuilder):
@@ -70,6 +74,7 @@ class _FlatLayer:
         self.weights = weights
         self.gradient = gradient
         self.gradient_views = views
+        self._gathering: dist.Work | None = None
         numel = weights.numel() // distributed.world_size()
         start = distributed.rank() * numel
         self.weight_shard = nn.Parameter(weights[start : start + numel])
@@ -77,15 +82,20 @@ class _FlatLayer:
         if distributed.world_size() > 1:
             self.gradient_shard = torch.empty_like(self.weight_shard)
         self.weight_shard.grad = self.gradient_shard
+        self.absent = weights.new_full((), torch.nan)
 
     def reduce(self) -> None:
         distributed.reduce_scatter(self.gradient_shard, self.gradient)
         if distributed.world_size() > 1:
             self.gradient_shard.div_(distributed.world_size())
 
-    def publish(self) -> None:
-        distributed.all_gather(self.weights, self.weight_shard.detach())
-        self.gradient.zero_()
+    def start_publishing(self) -> None:
+        self._gathering = distributed.start_all_gather(self.weights, self.weight_shard.detach())
+
+    def finish_publishing(self) -> None:
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
 
 
 class Replicate(Strategy):
@@ -98,7 +108,11 @@ class Replicate(Strategy):
         self._dtypes = {name: parameter.dtype for name, parameter in self._parameters.items()}
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
         self._flat_weights: dict[str, Tensor] = {}
+        self._weight_views: dict[str, dict[str, Tensor]] = {}
         self._trained: dict[str, _FlatLayer] = {}
+        self._large: list[Any] = []  # handles of hooks
+        self._window: list[Any] = []  # handles of hooks while weights are on their way
+        self._readers: list[nn.Module] = []
 
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
         trained = set(visit.parameter_names)
@@ -109,7 +123,11 @@ class Replicate(Strategy):
             gradient = torch.zeros_like(weights)
             views = self._views(layer, gradient)
             self._trained[layer.name] = _FlatLayer(layer, weights, gradient, views)
-        self._hang_gradients()
+            self._large += [
+                self._parameters[name].register_post_accumulate_grad_hook(partial(_move, view))
+                for name, view in views.items()
+                if view.numel() >= _LARGE
+            ]
         self._visit = visit
         self._make_optimizer = make_optimizer
         self._optimizer = make_optimizer([[flat.weight_shard] for flat in self._trained.values()])
@@ -118,32 +136,80 @@ class Replicate(Strategy):
     def deactivate(self) -> None:
         if self._visit is None:
             return
+        self.flush()
         self._park_moments()
         for name in self._visit.parameter_names:
             self._parameters[name].grad = None
         del self._optimizer
-        self._trained = {}
+        self._forget_trained()
         self._visit = None
 
     def detach(self) -> None:
         """Give each parameter storage of its own: of a shared one, accelerate saves one tensor."""
         for layer in self.layers:
             if self._flat_weights.pop(layer.name, None) is not None:
-                for name in layer.parameter_names:
+                for name in self._weight_views.pop(layer.name):
                     self._parameters[name].data = self._parameters[name].detach().clone()
 
     def step(self, lr: float, max_norm: float) -> Update:
+        update = self._update(lr, max_norm)
+        self.flush()
+        return update
+
+    def step_ahead(self, lr: float, max_norm: float) -> Update:
+        update = self._update(lr, max_norm)
+        if distributed.world_size() > 1:
+            self._open_window()
+        return update
+
+    def flush(self) -> None:
+        for flat in self._trained.values():
+            flat.finish_publishing()
+        if self._window:
+            self._close_window()
+
+    def _update(self, lr: float, max_norm: float) -> Update:
+        self.flush()  # a loop may step without a forward pass in between
         self._follow_storage()
-        self._hang_gradients()
+        self._collect_gradients()
         for flat in self._trained.values():
             flat.reduce()
         update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
         for flat in self._trained.values():
-            flat.publish()
+            flat.start_publishing()
         return update
 
-    def flush(self) -> None:
-        """Do nothing: `step` publishes before it returns."""
+    # [Note: Weights on their way]
+    # From `step_ahead` until `flush` other ranks' parts of a layer are the old ones, and change at
+    # any moment. To train on with them would be a silent fault. So for that time its parameters are
+    # NaN (one number, expanded), and `flush` is called by what reads them: the forward pass of the
+    # layer, and `state_dict`. A parameter outside of the transformer layers may be read anywhere in
+    # a forward pass (a tied matrix, a loss in chunks), so the whole pass waits for it; and for a
+    # compiled layer, which would compile the hook too.
+
+    def _open_window(self) -> None:
+        for flat in self._trained.values():
+            for name in flat.layer.parameter_names:
+                self._parameters[name].data = flat.absent.expand(self._parameters[name].shape)
+        assert self._visit is not None
+        if not self._readers:
+            self._readers = _first_readers(self.module, set(self._visit.parameter_names))
+        self._window = [module.register_forward_pre_hook(self._wait) for module in self._readers]
+        self._window.append(self.module.register_state_dict_pre_hook(self._wait))
+
+    def _wait(self, *_: Any) -> None:
+        self.flush()
+
+    def _close_window(self) -> None:
+        for handle in self._window:
+            handle.remove()
+        self._window = []
+        for flat in self._trained.values():
+            for name, view in self._weight_views[flat.layer.name].items():
+                parameter = self._parameters[name]
+                if parameter.data_ptr() != flat.absent.data_ptr() and parameter.numel():
+                    raise changed(f"{name} was moved or set before its update was complete")
+                parameter.data = view
 
     def masters(self) -> list[Tensor]:
         return [flat.weight_shard.detach() for flat in self._trained.values()]
@@ -201,6 +267,7 @@ class Replicate(Strategy):
         return sum(2 * flat.gradient.nbytes for flat in self._trained.values())
 
     def memory(self) -> dict[str, int]:
+        self.flush()
         trained = list(self._trained.values())
         states = [self._optimizer.state.get(flat.weight_shard, {}) for flat in trained]
         moments = [tensor for state in states for tensor in state.values() if tensor.dim()]
@@ -220,9 +287,8 @@ class Replicate(Strategy):
         Raises:
             RuntimeError: a parameter has another dtype than at `attach`.
         """
-        flat = self._flat_weights.get(layer.name)
-        if flat is not None and self._is_flat(layer, flat):
-            return flat
+        if layer.name in self._flat_weights and self._is_flat(layer):
+            return self._flat_weights[layer.name]
         for name in layer.parameter_names:
             if self._parameters[name].dtype != self._dtypes[name]:
                 raise changed(
@@ -230,26 +296,28 @@ class Replicate(Strategy):
                 )
         parameters = [self._parameters[name] for name in layer.parameter_names]
         flat = parameters[0].new_zeros(self._flat_numel(layer), requires_grad=False)
-        for name, view in self._views(layer, flat).items():
+        views = self._views(layer, flat)
+        for name, view in views.items():
             view.copy_(self._parameters[name].detach())
             self._parameters[name].data = view
         self._flat_weights[layer.name] = flat
+        self._weight_views[layer.name] = views
         return flat
 
-    def _is_flat(self, layer: Layer, flat: Tensor) -> bool:
-        """Whether the parameters of `layer` are still views of `flat`."""
-        views = self._views(layer, flat)
+    def _is_flat(self, layer: Layer) -> bool:
+        """Whether the parameters of `layer` are still views of its flat weights."""
         return all(
-            self._parameters[name].data_ptr() == view.data_ptr() for name, view in views.items()
+            self._parameters[name].data_ptr() == view.data_ptr()
+            for name, view in self._weight_views[layer.name].items()
         )
 
     def _follow_storage(self) -> None:
         """Keep training layers whose parameters have moved within the visit (`model.to`)."""
-        if all(self._is_flat(flat.layer, flat.weights) for flat in self._trained.values()):
+        if all(self._is_flat(flat.layer) for flat in self._trained.values()):
             return
         assert self._visit is not None
         moments = {layer: self._shards_of_optimizer(layer) for layer in self._visit.layers}
-        self._trained = {}
+        self._forget_trained()
         self.activate(self._visit, self._make_optimizer)
         for layer, shards in moments.items():
             self._put_into_optimizer(layer, shards)
@@ -269,19 +337,27 @@ class Replicate(Strategy):
             start += padded_numel(parameter.numel(), _ALIGN)
         return views
 
-    def _hang_gradients(self) -> None:
-        """Make each `.grad` a view of the flat buffer, into which autograd accumulates.
+    def _forget_trained(self) -> None:
+        for handle in self._large:
+            handle.remove()
+        self._large = []
+        self._trained = {}
+        self._readers = []
 
-        Repeated before every step, because a loop that calls `zero_grad()` removes the views.
+    def _collect_gradients(self) -> None:
+        """Move each `.grad` into the flat buffer; zeros where backward reached nothing.
+
+        Had autograd accumulated into the buffer, it would have read and written it once more, after
+        it had been set to zero.
         """
         for flat in self._trained.values():
             for name, view in flat.gradient_views.items():
                 parameter = self._parameters[name]
                 if parameter.grad is None:
-                    parameter.grad = view
-                elif parameter.grad.data_ptr() != view.data_ptr():
-                    view.copy_(parameter.grad)
-                    parameter.grad = view
+                    view.zero_()
+                else:
+                    _move(view, parameter)
+                    parameter.grad = None
 
     def _refuse_16_bit(self) -> None:
         for layer in self.layers:
@@ -293,6 +369,37 @@ class Replicate(Strategy):
                         " away; load the model with dtype=torch.float32 and compute under"
                         " torch.autocast"
                     )
+
+
+def _move(view: Tensor, parameter: Tensor) -> None:
+    """Make `.grad` this view of a flat buffer, with its values."""
+    assert parameter.grad is not None
+    if parameter.grad.data_ptr() != view.data_ptr():
+        view.copy_(parameter.grad)
+        parameter.grad = view
+
+
+def _first_readers(model: nn.Module, names: set[str]) -> list[nn.Module]:
+    """The modules of which one is the first to read these parameters in a forward pass."""
+    try:
+        stacks = find_stacks(model)
+    except UserError:  # layers of the caller's own, in a model without a stack
+        return [model]
+    inside = {
+        f"{stack.path}.{name}.": module
+        for stack in stacks
+        for name, module in stack.modules.named_children()
+    }
+    parameters = named_parameters(model)
+    wanted = {id(parameters[name]) for name in names}
+    readers: dict[nn.Module, None] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in wanted:
+            found = (module for path, module in inside.items() if name.startswith(path))
+            readers[next(found, model)] = None
+    if any(reader is model or reader._compiled_call_impl for reader in readers):
+        return [model]
+    return list(readers)
 
 
 def _checksums(model: nn.Module) -> dict[str, int]:

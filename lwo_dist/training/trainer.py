@@ -148,7 +148,7 @@ class Trainer:
             step_loss += loss.detach()
             # The strategy averages over ranks and micro-batches, but the sum over them is needed.
             self.lwo.backward(loss * distributed.world_size() * len(batch.micro_batches))
-            report = self.lwo.step()
+            report = self.lwo.step(wait=False)
         self.meter.after_step(step_loss, batch.tokens, report)
         return report
 

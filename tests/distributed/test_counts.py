@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+import lwo_dist
 from lwo_dist.hook import LWO
 from lwo_dist.memory import optimizer_state_bytes, padded_numel
 from tests import oracle
@@ -110,9 +113,9 @@ def test_fsdp_gathers_no_prefix_and_reduces_one_layer(precision: str, checkpoint
     num_layers = 4
     for depth, row in enumerate(rows):
         assert [kind for kind, _ in row["forward"]] == ["all_gather"] * (num_layers + 1)
-        # The layers at and above the active one, and not one more; the root (embedding, head) stays
-        # gathered.
-        suffix = num_layers + 1 - max(depth, 1)
+        # The layers at and above the active one, and not one more; the last one and the root
+        # (embedding, head) stay gathered.
+        suffix = max(num_layers - max(depth, 1), 0)
         kinds = [kind for kind, _ in row["backward"]]
         assert kinds.count("all_gather") == suffix, row["layer"]
         assert kinds.count("reduce_scatter") == 1, row["layer"]
@@ -126,9 +129,40 @@ def test_fsdp_gathers_no_prefix_and_reduces_one_layer(precision: str, checkpoint
 
 def test_full_through_the_hook_gathers_and_reduces_everything() -> None:
     [row] = run_ranks(count_fsdp, 2, "fp32", False, "full")[0]
-    assert sum(1 for kind, _ in row["backward"] if kind == "all_gather") == 4
+    assert sum(1 for kind, _ in row["backward"] if kind == "all_gather") == 3
     assert sum(1 for kind, _ in row["backward"] if kind == "reduce_scatter") == 5
     assert sum(size for _, size in row["forward"] + row["backward"]) == row["reported"]
+
+
+def resharded_after_forward() -> list[list[bool]]:
+    """By step, and at last after `detach`: which layers are sharded again after a forward pass, of
+    a model whose caller keeps them gathered for backward.
+    """
+    model = oracle.tiny_model(tied=False)
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=False)
+    fully_shard(model)
+    lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(steps_per_layer=1))
+    tokens, labels = micro_batches(0, 1)[0]
+    rows = []
+    for step in range(len(lwo.layers) + 1):
+        if step == len(lwo.layers):
+            lwo.detach()
+        loss = oracle.loss_sum(model, tokens, labels)
+        rows.append([isinstance(layer.mlp.up_proj.weight, DTensor) for layer in model.model.layers])
+        if step < len(lwo.layers):
+            with CountCollectives() as counter:
+                lwo.backward(loss)
+            assert counter.number("all_gather") == 0
+            lwo.step()
+    return rows
+
+
+def test_fsdp_keeps_nothing_gathered_that_backward_does_not_need() -> None:
+    *steps, detached = run_ranks(resharded_after_forward, 2)[0]
+    for depth, row in enumerate(steps):
+        assert row == [layer + 1 < depth for layer in range(4)]
+    assert detached == [False] * 4
 
 
 # ---- memory

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.errors import UserError
-from lwo_dist.layers import Layer, separate_layers
+from lwo_dist.layers import Layer, find_stacks, separate_layers
 from lwo_dist.methods import Method
 from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
 
@@ -61,6 +63,10 @@ def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     norm and head stay in the root's group, so that a tied matrix is held once; so do layers that
     share parameters (the blocks of Zamba).
 
+    The last layer stays gathered from forward to backward, like the root: FSDP2 would gather it
+    again at once, while the loss is computed. On a CPU, where FSDP2 has no streams, each layer is
+    gathered in the background while the one before it computes, which holds one layer more.
+
     Args:
         precision: compute dtype, "fp32" or "bf16"; gradients are always reduced in fp32.
     """
@@ -68,6 +74,13 @@ def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in separate_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    layers: list[Any] = separate_layers(model)
+    last = find_stacks(model)[-1].modules[-1]
+    for layer in layers:
+        keep = False if layer is last else None
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
+    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+    if device_type == "cpu":
+        root._set_unshard_async_op(True)
+        for module, following in pairwise([root, *layers]):
+            module.set_modules_to_forward_prefetch([following])

@@ -9,6 +9,7 @@ cast to fp32 for the duration of its visit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ class FullyShard(Strategy):
         assert_same_on_mesh(model, self._mesh)
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._stored = {name: p.dtype for name, p in named_parameters(model).items()}
+        self._after_forward: dict[Any, Any] = {}  # what the caller chose for groups of the prefix
         self._trained: dict[str, nn.Parameter] = {}
         self._shards: dict[str, nn.Parameter] = {}
         self._micro_batches = 0
@@ -94,7 +96,9 @@ class FullyShard(Strategy):
     # dtypes of newly trainable groups are set, because FSDP2 determines them once and ignores
     # frozen parameters; and the groups of the prefix are marked as not needed in backward, as
     # otherwise the prefetch gathers one of them for nothing. A group is needed for the last use of
-    # any of its parameters: a tied matrix is below and above the stack.
+    # any of its parameters: a tied matrix is below and above the stack. What is not needed is
+    # resharded right after its forward, also where the caller chose to keep it for backward; the
+    # root is left as FSDP2 has it, which decides at the first forward.
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
         self._reshard()
         parameters = named_parameters(self.module)
@@ -109,9 +113,15 @@ class FullyShard(Strategy):
             for name, parameter in parameters.items()
             if self._depths.get(name, visit.depth) >= visit.depth or name in trained
         }
+        roots = fsdp_groups(self._modules[:1])
         for group in self._groups:
             own = {item.sharded_param for item in group.fsdp_params}
             group.unshard_in_backward = not needed.isdisjoint(own)
+            if group in self._after_forward:
+                group.post_forward_mesh_info = self._after_forward.pop(group)
+            if not group.unshard_in_backward and group not in roots:
+                self._after_forward[group] = group.post_forward_mesh_info
+                group.post_forward_mesh_info = group.mesh_info
             # Zeros for an expert that no token of this rank reaches: the ranks' gradients are sent
             # one after the other, and would be summed with those of other experts.
             group.reduce_scatter_unused_params = not own.isdisjoint(self._trained.values())
@@ -160,6 +170,8 @@ class FullyShard(Strategy):
         for group, own in zip(self._groups, self._own, strict=True):
             for name, value in own.items():
                 setattr(group, name, value)
+            if group in self._after_forward:
+                group.post_forward_mesh_info = self._after_forward.pop(group)
             group._init_mp_dtypes()
         root = self.module
         assert isinstance(root, FSDPModule)
