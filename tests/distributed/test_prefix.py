@@ -5,20 +5,32 @@ gathers, counted.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO
 from lwo_dist.layers import find_layers, find_stacks
+from lwo_dist.run import run
 from lwo_dist.schedule import LayerSchedule
+from lwo_dist.training.trainer import Trainer
 from tests import oracle
 from tests.distributed import training, zero
 from tests.distributed.collectives import CountCollectives
+from tests.distributed.test_deepspeed_run import resume_all
+from tests.distributed.test_run import exported, inputs, make_config, run_and_record
+from tests.prepared import prepared
 from tests.ranks import run_ranks
+
+__all__ = ["inputs"]  # the fixture
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
@@ -131,6 +143,56 @@ def test_equals_the_plain_loop_on_repeated_batches(strategy: str) -> None:
         assert (parameter - found[name]).abs().max() < 1e-10, name
 
 
+# ---- whole runs
+
+
+def test_a_run_resumes_bitwise_and_refuses_other_batches(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    settings = ("lwo.batches=cycle", "lwo.steps_per_layer=2", "lwo.order=ascending")
+    resumed_at = "checkpoint.steps=5"  # in mid-visit of the third layer of four
+    pair = tuple(
+        prepare(make_config(inputs, tmp_path / part, *settings, resumed_at)) for part in ("a", "b")
+    )
+    expected, losses, found, resumed = run_ranks(resume_all, 2, [pair], timeout=200)[0][0]
+    assert resumed[0][0] == 6
+    assert resumed[1:] == losses[3:]
+    nothing_kept = ("lwo.prefix_host_gb=0", "lwo.prefix_disk_gb=0")
+    config = prepare(make_config(inputs, tmp_path / "c", *settings, *nothing_kept))
+    computed, _ = run_ranks(run_and_record, 2, config)[0]
+    assert computed is not None
+    weights = exported(expected)
+    for other in (exported(found), exported(computed)):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights.items())
+
+    fresh = prepare(make_config(inputs, tmp_path / "a", "lwo.steps_per_layer=2", "train.steps=20"))
+    [said] = run_ranks(refused, 1, fresh)
+    assert "lwo.batches (or lwo.steps_per_layer) changed from cycle, 2 a layer to fresh" in said
+
+
+def refused(config: Config) -> str:
+    try:
+        run(config)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_layers_of_a_cycle_share_batches_and_the_next_cycle_has_others() -> None:
+    lwo = SimpleNamespace(
+        schedule=LayerSchedule(3, 2, repeats_batches=True),
+        config=SimpleNamespace(gradient_accumulation_steps=1),
+    )
+    config = load_config(None, ["train.global_batch_size=4"])
+    trainer = SimpleNamespace(lwo=lwo, config=config, data=prepared([8] * 64, sequence_length=8))
+    batches = [tuple(Trainer._batch_of(trainer, step).indices) for step in range(13)]  # type: ignore[arg-type]
+    first, second = batches[:2], batches[6:8]
+    assert batches[:6] == first * 3
+    assert batches[6:12] == second * 3
+    assert len({*first, *second, batches[12]}) == 5
+    assert [lwo.schedule.num_batches(steps) for steps in (1, 2, 5, 6, 7, 12)] == [1, 2, 2, 2, 3, 4]
+
+
 # ---- counted
 
 
@@ -138,7 +200,7 @@ def gathers(strategy: str) -> list[dict[str, Any]]:
     """Of each step after the first: the layer, what its passes sent, and what was reported."""
     lwo = attach(strategy, accumulation=2)
     rows = []
-    for step in range(STEPS // 2):
+    for _ in range(STEPS // 2):
         with CountCollectives() as counter:
             report = training.train_step(lwo, lwo.batch_index)[1]
         counter.calls.pop()  # of the loss, by the test
