@@ -41,6 +41,7 @@ from .layers import (
 from .methods import Method
 from .names import clean_name, named_parameters
 from .optimizer import make_adamw
+from .prefix import PrefixReuse
 from .registry import METHODS, STRATEGIES
 from .schedule import learning_rate, make_schedule
 from .state import moments_by_layer, refuse_moments, refuse_strangers, whole_shapes
@@ -114,7 +115,8 @@ def attach(
             checkpointing, `torch.compile` of the model as a whole, meshes other than (shard) and
             (replicate, shard), a model without a stack of layers,
             initial weights that differ between ranks, DeepSpeed settings that cannot be honoured,
-            `layers` that do not fit the model, or nothing that requires a gradient.
+            `layers` that do not fit the model, nothing that requires a gradient, or, with
+            `batches: cycle`, a model that draws random numbers in training.
 
     Example:
         >>> lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-4, steps_per_layer=50))
@@ -189,6 +191,11 @@ class LWO:
         self.visits: Sequence[Visit] = check_visits(self.layers, how.visits(self.layers))
         if len(self.visits) > 1:
             refuse_compiled(self.module)
+        elif config.batches == "cycle":
+            raise UserError(
+                f"batches: cycle has no effect with method: {how.name}, which never switches; set"
+                " batches: fresh"
+            )
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
@@ -202,6 +209,9 @@ class LWO:
         self._micro_step = 0
         self._at_boundary: bool | None = None  # of the last backward; None after a full step
         self._active = -1
+        self._prefix: PrefixReuse | None = None
+        if config.batches == "cycle":
+            self._prefix = PrefixReuse(self.module, config, self.visits, self.strategy)
         keep_flags(self.module, self._flags)
         self._guard = Guard(self.module)
         self._follow_schedule()
@@ -334,6 +344,8 @@ class LWO:
         self._refuse_detached()
         self.strategy.flush()
         self._guard.end()
+        if self._prefix is not None:
+            self._prefix.end()
         self.strategy.deactivate()
         # Before the strategy's own part, which depends on what is trainable.
         for name, parameter in named_parameters(self.module).items():
@@ -362,6 +374,20 @@ class LWO:
         if len(self.visits) == 1:
             return -1
         return self.schedule.position(self.step_count)[1]
+
+    @property
+    def batch_index(self) -> int:
+        """Which batch the next step trains on, from 0: with `batches: cycle` the batches of a visit
+        come again for every layer of the cycle, else each step has a new one.
+        """
+        return self.schedule.batch(self.step_count)
+
+    @property
+    def prefix_reused(self) -> int:
+        """How many of this process's forward passes in training started at kept hidden states,
+        instead of running the layers below the active one; 0 with `batches: fresh`.
+        """
+        return self._prefix.reused if self._prefix is not None else 0
 
     def last_changed(self, layer: Layer) -> int:
         """The step count after the last update of `layer`; 0 if never updated, as for `rest`."""
@@ -411,6 +437,8 @@ class LWO:
         tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
         refuse_strangers("weights", {name: t.shape for name, t in tensors.items()}, self.module)
         self.strategy.flush()
+        if self._prefix is not None:
+            self._prefix.forget()
         self.strategy.write_layer(tensors)
 
     def read_moments(self, layer: Layer) -> Moments:
@@ -469,6 +497,8 @@ class LWO:
         self.step_count = step
         self.skipped_steps = torch.tensor(float(state_dict["skipped_steps"]))
         self._active = -1  # even if the layer stays: its optimizer is rebuilt
+        if self._prefix is not None:
+            self._prefix.forget()
         self._follow_schedule()
         for layer in self.layers:
             self.write_moments(layer, by_layer.get(layer.name, {}))
@@ -503,6 +533,9 @@ class LWO:
         started = time.perf_counter()
         with torch.profiler.record_function("LWO::switch"):
             self._guard.watch([])
+            if self._prefix is not None:
+                in_cycle = self.step_count % self.schedule.steps_per_cycle
+                self._prefix.begin_visit(index, first_of_cycle=in_cycle == 0)
             self.strategy.deactivate()
             self.strategy.activate(self.visits[index], partial(make_adamw, self.config))
             self._guard.watch(self.visits[index].parameter_names)

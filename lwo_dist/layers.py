@@ -27,6 +27,7 @@ __all__ = [
     "check_visits",
     "find_layers",
     "find_stacks",
+    "first_depths",
     "forget_flags",
     "keep_flags",
     "last_depths",
@@ -201,6 +202,16 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     """
     depths = _depths_of_names(model)
     return {name: depths[name] for name in named_parameters(model)}
+
+
+def first_depths(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> the depth of its first use, under any of its names."""
+    depths = _depths_of_names(model)
+    first: dict[int, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        depth = depths[clean_name(name)]
+        first[id(parameter)] = min(depth, first.get(id(parameter), depth))
+    return {name: first[id(parameter)] for name, parameter in named_parameters(model).items()}
 
 
 def last_depths(model: nn.Module) -> dict[str, int]:

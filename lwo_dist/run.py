@@ -245,6 +245,7 @@ def _build(
     for callback in callbacks:
         callback.on_run_start(info)
     _warn_never_trained(config, lwo)
+    _tell_batches(config, lwo)
     return trainer
 
 
@@ -393,6 +394,19 @@ def _warn_never_trained(config: Config, lwo: LWO) -> None:
             f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes "
             f"{lwo.schedule.steps_per_cycle} steps "
             f"(lwo.steps_per_layer = {config.lwo.steps_per_layer})",
+            flush=True,
+        )
+
+
+def _tell_batches(config: Config, lwo: LWO) -> None:
+    """How much of the data a run sees whose layers share batches."""
+    if config.lwo.batches == "cycle" and distributed.rank() == 0:
+        steps, size = config.train.steps, config.train.global_batch_size
+        count = lwo.schedule.num_batches(steps)
+        print(
+            f"lwo.batches = cycle: the {len(lwo.visits)} layers of a cycle share"
+            f" {config.lwo.steps_per_layer} batches; {steps} steps see {count} different ones,"
+            f" {count * size:,} sequences",
             flush=True,
         )
 

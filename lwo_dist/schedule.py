@@ -28,6 +28,8 @@ class LayerSchedule:
     seed: int = 0
     weights: tuple[float, ...] = ()
     """`order: weighted` only: the relative frequency of each layer."""
+    repeats_batches: bool = False
+    """`batches: cycle`."""
 
     def active_layer(self, step: int) -> int:
         visit, _ = self.position(step)
@@ -37,6 +39,21 @@ class LayerSchedule:
     def position(self, step: int) -> tuple[int, int]:
         """(index of the visit, step within the visit)."""
         return divmod(step, self.steps_per_layer)
+
+    def batch(self, step: int) -> int:
+        """The index of the batch that `step` trains on: `step` itself, or, if all layers of a cycle
+        are trained on the same batches, one of `steps_per_layer` new ones for each cycle.
+        """
+        if not self.repeats_batches:
+            return step
+        return self.cycle(step) * self.steps_per_layer + self.position(step)[1]
+
+    def num_batches(self, steps: int) -> int:
+        """How many different batches a run of `steps` steps trains on."""
+        if not self.repeats_batches:
+            return steps
+        cycles, rest = divmod(steps, self.steps_per_cycle)
+        return cycles * self.steps_per_layer + min(rest, self.steps_per_layer)
 
     def cycle(self, step: int) -> int:
         return step // self.steps_per_cycle
@@ -95,7 +112,12 @@ def make_schedule(config: LWOConfig, layer_names: Sequence[str]) -> LayerSchedul
         else ()
     )
     return LayerSchedule(
-        len(layer_names), config.steps_per_layer, config.order, config.seed, weights
+        len(layer_names),
+        config.steps_per_layer,
+        config.order,
+        config.seed,
+        weights,
+        repeats_batches=config.batches == "cycle",
     )
 
 

@@ -30,12 +30,14 @@ def train(
     *,
     keep: bool = False,
     rate: Callable[[int], float] | None = None,
+    batch: Callable[[int], int] = lambda step: step,
 ) -> list[float]:
     """Train in place; returns the loss of each step.
 
     Args:
         keep: a layer goes on with the optimizer of its last visit, instead of a fresh one.
         rate: the learning rate of each step, instead of `recipe.lr`.
+        batch: which batch each step trains on.
     """
     parameters, losses = dict(model.named_parameters()), []
     optimizers: dict[tuple[str, ...], torch.optim.Optimizer] = {}
@@ -53,7 +55,7 @@ def train(
             optimizer = optimizers[active]
         if rate is not None:
             optimizer.param_groups[0]["lr"] = rate(step)
-        tokens, labels = global_batch(step)
+        tokens, labels = global_batch(batch(step))
         loss = loss_sum(model, tokens, labels) / (labels[:, 1:] != -100).sum()
         loss.backward()
         if recipe.max_grad_norm:

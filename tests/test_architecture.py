@@ -26,7 +26,8 @@ FLOORS = [
     {"schedule", "optimizer", "run_info", "lease", "cache"},
     {"methods", "callback"},
     {"strategies"},
-    {"guard", "state"},
+    {"guard", "state", "borders"},
+    {"prefix"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
     {"data", "models", "integrations", "plan"},
@@ -47,6 +48,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of the plugin: with torch and pydantic installed, and nothing else, they all work.
 CORE = {
     "access",
+    "borders",
     "callback",
     "config",
     "console",
@@ -62,6 +64,7 @@ CORE = {
     "methods",
     "names",
     "optimizer",
+    "prefix",
     "redaction",
     "registry",
     "run_info",

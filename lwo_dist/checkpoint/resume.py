@@ -67,11 +67,17 @@ def refuse_other_base(config: Config, digest: str | None, state: Any) -> None:
 
 
 def data_record(config: Config, data: PreparedData) -> dict[str, Any]:
-    """What must not change when a run resumes: `seed`, `global_batch_size`, `fingerprint`."""
+    """What must not change when a run resumes: `seed`, `global_batch_size`, `fingerprint`, and
+    `batches`, which says whether a step's batch depends on the schedule.
+    """
+    batches: str = config.lwo.batches
+    if batches != "fresh":
+        batches += f", {config.lwo.steps_per_layer} a layer"
     return {
         "seed": config.seed,
         "global_batch_size": config.train.global_batch_size,
         "fingerprint": data.fingerprint,
+        "batches": batches,
     }
 
 
@@ -109,13 +115,15 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
         "fingerprint": (
             "the examples (source files, tokenizer or sequence length; an older lwo_dist cut"
             " files differently)"
-        )
+        ),
+        "batches": "lwo.batches (or lwo.steps_per_layer)",
     }
     for key, value in data_record(config, data).items():
-        if state["data"][key] != value:
+        then = state["data"].get(key, "fresh")  # `batches` is younger than some checkpoints
+        if then != value:
             raise UserError(
                 f"run_name = {config.run_name}: its checkpoint was made with other data: "
-                f"{names.get(key, key)} changed from {state['data'][key]} to {value}; choose "
+                f"{names.get(key, key)} changed from {then} to {value}; choose "
                 "another run_name, or set it back"
             )
 

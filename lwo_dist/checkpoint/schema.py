@@ -100,6 +100,7 @@ class _Data(_Strict):
     seed: int
     global_batch_size: Step
     fingerprint: Text
+    batches: Text = "fresh"
 
 
 class _Cost(_Strict):

@@ -79,6 +79,28 @@ class LWOConfig(Settings):
     visit_ramp_steps: int = Field(
         0, ge=0, description="n > 0: the first n steps of a visit run at lr/n, 2 lr/n, ..."
     )
+    batches: Literal["fresh", "cycle"] = Field(
+        "fresh",
+        description=(
+            "fresh: new batches at every step; cycle: all layers of a cycle are trained on the same"
+            " ones, and the hidden states below the active layer are kept, not computed again"
+        ),
+    )
+    prefix_host_gb: float = Field(
+        4.0,
+        ge=0,
+        description=(
+            "batches: cycle only; the most host memory that a worker's hidden states take, in GB"
+        ),
+    )
+    prefix_disk_gb: float = Field(
+        16.0,
+        ge=0,
+        description=(
+            "batches: cycle only; the most disk that they take beyond that, in LWO_SCRATCH_DIR or"
+            " the temporary folder"
+        ),
+    )
     max_steps: int | None = Field(
         None,
         ge=1,
@@ -100,6 +122,18 @@ class LWOConfig(Settings):
                 f"layer_weights has no effect with order: {self.order}; set order: weighted or"
                 " drop it"
             )
+        if self.batches == "cycle" and self.order != "ascending":
+            raise ValueError(
+                f"batches: cycle needs order: ascending, not {self.order}: hidden states are kept"
+                " from one layer to the next above it"
+            )
+        for name in ("prefix_host_gb", "prefix_disk_gb"):
+            value = getattr(self, name)
+            if self.batches != "cycle" and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} = {value:g} has no effect with batches: {self.batches}; set batches:"
+                    " cycle or drop it"
+                )
         if any(w <= 0 for w in self.layer_weights.values()):
             raise ValueError(
                 f"layer_weights {self.layer_weights} must be above 0; freeze a layer by other means"

@@ -102,6 +102,15 @@ class Config(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_epochs(self) -> Self:
+        if self.train.epochs is not None and self.lwo.batches == "cycle":
+            raise ValueError(
+                f"train.epochs = {self.train.epochs:g} cannot be counted with lwo.batches: cycle,"
+                " where every layer is trained on the same sequences again; set train.steps"
+            )
+        return self
+
     def with_steps(self, steps: int) -> Config:
         """This run with a known length: `train.epochs` turned into steps, and the schedule's
         `max_steps` filled in where it is unset.

@@ -23,6 +23,10 @@ class FullFineTuning(Method):
             raise UserError(
                 "lwo.state: keep has no effect with method: full, which never switches; drop it"
             )
+        if config.lwo.batches == "cycle":
+            raise UserError(
+                "lwo.batches: cycle has no effect with method: full, which never switches; drop it"
+            )
         if config.fsdp.storage == "bf16":
             raise UserError(
                 "fsdp.storage: bf16 cannot be used with method: full; set method: lwo, or "

@@ -38,6 +38,7 @@ class LoRA(Method):
         for key, value, default in (
             ("state", config.lwo.state, "reset"),
             ("inactive_master", config.lwo.inactive_master, "host"),
+            ("batches", config.lwo.batches, "fresh"),
         ):
             if value != default:
                 raise UserError(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lwo_dist import distributed
 from lwo_dist.config import Config, LWOConfig
@@ -241,6 +242,37 @@ class Strategy(ABC):
 
         Across ranks, or those of a replica, each element appears once; padding is zero.
         """
+
+    # ---- layers that a forward pass does not run (`batches: cycle`)
+
+    def agree(self, *values: int) -> list[bool]:
+        """For each value, whether the ranks that run a forward pass together have the same one.
+
+        A collective if `forward_is_collective`; it waits for the device.
+        """
+        if not self.forward_is_collective:
+            return [True] * len(values)
+        rows = [[1, value, value**2] for value in values]
+        device = next(self.module.parameters()).device
+        sums = torch.tensor(rows, dtype=torch.float64, device=device)
+        for group in self._forward_groups():
+            distributed.all_reduce(sums, group)
+        # Equal numbers alone have a variance of zero.
+        return [ranks * squares == total**2 for ranks, total, squares in sums.tolist()]
+
+    def _forward_groups(self) -> Sequence[ProcessGroup | None]:
+        """The groups whose sums one after the other are those over all ranks of a forward pass."""
+        return [None]
+
+    def refuse_passing_over(self, layers: Sequence[nn.Module]) -> None:
+        """Refuse a model of which a forward pass cannot leave some of these layers out.
+
+        Raises:
+            UserError: with reason and remedy.
+        """
+
+    def pass_over(self, layers: Sequence[nn.Module]) -> None:
+        """The forward pass that follows does not run these layers. Called before each one."""
 
     # ---- weights and moments of any layer
 

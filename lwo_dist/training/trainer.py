@@ -1,6 +1,7 @@
 """The training loop. One step, from here to the ranks:
 
-    batch = global_batch(data, step)          data: a pure function of (seed, step)
+    batch = global_batch(data, step)          data: a pure function of (seed, step), or, with
+                                              `batches: cycle`, of (seed, batch of the cycle)
     for micro_batch in batch.micro_batches:
         loss = sum of token losses / tokens   Trainer._summed_loss
         lwo.backward(loss)                    hook -> strategy: gradients of the active layer
@@ -156,7 +157,7 @@ class Trainer:
         return global_batch(
             self.data,
             seed=self.config.seed,
-            step=step,
+            step=self.lwo.schedule.batch(step),
             global_batch_size=self.config.train.global_batch_size,
             world_size=distributed.world_size(),
             rank=distributed.rank(),

@@ -452,3 +452,7 @@ def test_operations_of_a_step_are_those_of_the_formula():
     backward += [2 * head]
     expected = forward + sum(backward) / len(visits)
     assert flops_per_sequence(model, visits, length) == expected
+
+    # From layer_2 on a pass starts at the input of the layer below the active one.
+    expected -= sum(range(1, layers)) * (layer + attention) / len(visits)
+    assert flops_per_sequence(model, visits, length, batches="cycle") == expected

@@ -34,6 +34,7 @@ __all__ = [
     "ZERO_OPTIMIZERS",
     "adopt",
     "flat_weights",
+    "forget_order",
     "fragment",
     "gradient_buffers",
     "groups_of_masters",
@@ -196,9 +197,7 @@ def adopt(
             kind.initialize_ds_offload = original
     zero = engine.optimizer
     if offload is not None:
-        coordinator = offload.get_param_coordinator()
-        if not coordinator.is_invalid_trace():  # raises on an invalid trace
-            coordinator._invalidate_trace()
+        forget_order(zero)
         # These are gathered again after each step; frozen ones have not changed.
         zero.persistent_parameters = [p for p in offload.persistent_parameters if p.requires_grad]
     if isinstance(zero, DeepSpeedZeroOptimizer):
@@ -207,6 +206,13 @@ def adopt(
         zero.check_grad_overflow = parameters[0].dtype == torch.bfloat16
     if engine._support_torch_style_backward:
         zero.register_grad_acc_post_hook(engine._backward_post_hook)
+
+
+def forget_order(zero: Any) -> None:
+    """Let stage 3 find out again which modules a step uses; until then it fetches none early."""
+    coordinator = zero.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():  # raises on an invalid trace
+        coordinator._invalidate_trace()
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class DeepSpeedZero(Strategy):
             refuse_own_checkpoints(engine),
         ]
         self._micro_steps = engine.micro_steps
+        self._passed_over: list[nn.Module] = []
 
     def activate(self, visit: Visit, make_optimizer: MakeOptimizer) -> None:
         by_layer = [
@@ -357,6 +358,12 @@ class DeepSpeedZero(Strategy):
             return fragments.whole(own, private.stored(own))
         tensor: Tensor = own.detach().to("cpu", copy=True)
         return tensor.float() if tensor.is_floating_point() else tensor
+
+    def pass_over(self, layers: Sequence[nn.Module]) -> None:
+        # Stage 3 fetches in advance what the last passes have used.
+        if self.forward_is_collective and layers != self._passed_over:
+            private.forget_order(self._engine.optimizer)
+        self._passed_over = list(layers)
 
     def _start_count(self, *_: Any) -> None:
         if self._before_backward:

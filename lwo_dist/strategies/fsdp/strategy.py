@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
+from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit, last_depths
 from lwo_dist.memory import local_bytes
 from lwo_dist.names import named_parameters, named_tensors
@@ -88,6 +90,9 @@ class FullyShard(Strategy):
         self._shards: dict[str, nn.Parameter] = {}
         self._micro_batches = 0
         self._micro_batches_of_step = 1
+        self._passed_over: list[Any] = []  # groups that this forward pass does not gather
+        self._not_gathered = 0  # bytes, in the micro-batches so far
+        self._not_gathered_in_step = 0
 
     # [Note: The switch sequence]
     # A switch happens only between optimizer steps, and starts with a reshard: after a forward
@@ -185,6 +190,7 @@ class FullyShard(Strategy):
         root.set_is_last_backward(True)
         refuse_uneven_division(self._groups)
         self._micro_batches += 1
+        self._not_gathered += sum(_gathered_bytes(group) for group in self._passed_over)
         super().backward(loss, boundary)
 
     def step(self, lr: float, max_norm: float) -> Update:
@@ -201,6 +207,8 @@ class FullyShard(Strategy):
             self._trained[name].grad = None
         self._micro_batches_of_step = self._micro_batches
         self._micro_batches = 0
+        self._not_gathered_in_step = self._not_gathered
+        self._not_gathered = 0
         return update
 
     def flush(self) -> None:
@@ -328,16 +336,32 @@ class FullyShard(Strategy):
         gathered = reduced = 0
         for group in self._groups:
             gathers = 2 if group._reshard_after_forward and group.unshard_in_backward else 1
+            gathered += gathers * self._micro_batches_of_step * _gathered_bytes(group)
             for item in group.fsdp_params:
-                numel = padded_rows(item.sharded_param)
-                dtype = item.param_dtype or item.orig_dtype
-                gathered += gathers * self._micro_batches_of_step * numel * dtype.itemsize
                 if id(item.sharded_param) in trained:
                     dtype = group.mp_policy.reduce_dtype or item.sharded_param.dtype
-                    reduced += numel * dtype.itemsize
+                    reduced += padded_rows(item.sharded_param) * dtype.itemsize
+        gathered -= self._not_gathered_in_step
         sent = gathered + reduced if shards > 1 else 0
         # The replicas sum each shard of the gradient.
         return sent + reduced // shards if self._replicas > 1 else sent
+
+    def refuse_passing_over(self, layers: Sequence[nn.Module]) -> None:
+        for index, layer in enumerate(layers):
+            for part in layer.modules():
+                if isinstance(part, FSDPModule) and len(part._get_fsdp_state()._modules) > 1:
+                    raise UserError(
+                        f"layer {index} was wrapped in a list, fully_shard([...]), which gathers"
+                        " all of its modules at once; lwo.batches: cycle passes over single layers:"
+                        " wrap each on its own, or set lwo.batches: fresh"
+                    )
+
+    def pass_over(self, layers: Sequence[nn.Module]) -> None:
+        parts = [part for layer in layers for part in layer.modules()]
+        self._passed_over = fsdp_groups(part for part in parts if isinstance(part, FSDPModule))
+
+    def _forward_groups(self) -> Sequence[ProcessGroup]:
+        return self._mesh.get_all_groups()
 
     def memory(self) -> dict[str, int]:
         parameters = list(self.module.parameters())
@@ -363,6 +387,14 @@ class FullyShard(Strategy):
         for group in self._mesh.get_all_groups():
             distributed.all_reduce(tensor, group)
         return tensor / self._replicas
+
+
+def _gathered_bytes(group: Any) -> int:
+    """Bytes of the whole weights of one all-gather."""
+    return sum(
+        padded_rows(item.sharded_param) * (item.param_dtype or item.orig_dtype).itemsize
+        for item in group.fsdp_params
+    )
 
 
 def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
