@@ -26,7 +26,7 @@ FLOORS = [
     {"schedule", "optimizer", "run_info", "lease", "cache"},
     {"methods", "callback"},
     {"strategies"},
-    {"guard", "state"},
+    {"guard", "state", "suffix"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
     {"data", "models", "integrations", "plan"},
@@ -69,6 +69,7 @@ CORE = {
     "secret_rule",
     "state",
     "strategies",
+    "suffix",
     "units",
     "versions",
 }
