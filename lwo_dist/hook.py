@@ -53,6 +53,7 @@ from .strategies.refusals import (
     warn_of_frozen,
     warn_of_rounding,
 )
+from .suffix import SuffixBackward
 
 __all__ = ["LWO", "StepReport", "attach", "prepare"]
 
@@ -212,9 +213,17 @@ class LWO:
         self._prefix: PrefixReuse | None = None
         if config.batches == "cycle":
             self._prefix = PrefixReuse(self.module, config, self.visits, self.strategy)
+        self._suffix = SuffixBackward(
+            self.module,
+            self.visits,
+            config.suffix_backward,
+            config.seed,
+            drops_trained=how.drops_trained,
+        )
         keep_flags(self.module, self._flags)
         self._guard = Guard(self.module)
         self._follow_schedule()
+        self._suffix.choose(self.step_count, self.visit)
         _ATTACHED[self.module] = weakref.ref(self)
         if config.inactive_master == "discard":
             warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
@@ -247,8 +256,10 @@ class LWO:
             boundary = micro_step >= accumulation
             if accumulation > 1:
                 loss = loss / accumulation
+        self._suffix.before_backward()
         with self._guard.ours():
             self.strategy.backward(loss, boundary)
+        self._suffix.after_backward(loss.device)
         # Only now: a backward that failed, as for lack of memory, may be tried again.
         self._micro_step = micro_step
         self._at_boundary = boundary
@@ -307,6 +318,7 @@ class LWO:
         self._at_boundary = None
         self.step_count += 1
         switched = self._follow_schedule()
+        self._suffix.choose(self.step_count, self.visit)
         if self.step_in_visit == self.config.steps_per_layer - 1:
             self.strategy.prefetch(self.visits[self.schedule.active_layer(self.step_count + 1)])
         return StepReport(
@@ -346,6 +358,7 @@ class LWO:
         self._guard.end()
         if self._prefix is not None:
             self._prefix.end()
+        self._suffix.end()
         self.strategy.deactivate()
         # Before the strategy's own part, which depends on what is trainable.
         for name, parameter in named_parameters(self.module).items():
@@ -395,11 +408,15 @@ class LWO:
         return self.schedule.last_active(indices, self.step_count)
 
     def position(self) -> dict[str, Any]:
-        """The position: `step`, `active_layer` (name, for the next step), `skipped_steps`."""
+        """The position: `step`, `active_layer` (name, for the next step), `skipped_steps`; with
+        `suffix_backward`, the sensitivities (`suffix`) once they are measured.
+        """
+        suffix = self._suffix.state()
         return {
             "step": self.step_count,
             "active_layer": self.active_layer.name,
             "skipped_steps": float(self.skipped_steps),
+            **({"suffix": suffix} if suffix is not None else {}),
         }
 
     def memory(self) -> dict[str, int]:
@@ -494,12 +511,14 @@ class LWO:
                 f" {scheduled}; resume with the same order, seed, steps_per_layer,"
                 " layers_per_group and trained layers"
             )
+        self._suffix.load(state_dict.get("suffix"))
         self.step_count = step
         self.skipped_steps = torch.tensor(float(state_dict["skipped_steps"]))
         self._active = -1  # even if the layer stays: its optimizer is rebuilt
         if self._prefix is not None:
             self._prefix.forget()
         self._follow_schedule()
+        self._suffix.choose(self.step_count, self.visit)
         for layer in self.layers:
             self.write_moments(layer, by_layer.get(layer.name, {}))
 

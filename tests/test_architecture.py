@@ -26,7 +26,7 @@ FLOORS = [
     {"schedule", "optimizer", "run_info", "lease", "cache"},
     {"methods", "callback"},
     {"strategies"},
-    {"guard", "state", "borders"},
+    {"guard", "state", "borders", "suffix"},
     {"prefix"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
@@ -72,6 +72,7 @@ CORE = {
     "secret_rule",
     "state",
     "strategies",
+    "suffix",
     "units",
     "versions",
 }

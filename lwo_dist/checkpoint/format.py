@@ -92,7 +92,8 @@ class Checkpoint:
 
     def hook_state(self) -> dict[str, Any]:
         """Position and active moments (whole CPU tensors), for `LWO.load_state_dict`."""
-        position = {key: self.state[key] for key in ("step", "active_layer", "skipped_steps")}
+        keys = ("step", "active_layer", "skipped_steps", "suffix")
+        position = {key: self.state[key] for key in keys if key in self.state}
         return {**position, "moments": _read_moments(self.folder / MOMENTS)}
 
     def parked_moments(self) -> Iterator[tuple[str, dict[str, dict[str, Tensor]]]]:

@@ -48,6 +48,7 @@ _MAX_LAYERS = 1000
 """A config.json with more layers must come with as many weights: from one number alone,
 transformers would build layers for hours.
 """
+_MAX_SUBLAYERS = 10_000
 
 # Files that a loader would prefer to ours, or that lead it to another model.
 _FOREIGN_NAMES = ("adapter_config.json", STATE)
@@ -56,6 +57,7 @@ _UP = "../../layers/"
 
 Text = Annotated[str, StringConstraints(max_length=4000)]
 Step = Annotated[int, Field(ge=0, le=10**15)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 StepName = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -118,10 +120,16 @@ class _Results(_Strict):
     peaks: dict[Text, float]
 
 
+class _Suffix(_Strict):
+    flops: list[Finite] = Field(max_length=_MAX_SUBLAYERS)
+    changes: list[list[Finite]] = Field(max_length=_MAX_SUBLAYERS)
+
+
 class _State(_Strict):
     step: Step
     active_layer: Text
     skipped_steps: float
+    suffix: _Suffix | None = None
     moments: dict[Text, Text]
     sha256: dict[Text, Sha256] = Field(max_length=_MAX_ENTRIES)
 

@@ -40,7 +40,9 @@ class LWOConfig(Settings):
         default_factory=dict,
         description="order: weighted only; layer name -> relative frequency, 1 where unnamed",
     )
-    seed: int = Field(0, ge=0, description="seed of the random and weighted orders")
+    seed: int = Field(
+        0, ge=0, description="seed of the random and weighted orders, and of suffix_backward"
+    )
     state: Literal["reset", "keep"] = Field(
         "reset",
         description=(
@@ -62,6 +64,15 @@ class LWOConfig(Settings):
     )
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="micro-batches per optimizer step"
+    )
+    suffix_backward: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description=(
+            "share of the backward pass above the active layer that is computed (DropBP); below 1"
+            " gradients are approximations"
+        ),
     )
     lr_scheduler_type: Literal["auto", "constant", "linear", "cosine"] = Field(
         "auto",

@@ -50,6 +50,9 @@ class Method(ABC):
     trains_adapters = False
     """Whether `prepare` adds all that is trained, so that the base model stays as it is. If so,
     checkpoints hold the layers only, and an export reads the base model again."""
+    drops_trained = False
+    """Whether `lwo.suffix_backward` drops sublayers that are trained too, which then have no
+    gradient in that step. For methods that train all of them at once."""
 
     def check(self, config: Config) -> None:
         """Refuse run settings that have no effect with this method. Raises: UserError."""

@@ -17,6 +17,7 @@ class FullFineTuning(Method):
     """The baseline for LWO, using the same hook, strategies and trainer."""
 
     name = "full"
+    drops_trained = True
 
     def check(self, config: Config) -> None:
         if config.lwo.state == "keep":

@@ -33,6 +33,7 @@ class LoRA(Method):
     own_settings = tuple(f"lora.{name}" for name in LoRAConfig.model_fields)
     changes_model = True
     trains_adapters = True
+    drops_trained = True
 
     def check(self, config: Config) -> None:
         for key, value, default in (
