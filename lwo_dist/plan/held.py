@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
 
-__all__ = ["Held", "Shapes", "Storage", "flat_numel", "held_bytes", "shard_numel"]
+__all__ = ["PERSISTENT", "Held", "Shapes", "Storage", "flat_numel", "held_bytes", "shard_numel"]
 
 Shapes = Mapping[str, Sequence[int]]
 """Parameter name -> shape; a tied parameter once."""
 
 _ALIGN = 4  # elements, as `replicate` aligns the parameters of a flat layer
+PERSISTENT = 100_000
+"""Elements of the largest parameter that ZeRO-3 leaves whole after an update
+(`stage3_param_persistence_threshold`)."""
 _ZERO_ALIGN = 2  # elements of each rank's part, as ZeRO aligns a flat group
 
 
@@ -52,6 +55,11 @@ class Held:
     park_bytes: int
     master_bytes: int = 0
     """Of `optimizer_state_bytes`, ZeRO's fp32 copies of the weights."""
+
+    @property
+    def device_bytes(self) -> int:
+        """All of it that is on the device."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_state_bytes
 
 
 def flat_numel(shapes: Shapes, layer: Layer, world_size: int) -> int:
@@ -135,13 +143,15 @@ def _deepspeed(
         return padded_numel(sum(numels), _ZERO_ALIGN * size) // size
 
     own = sum(part(layer) for layer in active)
-    whole = sum(math.prod(shapes[name]) for layer in active for name in layer.parameter_names)
+    numels = [math.prod(shapes[name]) for layer in active for name in layer.parameter_names]
+    whole = sum(numels)
+    persistent = sum(numel for numel in numels if numel <= PERSISTENT)
     everything = sum(math.prod(shape) for shape in shapes.values())
     weights = storage.weight_bytes * everything
     gradients = {1: 4 * whole, 2: 4 * own}.get(storage.stage, 0)
     if storage.stage == 3:
         shards = sum(padded_numel(math.prod(shape), size) // size for shape in shapes.values())
-        weights = storage.weight_bytes * (shards + whole)
+        weights = storage.weight_bytes * (shards + persistent)
         gradients = 4 * own + 4 * whole
     else:
         weights += storage.weight_bytes * (size * own - whole)  # the flat group's padding

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from lwo_dist.memory import padded_numel
 
-from .held import Held, Storage, shard_numel
+from .held import PERSISTENT, Held, Storage, shard_numel
 from .rehearsal import ROOT, Moment
 
 __all__ = ["Instant", "Unit", "peak_of"]
 
-_MAX_LIVE = 10**9  # elements: DeepSpeed's stage3_max_live_parameters
+# Elements: DeepSpeed's stage3_max_live_parameters and stage3_prefetch_bucket_size.
+_MAX_LIVE = 10**9
+_PREFETCHED = 5 * 10**7
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ def peak_of(
     return max(instants, key=lambda instant: instant.total)
 
 
-_Follow = Callable[
-    [Held, Sequence[Moment], Mapping[int, Unit], Storage, int], Iterator[Instant]
-]
+_Follow = Callable[[Held, Sequence[Moment], Mapping[int, Unit], Storage, int], Iterator[Instant]]
 
 
 def _replicate(
@@ -119,6 +119,8 @@ def _fsdp(
                 last_flat = flat[unit]
             else:
                 gathered += last_flat
+        elif moment.phase == "loss":
+            pass  # only the root's weights are still there
         elif moment.phase == "backward":
             below = unit - 1 if unit != ROOT else _highest(units)
             ahead = flat[below] if below >= 0 and units[below].in_backward else 0
@@ -152,6 +154,10 @@ def _deepspeed(
     storage: Storage,
     compute_bytes: int,
 ) -> Iterator[Instant]:
+    """Stages 1 and 2: whole weights, and a bucket in fp32 for the gradients, which the parameters'
+    own are then views of. Stage 3 gathers weights into a flat buffer, copies them out, and lets go
+    of neither before the last module of the buffer has run.
+    """
     size = storage.world_size
     state = held.optimizer_state_bytes
     trained = sum(math.prod(shape) for unit in units.values() for shape in unit.trained)
@@ -159,12 +165,16 @@ def _deepspeed(
     bucket = 4 * trained
     everything = sum(math.prod(s) for unit in units.values() for s in unit.shapes)
     stage_3 = storage.stage == 3
-    gathered = compute_bytes * min(everything, _MAX_LIVE) if stage_3 else 0
     weights = held.parameter_bytes
-    if stage_3:  # without what an update leaves gathered
-        weights -= storage.weight_bytes * trained
+    gathered = 0
+    if stage_3:
+        numels = [math.prod(shape) for unit in units.values() for shape in unit.trained]
+        kept = sum(numel for numel in numels if numel <= PERSISTENT)
+        arriving = min(everything - kept, _PREFETCHED)
+        weights -= storage.weight_bytes * kept  # they count as gathered
+        gathered = compute_bytes * (min(everything, _MAX_LIVE) + arriving)
     for moment in moments:
-        backward = moment.phase != "forward"
+        backward = moment.phase in ("backward", "reduce")
         yield Instant(
             moment.phase,
             weights,

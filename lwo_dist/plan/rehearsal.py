@@ -1,4 +1,4 @@
-"""A step without memory: the model's own forward and backward on the meta device, its bytes counted.
+"""A step without memory: the model's own forward and backward on the meta device, counted.
 
 No family has a formula here. What autograd keeps, what checkpointing recomputes and what each
 operation makes for a moment is whatever the model does; only shapes are computed.
@@ -39,7 +39,7 @@ class Moment:
     """A stretch of a step."""
 
     phase: str
-    """"forward", "backward", or "reduce": right after the gradients of `unit` are there."""
+    """"forward", "loss", "backward", or "reduce": the gradients of `unit` are there."""
     unit: int
     """The transformer layer that runs, or `ROOT`."""
     live_bytes: int
@@ -98,11 +98,9 @@ def rehearse(
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
         parameter.grad = None
-    buffers = []
-    if not own_gradients:
-        for name in trained:
-            parameters[name].grad = torch.empty_like(parameters[name])
-            buffers.append(parameters[name].grad)
+    buffers = [] if own_gradients else [torch.empty_like(parameters[name]) for name in trained]
+    for name, buffer in zip(trained, buffers, strict=False):
+        parameters[name].grad = buffer
     own = [parameters[name] for name in sorted(trained)]
     watch = _Watch(LiveBytes(ignored=[*parameters.values(), *model.buffers(), *buffers]), units)
     shapes = _ShapesOnly()
@@ -111,10 +109,10 @@ def rehearse(
         _fused_attention(fused_dropout),
         shapes,
         watch.live,
-        watch.hooks(own if own_gradients else []),
+        watch.hooks(model, own if own_gradients else []),
     ):
         value = loss(model, batch)
-        watch.end("forward", ROOT)
+        watch.end("loss", ROOT)
         kept = watch.live.now
         watch.in_backward = True
         value.backward()
@@ -123,7 +121,7 @@ def rehearse(
         del value
     for parameter in parameters.values():
         parameter.grad = None
-    head = max(m.live_bytes for m in watch.moments if m.phase == "forward" or m.unit == ROOT)
+    head = max(moment.live_bytes for moment in watch.moments if moment.phase == "loss")
     return Rehearsal(tuple(watch.moments), shapes.flops, kept, head)
 
 
@@ -144,7 +142,8 @@ class _Watch:
 
     def end(self, phase: str, unit: int) -> None:
         """The stretch that ends now was of `unit`."""
-        gradients = sum(p.grad.nbytes for ps in self._gradients.values() for p in ps)  # type: ignore[union-attr]
+        whole = [p.grad for group in self._gradients.values() for p in group]
+        gradients = sum(gradient.nbytes for gradient in whole if gradient is not None)
         self.moments.append(Moment(phase, unit, self.live.peak, gradients))
         self.live.peak = self.live.now
 
@@ -158,8 +157,8 @@ class _Watch:
                 self.live.peak = self.live.now
 
     @contextmanager
-    def hooks(self, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-        handles: list[Any] = []
+    def hooks(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+        handles: list[Any] = [model.register_forward_hook(self._after(ROOT))]
         for number, unit in enumerate(self._units):
             handles.append(unit.register_forward_pre_hook(self._before(number), with_kwargs=True))
             handles.append(unit.register_forward_hook(self._after(number)))
@@ -192,6 +191,8 @@ class _Watch:
             if self.in_backward:
                 return
             self.end("forward", number)
+            if number == ROOT:
+                return
             first = output[0] if isinstance(output, tuple) else output
             if _needs_grad(first):
                 first.register_hook(lambda gradient: self.end("backward", ROOT))
@@ -229,7 +230,14 @@ def _fused_attention(with_dropout: bool) -> Iterator[None]:
         learned = attn_mask is not None and attn_mask.requires_grad
         if query.dim() != 4 or learned or (dropout_p and not with_dropout):
             return plain(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
         mask = None if attn_mask is None else attn_mask.to(query.dtype)
         attended: Tensor
@@ -253,12 +261,10 @@ class _ShapesOnly(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _ATEN._local_scalar_dense.default:
             return args[0].dtype == torch.bool or 1

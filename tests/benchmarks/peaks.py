@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,15 @@ from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.hook import LWO, attach
 from lwo_dist.models.source import _enable_checkpointing
+from lwo_dist.plan.estimate import Plan, Subject, plan_one, storage_of
+from lwo_dist.plan.held import Held, held_bytes
 from lwo_dist.plan.live import LiveBytes
+from lwo_dist.plan.subject import read_architecture
 from lwo_dist.registry import METHODS
 from lwo_dist.strategies.fsdp.builder import shard_model
 from tests.ranks import run_ranks
 
-__all__ = ["METHOD_NAMES", "MODELS", "STRATEGY_NAMES", "config_of", "make", "measure"]
+__all__ = ["METHOD_NAMES", "MODELS", "STRATEGY_NAMES", "compare", "config_of", "make", "measure"]
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
 _LLAMA = {
@@ -119,7 +125,7 @@ def _attach(name: str, config: Config) -> LWO:
     if config.train.gradient_checkpointing:
         _enable_checkpointing(model)
     model.train()
-    if "fsdp" == config.strategy:
+    if config.strategy == "fsdp":
         shard_model(model, precision=config.train.precision, device_type="cpu")
     elif config.strategy != "replicate":
         from lwo_dist.strategies.deepspeed import settings
@@ -133,7 +139,8 @@ def _attach(name: str, config: Config) -> LWO:
 def _step(lwo: LWO) -> None:
     tokens = torch.ones((_SEQUENCES, LENGTH), dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if lwo.module.config.is_encoder_decoder:
+    settings: Any = lwo.module.config
+    if settings.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones_like(tokens)
     lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
     lwo.step()
@@ -146,8 +153,8 @@ def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> to
 
 
 def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
-    """On one rank, for each case: `peak` bytes of the second cycle, and of each of its visits, after
-    the first step, what `LWO.memory` says.
+    """On one rank, for each case: `peak` bytes of the second cycle, and what `LWO.memory` says in
+    each of its visits after the first step.
     """
     transformers.logging.set_verbosity_error()
     rows = []
@@ -160,7 +167,7 @@ def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
             gc.collect()
             live.peak = live.now
             memory = {}
-            peaks = {}
+            peaks: dict[str, int] = {}
             for step in range(cycle):
                 visit = lwo.active_layer.name
                 _step(lwo)
@@ -175,5 +182,62 @@ def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
     return rows
 
 
+def predict(name: str, config: Config, world_size: int = 2) -> tuple[Plan, dict[str, Held]]:
+    """The plan of a case, and what a rank holds in each visit."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings_of(name).save_pretrained(folder)
+        model = config.model.model_copy(update={"name": folder})
+        config = config.model_copy(update={"model": model})
+        found = Subject(config, METHODS.get(config.method), *read_architecture(config))
+        plan = plan_one(found, config, world_size, bf16=False, on_gpu=False)
+    storage = storage_of(config, world_size, bf16=False)
+    held = {
+        visit.active.name: held_bytes(found.shapes, found.layers, visit.layers, storage)
+        for visit in found.visits
+    }
+    return plan, held
+
+
+def compare(strategy: str, names: Sequence[str], *more: str) -> list[dict[str, Any]]:
+    """A row for each model and method: what was measured, and what the plan says."""
+    cases = [
+        (name, config_of(strategy, method, *more)) for name in names for method in METHOD_NAMES
+    ]
+    zero = strategy.startswith("zero")
+    ranks = run_ranks(measure, 2, cases, timeout=600, deepspeed=zero)
+    rows = []
+    for (name, config), *both in zip(cases, *ranks, strict=True):
+        plan, held = predict(name, config)
+        measured = max(row["peak"] for row in both)
+        rows.append(
+            {
+                "model": name,
+                "strategy": strategy,
+                "method": config.method,
+                "checkpointing": config.train.gradient_checkpointing,
+                "measured": measured,
+                "plan": plan.peak.total,
+                "ratio": round(plan.peak.total / measured, 3),
+                "memory": both[0]["memory"],
+                "held": {visit: asdict(found) for visit, found in held.items()},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    arguments = parser.parse_args()
+    rows = []
+    for strategy in STRATEGY_NAMES:
+        for more in ([], ["train.gradient_checkpointing=true"]):
+            rows += compare(strategy, list(MODELS), *more)
+    arguments.json.write_text(json.dumps({"cases": rows}, indent=1))
+    for row in rows:
+        kept = "recomputed" if row["checkpointing"] else "kept"
+        print(f"{row['model']:<10}{row['strategy']:<10}{row['method']:<5}{kept:<11}{row['ratio']}")
+
+
 if __name__ == "__main__":
-    pass
+    main()
