@@ -26,6 +26,7 @@ from .git import is_repository_url
 from .methods import Method
 from .models import PretrainedSource, check_model, check_prepared, decoder_start
 from .models.gguf import dequantise, is_gguf
+from .plan.estimate import early_plan
 from .registry import METHODS, STRATEGIES, TASKS
 from .stop import Stopped
 from .storage import RunFolder, is_url, new_run_name, storage_folder, storage_path
@@ -33,6 +34,7 @@ from .strategies import StrategyBuilder
 from .strategies.checks import check_config
 from .tasks.base import Task
 from .tracking.mlflow import DATABASE, create_run, end_run, tracking_uri
+from .units import human_bytes
 
 __all__ = [
     "ending_tracking",
@@ -40,6 +42,7 @@ __all__ = [
     "model_source",
     "prepare",
     "read_record",
+    "refuse_too_large",
     "share_run",
     "stopped_early",
 ]
@@ -88,6 +91,8 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             check_model(config.model, config.train.sequence_length, elsewhere=elsewhere)
             if not elsewhere or Path(config.model.name).expanduser().exists():
                 task, _ = fitting_task(config)
+            if not elsewhere:
+                refuse_too_large(config)
         say(f"reading {printable(str(config.data.source))}")
         task.read(config.data, cache_folder(config))
         if config.model.name == "tiny-code":
@@ -114,6 +119,40 @@ def prepare(config: Config, *, elsewhere: bool = False) -> Config:
             share(run_folder.local.parent)
         share_run(config, run_folder)
     return config
+
+
+def refuse_too_large(config: Config) -> None:
+    """Refuse a run whose weights, gradients and optimizer state alone exceed a GPU's memory, and
+    warn if a step is likely to; of our own methods and strategies. Nothing is loaded.
+
+    Raises:
+        UserError
+    """
+    memory = device_memory()
+    plan = early_plan(config) if memory is not None else None
+    if memory is None or plan is None:
+        return
+    where = f"on {config.cluster.max_workers} GPU(s) of {human_bytes(memory)} with {plan.name}"
+    remedy = "more workers, strategy: fsdp, fsdp.storage: bf16 or a smaller model need less"
+    held = plan.held.device_bytes
+    if held > memory:
+        raise UserError(
+            f"model.name {config.model.name!r} will not fit: weights, gradients and optimizer state"
+            f" of a rank need {human_bytes(held)} {where}; {remedy}"
+        )
+    if plan.peak.total > memory:
+        say(
+            f"warning: a step may not fit: about {human_bytes(plan.peak.total)} of a rank {where};"
+            " shorter sequences, smaller micro-batches and train.gradient_checkpointing: true need"
+            " less (lwo-dist plan says how much)"
+        )
+
+
+def device_memory() -> int | None:
+    """Bytes of this machine's first GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def fitting_task(config: Config) -> tuple[Task, int | None]:

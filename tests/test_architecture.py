@@ -30,11 +30,12 @@ FLOORS = [
     {"prefix"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
-    {"data", "models", "integrations", "plan"},
+    {"data", "models", "integrations"},
     {"tasks"},
     {"report", "checkpoint"},
     {"tracking"},
     {"training", "examples"},
+    {"plan"},
     {"driver"},
     {"run"},
     {"cluster"},

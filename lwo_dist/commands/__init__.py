@@ -19,6 +19,7 @@ COMMANDS = (
     "train",
     "compare",
     "config",
+    "plan",
     "data",
     "submit",
     "jobs",

@@ -27,6 +27,7 @@ CALLS = {
     "train": ["train"],
     "compare": ["compare", "--name", "x"],
     "config": ["config", "--defaults"],
+    "plan": ["plan"],
     "data": ["data", "data.source=nowhere"],
     "submit": ["submit", NOWHERE],
     "jobs": ["jobs", "list", NOWHERE],
@@ -90,6 +91,7 @@ def test_without_extras_every_command_says_what_to_install(tmp_path: Path) -> No
     }
     extras |= {
         "config": "run",
+        "plan": "run",
         "data": "run",
         "export": "run",
         "checkpoints": "run",

@@ -1,0 +1,191 @@
+"""The peak of a step: what is held, what the model's own operations need, and what the strategy
+gathers and reduces, moment by moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lwo_dist.memory import padded_numel
+
+from .held import PERSISTENT, Held, Storage, shard_numel
+from .rehearsal import ROOT, Moment
+
+__all__ = ["Instant", "Unit", "peak_of"]
+
+# Elements: DeepSpeed's stage3_max_live_parameters and stage3_prefetch_bucket_size.
+_MAX_LIVE = 10**9
+_PREFETCHED = 5 * 10**7
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is gathered and reduced at once: a transformer layer, or all that is in none."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[int, ...], ...]
+    in_backward: bool
+    """Whether backward passes through it."""
+
+    def gathered(self, world_size: int, element_bytes: int) -> int:
+        return element_bytes * world_size * sum(shard_numel(s, world_size) for s in self.shapes)
+
+    def reduced(self, world_size: int) -> int:
+        """Bytes of its gradients in fp32, padded."""
+        return 4 * world_size * sum(shard_numel(s, world_size) for s in self.trained)
+
+
+@dataclass(frozen=True)
+class Instant:
+    """A rank's device memory at one moment, in bytes by part."""
+
+    when: str
+    weights: int
+    gradients: int
+    optimizer_state: int
+    gathered: int
+    """Whole weights for the computation, and the buffers that they arrive in."""
+    buffers: int
+    """Of collectives over gradients."""
+    activations: int
+    """Activations, logits, temporaries, and gradients not yet reduced."""
+
+    @property
+    def total(self) -> int:
+        return sum(value for value in vars(self).values() if isinstance(value, int))
+
+
+def peak_of(
+    held: Held,
+    moments: Sequence[Moment],
+    units: Mapping[int, Unit],
+    storage: Storage,
+    compute_bytes: int,
+) -> Instant:
+    """The instant of a step at which a rank needs most."""
+    follow = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
+    instants = list(follow(held, moments, units, storage, compute_bytes))
+    return max(instants, key=lambda instant: instant.total)
+
+
+_Follow = Callable[[Held, Sequence[Moment], Mapping[int, Unit], Storage, int], Iterator[Instant]]
+
+
+def _replicate(
+    held: Held,
+    moments: Sequence[Moment],
+    units: Mapping[int, Unit],
+    storage: Storage,
+    compute_bytes: int,
+) -> Iterator[Instant]:
+    for moment in moments:
+        yield Instant(
+            moment.phase,
+            held.parameter_bytes,
+            held.gradient_bytes,
+            held.optimizer_state_bytes,
+            0,
+            0,
+            moment.live_bytes,
+        )
+
+
+def _fsdp(
+    held: Held,
+    moments: Sequence[Moment],
+    units: Mapping[int, Unit],
+    storage: Storage,
+    compute_bytes: int,
+) -> Iterator[Instant]:
+    """FSDP2 as it gathers: into a flat buffer, and from there into the parameters.
+
+    In forward the flat buffer lives until the next one has come. In backward the next unit's is
+    filled while a unit computes. The root's weights stay from its forward on. Gradients are copied
+    into a buffer in fp32, which lives until the next unit is reduced.
+    """
+    size = storage.world_size
+    whole = {number: unit.gathered(size, compute_bytes) for number, unit in units.items()}
+    flat = whole if size > 1 else dict.fromkeys(whole, 0)
+    last_flat = flat[ROOT]
+    pending = reduced = 0
+    for moment in moments:
+        gathered, buffers, weights = whole[ROOT], 0, held.parameter_bytes
+        unit = moment.unit
+        if moment.phase == "forward":
+            if unit != ROOT:
+                gathered += whole[unit] + flat[unit]
+                last_flat = flat[unit]
+            else:
+                gathered += last_flat
+        elif moment.phase == "loss":
+            pass  # only the root's weights are still there
+        elif moment.phase == "backward":
+            below = unit - 1 if unit != ROOT else _highest(units)
+            ahead = flat[below] if below >= 0 and units[below].in_backward else 0
+            gathered += whole[unit] if unit != ROOT else 0
+            gathered += ahead
+            buffers = pending
+        else:
+            buffers = units[unit].reduced(size)
+            pending = buffers
+            reduced += buffers // size
+            below = unit - 1
+            gathered += flat[below] if below >= 0 and units[below].in_backward else 0
+        yield Instant(
+            moment.phase,
+            weights,
+            reduced,
+            held.optimizer_state_bytes,
+            gathered,
+            buffers,
+            moment.live_bytes,
+        )
+    yield Instant(
+        "update", held.parameter_bytes, reduced, held.optimizer_state_bytes, 0, pending, 0
+    )
+
+
+def _deepspeed(
+    held: Held,
+    moments: Sequence[Moment],
+    units: Mapping[int, Unit],
+    storage: Storage,
+    compute_bytes: int,
+) -> Iterator[Instant]:
+    """Stages 1 and 2: whole weights, and a bucket in fp32 for the gradients, which the parameters'
+    own are then views of. Stage 3 gathers weights into a flat buffer, copies them out, and lets go
+    of neither before the last module of the buffer has run.
+    """
+    size = storage.world_size
+    state = held.optimizer_state_bytes
+    trained = sum(math.prod(shape) for unit in units.values() for shape in unit.trained)
+    part = padded_numel(trained, size) // size
+    bucket = 4 * trained
+    everything = sum(math.prod(s) for unit in units.values() for s in unit.shapes)
+    stage_3 = storage.stage == 3
+    weights = held.parameter_bytes
+    gathered = 0
+    if stage_3:
+        numels = [math.prod(shape) for unit in units.values() for shape in unit.trained]
+        kept = sum(numel for numel in numels if numel <= PERSISTENT)
+        arriving = min(everything - kept, _PREFETCHED)
+        weights -= storage.weight_bytes * kept  # they count as gathered
+        gathered = compute_bytes * (min(everything, _MAX_LIVE) + arriving)
+    for moment in moments:
+        backward = moment.phase in ("backward", "reduce")
+        yield Instant(
+            moment.phase,
+            weights,
+            4 * part if stage_3 else 0,
+            state,
+            gathered,
+            bucket if stage_3 or backward else 0,
+            moment.live_bytes,
+        )
+    yield Instant("update", weights, bucket + 4 * part, state, gathered, 4 * part, 0)
+
+
+def _highest(units: Mapping[int, Unit]) -> int:
+    return max(units)

@@ -1,0 +1,243 @@
+"""The peak memory of real steps, counted, against `lwo-dist plan`: models x strategies x methods.
+
+    python tests/benchmarks/peaks.py --json FILE
+
+Tiny models on two gloo ranks. Every tensor's bytes are counted while two cycles run, the buffers of
+collectives included; the largest of the second cycle is the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from lwo_dist import distributed
+from lwo_dist.config import Config
+from lwo_dist.config.reading import load_config
+from lwo_dist.hook import LWO, attach
+from lwo_dist.models.source import _enable_checkpointing
+from lwo_dist.plan.estimate import Plan, Subject, plan_one, storage_of
+from lwo_dist.plan.held import Held, held_bytes
+from lwo_dist.plan.live import LiveBytes
+from lwo_dist.plan.subject import read_architecture
+from lwo_dist.registry import METHODS
+from lwo_dist.strategies.fsdp.builder import shard_model
+from tests.ranks import run_ranks
+
+__all__ = ["METHOD_NAMES", "MODELS", "STRATEGY_NAMES", "compare", "config_of", "make", "measure"]
+
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    **_TOKENS,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 4,
+        "n_head": 4,
+        "vocab_size": 384,
+        "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_cache": False,
+    },
+    "qwen2": _LLAMA
+    | {"hidden_size": 48, "num_hidden_layers": 4, "vocab_size": 8192, "tie_word_embeddings": True},
+    "qwen3_moe": _LLAMA
+    | {
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+    },
+    "t5": {
+        "d_model": 64,
+        "d_ff": 160,
+        "d_kv": 16,
+        "num_layers": 3,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "vocab_size": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "use_cache": False,
+    },
+}
+"""Differently shaped; that of qwen2 has a large vocabulary."""
+METHOD_NAMES = ("lwo", "full", "lora")
+STRATEGY_NAMES = ("replicate", "fsdp", "zero 1", "zero 2", "zero 3")
+LENGTH = 96
+_SEQUENCES = 2  # of a rank
+
+
+def config_of(strategy: str, method: str, *more: str, world_size: int = 2) -> Config:
+    name, _, stage = strategy.partition(" ")
+    settings = [
+        f"method={method}",
+        f"strategy={'deepspeed' if stage else name}",
+        "train.precision=fp32",
+        f"train.sequence_length={LENGTH}",
+        f"train.global_batch_size={_SEQUENCES * world_size}",
+        "lwo.steps_per_layer=2",
+        f"cluster.num_workers={world_size}",
+        *([f"zero_stage={stage}"] if stage else []),
+    ]
+    return load_config(None, [*settings, *more])
+
+
+def settings_of(model: str) -> Any:
+    return transformers.AutoConfig.for_model(model, **MODELS[model])
+
+
+def make(name: str) -> Any:
+    settings = settings_of(name)
+    kind = (
+        transformers.AutoModelForSeq2SeqLM
+        if settings.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
+    torch.manual_seed(0)
+    return kind.from_config(settings)
+
+
+def _attach(name: str, config: Config) -> LWO:
+    model = make(name)
+    METHODS.get(config.method).prepare(model, config)
+    if config.train.gradient_checkpointing:
+        _enable_checkpointing(model)
+    model.train()
+    if config.strategy == "fsdp":
+        shard_model(model, precision=config.train.precision, device_type="cpu")
+    elif config.strategy != "replicate":
+        from lwo_dist.strategies.deepspeed import settings
+        from lwo_dist.strategies.deepspeed.builder import make_engine
+
+        resolved = settings.resolve(config, distributed.world_size())
+        model = make_engine(model, config.lwo, resolved, METHODS.get(config.method))
+    return attach(model, config.lwo, config.method)
+
+
+def _step(lwo: LWO) -> None:
+    tokens = torch.ones((_SEQUENCES, LENGTH), dtype=torch.int64)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    settings: Any = lwo.module.config
+    if settings.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.ones_like(tokens)
+    lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
+    lwo.step()
+
+
+def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    output = lwo.model(**inputs)
+    logits = output.logits[:, :-1].flatten(0, 1).float()
+    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / labels.numel()
+
+
+def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
+    """On one rank, for each case: `peak` bytes of the second cycle, and what `LWO.memory` says in
+    each of its visits after the first step.
+    """
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for name, config in cases:
+        with LiveBytes() as live:
+            lwo = _attach(name, config)
+            cycle = 2 * len(lwo.visits)
+            for _ in range(cycle):
+                _step(lwo)
+            gc.collect()
+            live.peak = live.now
+            memory = {}
+            peaks: dict[str, int] = {}
+            for step in range(cycle):
+                visit = lwo.active_layer.name
+                _step(lwo)
+                peaks[visit] = max(live.peak, peaks.get(visit, 0))
+                live.peak = live.now
+                if step % 2 == 0:
+                    memory[visit] = lwo.memory()
+            rows.append({"peak": max(peaks.values()), "peaks": peaks, "memory": memory})
+            lwo.detach()
+        del lwo
+        gc.collect()
+    return rows
+
+
+def predict(name: str, config: Config, world_size: int = 2) -> tuple[Plan, dict[str, Held]]:
+    """The plan of a case, and what a rank holds in each visit."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings_of(name).save_pretrained(folder)
+        model = config.model.model_copy(update={"name": folder})
+        config = config.model_copy(update={"model": model})
+        found = Subject(config, METHODS.get(config.method), *read_architecture(config))
+        plan = plan_one(found, config, world_size, bf16=False, on_gpu=False)
+    storage = storage_of(config, world_size, bf16=False)
+    held = {
+        visit.active.name: held_bytes(found.shapes, found.layers, visit.layers, storage)
+        for visit in found.visits
+    }
+    return plan, held
+
+
+def compare(strategy: str, names: Sequence[str], *more: str) -> list[dict[str, Any]]:
+    """A row for each model and method: what was measured, and what the plan says."""
+    cases = [
+        (name, config_of(strategy, method, *more)) for name in names for method in METHOD_NAMES
+    ]
+    zero = strategy.startswith("zero")
+    ranks = run_ranks(measure, 2, cases, timeout=600, deepspeed=zero)
+    rows = []
+    for (name, config), *both in zip(cases, *ranks, strict=True):
+        plan, held = predict(name, config)
+        measured = max(row["peak"] for row in both)
+        rows.append(
+            {
+                "model": name,
+                "strategy": strategy,
+                "method": config.method,
+                "checkpointing": config.train.gradient_checkpointing,
+                "measured": measured,
+                "plan": plan.peak.total,
+                "ratio": round(plan.peak.total / measured, 3),
+                "memory": both[0]["memory"],
+                "held": {visit: asdict(found) for visit, found in held.items()},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    arguments = parser.parse_args()
+    rows = []
+    for strategy in STRATEGY_NAMES:
+        for more in ([], ["train.gradient_checkpointing=true"]):
+            rows += compare(strategy, list(MODELS), *more)
+    arguments.json.write_text(json.dumps({"cases": rows}, indent=1))
+    for row in rows:
+        kept = "recomputed" if row["checkpointing"] else "kept"
+        print(f"{row['model']:<10}{row['strategy']:<10}{row['method']:<5}{kept:<11}{row['ratio']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The plan against real steps: exact on what `LWO.memory` counts, within 10 % of the peak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import peaks
+
+
+def _check(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        case = (row["model"], row["strategy"], row["method"], row["checkpointing"])
+        for visit, measured in row["memory"].items():
+            held = {key: row["held"][visit][key] for key in measured}
+            assert held == measured, (case, visit)
+        assert 0.9 <= row["ratio"] <= 1.1, (case, row["plan"], row["measured"])
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp", "zero 2"])
+def test_every_method_is_planned_as_it_runs(strategy: str) -> None:
+    _check(peaks.compare(strategy, ["llama"], "lwo.state=reset"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], ["train.gradient_checkpointing=true"]], ids=["kept", "again"])
+@pytest.mark.parametrize("strategy", peaks.STRATEGY_NAMES)
+def test_every_model_is_planned_as_it_runs(strategy: str, more: list[str]) -> None:
+    _check(peaks.compare(strategy, list(peaks.MODELS), *more))

@@ -1,0 +1,170 @@
+"""`lwo-dist plan`: counted bytes, rehearsals, the page, and what `train` refuses early."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from lwo_dist import cli, driver
+from lwo_dist.config.reading import load_config
+from lwo_dist.errors import UserError
+from lwo_dist.layers import find_layers, separate_layers
+from lwo_dist.models.source import _enable_checkpointing
+from lwo_dist.plan.gpus import GPUS, read_cluster
+from lwo_dist.plan.live import LiveBytes
+from lwo_dist.plan.rehearsal import Batch, rehearse
+from tests.benchmarks import peaks
+
+# ---- counting
+
+
+def test_live_bytes_counts_each_storage_once_and_until_it_is_freed() -> None:
+    held = torch.zeros(5)
+    ignored = torch.zeros(7)
+    with LiveBytes(held=[held], ignored=[ignored]) as live:
+        assert live.now == 20
+        tensor = torch.empty(100)
+        view = tensor[50:].view(5, 10)
+        ignored.add_(1)
+        assert live.now == 420
+        del tensor
+        gc.collect()
+        assert live.now == 420  # the view keeps the storage
+        view.untyped_storage().resize_(0)
+        assert live.now == 20
+        view.untyped_storage().resize_(40)
+        assert (live.now, live.peak) == (60, 420)
+        del view
+        assert live.now == 20
+
+
+def _step(model: Any) -> None:
+    tokens = torch.ones((2, peaks.LENGTH), dtype=torch.int64)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.ones_like(tokens)
+    logits = model(**inputs).logits[:, :-1].flatten(0, 1).float()
+    loss = cross_entropy(logits, torch.ones_like(tokens)[:, 1:].flatten(), reduction="sum")
+    del logits
+    loss.backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_rehearsal_on_the_meta_device_needs_what_a_real_step_needs(
+    name: str, checkpointing: bool
+) -> None:
+    transformers.logging.set_verbosity_error()
+    model = peaks.make(name).train()
+    if checkpointing:
+        _enable_checkpointing(model)
+    layer = find_layers(model)[1]
+    trained = set(layer.parameter_names)
+    gradients = []
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in trained)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    with LiveBytes(ignored=[*model.parameters(), *model.buffers(), *gradients]) as live:
+        _step(model)
+    model.to("meta").tie_weights()
+    rehearsal = rehearse(
+        model,
+        separate_layers(model),
+        trained,
+        Batch(2, peaks.LENGTH),
+        own_gradients=False,
+        fused_dropout=False,
+    )
+    predicted = max(moment.live_bytes for moment in rehearsal.moments)
+    assert predicted == pytest.approx(live.peak, rel=0.01)
+    assert rehearsal.flops > 0
+
+
+# ---- the command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model's folder without weights and tokenizer."""
+    peaks.settings_of("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_page_has_every_method_and_strategy_and_marks_the_configs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "plan.json"
+    settings = [f"model.name={folder}", "strategy=replicate", "method=full"]
+    settings += ["cluster.env={API_TOKEN: hunter2}", "train.sequence_length=32"]
+    command = ["plan", "--gpus", "8xH100-80GB", "--world-size", "16", "--json", str(target)]
+    assert cli.main([*command, *settings]) == 0
+    page = capsys.readouterr().out
+    assert "16 ranks on 2 x 8 H100-80GB" in page
+    marked = next(line for line in page.splitlines() if line.startswith("> "))
+    assert marked.split()[1:3] == ["full", "replicate"]
+    assert "hunter2" not in page + target.read_text()
+    found = json.loads(target.read_text())
+    rows = {(row["method"], row["strategy"]): row for row in found["plans"]}
+    assert len(rows) == len(found["plans"]) == 15
+    assert [key for key, row in rows.items() if row["chosen"]] == [("full", "replicate")]
+    full, layerwise = rows["full", "fsdp"], rows["lwo", "fsdp"]
+    assert layerwise["peak_bytes"] < full["peak_bytes"]
+    assert layerwise["flops"] < full["flops"]
+    assert layerwise["fits"] is True
+    assert found["config"]["train"]["global_batch_size"] == 16 * 16  # the micro-batch stays
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "0"], "--world-size 0 must be at least 1"),
+        (["--gpus", "8xH999-80GB"], "H999-80GB is not known; give one of"),
+        (["--gpus", "eight"], "--gpus 'eight' must be GPUs of one machine, such as 8xH100-80GB"),
+        (["--gpus", "0xL4-24GB"], "--gpus '0xL4-24GB' must be GPUs of one machine"),
+        (["--json", "/proc/no/such"], "--json /proc/no/such:"),
+        (["model.name=./nowhere"], "model.name './nowhere' is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defaults = [] if any("model.name" in word for word in arguments) else [f"model.name={folder}"]
+    assert cli.main(["plan", "train.sequence_length=16", *arguments, *defaults]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_links_between_machines_are_slower_than_within_one() -> None:
+    within, across = read_cluster("8xh100-80gb", None), read_cluster("8xH100-80GB", 1024)
+    assert (within.world_size, across.world_size) == (8, 1024)
+    assert across.rate < within.rate == GPUS["H100-80GB"].link
+
+
+# ---- before training
+
+
+def test_training_refuses_what_cannot_fit_and_warns_of_what_may_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, [f"model.name={folder}", "strategy=fsdp"])
+    monkeypatch.setattr(driver, "device_memory", lambda: 10**5)
+    with pytest.raises(UserError, match=r"will not fit: .* need 2\.2 MB .* fsdp"):
+        driver.refuse_too_large(config)
+    monkeypatch.setattr(driver, "device_memory", lambda: 4 * 10**6)
+    driver.refuse_too_large(config)
+    assert "warning: a step may not fit: about" in capsys.readouterr().out
+    monkeypatch.setattr(driver, "device_memory", lambda: 10**12)
+    driver.refuse_too_large(config)
+    monkeypatch.setattr(driver, "device_memory", lambda: None)
+    driver.refuse_too_large(config)
+    assert capsys.readouterr().out == ""
