@@ -81,6 +81,15 @@ class Host:
     def mend(self) -> None:
         _ip("link", "set", self._link, "master", self._bridge)
 
+    def limit(self, rate: str) -> None:
+        """Let no more than `rate`, as `tc` spells it, pass in each direction."""
+        bucket = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"]
+        inside = ["ip", "netns", "exec", self.namespace]
+        for words in (["dev", self._link], ["dev", "eth0"]):
+            where = inside if "eth0" in words else []
+            command = [*where, "tc", "qdisc", "replace", *words, *bucket]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+
     def bytes_received(self) -> int:
         """Of all that came over the link so far, headers included."""
         return int(Path(f"/sys/class/net/{self._link}/statistics/tx_bytes").read_text())
