@@ -1,11 +1,13 @@
 """While a hook is attached, nothing else trains its model.
 
 What would do so without a word is an error at once: a backward pass that the hook did not start, a
-step of an optimizer that holds the model's parameters, a forward pass inside DDP.
+step of an optimizer that holds the model's parameters, a forward pass inside DDP. So is, at the
+next step, what changes the gradients or `requires_grad` behind the hook's back.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,10 @@ class Guard:
         self._parameters = {id(parameter): parameter for parameter in module.parameters()}
         self._allowed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._ours = False
+        self._trained: dict[str, nn.Parameter] = {}
+        self._trained_ids: set[int] = set()
+        self._gradients: dict[str, tuple[Tensor | None, int]] = {}
+        self._reached = False
         self._visit: list[Any] = []
         guard = weakref.ref(self)
 
@@ -54,21 +60,77 @@ class Guard:
         """Watch the gradients of these parameters, which are trainable, and of no others."""
         _remove(self._visit)
         parameters = named_parameters(self._module) if names else {}
+        self._trained = {name: parameters[name] for name in names}
+        self._trained_ids = {id(parameter) for parameter in self._trained.values()}
+        self._gradients = {}
+        self._reached = False
         guard = weakref.ref(self)
 
         def after_gradient(_: Tensor) -> None:
             live = guard()
-            if live is not None and not live._ours:
+            if live is None:
+                return
+            if not live._ours:
                 raise RuntimeError(
                     "a backward pass outside of lwo.backward() reached the parameters that are"
                     f" trained; {_REMEDY}"
                 )
+            live._reached = True
 
         every = max(1, len(names) // _WATCHED)
         self._visit = [
             parameters[name].register_post_accumulate_grad_hook(after_gradient)
             for name in names[::every]
         ]
+
+    def drop_gradients(self) -> None:
+        """Drop gradients from before a visit, which would be added to those of its first step."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def note_gradients(self) -> None:
+        """Remember the gradients that the last micro-batch of a step left."""
+        self._gradients = {
+            name: (parameter.grad, parameter.grad._version if parameter.grad is not None else 0)
+            for name, parameter in self._trained.items()
+        }
+
+    def refuse_interference(self) -> None:
+        """Refuse to update with other gradients than `lwo.backward` computed, or other flags.
+
+        Raises:
+            RuntimeError: with the parameter, what happened to it, and the remedy.
+        """
+        for name, (gradient, version) in self._gradients.items():
+            now = self._trained[name].grad
+            if now is not gradient:
+                raise RuntimeError(
+                    f"the gradient of {name} was dropped or replaced between lwo.backward() and"
+                    " lwo.step(), which sets it to None itself; leave out zero_grad"
+                )
+            if now is not None and now._version != version:
+                raise RuntimeError(
+                    f"the gradient of {name} was changed in place between lwo.backward() and"
+                    " lwo.step(); it may be this rank's alone. lwo.step(max_grad_norm=...) clips"
+                )
+        self._gradients = {}
+        for key, parameter in self._parameters.items():
+            if parameter.requires_grad != (key in self._trained_ids):
+                name = next(n for n, p in named_parameters(self._module).items() if p is parameter)
+                raise RuntimeError(
+                    f"{name}.requires_grad was set to {parameter.requires_grad} after attach, which"
+                    " sets it for each visit; freeze what shall stay before attach, or detach first"
+                )
+
+    def warn_if_unreached(self, layer: str) -> None:
+        """Warn if backward has not come to `layer` since the last call."""
+        if not self._reached:
+            warnings.warn(
+                f"the loss did not reach {layer}, which this step should train; compute it with"
+                " lwo.model, after the last lwo.step()",
+                stacklevel=3,
+            )
+        self._reached = False
 
     def allow(self, optimizer: torch.optim.Optimizer) -> None:
         """Let this optimizer hold parameters of the model and be stepped."""

@@ -176,6 +176,11 @@ class LWO:
         layers: Sequence[Layer] | None = None,
         strategy: str | StrategyBuilder | None = None,
     ):
+        if not isinstance(model, nn.Module) or not isinstance(config, LWOConfig):
+            raise UserError(
+                f"attach({type(model).__name__}, {type(config).__name__}): pass a torch.nn.Module"
+                " and an LWOConfig"
+            )
         refuse_wrapped(model)
         builder = _builder(model, strategy)
         how = _method(method)
@@ -260,6 +265,8 @@ class LWO:
         with self._guard.ours():
             self.strategy.backward(loss, boundary)
         self._suffix.after_backward(loss.device)
+        if boundary:
+            self._guard.note_gradients()
         # Only now: a backward that failed, as for lack of memory, may be tried again.
         self._micro_step = micro_step
         self._at_boundary = boundary
@@ -303,9 +310,13 @@ class LWO:
                 skipped=None,
                 bytes_sent=0,
             )
-        self.strategy.refuse_changes()
         if max_grad_norm is None:
             max_grad_norm = self.config.max_grad_norm
+        if lr < 0 or max_grad_norm < 0:
+            raise UserError(f"step(lr={lr}, max_grad_norm={max_grad_norm}): neither can be below 0")
+        self.strategy.refuse_changes()
+        self._guard.refuse_interference()
+        self._guard.warn_if_unreached(layer)
         with self._guard.ours():
             step = self.strategy.step if wait else self.strategy.step_ahead
             update = step(lr, max_grad_norm)
@@ -556,6 +567,7 @@ class LWO:
                 in_cycle = self.step_count % self.schedule.steps_per_cycle
                 self._prefix.begin_visit(index, first_of_cycle=in_cycle == 0)
             self.strategy.deactivate()
+            self._guard.drop_gradients()
             self.strategy.activate(self.visits[index], partial(make_adamw, self.config))
             self._guard.watch(self.visits[index].parameter_names)
         self.switch_seconds += time.perf_counter() - started

@@ -37,7 +37,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Refuse models that no strategy can train.
 
     Raises:
-        UserError: a DDP, DataParallel or FSDP1 wrapper, or checkpointing that re-enters autograd.
+        UserError: a DDP, DataParallel or FSDP1 wrapper, parameters on the meta device, or
+            checkpointing that re-enters autograd.
     """
     if isinstance(model, DistributedDataParallel | DataParallel):
         raise UserError(
@@ -58,6 +59,12 @@ def refuse_wrapped(model: nn.Module) -> None:
             "fully_shard was called on submodules but not on the root; call it on the root"
             " module too"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UserError(
+                f"{name} is on the meta device, without values; call to_empty and load the weights"
+                " before attach"
+            )
     _refuse_reentrant(model)
 
 
