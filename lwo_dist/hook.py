@@ -91,8 +91,8 @@ def attach(
     """Train `model` layer by layer in your own loop.
 
     Do not create an optimizer or wrap the model in DDP: the strategy reduces gradients and updates
-    the active layer. Parameters that require no gradient now stay as they are, with a warning; of a
-    PEFT model only its adapters are trained.
+    the active layer. Parameters that require no gradient now stay as they are, with a warning (a
+    flag set later does not count: freeze before); of a PEFT model only its adapters are trained.
 
     Args:
         model: a plain module with the same fp32 or fp64 weights on every rank (`replicate`), one
@@ -413,6 +413,10 @@ class LWO:
         """
         return self._prefix.reused if self._prefix is not None else 0
 
+    def never_trained(self, steps: int) -> list[str]:
+        """Names of the layers that a run of `steps` optimizer steps does not come to."""
+        return [self.visits[i].active.name for i in self.schedule.never_active(steps)]
+
     def last_changed(self, layer: Layer) -> int:
         """The step count after the last update of `layer`; 0 if never updated, as for `rest`."""
         indices = {i for i, visit in enumerate(self.visits) if layer in visit.layers}
@@ -503,17 +507,24 @@ class LWO:
         moments: Moments = {}
         for layer in self.layers:
             moments |= self.read_moments(layer)
-        return {**self.position(), "moments": moments}
+        return {**self.position(), "schedule": self._schedule_of_layers(), "moments": moments}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore `state_dict`; also load the weights (`write_layer`). Changes nothing on error.
 
         Raises:
-            UserError: a key is missing, the schedule has a different active layer at that step, or
-                the moments belong to another model.
+            UserError: a key is missing, the schedule or the layers are others, or the moments
+                belong to another model.
         """
         self._refuse_mid_accumulation("load_state_dict()", "detach and attach again")
         by_layer = moments_by_layer(state_dict, self.layers, self.module)
+        ours = self._schedule_of_layers()
+        for key, value in state_dict.get("schedule", ours).items():
+            if ours[key] != value:
+                raise UserError(
+                    f"the checkpoint was made with {key} = {value}, the model is attached with"
+                    f" {ours[key]}; attach with the same layers and LWOConfig to resume"
+                )
         step = state_dict["step"]
         scheduled = self.visits[self.schedule.active_layer(step)].active.name
         if scheduled != state_dict["active_layer"]:
@@ -574,6 +585,16 @@ class LWO:
         switched = index != self._active
         self._active = index
         return switched
+
+    def _schedule_of_layers(self) -> dict[str, Any]:
+        """What decides which layer is active at a step."""
+        return {
+            "layers": [visit.active.name for visit in self.visits],
+            "order": self.config.order,
+            "seed": self.config.seed,
+            "steps_per_layer": self.config.steps_per_layer,
+            "layer_weights": dict(self.config.layer_weights),
+        }
 
     def _refuse_mid_accumulation(self, what: str, remedy: str) -> None:
         self._refuse_detached()

@@ -357,7 +357,7 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "fingerprint": trainer.data.fingerprint,
         "device": device_name(trainer.device),
         "data": dict(trainer.data.counts),
-        "never_trained": _never_trained(config, trainer.lwo),
+        "never_trained": trainer.lwo.never_trained(config.train.steps),
         **results,
         "skipped_steps": int(trainer.lwo.skipped_steps),
         "mlflow_run_id": record.get("mlflow_run_id"),
@@ -382,13 +382,8 @@ def _tracking(config: Config, record: dict[str, Any] | None) -> list[Callback]:
     return [MLflowCallback(config.tracking, storage_folder(config.storage), run_id=run_id)]
 
 
-def _never_trained(config: Config, lwo: LWO) -> list[str]:
-    """Names of the layers that the run has no steps for."""
-    return [lwo.visits[i].active.name for i in lwo.schedule.never_active(config.train.steps)]
-
-
 def _warn_never_trained(config: Config, lwo: LWO) -> None:
-    never = _never_trained(config, lwo)
+    never = lwo.never_trained(config.train.steps)
     if never and distributed.rank() == 0:
         print(
             f"warning: {config.train.steps} steps never train {', '.join(never)}; one cycle takes "

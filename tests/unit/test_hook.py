@@ -355,6 +355,14 @@ def _lose_one(state: dict[str, Any]) -> None:
         (_without("moments"), "the state has no 'moments'; give what LWO.state_dict"),
         (_without("step"), "the state has no 'step'"),
         (lambda state: state.update(step=7), "trains layer_0 at step 7, this schedule layer_2; "),
+        (
+            lambda state: state["schedule"].update(steps_per_layer=9),
+            "made with steps_per_layer = 9, the model is attached with 2; attach with the same",
+        ),
+        (
+            lambda state: state["schedule"]["layers"].remove("layer_0"),
+            r"made with layers = \['embed', 'layer_1'.*, the model is attached with \['embed', 'layer_0'",
+        ),
         (_rename, "has moments of 'layers.9.weight', which is in none of the trained layers"),
         (
             _reshape,
