@@ -71,6 +71,118 @@ def test_the_loop_equals_a_plain_loop_and_goes_on_from_a_state(tmp_path: Path) -
         assert torch.equal(weight, trained[name]), name
 
 
+def bare_loop(accelerator: Any, model: Any, optimizer: Any, loader: Any) -> dict[str, torch.Tensor]:
+    """An epoch of a loop that knows nothing of layers."""
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), trainers.CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+    return trainers.snapshot(accelerator.unwrap_model(model))
+
+
+def settings(**more: Any) -> LWOConfig:
+    return trainers.config(lr=trainers.LR, eps=1e-6, **more)
+
+
+def adapters() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model = oracle.tiny_model(tied=False, dtype=torch.float64)
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_method_for_all_layers_equals_the_ordinary_loop(method: str, tmp_path: Path) -> None:
+    """And goes on from a state with the same bits."""
+
+    def make_model() -> Any:
+        if method == "lora":
+            return adapters().double()
+        return oracle.tiny_model(tied=False, dtype=torch.float64)
+
+    def make_accelerator() -> Any:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return Accelerator(cpu=True, gradient_accumulation_steps=trainers.ACCUMULATION)
+
+    loader = DataLoader(trainers.Rows(), batch_size=trainers.ROWS)
+    accelerator, model = make_accelerator(), make_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=trainers.LR, eps=1e-6, weight_decay=0.0)
+    before = trainers.snapshot(model)
+    ordinary = bare_loop(accelerator, *accelerator.prepare(model, adamw, loader))
+
+    accelerator = make_accelerator()
+    parts = prepare(accelerator, make_model(), settings(), loader, method=method)
+    ours = bare_loop(accelerator, *parts)
+    moved = {name for name in before if not torch.equal(before[name], ours[name])}
+    assert moved == {name for name, p in make_model().named_parameters() if p.requires_grad}
+    for name, weight in ordinary.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-12)
+    accelerator.save_state(str(tmp_path))
+    unbroken = bare_loop(accelerator, *parts)
+
+    accelerator = make_accelerator()
+    again = prepare(accelerator, make_model(), settings(), loader, method=method)
+    accelerator.load_state(str(tmp_path))
+    for name, weight in bare_loop(accelerator, *again).items():
+        assert torch.equal(weight, unbroken[name]), name
+
+
+def test_bf16_equals_a_plain_loop_under_autocast() -> None:
+    """The masters stay fp32, and so do the gradients that the layer is updated with."""
+    accelerator = Accelerator(
+        cpu=True, mixed_precision="bf16", gradient_accumulation_steps=trainers.ACCUMULATION
+    )
+    loader = DataLoader(trainers.Rows(), batch_size=trainers.ROWS)
+    model = oracle.tiny_model(tied=False)
+    parts = prepare(accelerator, model, settings(steps_per_layer=5), loader)
+    ours = bare_loop(accelerator, *parts)
+
+    plain = oracle.tiny_model(tied=False)
+    before = trainers.snapshot(plain)
+    names = parts[1].lwo.layers[0].parameter_names
+    mine = [p for name, p in plain.named_parameters() if name in names]
+    for parameter in plain.parameters():
+        parameter.requires_grad_(any(parameter is p for p in mine))
+    adamw = torch.optim.AdamW(mine, lr=trainers.LR, eps=1e-6, weight_decay=0.0)
+    for i, batch in enumerate(loader):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = plain(input_ids=batch["input_ids"]).logits
+        loss = plain.loss_function(logits.float(), batch["labels"], vocab_size=61)
+        (loss / trainers.ACCUMULATION).backward()
+        if i % 2 or i == trainers.MICRO_BATCHES - 1:
+            nn.utils.clip_grad_norm_(mine, trainers.CLIP)
+            adamw.step()
+            adamw.zero_grad()
+    expected = trainers.snapshot(plain)
+    assert all(weight.dtype == torch.float32 for weight in ours.values())
+    assert {n for n in before if not torch.equal(before[n], ours[n])} == set(names)
+    for name in names:
+        torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=1e-6)
+        assert (expected[name] - before[name]).abs().max() > 1e-3
+
+
+def test_checkpointing_of_activations_changes_no_bit() -> None:
+    found = []
+    for on in (False, True):
+        accelerator, parts = make(settings())
+        if on:
+            parts[0].train()
+            parts[0].gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(bare_loop(accelerator, *parts))
+    assert all(torch.equal(found[0][name], weight) for name, weight in found[1].items())
+    _, (model, _, loader) = make(settings())
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises((RuntimeError, UserError), match="reentrant"):
+        model(**next(iter(loader)))
+
+
 def test_without_a_scheduler_the_config_sets_the_rate() -> None:
     config = LWOConfig(lr=1e-3, warmup_steps=2, lr_scheduler_type="linear", max_steps=10)
     accelerator, (model, optimizer, loader) = make(config)
