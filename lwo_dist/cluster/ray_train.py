@@ -109,7 +109,7 @@ def train(config: Config) -> dict[str, Any]:
                 say("starting Ray")
                 stack.enter_context(local_ray(nodes[0]))
             say(f"starting {config.cluster.max_workers} worker(s)")
-            threads = None if joins else max(1, int(nodes[0]["CPU"]) // config.cluster.max_workers)
+            threads = None if joins else _threads_of_each(config.cluster.max_workers)
             stack.enter_context(stop.listening())
             flag = stack.enter_context(forwarded(stop))
             stack.enter_context(watched_waiting(config, resources, stop))
@@ -199,18 +199,12 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
 
     cluster = config.cluster
     use_gpu = "GPU" in resources
-    local = threads is not None
-    worker_environment = (loopback_only() if local else {}) | cluster.env
-    if "OMP_NUM_THREADS" in os.environ or threads is not None:
-        worker_environment.setdefault(
-            "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads))
-        )
     run_config = RunConfig(
         # Ray's folder is the run's own: a checkpoint that is reported must lie in it.
         name=config.run_name,
         storage_path=config.storage,
         failure_config=FailureConfig(max_failures=cluster.max_failures),
-        worker_runtime_env={"env_vars": worker_environment},
+        worker_runtime_env={"env_vars": _worker_environment(cluster.env, threads)},
         logging_config=LoggingConfig(log_level="CRITICAL"),
         callbacks=[Failures(cluster.max_failures)],
     )
@@ -234,6 +228,32 @@ def _fit(config: Config, resources: dict[str, float], threads: int | None, flag:
     except KeyboardInterrupt:
         trainer.abort()
         raise
+
+
+def _threads_of_each(workers: int) -> int:
+    """Threads for each of the workers of this machine.
+
+    Together as many as torch would start: one for each physical core that this process may use.
+    More of them wait for each other, and hyperthreads share the units that multiply.
+    """
+    import torch
+
+    return max(1, torch.get_num_threads() // workers)
+
+
+def _worker_environment(given: Mapping[str, str], threads: int | None) -> dict[str, str]:
+    """The variables that a worker gets besides those of its node.
+
+    Args:
+        given: `cluster.env`, which goes before all else.
+        threads: of each worker of a local Ray. None: of a cluster, where Ray sets as many as the
+            worker asks for CPUs.
+    """
+    environment = {**(loopback_only() if threads is not None else {}), **given}
+    chosen = os.environ.get("OMP_NUM_THREADS", threads)
+    if chosen is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(chosen))
+    return environment
 
 
 def _forget_reports(storage: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,7 +65,7 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{name} is on the meta device, without values; call to_empty and load the weights"
                 " before attach"
             )
-    _refuse_reentrant(model)
+    _refuse_reentrant(model, _noticeable(model))
 
 
 def refuse_compiled(model: nn.Module) -> None:
@@ -103,7 +103,7 @@ class CheckpointingWatch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._undone = _end_backward_at_active_layer(model)
+        self._undone = _end_backward_at_active_layer(model, _noticeable(model))
         self._hook = model.register_forward_pre_hook(self._look, prepend=True)
 
     def end(self) -> None:
@@ -114,12 +114,15 @@ class CheckpointingWatch:
             enable()
 
     def _look(self, model: nn.Module, _: Any) -> None:
-        _refuse_reentrant(model)
-        self._undone = _end_backward_at_active_layer(model) or self._undone
+        if not torch.is_grad_enabled():
+            return  # such as for each token of an answer
+        modules = _noticeable(model)
+        _refuse_reentrant(model, modules)
+        self._undone = _end_backward_at_active_layer(model, modules) or self._undone
 
 
-def _refuse_reentrant(model: nn.Module) -> None:
-    if not any(_remedy(module) for module in _walk(model)):
+def _refuse_reentrant(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    if not any(_remedy(module) for module in modules):
         return
     for name, module in model.named_modules():
         if remedy := _remedy(module):
@@ -150,13 +153,13 @@ def _re_enters(checkpoint: Any) -> bool:
     return isinstance(checkpoint, partial) and bool(checkpoint.keywords.get("use_reentrant"))
 
 
-def _end_backward_at_active_layer(model: nn.Module) -> bool:
+def _end_backward_at_active_layer(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
     """Undo `enable_input_require_grads`; returns whether there was anything to undo.
 
     Called twice it loses track of its first hooks, so they are looked up on the modules themselves.
     """
     found = False
-    for module in _walk(model):
+    for module in modules:
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del module._forward_hooks[key]
@@ -167,14 +170,24 @@ def _end_backward_at_active_layer(model: nn.Module) -> bool:
     return found
 
 
-def _walk(model: nn.Module) -> Iterator[nn.Module]:
-    """As `model.modules()`, which makes a name for each and takes several times as long."""
+def _noticeable(model: nn.Module) -> list[nn.Module]:
+    """The modules that have a forward hook, or may be checkpointed.
+
+    In one loop without calls: a model with adapters has thousands of modules, and
+    `model.modules()`, which makes a name for each, would take milliseconds of every forward pass.
+    """
+    found = []
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if module is not None:
-            yield module
+        if module is None:
+            continue
+        own = module.__dict__
+        if module._forward_hooks or "gradient_checkpointing" in own or "checkpoint_impl" in own:
+            found.append(module)
+        if module._modules:
             waiting += module._modules.values()
+    return found
 
 
 def warn_of_frozen(flags: Mapping[str, bool]) -> None:

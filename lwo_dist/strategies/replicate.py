@@ -194,7 +194,9 @@ class Replicate(Strategy):
         assert self._visit is not None
         if not self._readers:
             self._readers = _first_readers(self.module, set(self._visit.parameter_names))
-        self._window = [module.register_forward_pre_hook(self._wait) for module in self._readers]
+        self._window = [
+            module.register_forward_pre_hook(self._wait, prepend=True) for module in self._readers
+        ]
         self._window.append(self.module.register_state_dict_pre_hook(self._wait))
 
     def _wait(self, *_: Any) -> None:

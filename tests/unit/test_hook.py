@@ -361,7 +361,7 @@ def _lose_one(state: dict[str, Any]) -> None:
         ),
         (
             lambda state: state["schedule"]["layers"].remove("layer_0"),
-            r"made with layers = \['embed', 'layer_1'.*, the model is attached with \['embed', 'layer_0'",
+            r"made with layers = \['embed', 'layer_1'.* attached with \['embed', 'layer_0'",
         ),
         (_rename, "has moments of 'layers.9.weight', which is in none of the trained layers"),
         (

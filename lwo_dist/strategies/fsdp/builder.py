@@ -82,5 +82,5 @@ def shard_model(model: nn.Module, *, precision: str, device_type: str) -> None:
     root = fully_shard(model, mesh=mesh, mp_policy=policy)
     if device_type == "cpu":
         root._set_unshard_async_op(True)
-        for module, following in pairwise([root, *layers]):
-            module.set_modules_to_forward_prefetch([following])
+        for layer, following in pairwise(layers):
+            layer.set_modules_to_forward_prefetch([following])
