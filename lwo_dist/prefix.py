@@ -180,10 +180,10 @@ class PrefixReuse:
     # ---- before anything trains
 
     def _try(self, args: Any, kwargs: Any) -> None:
-        """Compare a whole forward pass with one that starts at the last layer, bit by bit.
+        """Compare two whole forward passes, and one that starts at the last layer, bit by bit.
 
         Raises:
-            UserError: they differ, or the second one fails.
+            UserError: they differ, or the last one fails.
         """
         last = len(self._layers) - 1
         if last < 1:
@@ -193,10 +193,13 @@ class PrefixReuse:
         devices = [device] if device.type == "cuda" else []
         self._is_trying = True
         try:
-            # The second pass draws other random numbers than the first, if any.
+            # Each pass draws other random numbers, if any.
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                repeated = _tensors(self._module(*args, **kwargs))
                 with whole:
                     expected = _tensors(self._module(*args, **kwargs))
+                is_random = not _are_equal(repeated, expected)
+                del repeated
                 self._others = whole.others
                 again = _Pass(self._layers, self._others, last, whole.hidden, 0, _ignore)
                 again.begin()
@@ -210,13 +213,16 @@ class PrefixReuse:
         finally:
             self._is_trying = False
         self._strategy.flush()  # as after any pass without backward
-        same = again.passed == last and _are_equal(expected, found)
-        if not (same and self._strategy.agree(same)[0]):
-            raise _cannot(
-                self._module,
-                "without them it computes something else: they hand on more than their hidden"
-                " states, or draw random numbers",
+        why = ""
+        if is_random:
+            why = "two passes over one batch differ, as they draw random numbers"
+        elif again.passed < last or not _are_equal(expected, found):
+            why = (
+                "without them it computes something else, as they hand on more than their hidden"
+                " states"
             )
+        if why or not self._strategy.agree(len(why))[0]:
+            raise _cannot(self._module, why or "another rank has found out why")
 
 
 class _Pass:
