@@ -35,6 +35,8 @@ __all__ = ["Sublayer", "SuffixBackward", "allot", "detached", "droppable", "find
 
 _LARGEST_RATE = 0.9
 """So that every sublayer passes its gradient at times, as in DropBP."""
+_NOTHING = 1e-12
+"""A cost below this share of the largest counts as that."""
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 _TOLERANCE = 0.01
 """Of the residual's gradient, relative: bf16 rounds."""
@@ -129,28 +131,28 @@ def allot(costs: Sequence[float], flops: Sequence[float], share: float) -> list[
 
     Args:
         costs: squared changes of the gradients' norms, at least 0; all 0: not known.
-        flops: what each costs in backward.
+        flops: what each costs in backward, above 0.
         share: of the FLOPs that is computed, in (0, 1].
 
     Returns:
         Probabilities, at most 0.9, or 1 - share where that is larger.
     """
-    if not any(costs) or not any(flops):
+    if not any(costs):
         return [1.0 - share] * len(costs)
     largest = max(_LARGEST_RATE, 1.0 - share)
     to_drop = (1.0 - share) * sum(flops)
+    least = _NOTHING * max(costs)
+    costs = [max(cost, least) for cost in costs]
     rates = [largest] * len(costs)
+    # From the cheapest on: those whose rate would be too large have the largest, the others share.
     waiting = sorted(range(len(costs)), key=lambda i: costs[i])
-    # From the cheapest on: those that would exceed the largest rate have it, the others share.
-    for done, i in enumerate(waiting):
-        rest = [j for j in waiting[done:] if flops[j]]
-        if costs[i] > 0:
-            level = to_drop / sum(flops[j] / costs[j] for j in rest) if rest else 0.0
-            if level <= largest * costs[i]:
-                for j in waiting[done:]:
-                    rates[j] = level / costs[j]
-                break
-        to_drop = max(0.0, to_drop - largest * flops[i])
+    while waiting:
+        level = to_drop / sum(flops[i] / costs[i] for i in waiting)
+        if level <= largest * costs[waiting[0]]:
+            for i in waiting:
+                rates[i] = level / costs[i]
+            break
+        to_drop -= largest * flops[waiting.pop(0)]
     return rates
 
 

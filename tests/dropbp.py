@@ -140,6 +140,9 @@ def train(
             dropped = {i for i in suffix if draws[i] < rates[i]}
         loss = loss_sum(model, tokens, labels, dropped) / (labels[:, 1:] != -100).sum()
         loss.backward()
+        for parameter in mine:  # in a dropped sublayer
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if recipe.max_grad_norm:
             nn.utils.clip_grad_norm_(mine, recipe.max_grad_norm)
         optimizer.step()

@@ -365,8 +365,14 @@ class _Work:
             try:
                 model = model_source(config, method).empty()
                 visits = method.visits(method.layers(model, run.config.lwo))
-                batches = run.config.lwo.batches
-                of_sequence = flops_per_sequence(model, visits, length, batches=batches)
+                of_sequence = flops_per_sequence(
+                    model,
+                    visits,
+                    length,
+                    batches=run.config.lwo.batches,
+                    suffix_backward=run.config.lwo.suffix_backward,
+                    drops_trained=method.drops_trained,
+                )
                 self._flops[key] = of_sequence * run.config.train.global_batch_size
             except Exception as error:  # its code may do anything without values to compute with
                 self._flops[key] = None

@@ -36,6 +36,7 @@ __all__ = [
     "flat_weights",
     "forget_order",
     "fragment",
+    "forget_gradients",
     "gradient_buffers",
     "groups_of_masters",
     "inner_optimizer",
@@ -267,6 +268,16 @@ def groups_of_masters(zero: Any) -> list[int]:
 def flat_weights(zero: Any) -> list[Tensor]:
     """Stages 1 and 2: the active layer's whole flat weights; its parameters are views of them."""
     return [*getattr(zero, "bit16_groups_flat", []), *getattr(zero, "bf16_groups_flat", [])]
+
+
+def forget_gradients(zero: Any) -> None:
+    """Zero what stage 3 keeps of a step's gradients: a parameter without one would have the last.
+
+    It writes a gradient over the one before, and leaves alone what gets none.
+    """
+    buffer = getattr(zero, "grad_partitions_flat_buffer", None)
+    if buffer is not None:
+        buffer.zero_()
 
 
 def gradient_buffers(zero: Any) -> list[Tensor]:

@@ -160,6 +160,7 @@ class DeepSpeedZero(Strategy):
             group["lr"] = lr
         zero.clip_grad = self._max_norm(max_norm)
         self._engine.step()
+        private.forget_gradients(zero)
         self._micro_steps = self._engine.micro_steps
         self._before_backward = True
         norm = torch.as_tensor(zero._global_grad_norm, dtype=torch.float32).detach()
