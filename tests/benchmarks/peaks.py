@@ -136,14 +136,15 @@ def _attach(name: str, config: Config) -> LWO:
     return attach(model, config.lwo, config.method)
 
 
-def _step(lwo: LWO) -> None:
+def _step(lwo: LWO) -> int:
+    """Returns the bytes sent."""
     tokens = torch.ones((_SEQUENCES, LENGTH), dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     settings: Any = lwo.module.config
     if settings.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones_like(tokens)
     lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
-    lwo.step()
+    return lwo.step().bytes_sent
 
 
 def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -153,8 +154,8 @@ def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> to
 
 
 def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
-    """On one rank, for each case: `peak` bytes of the second cycle, and what `LWO.memory` says in
-    each of its visits after the first step.
+    """On one rank, for each case: of the second cycle the `peak` in bytes, the mean of bytes `sent`
+    in a step, and what `LWO.memory` says in each visit after its first step.
     """
     transformers.logging.set_verbosity_error()
     rows = []
@@ -167,15 +168,16 @@ def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
             gc.collect()
             live.peak = live.now
             memory = {}
+            sent = 0
             peaks: dict[str, int] = {}
             for step in range(cycle):
                 visit = lwo.active_layer.name
-                _step(lwo)
+                sent += _step(lwo)
                 peaks[visit] = max(live.peak, peaks.get(visit, 0))
                 live.peak = live.now
                 if step % 2 == 0:
                     memory[visit] = lwo.memory()
-            rows.append({"peak": max(peaks.values()), "peaks": peaks, "memory": memory})
+            rows.append({"peak": max(peaks.values()), "memory": memory, "sent": sent / cycle})
             lwo.detach()
         del lwo
         gc.collect()
@@ -218,6 +220,8 @@ def compare(strategy: str, names: Sequence[str], *more: str) -> list[dict[str, A
                 "measured": measured,
                 "plan": plan.peak.total,
                 "ratio": round(plan.peak.total / measured, 3),
+                "sent": both[0]["sent"],
+                "plan_sent": plan.bytes_sent,
                 "memory": both[0]["memory"],
                 "held": {visit: asdict(found) for visit, found in held.items()},
             }

@@ -15,6 +15,8 @@ def _check(rows: list[dict[str, Any]]) -> None:
         for visit, measured in row["memory"].items():
             held = {key: row["held"][visit][key] for key in measured}
             assert held == measured, (case, visit)
+        if "zero" not in row["strategy"]:
+            assert row["plan_sent"] == pytest.approx(row["sent"], rel=1e-3), case
         assert 0.9 <= row["ratio"] <= 1.1, (case, row["plan"], row["measured"])
 
 
