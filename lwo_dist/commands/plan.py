@@ -55,9 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_config(config)
     config = on_ranks(config, world_size)
     plans = plan_all(config, world_size)
+    print(as_yaml(config))
     for line in lines(plans, cluster):
         print(printable(line))
-    print(f"\nthe config, as resolved:\n{as_yaml(config)}", end="")
     if arguments.json is not None:
         values = as_json(plans, public_config(config), cluster)
         try:

@@ -25,7 +25,7 @@ from .gpus import UTILISATION, Cluster
 from .held import Held, Shapes, Storage, flat_numel, held_bytes
 from .peak import Instant, Unit, peak_of
 from .rehearsal import ROOT, Batch, Rehearsal, rehearse
-from .subject import read_architecture, subject
+from .subject import made_fake, read_architecture, subject
 
 __all__ = [
     "Plan",
@@ -104,6 +104,10 @@ class Subject:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @cached_property
+    def _for_autocast(self) -> nn.Module:
+        return made_fake(subject(*self._arguments, dtype=torch.float32))
+
     def numel(self, layers: Sequence[Layer]) -> int:
         names = [name for layer in layers for name in layer.parameter_names]
         return sum(math.prod(self.shapes[name]) for name in names)
@@ -142,7 +146,7 @@ class Subject:
     ) -> Rehearsal:
         key = (visit.active.name, batch, bf16, autocast, own_gradients, on_gpu)
         if key not in self._rehearsals:
-            model = self._in_bf16 if bf16 else self.model
+            model = self._in_bf16 if bf16 else self._for_autocast if autocast else self.model
             self._rehearsals[key] = rehearse(
                 model,
                 separate_layers(model),
@@ -189,6 +193,7 @@ def storage_of(config: Config, world_size: int, *, bf16: bool) -> Storage:
         weight_bytes,
         keeps_moments=config.lwo.state == "keep",
         parks_masters=config.lwo.inactive_master == "host",
+        accumulates=config.lwo.gradient_accumulation_steps > 1,
     )
 
 

@@ -29,7 +29,7 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
         machines = -(-world_size // cluster.per_machine)
         yield (
             f"{world_size:,} ranks on {machines:,} x {cluster.per_machine} {cluster.gpu.name}:"
-            f" {human_bytes(cluster.gpu.memory)} and {cluster.gpu.flops / 1e12:.0f} TFLOP/s each"
+            f" {cluster.gpu.memory / _GB:.0f} GB and {cluster.gpu.flops / 1e12:.0f} TFLOP/s each"
         )
     else:
         yield f"{world_size:,} {'rank' if world_size == 1 else 'ranks'}"
@@ -40,7 +40,7 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
     )
     yield ""
     yield "GB of a rank at the worst moment of a step"
-    head = "  method  strategy         " + "".join(f"{name:>9}" for name in _COLUMNS)
+    head = "  method  strategy  " + "".join(f"{name:>9}" for name in _COLUMNS)
     head += "   step, s  sent, GB   fits" if cluster else "   sent, GB   fits"
     yield head
     notes = []
@@ -60,7 +60,8 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
             peak.total,
             plan.park_bytes,
         )
-        row = f"{mark} {plan.method:<8}{plan.name:<17}"
+        name = f"zero {plan.stage}" if plan.stage else plan.strategy
+        row = f"{mark} {plan.method:<8}{name:<10}"
         row += "".join(f"{_gigabytes(part):>9}" for part in parts)
         if cluster is not None:
             computing, sending = plan.seconds(cluster)
@@ -82,7 +83,7 @@ def _explanations(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
             f" of {cluster.rate / _GB:.0f} GB/s."
         )
         yield (
-            f"fits: at most {USABLE:.0%} of {human_bytes(cluster.gpu.memory)}; CUDA, NCCL and"
+            f"fits: at most {USABLE:.0%} of {cluster.gpu.memory / _GB:.0f} GB; CUDA, NCCL and"
             " fragmentation take the rest."
         )
     for plan in plans.rows:

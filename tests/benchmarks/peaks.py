@@ -87,18 +87,20 @@ METHOD_NAMES = ("lwo", "full", "lora")
 STRATEGY_NAMES = ("replicate", "fsdp", "zero 1", "zero 2", "zero 3")
 LENGTH = 96
 _SEQUENCES = 2  # of a rank
+_RANKS = 2
 
 
-def config_of(strategy: str, method: str, *more: str, world_size: int = 2) -> Config:
+def config_of(strategy: str, method: str, *more: str, accumulation: int = 1) -> Config:
     name, _, stage = strategy.partition(" ")
     settings = [
         f"method={method}",
         f"strategy={'deepspeed' if stage else name}",
         "train.precision=fp32",
         f"train.sequence_length={LENGTH}",
-        f"train.global_batch_size={_SEQUENCES * world_size}",
+        f"train.global_batch_size={_SEQUENCES * _RANKS * accumulation}",
         "lwo.steps_per_layer=2",
-        f"cluster.num_workers={world_size}",
+        f"lwo.gradient_accumulation_steps={accumulation}",
+        f"cluster.num_workers={_RANKS}",
         *([f"zero_stage={stage}"] if stage else []),
     ]
     return load_config(None, [*settings, *more])
@@ -143,8 +145,10 @@ def _step(lwo: LWO) -> int:
     settings: Any = lwo.module.config
     if settings.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones_like(tokens)
-    lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
-    return lwo.step().bytes_sent
+    for _ in range(lwo.config.gradient_accumulation_steps):
+        lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
+        report = lwo.step()
+    return report.bytes_sent
 
 
 def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -184,15 +188,15 @@ def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
     return rows
 
 
-def predict(name: str, config: Config, world_size: int = 2) -> tuple[Plan, dict[str, Held]]:
+def predict(name: str, config: Config) -> tuple[Plan, dict[str, Held]]:
     """The plan of a case, and what a rank holds in each visit."""
     with tempfile.TemporaryDirectory() as folder:
         settings_of(name).save_pretrained(folder)
         model = config.model.model_copy(update={"name": folder})
         config = config.model_copy(update={"model": model})
         found = Subject(config, METHODS.get(config.method), *read_architecture(config))
-        plan = plan_one(found, config, world_size, bf16=False, on_gpu=False)
-    storage = storage_of(config, world_size, bf16=False)
+        plan = plan_one(found, config, _RANKS, bf16=False, on_gpu=False)
+    storage = storage_of(config, _RANKS, bf16=False)
     held = {
         visit.active.name: held_bytes(found.shapes, found.layers, visit.layers, storage)
         for visit in found.visits
@@ -200,13 +204,17 @@ def predict(name: str, config: Config, world_size: int = 2) -> tuple[Plan, dict[
     return plan, held
 
 
-def compare(strategy: str, names: Sequence[str], *more: str) -> list[dict[str, Any]]:
+def compare(
+    strategy: str, names: Sequence[str], *more: str, accumulation: int = 1
+) -> list[dict[str, Any]]:
     """A row for each model and method: what was measured, and what the plan says."""
     cases = [
-        (name, config_of(strategy, method, *more)) for name in names for method in METHOD_NAMES
+        (name, config_of(strategy, method, *more, accumulation=accumulation))
+        for name in names
+        for method in METHOD_NAMES
     ]
     zero = strategy.startswith("zero")
-    ranks = run_ranks(measure, 2, cases, timeout=600, deepspeed=zero)
+    ranks = run_ranks(measure, _RANKS, cases, timeout=600, deepspeed=zero)
     rows = []
     for (name, config), *both in zip(cases, *ranks, strict=True):
         plan, held = predict(name, config)

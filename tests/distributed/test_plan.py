@@ -22,7 +22,11 @@ def _check(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp", "zero 2"])
 def test_every_method_is_planned_as_it_runs(strategy: str) -> None:
-    _check(peaks.compare(strategy, ["llama"], "lwo.state=reset"))
+    _check(peaks.compare(strategy, ["llama"]))
+
+
+def test_gradients_that_are_accumulated_are_planned() -> None:
+    _check(peaks.compare("fsdp", ["llama"], accumulation=2))
 
 
 @pytest.mark.long
