@@ -165,7 +165,7 @@ def _deepspeed(
     of neither before the last module of the buffer has run.
     """
     size = storage.world_size
-    state = held.optimizer_state_bytes
+    state = 0 if storage.offloads else held.optimizer_state_bytes
     trained = sum(math.prod(shape) for unit in units.values() for shape in unit.trained)
     part = padded_numel(trained, size) // size
     bucket = 4 * trained
