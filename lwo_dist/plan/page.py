@@ -75,7 +75,7 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
 
 def _explanations(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
     yield "weights, grads, state: exact. gathered, buffers, activ. (activations, logits and"
-    yield "  temporaries): from a rehearsal of the model's own operations. host: kept there, at most."
+    yield "  temporaries): from a rehearsal of the model's own operations. host: at most."
     yield "sent: each tensor of a collective counted whole, a cycle's mean."
     if cluster is not None:
         yield (
