@@ -90,12 +90,14 @@ _SEQUENCES = 2  # of a rank
 _RANKS = 2
 
 
-def config_of(strategy: str, method: str, *more: str, accumulation: int = 1) -> Config:
+def config_of(
+    strategy: str, method: str, *more: str, accumulation: int = 1, precision: str = "fp32"
+) -> Config:
     name, _, stage = strategy.partition(" ")
     settings = [
         f"method={method}",
         f"strategy={'deepspeed' if stage else name}",
-        "train.precision=fp32",
+        f"train.precision={precision}",
         f"train.sequence_length={LENGTH}",
         f"train.global_batch_size={_SEQUENCES * _RANKS * accumulation}",
         "lwo.steps_per_layer=2",
@@ -129,7 +131,10 @@ def _attach(name: str, config: Config) -> LWO:
     model.train()
     if config.strategy == "fsdp":
         shard_model(model, precision=config.train.precision, device_type="cpu")
-    elif config.strategy != "replicate":
+    elif config.strategy == "replicate":
+        if config.train.precision == "bf16":
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    else:
         from lwo_dist.strategies.deepspeed import settings
         from lwo_dist.strategies.deepspeed.builder import make_engine
 
@@ -190,13 +195,14 @@ def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
 
 def predict(name: str, config: Config) -> tuple[Plan, dict[str, Held]]:
     """The plan of a case, and what a rank holds in each visit."""
+    bf16 = config.train.precision == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         settings_of(name).save_pretrained(folder)
         model = config.model.model_copy(update={"name": folder})
         config = config.model_copy(update={"model": model})
         found = Subject(config, METHODS.get(config.method), *read_architecture(config))
-        plan = plan_one(found, config, _RANKS, bf16=False, on_gpu=False)
-    storage = storage_of(config, _RANKS, bf16=False)
+        plan = plan_one(found, config, _RANKS, bf16=bf16, on_gpu=False)
+    storage = storage_of(config, _RANKS, bf16=bf16)
     held = {
         visit.active.name: held_bytes(found.shapes, found.layers, visit.layers, storage)
         for visit in found.visits
@@ -205,13 +211,17 @@ def predict(name: str, config: Config) -> tuple[Plan, dict[str, Held]]:
 
 
 def compare(
-    strategy: str, names: Sequence[str], *more: str, accumulation: int = 1
+    strategy: str,
+    names: Sequence[str],
+    *more: str,
+    methods: Sequence[str] = METHOD_NAMES,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """A row for each model and method: what was measured, and what the plan says."""
     cases = [
-        (name, config_of(strategy, method, *more, accumulation=accumulation))
+        (name, config_of(strategy, method, *more, **settings))
         for name in names
-        for method in METHOD_NAMES
+        for method in methods
     ]
     zero = strategy.startswith("zero")
     ranks = run_ranks(measure, _RANKS, cases, timeout=600, deepspeed=zero)
@@ -224,6 +234,7 @@ def compare(
                 "model": name,
                 "strategy": strategy,
                 "method": config.method,
+                "precision": config.train.precision,
                 "checkpointing": config.train.gradient_checkpointing,
                 "measured": measured,
                 "plan": plan.peak.total,

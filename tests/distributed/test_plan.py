@@ -34,3 +34,10 @@ def test_gradients_that_are_accumulated_are_planned() -> None:
 @pytest.mark.parametrize("strategy", peaks.STRATEGY_NAMES)
 def test_every_model_is_planned_as_it_runs(strategy: str, more: list[str]) -> None:
     _check(peaks.compare(strategy, list(peaks.MODELS), *more))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", peaks.STRATEGY_NAMES)
+def test_bf16_and_parks_are_planned_as_they_run(strategy: str) -> None:
+    _check(peaks.compare(strategy, ["llama", "qwen2"], precision="bf16"))
+    _check(peaks.compare(strategy, ["llama"], "lwo.state=keep", methods=["lwo"]))
