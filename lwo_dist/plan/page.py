@@ -23,8 +23,11 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
     train = config.train
     accumulation = config.lwo.gradient_accumulation_steps
     micro = train.global_batch_size // world_size // accumulation
-    layers = f"{plans.layers} trained {'layer' if plans.layers == 1 else 'layers'}"
-    yield f"{config.model.name}: {human_count(plans.parameters)} parameters, {layers}"
+    layers = f", {plans.layers} trained {'layer' if plans.layers == 1 else 'layers'}"
+    yield (
+        f"{config.model.name}: {human_count(plans.parameters)} parameters"
+        f"{layers if plans.layers else ''}"
+    )
     if cluster is not None:
         machines = -(-world_size // cluster.per_machine)
         yield (
