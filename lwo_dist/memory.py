@@ -1,18 +1,14 @@
-"""Memory in bytes: what the formulas predict and what a rank actually holds."""
+"""Memory in bytes: some formulas, and what a rank actually holds. What a run needs: `plan/`."""
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
 
 __all__ = [
-    "DecoderSize",
-    "deepspeed_bytes",
-    "fsdp_bytes",
     "full_fine_tuning_bytes",
     "local_bytes",
     "lora_bytes",
@@ -21,8 +17,6 @@ __all__ = [
     "padded_numel",
     "park_bytes",
     "peak_bytes",
-    "replicate_bytes",
-    "step_bytes",
 ]
 
 
@@ -53,144 +47,12 @@ def park_bytes(numel: int, *, moments: bool, masters: bool) -> int:
     return (8 * moments + 2 * masters) * numel
 
 
-# ---- what a rank holds, by the keys of `LWO.memory`
-
-
-def replicate_bytes(numel: int, active_numel: int, world_size: int) -> dict[str, int]:
-    """`strategy: replicate`, in every precision: all `numel` weights in fp32; for the active layer
-    its whole gradient, this rank's part of the reduced one, and the moments of that part.
-
-    bf16 is autocast: a layer's weights are cast when it runs, and the copies that backward needs
-    stay until then (not counted here).
-    """
-    part = padded_numel(active_numel, world_size) // world_size
-    return {
-        "parameter_bytes": 4 * numel,
-        "gradient_bytes": 4 * active_numel + (4 * part if world_size > 1 else 0),
-        "optimizer_state_bytes": optimizer_state_bytes(active_numel, world_size),
-    }
-
-
-def fsdp_bytes(
-    numel: int, active_numel: int, world_size: int, *, storage_bytes: int = 4
-) -> dict[str, int]:
-    """`strategy: fsdp`: 1/W of all weights, and of the active layer's gradient and moments.
-
-    The shards are the fp32 masters (`storage_bytes` 4). With `fsdp.storage: bf16` (2) only the
-    active layer's are fp32. Weights that are gathered for compute are not counted here.
-    """
-    return {
-        "parameter_bytes": (storage_bytes * numel + (4 - storage_bytes) * active_numel)
-        // world_size,
-        "gradient_bytes": 4 * active_numel // world_size,
-        "optimizer_state_bytes": optimizer_state_bytes(active_numel, world_size),
-    }
-
-
-def deepspeed_bytes(
-    numel: int, active_numel: int, world_size: int, *, stage: int, weight_bytes: int
-) -> dict[str, int]:
-    """`strategy: deepspeed`, whose optimizer has masters of its own: 12 bytes per element of state.
-
-    Stages 1 and 2 keep all weights on every rank; stage 3 keeps 1/W, and the active layer whole
-    since its update gathered it. The gradient is summed in fp32: whole under stage 1, 1/W under
-    stage 2, and under stage 3 1/W and a bucket of the layer's size. Further weights that stage 3
-    has gathered (`stage3_max_live_parameters`) are not counted.
-
-    Args:
-        stage: 1, 2 or 3.
-        weight_bytes: 2 in bf16, else 4.
-    """
-    weights = weight_bytes * numel
-    gradients = {1: 4 * active_numel, 2: 4 * active_numel // world_size}
-    if stage == 3:
-        weights = weight_bytes * numel // world_size + weight_bytes * active_numel
-        gradients[3] = 4 * active_numel // world_size + 4 * active_numel
-    return {
-        "parameter_bytes": weights,
-        "gradient_bytes": gradients[stage],
-        "optimizer_state_bytes": optimizer_state_bytes(active_numel, world_size, master=True),
-    }
-
-
 def lora_bytes(numel: int, adapter_numel: int, world_size: int) -> dict[str, int]:
     """LoRA, the usual way: the base frozen in bf16 and sharded, fp32 adapters with AdamW."""
     return {
         "parameter_bytes": (2 * numel + 4 * adapter_numel) // world_size,
         "gradient_bytes": 4 * adapter_numel // world_size,
         "optimizer_state_bytes": optimizer_state_bytes(adapter_numel, world_size),
-    }
-
-
-# ---- what a step needs besides
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderSize:
-    """The sizes of a decoder that its memory depends on. A tied matrix counts once."""
-
-    parameters: int
-    stack_layers: int
-    """Transformer layers."""
-    stack_layer_parameters: int
-    """Of one transformer layer."""
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-    @property
-    def outside_parameters(self) -> int:
-        """Of embedding, final norm and head."""
-        return self.parameters - self.stack_layers * self.stack_layer_parameters
-
-
-def step_bytes(
-    size: DecoderSize,
-    *,
-    sequences: int,
-    length: int,
-    gradient_numel: int,
-    compute_bytes: int = 2,
-    checkpointing: bool = True,
-    gathers: bool = True,
-) -> dict[str, int]:
-    """Device memory of a training step beyond what is held between steps; an upper estimate.
-
-    It is counted from the operations of a Llama or Qwen2 layer with fused attention and of our
-    loss, not measured on a GPU. The visit that needs most is assumed: the one of the lowest layer,
-    whose backward passes all others.
-
-    Args:
-        sequences, length: a rank's micro-batch: sequences, and tokens of each.
-        gradient_numel: parameters whose gradients are whole at one time: of the active layer, or
-            under full fine-tuning of the largest sharded module.
-        compute_bytes: 2 in bf16, else 4.
-        checkpointing: as `train.gradient_checkpointing`.
-        gathers: whether sharded weights are gathered for compute, as by FSDP2.
-
-    Returns:
-        `gathered_bytes`: embedding and head from the forward on, and three transformer layers: one
-        in use, the next one, and the buffer that it arrives in. `activation_bytes`: the larger of
-        what is there when the loss is computed and when the gradients are.
-    """
-    tokens = sequences * length
-    gathered = size.outside_parameters + 3 * size.stack_layer_parameters
-    row = tokens * compute_bytes * size.hidden
-    layer = 15 * row + 4 * tokens * compute_bytes * size.intermediate
-    stored = 3 * row  # of the final norm
-    recomputed = 0
-    if checkpointing:
-        stored += size.stack_layers * row
-        recomputed = layer
-    else:
-        stored += size.stack_layers * layer
-    # Logits as computed and as cut, in fp32, and their log-softmax; in backward, two gradients of
-    # it. Before they are reduced gradients are cast to fp32.
-    logits = 12 * tokens * size.vocabulary
-    gradients = (compute_bytes + 4) * gradient_numel
-    return {
-        "gathered_bytes": compute_bytes * gathered if gathers else 0,
-        "activation_bytes": stored + max(logits, recomputed + gradients),
     }
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
-from torch import nn
 
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
+from lwo_dist.plan.gpus import USABLE
 from tests import families, sizes
 
 __all__ = ["GENERATED", "TABLES", "filled", "fits", "memory", "names", "settings"]
@@ -45,11 +45,12 @@ def _rows(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 _GPUS = ((1, 24), (1, 80), (2, 80), (8, 24), (8, 80))
-_METHODS: dict[str, tuple[Callable[[nn.Module, Config, int], int], list[str]]] = {
-    "LWO": (sizes.lwo_peak, []),
-    "LWO, `fsdp.storage: bf16`": (sizes.lwo_peak, ["train.precision=bf16", "fsdp.storage=bf16"]),
-    "full": (sizes.lwo_peak, ["method=full"]),
-    "LoRA, rank 16": (sizes.lora_peak, []),
+_IN_BF16 = ["train.precision=bf16", "fsdp.storage=bf16"]
+_METHODS = {
+    "LWO": [],
+    "LWO, `fsdp.storage: bf16`": _IN_BF16,
+    "full": ["method=full"],
+    "LoRA, rank 16": ["method=lora", *_IN_BF16],
 }
 
 
@@ -77,11 +78,10 @@ def fits() -> str:
 
 
 def _need(size: str, method: str, count: int, gigabytes: int) -> str:
-    peak, overrides = _METHODS[method]
     batch = ["train.sequence_length=2048", f"train.global_batch_size={count}"]
-    settings = [*batch, "train.gradient_checkpointing=true", *overrides]
-    need = peak(sizes.model_of(size), load_config(None, settings), count) / 1e9
-    return f"{need:.0f}" if need <= sizes.USABLE * gigabytes else f"no ({need:.0f})"
+    settings = [*batch, "train.gradient_checkpointing=true", *_METHODS[method]]
+    need = sizes.peak(size, load_config(None, settings), count) / 1e9
+    return f"{need:.0f}" if need <= USABLE * gigabytes else f"no ({need:.0f})"
 
 
 TABLES: dict[str, Callable[[], str]] = {

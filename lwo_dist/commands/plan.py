@@ -49,15 +49,19 @@ def run(arguments: argparse.Namespace) -> None:
 
     from lwo_dist.plan.estimate import on_ranks, plan_all
     from lwo_dist.plan.page import as_json, lines
+    from lwo_dist.registry import STRATEGIES
     from lwo_dist.run_info import public_config
+    from lwo_dist.strategies import StrategyBuilder
     from lwo_dist.strategies.checks import check_config
 
     check_config(config)
+    builder: StrategyBuilder = STRATEGIES.get(config.strategy)
+    config = builder.resolve(config)
     config = on_ranks(config, world_size)
     plans = plan_all(config, world_size)
+    print(as_yaml(config))
     for line in lines(plans, cluster):
         print(printable(line))
-    print(f"\nthe config, as resolved:\n{as_yaml(config)}", end="")
     if arguments.json is not None:
         values = as_json(plans, public_config(config), cluster)
         try:

@@ -25,7 +25,7 @@ from .gpus import UTILISATION, Cluster
 from .held import Held, Shapes, Storage, flat_numel, held_bytes
 from .peak import Instant, Unit, peak_of
 from .rehearsal import ROOT, Batch, Rehearsal, rehearse
-from .subject import read_architecture, subject
+from .subject import made_fake, read_architecture, subject
 
 __all__ = [
     "Plan",
@@ -60,8 +60,8 @@ class Plan:
     """The worst moment of a step, by part."""
     logit_bytes: int
     """What lives while head and loss are computed, in the same visit."""
-    park_bytes: int
-    """On the host, at most."""
+    host_bytes: int
+    """Parks, and optimizer state that ZeRO keeps on the host; at most."""
     flops: float
     """Of an optimizer step on this rank; the mean over a cycle."""
     bytes_sent: float
@@ -104,6 +104,10 @@ class Subject:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @cached_property
+    def _for_autocast(self) -> nn.Module:
+        return made_fake(subject(*self._arguments, dtype=torch.float32))
+
     def numel(self, layers: Sequence[Layer]) -> int:
         names = [name for layer in layers for name in layer.parameter_names]
         return sum(math.prod(self.shapes[name]) for name in names)
@@ -142,7 +146,7 @@ class Subject:
     ) -> Rehearsal:
         key = (visit.active.name, batch, bf16, autocast, own_gradients, on_gpu)
         if key not in self._rehearsals:
-            model = self._in_bf16 if bf16 else self.model
+            model = self._in_bf16 if bf16 else self._for_autocast if autocast else self.model
             self._rehearsals[key] = rehearse(
                 model,
                 separate_layers(model),
@@ -182,13 +186,19 @@ def storage_of(config: Config, world_size: int, *, bf16: bool) -> Storage:
     weight_bytes = 2 if zero and bf16 else 4
     if not zero and builder.stores_16_bit(config):
         weight_bytes = 2
+    written: dict[str, Any] = {}  # of the DeepSpeed config, once it has been read
+    if isinstance(config.deepspeed, dict):
+        written = config.deepspeed.get("zero_optimization") or {}
+    offload = (written.get("offload_optimizer") or {}).get("device")
     return Storage(
         builder.name,
         world_size,
-        (config.zero_stage or 3) if zero else 0,
+        (config.zero_stage or written.get("stage") or 3) if zero else 0,
         weight_bytes,
+        offloads=zero and offload == "cpu",
         keeps_moments=config.lwo.state == "keep",
         parks_masters=config.lwo.inactive_master == "host",
+        accumulates=config.lwo.gradient_accumulation_steps > 1,
     )
 
 
@@ -247,7 +257,9 @@ def plan_one(
         held=held,
         peak=peak,
         logit_bytes=rehearsal.logit_bytes,
-        park_bytes=max(held.park_bytes for held in every),
+        host_bytes=max(
+            found.park_bytes + storage.offloads * found.optimizer_state_bytes for found in every
+        ),
         flops=accumulation * _mean_on_lines(flops, len(subject.visits)),
         bytes_sent=sum(sent) / len(sent),
         whole_checkpoint_bytes=4 * saved + 8 * largest,

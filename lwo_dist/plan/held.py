@@ -33,6 +33,7 @@ class Storage:
         stage: of ZeRO; 0 for other strategies.
         weight_bytes: of a stored weight, 4 or 2; masters are always fp32.
         keeps_moments, parks_masters: what is parked on the host for layers that are not active.
+        accumulates: a step has several micro-batches.
         offloads: ZeRO's optimizer state is on the host.
     """
 
@@ -42,6 +43,7 @@ class Storage:
     weight_bytes: int = 4
     keeps_moments: bool = False
     parks_masters: bool = False
+    accumulates: bool = False
     offloads: bool = False
 
 

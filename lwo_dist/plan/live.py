@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -26,15 +26,14 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes; set `peak` to `now` to measure a part.
-        after: called after each operation.
     """
 
     def __init__(self, held: Iterable[Tensor] = (), ignored: Iterable[Tensor] = ()):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
-        self.after: Callable[[], None] = lambda: None
         self._sizes: dict[int, int] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in ignored:
             self._watch(_storage(tensor), 0)
         for tensor in held:
@@ -53,10 +52,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.count(leaf)
-        self.after()
         return result
 
     def __enter__(self) -> Self:
@@ -86,10 +84,11 @@ class LiveBytes(TorchDispatchMode):
             return
         self._sizes[key] = size
         self.now += size
-        weakref.finalize(storage, self._forget, key).atexit = False
+        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
 
     def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
+        del self._alive[key]
+        self.now -= self._sizes.pop(key)
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

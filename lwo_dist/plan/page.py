@@ -23,13 +23,16 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
     train = config.train
     accumulation = config.lwo.gradient_accumulation_steps
     micro = train.global_batch_size // world_size // accumulation
-    layers = f"{plans.layers} trained {'layer' if plans.layers == 1 else 'layers'}"
-    yield f"{config.model.name}: {human_count(plans.parameters)} parameters, {layers}"
+    layers = f", {plans.layers} trained {'layer' if plans.layers == 1 else 'layers'}"
+    yield (
+        f"{config.model.name}: {human_count(plans.parameters)} parameters"
+        f"{layers if plans.layers else ''}"
+    )
     if cluster is not None:
         machines = -(-world_size // cluster.per_machine)
         yield (
             f"{world_size:,} ranks on {machines:,} x {cluster.per_machine} {cluster.gpu.name}:"
-            f" {human_bytes(cluster.gpu.memory)} and {cluster.gpu.flops / 1e12:.0f} TFLOP/s each"
+            f" {cluster.gpu.memory / _GB:.0f} GB and {cluster.gpu.flops / 1e12:.0f} TFLOP/s each"
         )
     else:
         yield f"{world_size:,} {'rank' if world_size == 1 else 'ranks'}"
@@ -40,7 +43,7 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
     )
     yield ""
     yield "GB of a rank at the worst moment of a step"
-    head = "  method  strategy         " + "".join(f"{name:>9}" for name in _COLUMNS)
+    head = "  method  strategy  " + "".join(f"{name:>9}" for name in _COLUMNS)
     head += "   step, s  sent, GB   fits" if cluster else "   sent, GB   fits"
     yield head
     notes = []
@@ -58,9 +61,10 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
             peak.buffers,
             peak.activations,
             peak.total,
-            plan.park_bytes,
+            plan.host_bytes,
         )
-        row = f"{mark} {plan.method:<8}{plan.name:<17}"
+        name = f"zero {plan.stage}" if plan.stage else plan.strategy
+        row = f"{mark} {plan.method:<8}{name:<10}"
         row += "".join(f"{_gigabytes(part):>9}" for part in parts)
         if cluster is not None:
             computing, sending = plan.seconds(cluster)
@@ -74,7 +78,7 @@ def lines(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
 
 def _explanations(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
     yield "weights, grads, state: exact. gathered, buffers, activ. (activations, logits and"
-    yield "  temporaries): from a rehearsal of the model's own operations. host: parked, at most."
+    yield "  temporaries): from a rehearsal of the model's own operations. host: at most."
     yield "sent: each tensor of a collective counted whole, a cycle's mean."
     if cluster is not None:
         yield (
@@ -82,7 +86,7 @@ def _explanations(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
             f" of {cluster.rate / _GB:.0f} GB/s."
         )
         yield (
-            f"fits: at most {USABLE:.0%} of {human_bytes(cluster.gpu.memory)}; CUDA, NCCL and"
+            f"fits: at most {USABLE:.0%} of {cluster.gpu.memory / _GB:.0f} GB; CUDA, NCCL and"
             " fragmentation take the rest."
         )
     for plan in plans.rows:

@@ -103,13 +103,18 @@ def _fsdp(
 
     In forward the flat buffer lives until the next one has come. In backward the next unit's is
     filled while a unit computes. The root's weights stay from its forward on. Gradients are copied
-    into a buffer in fp32, which lives until the next unit is reduced.
+    into a buffer in fp32, which lives until the next unit is reduced. Inside an accumulation they
+    stay whole, in fp32.
     """
     size = storage.world_size
     whole = {number: unit.gathered(size, compute_bytes) for number, unit in units.items()}
     flat = whole if size > 1 else dict.fromkeys(whole, 0)
     last_flat = flat[ROOT]
     pending = reduced = 0
+    summed = {
+        number: 4 * sum(math.prod(shape) for shape in unit.trained) if storage.accumulates else 0
+        for number, unit in units.items()
+    }
     for moment in moments:
         gathered, buffers, weights = whole[ROOT], 0, held.parameter_bytes
         unit = moment.unit
@@ -131,6 +136,7 @@ def _fsdp(
             buffers = units[unit].reduced(size)
             pending = buffers
             reduced += buffers // size
+            summed[unit], buffers = 0, buffers + summed[unit]
             below = unit - 1
             gathered += flat[below] if below >= 0 and units[below].in_backward else 0
         yield Instant(
@@ -139,7 +145,7 @@ def _fsdp(
             reduced,
             held.optimizer_state_bytes,
             gathered,
-            buffers,
+            buffers + sum(summed.values()),
             moment.live_bytes,
         )
     yield Instant(
@@ -159,7 +165,7 @@ def _deepspeed(
     of neither before the last module of the buffer has run.
     """
     size = storage.world_size
-    state = held.optimizer_state_bytes
+    state = 0 if storage.offloads else held.optimizer_state_bytes
     trained = sum(math.prod(shape) for unit in units.values() for shape in unit.trained)
     part = padded_numel(trained, size) // size
     bucket = 4 * trained

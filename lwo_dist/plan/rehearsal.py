@@ -7,12 +7,13 @@ operation makes for a moment is whatever the model does; only shapes are compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -61,7 +62,8 @@ class Rehearsal:
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss of a step as the trainer computes it (`Trainer._summed_loss`)."""
-    tokens = torch.zeros((batch.sequences, batch.length), dtype=torch.int64, device="meta")
+    device = next(model.parameters()).device
+    tokens = torch.zeros((batch.sequences, batch.length), dtype=torch.int64, device=device)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros_like(tokens)
@@ -86,12 +88,13 @@ def rehearse(
     """Forward and backward of one micro-batch.
 
     Args:
-        model: on the meta device, in the dtype of the computation.
+        model: on the meta device, in the dtype of the computation; of fake tensors for `autocast`.
         units: the transformer layers that are gathered and reduced one by one.
         trained: names of the parameters that are trained in this visit.
         own_gradients: gradients are new tensors that are dropped once their unit is reduced; else
             they are added into buffers that are not counted.
-        autocast: bf16 as `torch.autocast` computes it, weights in fp32.
+        autocast: bf16 as `torch.autocast` computes it, weights in fp32. It leaves tensors of the
+            meta device as they are.
         fused_dropout: attention with dropout is fused too, as on a GPU.
     """
     parameters = dict(model.named_parameters())
@@ -102,16 +105,19 @@ def rehearse(
     for name, buffer in zip(trained, buffers, strict=False):
         parameters[name].grad = buffer
     own = [parameters[name] for name in sorted(trained)]
+    some = next(model.parameters())
+    fake = some.fake_mode if isinstance(some, FakeTensor) else nullcontext()
     watch = _Watch(LiveBytes(ignored=[*parameters.values(), *model.buffers(), *buffers]), units)
     shapes = _ShapesOnly()
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        fake,
         _fused_attention(fused_dropout),
         shapes,
         watch.live,
         watch.hooks(model, own if own_gradients else []),
     ):
-        value = loss(model, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(model, batch)
         watch.end("loss", ROOT)
         kept = watch.live.now
         watch.in_backward = True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, Qwen2Config
 
 from lwo_dist.config import Config
@@ -19,7 +19,7 @@ from lwo_dist.models.gguf import is_gguf
 from lwo_dist.models.hub import empty_model, one_line, read_settings, resolve
 from lwo_dist.models.source import _enable_checkpointing
 
-__all__ = ["read_architecture", "subject"]
+__all__ = ["made_fake", "read_architecture", "subject"]
 
 _FILES = ["config.json", "generation_config.json", "*.py"]
 
@@ -74,12 +74,33 @@ def subject(
         _enable_checkpointing(model)
     model.config.get_text_config().use_cache = False
     # What is already on the meta device stays the same object, so tied weights stay tied.
-    model._apply(partial(_to_meta))
+    model._apply(_to_meta)
     if dtype != torch.float32:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     trained: nn.Module = model.train()
     return trained
+
+
+@torch.no_grad()
+def made_fake(model: nn.Module) -> nn.Module:
+    """`model` with fake tensors of a CPU in the place of its own: without memory, too, and what
+    `torch.autocast` casts.
+    """
+    made: dict[int, torch.Tensor] = {}
+    tensors: Any
+    with FakeTensorMode():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(fake) if is_parameter else fake
+                    tensors[name] = made[id(tensor)]
+    return model
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -87,18 +87,22 @@ METHOD_NAMES = ("lwo", "full", "lora")
 STRATEGY_NAMES = ("replicate", "fsdp", "zero 1", "zero 2", "zero 3")
 LENGTH = 96
 _SEQUENCES = 2  # of a rank
+_RANKS = 2
 
 
-def config_of(strategy: str, method: str, *more: str, world_size: int = 2) -> Config:
+def config_of(
+    strategy: str, method: str, *more: str, accumulation: int = 1, precision: str = "fp32"
+) -> Config:
     name, _, stage = strategy.partition(" ")
     settings = [
         f"method={method}",
         f"strategy={'deepspeed' if stage else name}",
-        "train.precision=fp32",
+        f"train.precision={precision}",
         f"train.sequence_length={LENGTH}",
-        f"train.global_batch_size={_SEQUENCES * world_size}",
+        f"train.global_batch_size={_SEQUENCES * _RANKS * accumulation}",
         "lwo.steps_per_layer=2",
-        f"cluster.num_workers={world_size}",
+        f"lwo.gradient_accumulation_steps={accumulation}",
+        f"cluster.num_workers={_RANKS}",
         *([f"zero_stage={stage}"] if stage else []),
     ]
     return load_config(None, [*settings, *more])
@@ -127,7 +131,10 @@ def _attach(name: str, config: Config) -> LWO:
     model.train()
     if config.strategy == "fsdp":
         shard_model(model, precision=config.train.precision, device_type="cpu")
-    elif config.strategy != "replicate":
+    elif config.strategy == "replicate":
+        if config.train.precision == "bf16":
+            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    else:
         from lwo_dist.strategies.deepspeed import settings
         from lwo_dist.strategies.deepspeed.builder import make_engine
 
@@ -136,14 +143,17 @@ def _attach(name: str, config: Config) -> LWO:
     return attach(model, config.lwo, config.method)
 
 
-def _step(lwo: LWO) -> None:
+def _step(lwo: LWO) -> int:
+    """Returns the bytes sent."""
     tokens = torch.ones((_SEQUENCES, LENGTH), dtype=torch.int64)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     settings: Any = lwo.module.config
     if settings.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones_like(tokens)
-    lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
-    lwo.step()
+    for _ in range(lwo.config.gradient_accumulation_steps):
+        lwo.backward(_loss(lwo, inputs, torch.ones_like(tokens)))
+        report = lwo.step()
+    return report.bytes_sent
 
 
 def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
@@ -153,8 +163,8 @@ def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> to
 
 
 def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
-    """On one rank, for each case: `peak` bytes of the second cycle, and what `LWO.memory` says in
-    each of its visits after the first step.
+    """On one rank, for each case: of the second cycle the `peak` in bytes, the mean of bytes `sent`
+    in a step, and what `LWO.memory` says in each visit after its first step.
     """
     transformers.logging.set_verbosity_error()
     rows = []
@@ -167,30 +177,32 @@ def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:
             gc.collect()
             live.peak = live.now
             memory = {}
+            sent = 0
             peaks: dict[str, int] = {}
             for step in range(cycle):
                 visit = lwo.active_layer.name
-                _step(lwo)
+                sent += _step(lwo)
                 peaks[visit] = max(live.peak, peaks.get(visit, 0))
                 live.peak = live.now
                 if step % 2 == 0:
                     memory[visit] = lwo.memory()
-            rows.append({"peak": max(peaks.values()), "peaks": peaks, "memory": memory})
+            rows.append({"peak": max(peaks.values()), "memory": memory, "sent": sent / cycle})
             lwo.detach()
         del lwo
         gc.collect()
     return rows
 
 
-def predict(name: str, config: Config, world_size: int = 2) -> tuple[Plan, dict[str, Held]]:
+def predict(name: str, config: Config) -> tuple[Plan, dict[str, Held]]:
     """The plan of a case, and what a rank holds in each visit."""
+    bf16 = config.train.precision == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         settings_of(name).save_pretrained(folder)
         model = config.model.model_copy(update={"name": folder})
         config = config.model_copy(update={"model": model})
         found = Subject(config, METHODS.get(config.method), *read_architecture(config))
-        plan = plan_one(found, config, world_size, bf16=False, on_gpu=False)
-    storage = storage_of(config, world_size, bf16=False)
+        plan = plan_one(found, config, _RANKS, bf16=bf16, on_gpu=False)
+    storage = storage_of(config, _RANKS, bf16=bf16)
     held = {
         visit.active.name: held_bytes(found.shapes, found.layers, visit.layers, storage)
         for visit in found.visits
@@ -198,13 +210,21 @@ def predict(name: str, config: Config, world_size: int = 2) -> tuple[Plan, dict[
     return plan, held
 
 
-def compare(strategy: str, names: Sequence[str], *more: str) -> list[dict[str, Any]]:
+def compare(
+    strategy: str,
+    names: Sequence[str],
+    *more: str,
+    methods: Sequence[str] = METHOD_NAMES,
+    **settings: Any,
+) -> list[dict[str, Any]]:
     """A row for each model and method: what was measured, and what the plan says."""
     cases = [
-        (name, config_of(strategy, method, *more)) for name in names for method in METHOD_NAMES
+        (name, config_of(strategy, method, *more, **settings))
+        for name in names
+        for method in methods
     ]
     zero = strategy.startswith("zero")
-    ranks = run_ranks(measure, 2, cases, timeout=600, deepspeed=zero)
+    ranks = run_ranks(measure, _RANKS, cases, timeout=600, deepspeed=zero)
     rows = []
     for (name, config), *both in zip(cases, *ranks, strict=True):
         plan, held = predict(name, config)
@@ -214,10 +234,13 @@ def compare(strategy: str, names: Sequence[str], *more: str) -> list[dict[str, A
                 "model": name,
                 "strategy": strategy,
                 "method": config.method,
+                "precision": config.train.precision,
                 "checkpointing": config.train.gradient_checkpointing,
                 "measured": measured,
                 "plan": plan.peak.total,
                 "ratio": round(plan.peak.total / measured, 3),
+                "sent": both[0]["sent"],
+                "plan_sent": plan.bytes_sent,
                 "memory": both[0]["memory"],
                 "held": {visit: asdict(found) for visit, found in held.items()},
             }

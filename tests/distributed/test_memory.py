@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from lwo_dist.hook import LWO
-from lwo_dist.memory import deepspeed_bytes, fsdp_bytes, park_bytes, replicate_bytes
+from lwo_dist.layers import Layer
+from lwo_dist.plan.held import Storage, held_bytes
 from lwo_dist.strategies.fsdp.shards import fsdp_groups
 from tests import oracle
 from tests.distributed import training, zero
@@ -32,19 +34,27 @@ def attach(kind: str) -> LWO:
     return training.attach(strategy, RECIPE, tied=False, dtype=torch.float32)
 
 
-def formula(kind: str, numel: int, active: int, parked: int) -> dict[str, int]:
+def expected_bytes(kind: str, lwo: LWO, active: Layer, visited: Sequence[Layer]) -> dict[str, int]:
+    """By the shapes alone; parks of the visited layers."""
     strategy, *more = kind.split()
-    world_size = dist.get_world_size()
-    bytes_each = 2 if "bf16" in more else 4
-    if strategy == "replicate":
-        held = replicate_bytes(numel, active, world_size)
-    elif strategy == "fsdp":
-        held = fsdp_bytes(numel, active, world_size, storage_bytes=bytes_each)
-    else:
-        stage = int(more[0])
-        held = deepspeed_bytes(numel, active, world_size, stage=stage, weight_bytes=bytes_each)
-    parks = park_bytes(parked // world_size, moments=False, masters="bf16" in more)
-    return held | {"park_bytes": parks}
+    storage = Storage(
+        "deepspeed" if strategy == "zero" else strategy,
+        dist.get_world_size(),
+        int(more[0]) if strategy == "zero" else 0,
+        2 if "bf16" in more else 4,
+        parks_masters=True,
+    )
+    shapes = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in lwo.module.named_parameters()
+    }
+    held = held_bytes(shapes, lwo.layers, [active], storage)
+    parks = held_bytes(shapes, [*visited, active], [active], storage).park_bytes
+    found = {"parameter_bytes": held.parameter_bytes, "gradient_bytes": held.gradient_bytes}
+    return found | {
+        "optimizer_state_bytes": held.optimizer_state_bytes,
+        "park_bytes": parks,
+    }
 
 
 def hold(kinds: tuple[str, ...]) -> list[tuple[str, str, dict[str, int], dict[str, int]]]:
@@ -52,19 +62,14 @@ def hold(kinds: tuple[str, ...]) -> list[tuple[str, str, dict[str, int], dict[st
     rows = []
     for kind in kinds:
         lwo = attach(kind)
-        sizes: dict[str, Any] = {
-            name: getattr(parameter, "ds_numel", parameter.numel())
-            for name, parameter in lwo.module.named_parameters()
-        }
-        visited = 0
+        visited: list[Layer] = []
         for step in range(2 * len(lwo.layers)):
-            active = sum(sizes[name] for name in lwo.active_layer.parameter_names)
-            layer = lwo.active_layer.name
+            active = lwo.active_layer
             training.train_step(lwo, step)
             if step % 2 == 0:
-                expected = formula(kind, sum(sizes.values()), active, visited)
-                rows.append((kind, layer, lwo.memory(), expected))
-                visited += active
+                expected = expected_bytes(kind, lwo, active, visited)
+                rows.append((kind, active.name, lwo.memory(), expected))
+                visited.append(active)
     return rows
 
 

@@ -15,12 +15,18 @@ def _check(rows: list[dict[str, Any]]) -> None:
         for visit, measured in row["memory"].items():
             held = {key: row["held"][visit][key] for key in measured}
             assert held == measured, (case, visit)
+        if "zero" not in row["strategy"]:
+            assert row["plan_sent"] == pytest.approx(row["sent"], rel=1e-3), case
         assert 0.9 <= row["ratio"] <= 1.1, (case, row["plan"], row["measured"])
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp", "zero 2"])
 def test_every_method_is_planned_as_it_runs(strategy: str) -> None:
-    _check(peaks.compare(strategy, ["llama"], "lwo.state=reset"))
+    _check(peaks.compare(strategy, ["llama"]))
+
+
+def test_gradients_that_are_accumulated_are_planned() -> None:
+    _check(peaks.compare("fsdp", ["llama"], accumulation=2))
 
 
 @pytest.mark.long
@@ -28,3 +34,10 @@ def test_every_method_is_planned_as_it_runs(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", peaks.STRATEGY_NAMES)
 def test_every_model_is_planned_as_it_runs(strategy: str, more: list[str]) -> None:
     _check(peaks.compare(strategy, list(peaks.MODELS), *more))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", peaks.STRATEGY_NAMES)
+def test_bf16_and_parks_are_planned_as_they_run(strategy: str) -> None:
+    _check(peaks.compare(strategy, ["llama", "qwen2"], precision="bf16"))
+    _check(peaks.compare(strategy, ["llama"], "lwo.state=keep", methods=["lwo"]))

@@ -500,7 +500,7 @@ def test_the_page_gives_the_sizes_of_the_manifests(overlay: str) -> None:
 
 def test_the_page_gives_the_gpu_memory_of_the_formulas() -> None:
     config = load_config(K8S / "overlays" / "gpu-kueue" / "config.yaml")
-    peak = sizes.lwo_peak(sizes.model_of("1.5B"), config, config.cluster.num_workers)
+    peak = sizes.peak("1.5B", config, config.cluster.num_workers)
     assert config.model.name.endswith("-1.5B")
     assert f"takes {peak / 1e9:.0f} GB of each GPU" in (K8S / "README.md").read_text()
 

@@ -56,6 +56,7 @@ RUN_BY = {
     "lwo-dist compare -c CONFIG.yaml data.source=DIR --name here --without-ray": (
         "tests/distributed/test_compare.py"
     ),
+    "lwo-dist plan -c CONFIG.yaml --gpus 8xH100-80GB --world-size 1024": "tests/unit/test_plan.py",
     "lwo-dist checkpoints list runs/NAME": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --dtype bf16": "tests/distributed/test_checkpoint_run.py",
     "lwo-dist export runs/NAME --adapter": "tests/distributed/test_lora.py",
