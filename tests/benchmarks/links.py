@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -286,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
         job = Job(SHAPES[arguments.model], steps_per_visit=arguments.steps)
         be_rank(arguments.methods, job, arguments.rank_file)
         return
+    # Also then the hosts go, and what runs on them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found: dict[str, Any] = {"threads": arguments.threads, "cases": [], "ratios": [], "skipped": []}
     skipped = {name: reason for name in arguments.methods if (reason := why_not(METHODS[name]))}
     found["skipped"] = [{"method": name, "reason": reason} for name, reason in skipped.items()]

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-import lwo_dist
 from tests import hosts
-from tests.benchmarks.rivals import METHODS, SHAPES, Job, make_model
+from tests.benchmarks.rivals import METHODS, SHAPES, Job, Rival, lwo, make_model, why_not
 
 FOLDER = Path(__file__).parent
 COLUMNS = {
@@ -65,13 +64,13 @@ def test_what_speed_counts(tmp_path: Path) -> None:
         assert (case["flops"] > cases[method, False]["flops"]) == recomputes
         assert f"{case['step_seconds']:.4f}" in printed
     for recomputes in (False, True):
-        lwo, full = cases["lwo", recomputes], cases["full", recomputes]
+        ours, full = cases["lwo", recomputes], cases["full", recomputes]
         everything = 2 * 4 * sum(sizes.values())
-        assert full["bytes_per_step"] == everything == 4 * lwo["bytes_per_step"]
-        assert lwo["flops"] == cases["plain_lwo", recomputes]["flops"]
-        assert lwo["flops"] < full["flops"] == cases["plain_full", recomputes]["flops"]
+        assert full["bytes_per_step"] == everything == 4 * ours["bytes_per_step"]
+        assert ours["flops"] == cases["plain_lwo", recomputes]["flops"]
+        assert ours["flops"] < full["flops"] == cases["plain_full", recomputes]["flops"]
         # Weights, gradients and two moments; then there are activations.
-        assert full["peak_memory_bytes"] > 2 * everything > 2 * lwo["peak_memory_bytes"] * 0.5
+        assert full["peak_memory_bytes"] > 2 * everything > ours["peak_memory_bytes"]
     assert len(found["ratios"]) == sum(method.startswith("lwo") for method, _ in cases)
     for row in found["ratios"]:
         assert set(row) >= RATIOS
@@ -81,13 +80,10 @@ def test_what_speed_counts(tmp_path: Path) -> None:
         assert (row["hook_overhead"] is None) == (row["method"] != "lwo")
 
 
-def test_a_lever_that_the_hook_lacks_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.benchmarks.rivals import Rival, lwo, why_not
-
+def test_a_lever_that_the_hook_lacks_is_skipped_by_name() -> None:
     assert why_not(Rival(lwo)) is None
     assert why_not(Rival(lwo, ("order", "warp"))) == "LWOConfig has no field warp"
     assert why_not(Rival(lwo, package="no_such_package")) == "no_such_package is not installed"
-    assert "order" in lwo_dist.LWOConfig.model_fields
 
 
 def test_what_links_counts(tmp_path: Path) -> None:
