@@ -282,7 +282,7 @@ def _forward(
     owner, reason = _owner(model)
     if reason:
         _say_once(model, reason)
-        return use(_identity(model(**inputs)))
+        return use(_identity(model(**inputs), shape))
     plain = owner.forward
 
     def forward(*args: Any, **kwargs: Any) -> _Found:
@@ -294,7 +294,7 @@ def _forward(
                 _say_once(owner, str(reason))
             torch.set_rng_state(random_state[0])
             set_device_states(*random_state[1])
-        return use(_identity(plain(*args, **kwargs)))
+        return use(_identity(plain(*args, **kwargs), shape))
 
     with _replaced(owner, forward):
         found: _Found = model(**inputs)
@@ -368,9 +368,14 @@ def _with_stand_in(
     return found_of_head
 
 
-def _identity(output: Any) -> _Head:
+def _identity(output: Any, shape: torch.Size) -> _Head:
     """The head of a model whose logits are all there."""
     logits = output.logits
+    if logits.shape[:-1] != shape:
+        raise UserError(
+            f"the model gives logits of {tuple(logits.shape[:-1])} positions, and the labels are of"
+            f" {tuple(shape)}; it must give logits for every position"
+        )
     return _Head(
         hidden=logits,
         compute=lambda rows: rows,

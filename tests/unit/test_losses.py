@@ -249,7 +249,6 @@ def odd(after: str) -> Any:
 
 REASONS = {
     "weighs positions": "not done for each position apart",
-    "cuts positions": "not done for each position apart",
     "mixes positions": "not done for each position apart",
     "trains after it": "trains parameters after its head",
     "calls it twice": "calls the head 2 times",
@@ -274,6 +273,15 @@ def test_a_model_that_does_not_fit_gets_its_loss_from_whole_logits(after: str) -
         warnings.simplefilter("error")
         torch.manual_seed(4)  # said once
         assert summed_loss(model, inputs, labels).item() == loss.item()
+
+
+def test_logits_of_other_positions_than_the_labels_are_refused() -> None:
+    tokens = torch.randint(3, families.VOCABULARY, (3, 12))
+    with (
+        pytest.warns(UserWarning, match="not done for each position apart"),
+        pytest.raises(UserError, match=r"logits of \(3, 1\) positions, .* labels are of \(3, 12\)"),
+    ):
+        summed_loss(odd("cuts positions"), {"input_ids": tokens}, labelled(tokens))
 
 
 def test_an_error_before_the_head_is_the_model_s_own() -> None:
