@@ -23,6 +23,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .hook import LWO, StepReport, attach, prepare
     from .layers import Layer
+    from .losses import causal_lm_loss
 
 __all__ = [
     "LWO",
@@ -32,6 +33,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attach",
+    "causal_lm_loss",
     "prepare",
 ]
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ _LAZY = {
     "Layer": "lwo_dist.layers",
     "StepReport": "lwo_dist.hook",
     "attach": "lwo_dist.hook",
+    "causal_lm_loss": "lwo_dist.losses",
     "prepare": "lwo_dist.hook",
 }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -296,7 +296,7 @@ class _Work:
             if error := self._errors.get(run.name):
                 raise error
             row |= {"status": "done", **row_of(folder)}
-            row["flops_per_step"] = self._flops_of(run, row.pop("base_model"))
+            row["flops_per_step"] = self._flops_of(run, row.pop("base_model"), row["data"])
             self._baselines.setdefault(_scored(run), run.name)
             self._drop_weights(run, folder)
         except (FailedRunError, DamagedError, KeyError) as error:
@@ -350,8 +350,12 @@ class _Work:
             if folder.path(name).is_dir():
                 folder.remove_folder(name)
 
-    def _flops_of(self, run: Run, base_model: str) -> float | None:
-        """Operations of an optimizer step; None, with a line, for a model that cannot be traced."""
+    def _flops_of(self, run: Run, base_model: str, counts: Mapping[str, int]) -> float | None:
+        """Operations of an optimizer step; None, with a line, for a model that cannot be traced.
+
+        Args:
+            counts: as `PreparedData.counts`.
+        """
         key = (run.task, run.method)
         if key not in self._flops:
             from lwo_dist.driver import model_source
@@ -362,6 +366,8 @@ class _Work:
             base = run.config.model.model_copy(update={"name": base_model})
             config = run.config.model_copy(update={"model": base})
             length = run.config.train.sequence_length
+            sequences = counts.get("packed_rows", counts["windows"])
+            labels = min(round(counts["label_tokens"] / sequences), length)
             try:
                 model = model_source(config, method).empty()
                 visits = method.visits(method.layers(model, run.config.lwo))
@@ -369,6 +375,7 @@ class _Work:
                     model,
                     visits,
                     length,
+                    labels,
                     batches=run.config.lwo.batches,
                     suffix_backward=run.config.lwo.suffix_backward,
                     drops_trained=method.drops_trained,

@@ -16,18 +16,17 @@ import numpy.typing as npt
 import torch
 
 from lwo_dist.config.batch import micro_batch_size
+from lwo_dist.losses import IGNORED_LABEL
 
 from .dataset import PreparedData
 
 __all__ = [
-    "IGNORED_LABEL",
     "GlobalBatch",
     "global_batch",
     "global_batch_indices",
     "steps_of_epochs",
 ]
 
-IGNORED_LABEL = -100
 _PAD_TO_MULTIPLE_OF = 8
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lwo_dist.layers import Visit, find_stacks
+from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.prefix import starting_layers
 from lwo_dist.suffix import detached, droppable, find_sublayers
 
@@ -20,6 +21,7 @@ def flops_per_sequence(
     model: nn.Module,
     visits: Sequence[Visit],
     sequence_length: int,
+    label_tokens: int,
     *,
     batches: str = "fresh",
     suffix_backward: float = 1.0,
@@ -29,7 +31,7 @@ def flops_per_sequence(
 
     Counted by torch's FlopCounterMode on the meta device: matrix products and attention, two
     operations per multiply-add, recomputed activations included. Attention counts all pairs of
-    tokens, also masked ones.
+    tokens, also masked ones; the head counts the labelled positions.
 
     With `suffix_backward` below 1 it is the expectation over the steps' choices at uniform rates.
     Other rates have the same one; under activation checkpointing about the same, as a layer is
@@ -39,12 +41,20 @@ def flops_per_sequence(
         model: with the method's changes made; it is moved to the meta device.
         visits: one cycle; each is as long as the others.
         sequence_length: in tokens.
+        label_tokens: how many of them count in the loss.
         batches: `lwo.batches`; "cycle" leaves out the layers that are passed over where the hidden
             states of all batches are kept.
         suffix_backward, drops_trained: as in `lwo_dist.suffix`.
     """
     model = model.to("meta").train()
     parameters = dict(model.named_parameters())
+    inputs = {
+        "input_ids": torch.zeros((1, sequence_length), dtype=torch.int64, device="meta"),
+        # A mask of this shape is taken as it is; for any other, transformers looks at its values.
+        "attention_mask": torch.zeros((1, 1, sequence_length, sequence_length), device="meta"),
+    }
+    labels = torch.full((1, sequence_length), IGNORED_LABEL)
+    labels[:, :label_tokens] = 0
     starts = starting_layers(model, visits) if batches == "cycle" else [0] * len(visits)
     sublayers = find_sublayers(model) if suffix_backward < 1.0 else []
     # Layers choose independently, and all at the same rates: let all make the same choice.
@@ -59,19 +69,16 @@ def flops_per_sequence(
             share = suffix_backward ** choice.count(False) * (1 - suffix_backward) ** sum(choice)
             dropped = [sublayers[i] for i in suffix if choice[sublayers[i].place]]
             with detached(dropped):
-                total += share * _flops_of_step(model, sequence_length, start)
+                total += share * _flops_of_step(model, inputs, labels, start)
         for parameter in parameters.values():
             parameter.grad = None
     return total / len(visits)
 
 
-def _flops_of_step(model: nn.Module, sequence_length: int, start: int) -> int:
+def _flops_of_step(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, start: int) -> int:
     """Without the forward pass of the first `start` transformer layers."""
-    tokens = torch.zeros((1, sequence_length), dtype=torch.int64, device="meta")
-    # A mask of this shape is taken as it is; for any other, transformers looks at its values.
-    mask = torch.zeros((1, 1, sequence_length, sequence_length), device="meta")
     with FlopCounterMode(display=False) as counter:
-        loss = model(input_ids=tokens, attention_mask=mask).logits.flatten(0, 1).logsumexp(-1).sum()
+        loss = summed_loss(model, inputs, labels)
         if loss.requires_grad:  # not where all that is trained is dropped
             loss.backward()
     flops: int = counter.get_total_flops()

@@ -12,8 +12,7 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from lwo_dist.data.examples import EvalExample
-
-from .losses import summed_losses
+from lwo_dist.losses import IGNORED_LABEL, read
 
 __all__ = ["answer"]
 
@@ -42,17 +41,20 @@ def answer(
     start: Any = config.decoder_start_token_id
     begin = torch.full_like(targets[:, :1], start)
     # The root's own forward: under FSDP2 it gathers the embedding, which the encoder needs too.
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        decoder_input_ids=torch.cat([begin, targets[:, :-1]], dim=1),
-        use_cache=False,
-    )
-    losses = summed_losses(output.logits, targets, [len(row.target) for row in rows]).tolist()
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": torch.cat([begin, targets[:, :-1]], dim=1),
+        "use_cache": False,
+    }
+    labels = _padded([row.target for row in rows], IGNORED_LABEL, torch.device("cpu"))
+    reading = read(model, inputs, labels)
+    losses = reading.losses.sum(1).tolist()
     if not generates:
         return losses, []
+    hidden = reading.output.encoder_last_hidden_state
     written = model.generate(
-        encoder_outputs=BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state),
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
         attention_mask=attention_mask,
         generation_config=config,
         synced_gpus=synced,

@@ -28,11 +28,11 @@ from transformers import Cache, GenerationConfig
 from lwo_dist import distributed
 from lwo_dist.data.examples import EvalExample, pad_id, token_texts
 from lwo_dist.errors import UserError
+from lwo_dist.losses import IGNORED_LABEL, read
 from lwo_dist.tasks.base import Task
 from lwo_dist.tasks.scores import Column, Scores
 
 from .encoded import answer
-from .losses import summed_losses
 
 __all__ = ["Evaluation", "Sample", "evaluate"]
 
@@ -77,8 +77,9 @@ class _Batch:
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    labels: torch.Tensor
+    """The target that each position predicts."""
     width: int
-    target_lengths: list[int]
     first_tokens: list[torch.Tensor | None]
     """For each example the ids with which its answer may begin; None: all."""
 
@@ -210,15 +211,18 @@ def _collate(
     targets = max(len(example.target) for example in examples)
     input_ids = torch.full((len(examples), width + targets), pad, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED_LABEL)
     for i, example in enumerate(examples):
         here = slice(width - len(example.context), width + len(example.target))
         input_ids[i, here] = torch.tensor([*example.context, *example.target])
         attention_mask[i, here] = 1
+        predicting = slice(width - 1, width - 1 + len(example.target))
+        labels[i, predicting] = torch.tensor(example.target)
     return _Batch(
         input_ids.to(device),
         attention_mask.to(device),
+        labels,
         width,
-        [len(example.target) for example in examples],
         [first_tokens.get(example.begins_with) for example in examples],
     )
 
@@ -234,9 +238,9 @@ def _choice_rows(examples: Sequence[EvalExample]) -> list[EvalExample]:
 
 def _choice_losses(model: Any, batch: _Batch) -> list[float]:
     """The summed loss of each target."""
-    targets = batch.input_ids.shape[1] - batch.width
-    logits = _forward(model, batch, 0, -1, logits_to_keep=targets).logits[:, -targets:]
-    found: list[float] = _losses_of(logits, batch).tolist()
+    found: list[float] = (
+        read(model, _inputs(model, batch, 0, -1), batch.labels[:, :-1]).losses.sum(1).tolist()
+    )
     return found
 
 
@@ -265,26 +269,20 @@ def _complete(
     # All but the last token of the context, from which both generate() and the loss continue.
     cached, cache = batch.width - 1, None
     if cached:
-        cache = getattr(
-            _forward(model, batch, 0, cached, use_cache=True, logits_to_keep=1),
-            "past_key_values",
-            None,
-        )
+        inputs = _inputs(model, batch, 0, cached, use_cache=True)
+        context = read(model, inputs, batch.labels[:, :cached])
+        cache = getattr(context.output, "past_key_values", None)
     if not isinstance(cache, Cache):  # with a custom cache class, compute the context twice
         cached = 0
         cache = None
-    keep = batch.input_ids.shape[1] - batch.width
-    more = {
-        "past_key_values": copy.deepcopy(cache),
-        "use_cache": cache is not None,
-        "logits_to_keep": keep,
-    }
-    logits = _forward(model, batch, cached, -1, **more).logits[:, -keep:]
-    losses = _losses_of(logits, batch)
+    more = {"past_key_values": copy.deepcopy(cache), "use_cache": cache is not None}
+    inputs = _inputs(model, batch, cached, -1, **more)
+    begin = batch.width - 1 - cached  # of the targets' logits
+    targets = read(model, inputs, batch.labels[:, cached:-1], logits_of=begin)
     first = torch.stack(
         [
-            row[0].argmax() if allowed is None else allowed[row[0, allowed].argmax()]
-            for row, allowed in zip(logits, batch.first_tokens, strict=True)
+            row.argmax() if allowed is None else allowed[row[allowed].argmax()]
+            for row, allowed in zip(targets.logits, batch.first_tokens, strict=True)
         ]
     )
     attention_mask = batch.attention_mask[:, : batch.width]
@@ -295,11 +293,11 @@ def _complete(
         synced_gpus=synced,
         **({} if cache is None else {"past_key_values": cache}),
     )
-    return losses.tolist(), written[:, batch.width :].tolist()
+    return targets.losses.sum(1).tolist(), written[:, batch.width :].tolist()
 
 
-def _forward(model: Any, batch: _Batch, start: int, end: int, **more: Any) -> Any:
-    """The model's output for the tokens from `start` to `end`, with those arguments that it takes.
+def _inputs(model: Any, batch: _Batch, start: int, end: int, **more: Any) -> dict[str, Any]:
+    """The model's arguments for the tokens from `start` to `end`, without those it does not take.
 
     Args:
         end: negative counts from the last.
@@ -307,16 +305,12 @@ def _forward(model: Any, batch: _Batch, start: int, end: int, **more: Any) -> An
     accepted = inspect.signature(model.forward).parameters
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {
+        "input_ids": batch.input_ids[:, start:end],
         "attention_mask": batch.attention_mask[:, :end],
         "position_ids": positions[:, start:end],
         **more,
     }
-    inputs = {name: value for name, value in inputs.items() if name in accepted}
-    return model(input_ids=batch.input_ids[:, start:end], **inputs)
-
-
-def _losses_of(logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    return summed_losses(logits, batch.input_ids[:, batch.width :], batch.target_lengths)
+    return {name: value for name, value in inputs.items() if name in accepted}
 
 
 def _scored(

@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import pad
 
 from lwo_dist import distributed
 from lwo_dist.callback import Callback
 from lwo_dist.config import Config
 from lwo_dist.console import say
 from lwo_dist.data import GlobalBatch, PreparedData, global_batch
-from lwo_dist.data.batches import IGNORED_LABEL
 from lwo_dist.errors import UserError
 from lwo_dist.hook import LWO, StepReport
+from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.stop import StopNow, Stopped, StopVote
 
 from .evaluate import Evaluation
@@ -166,15 +166,12 @@ class Trainer:
 
     def _summed_loss(self, micro_batch: dict[str, Tensor]) -> Tensor:
         """Sum of the cross-entropy over the label tokens, in nats and fp32."""
-        batch = {name: tensor.to(self.device) for name, tensor in micro_batch.items()}
-        labels = batch.pop("labels")
-        output = self.lwo.model(**batch)
-        return cross_entropy(
-            output.logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
+        labels = micro_batch["labels"]  # on the CPU, where the labelled positions are looked up
+        inputs = {
+            name: tensor.to(self.device) for name, tensor in micro_batch.items() if name != "labels"
+        }
+        next_tokens = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        return summed_loss(self.lwo.model, inputs, next_tokens)
 
     def _refuse_non_finite(self) -> None:
         in_a_row = int(self.lwo.skipped_in_a_row)

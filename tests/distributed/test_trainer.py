@@ -394,9 +394,8 @@ def test_a_stop_in_an_evaluation_saves_the_steps_before_it(tmp_path: Path) -> No
 def spoil(trainer: Trainer, steps: range) -> None:
     """Make the loss of these steps NaN."""
 
-    def after_forward(model: Any, inputs: Any, output: Any) -> None:
-        if trainer.lwo.step_count in steps:
-            output.logits = output.logits * math.nan
+    def after_forward(model: Any, inputs: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss * math.nan if trainer.lwo.step_count in steps else loss
 
     trainer.lwo.model.register_forward_hook(after_forward)
 

@@ -29,6 +29,7 @@ PUBLIC = [
     "UserError",
     "__version__",
     "attach",
+    "causal_lm_loss",
     "prepare",
 ]
 

@@ -416,9 +416,11 @@ def test_operations_that_could_not_be_counted_do_not_take_the_page_down():
 # ---- operations
 
 
-def test_operations_of_a_step_are_those_of_the_formula():
+@pytest.mark.parametrize("labels", [24, 7, 1])
+def test_operations_of_a_step_are_those_of_the_formula(labels: int) -> None:
     """Llama by hand: 2 operations per weight and token forward, as many again for the gradient of
-    the inputs and of the weights; attention's two products likewise, over all pairs.
+    the inputs and of the weights; attention's two products likewise, over all pairs; the head for
+    labelled positions only.
     """
     length, layers, hidden, middle, vocabulary = 24, 3, 32, 64, 96
     settings = LlamaConfig(
@@ -435,12 +437,12 @@ def test_operations_of_a_step_are_those_of_the_formula():
     model.config.use_cache = False
     weights = 4 * hidden * hidden + 3 * hidden * middle
     attention = 2 * 2 * length * length * hidden  # both products, forward
-    layer, head = 2 * length * weights, 2 * length * hidden * vocabulary
+    layer, head = 2 * length * weights, 2 * labels * hidden * vocabulary
     forward = layers * (layer + attention) + head
 
     full = FullFineTuning()
     visits = full.visits(full.layers(model, LWOConfig()))
-    assert flops_per_sequence(model, visits, length) == 3 * forward
+    assert flops_per_sequence(model, visits, length, labels) == 3 * forward
 
     lwo = LayerWise()
     visits = lwo.visits(lwo.layers(model, LWOConfig()))
@@ -451,8 +453,8 @@ def test_operations_of_a_step_are_those_of_the_formula():
     backward += [above * through + head + ends for above in range(layers)]
     backward += [2 * head]
     expected = forward + sum(backward) / len(visits)
-    assert flops_per_sequence(model, visits, length) == expected
+    assert flops_per_sequence(model, visits, length, labels) == expected
 
     # From layer_2 on a pass starts at the input of the layer below the active one.
     expected -= sum(range(1, layers)) * (layer + attention) / len(visits)
-    assert flops_per_sequence(model, visits, length, batches="cycle") == expected
+    assert flops_per_sequence(model, visits, length, labels, batches="cycle") == expected

@@ -231,8 +231,8 @@ def test_the_flops_of_a_step_are_the_expectation(share: float) -> None:
         (1 - share) * sum(of_sublayer[i] for i in droppable(sublayers, v, drops_trained=False))
         for v in visits
     ]
-    whole = flops_per_sequence(model, visits, 12)
-    found = flops_per_sequence(model, visits, 12, suffix_backward=share)
+    whole = flops_per_sequence(model, visits, 12, 12)
+    found = flops_per_sequence(model, visits, 12, 12, suffix_backward=share)
     assert found == pytest.approx(whole - sum(saved) / len(visits), rel=1e-12)
 
 
