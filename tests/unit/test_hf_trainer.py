@@ -251,32 +251,6 @@ class _Failing:
         self._log(*args, **kwargs)
 
 
-def test_a_model_of_plain_torch_is_saved_whole(tmp_path: Path) -> None:
-    """Under `replicate` the parameters of a layer share one storage; each is written whole."""
-
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = oracle.tiny_model(tied=False)
-
-        def forward(self, input_ids: Any, labels: Any) -> dict[str, Any]:
-            loss = oracle.loss_sum(self.inner, input_ids, labels) / (labels[:, 1:] != -100).sum()
-            return {"loss": loss}
-
-    trainer = trainers.InOrder(
-        model=Plain(),
-        args=trainers.arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3),
-        train_dataset=trainers.Rows(),
-    )
-    use_lwo(trainer, trainers.config()).train()
-    from safetensors.torch import load_file
-
-    saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
-    assert saved.keys() == trainer.model.state_dict().keys()
-    for name, weight in trainer.model.state_dict().items():
-        assert torch.equal(weight, saved[name]), name
-
-
 class OwnOptimizer(trainers.InOrder):
     def create_optimizer(self, model: Any = None) -> Any:
         return super().create_optimizer(model)
