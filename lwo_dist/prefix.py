@@ -195,9 +195,9 @@ class PrefixReuse:
         try:
             # Each pass draws other random numbers, if any.
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                repeated = _tensors(self._module(*args, **kwargs))
                 with whole:
                     expected = _tensors(self._module(*args, **kwargs))
+                repeated = _tensors(self._module(*args, **kwargs))
                 is_random = not _are_equal(repeated, expected)
                 del repeated
                 self._others = whole.others
@@ -221,7 +221,8 @@ class PrefixReuse:
                 "without them it computes something else, as they hand on more than their hidden"
                 " states"
             )
-        if why or not self._strategy.agree(len(why))[0]:
+        [all_found_the_same] = self._strategy.agree(len(why))
+        if why or not all_found_the_same:
             raise _cannot(self._module, why or "another rank has found out why")
 
 
