@@ -64,8 +64,8 @@ class PrefixReuse:
         self._store = BorderStore(
             int(config.prefix_host_gb * 1e9), int(config.prefix_disk_gb * 1e9), spill_folder
         )
-        self._others: dict[int, int | None] = {}
-        self._tried: set[tuple[Any, ...]] = set()
+        # By the form of what a pass is given, what each layer returns.
+        self._tried: dict[tuple[Any, ...], dict[int, int | None]] = {}
         self._is_trying = False
         self._keep_at = 0
         self._expected = False  # passes of this visit should find borders
@@ -131,8 +131,7 @@ class PrefixReuse:
         # Ranks that gather weights from each other must run the same layers.
         all_tried, all_start_here = self._strategy.agree(was_tried, start)
         if not (was_tried and all_tried):
-            self._try(args, kwargs)
-            self._tried.add(form)
+            self._tried[form] = self._try(args, kwargs)
         if border is None or not all_start_here:
             start, border = 0, None
         keep_at = self._keep_at if key is not None and start < self._keep_at else 0
@@ -143,7 +142,7 @@ class PrefixReuse:
                 self._store.put(key, keep_at, hidden.detach())
 
         hidden = border.take() if border is not None else None
-        self._pass = _Pass(self._layers, self._others, start, hidden, keep_at, keep)
+        self._pass = _Pass(self._layers, self._tried[form], start, hidden, keep_at, keep)
         self._strategy.pass_over(list(self._layers)[:start])
         self._pass.begin()
 
@@ -179,15 +178,18 @@ class PrefixReuse:
 
     # ---- before anything trains
 
-    def _try(self, args: Any, kwargs: Any) -> None:
+    def _try(self, args: Any, kwargs: Any) -> dict[int, int | None]:
         """Compare two whole forward passes, and one that starts at the last layer, bit by bit.
+
+        Returns:
+            By layer, what `_Trial.others` is.
 
         Raises:
             UserError: they differ, or the last one fails.
         """
         last = len(self._layers) - 1
         if last < 1:
-            return
+            return {}
         whole = _Trial(self._layers)
         device = next(self._module.parameters()).device
         devices = [device] if device.type == "cuda" else []
@@ -195,13 +197,12 @@ class PrefixReuse:
         try:
             # Each pass draws other random numbers, if any.
             with torch.no_grad(), torch.random.fork_rng(devices=devices):
-                repeated = _tensors(self._module(*args, **kwargs))
                 with whole:
                     expected = _tensors(self._module(*args, **kwargs))
+                repeated = _tensors(self._module(*args, **kwargs))
                 is_random = not _are_equal(repeated, expected)
                 del repeated
-                self._others = whole.others
-                again = _Pass(self._layers, self._others, last, whole.hidden, 0, _ignore)
+                again = _Pass(self._layers, whole.others, last, whole.hidden, 0, _ignore)
                 again.begin()
                 try:
                     found = _tensors(self._module(*args, **kwargs))
@@ -221,8 +222,10 @@ class PrefixReuse:
                 "without them it computes something else, as they hand on more than their hidden"
                 " states"
             )
-        if why or not self._strategy.agree(len(why))[0]:
+        [all_found_the_same] = self._strategy.agree(len(why))
+        if why or not all_found_the_same:
             raise _cannot(self._module, why or "another rank has found out why")
+        return whole.others
 
 
 class _Pass:
