@@ -2,8 +2,10 @@
 # Install what the tests need and pass them: format, lint, types, tests.
 #
 #   ./launch/test.sh [--all] [pytest arguments]
+#   ./launch/test.sh --gpu [--wheels FOLDER] [--json FOLDER]
 #
 # --all: also the tests that take minutes each.
+# --gpu: only what a GPU tells, see gpu.sh; without one it says what it skips.
 #
 # Without pytest arguments there are two parts, each with pytest's own closing line: first the tests
 # that do without Ray, two at a time, then those with it, one at a time. With
@@ -16,6 +18,10 @@ case ${1-} in
   --all)
     marked=()
     shift
+    ;;
+  --gpu)
+    shift
+    exec "$root/launch/gpu.sh" "$@"
     ;;
   -h | --help)
     sed -n '2,/^$/{s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"

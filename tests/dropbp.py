@@ -87,7 +87,7 @@ def allot(costs: Mapping[int, float], flops: Sequence[float], share: float) -> d
         return dict.fromkeys(costs, 1.0 - share)
     largest = max(LARGEST, 1.0 - share)
     to_drop = (1.0 - share) * sum(flops[i] for i in costs)
-    while to_drop > 0:
+    while to_drop > 1e-9:  # or rounding asks for more than there is
         able = [i for i in rates if rates[i] + INCREMENT <= largest + 1e-9]
         cheapest = min(able, key=lambda i: costs[i] * (rates[i] + INCREMENT))
         rates[cheapest] += INCREMENT
