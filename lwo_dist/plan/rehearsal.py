@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers.utils import import_utils
 
 from .live import LiveBytes
 
@@ -111,6 +112,7 @@ def rehearse(
     shapes = _ShapesOnly()
     with (
         fake,
+        _not_traced(),
         _fused_attention(fused_dropout),
         shapes,
         watch.live,
@@ -257,6 +259,19 @@ def _fused_attention(with_dropout: bool) -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = plain
+
+
+@contextmanager
+def _not_traced() -> Iterator[None]:
+    """For transformers fake tensors are those of a compiler, for which it makes masks that a run
+    does not make.
+    """
+    plain = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda tensor: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = plain
 
 
 class _ShapesOnly(TorchDispatchMode):

@@ -85,8 +85,7 @@ def test_a_rehearsal_on_the_meta_device_needs_what_a_real_step_needs(
 
 
 def test_a_rehearsal_in_autocast_needs_what_a_real_step_needs() -> None:
-    # With fake tensors transformers makes masks, and repeats keys that heads share.
-    _rehearse_and_compare("llama", checkpointing=False, autocast=True, tolerance=0.1)
+    _rehearse_and_compare("llama", checkpointing=False, autocast=True, tolerance=0.02)
 
 
 def _rehearse_and_compare(
