@@ -8,6 +8,8 @@ import pytest
 
 from tests.benchmarks import peaks
 
+_AGAIN = ["train.gradient_checkpointing=true"]
+
 
 def _check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
@@ -33,10 +35,12 @@ def test_gradients_that_are_accumulated_are_planned() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("more", [[], ["train.gradient_checkpointing=true"]], ids=["kept", "again"])
+@pytest.mark.parametrize("more", [[], _AGAIN], ids=["kept", "again"])
 @pytest.mark.parametrize("strategy", peaks.STRATEGY_NAMES)
 def test_every_model_is_planned_as_it_runs(strategy: str, more: list[str]) -> None:
-    _check(peaks.compare(strategy, list(peaks.MODELS), *more))
+    # Of T5 FSDP2 does not gather what is recomputed: a step fails, without a plan, too.
+    names = [name for name in peaks.MODELS if (name, strategy, more[:1]) != ("t5", "fsdp", _AGAIN)]
+    _check(peaks.compare(strategy, names, *more))
 
 
 @pytest.mark.long
