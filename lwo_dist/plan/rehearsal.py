@@ -118,7 +118,7 @@ def rehearse(
         watch.live,
         watch.hooks(model, own if own_gradients else []),
     ):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with _forward_in_autocast(model) if autocast else nullcontext():
             value = loss(model, batch)
         watch.end("loss", ROOT)
         kept = watch.live.now
@@ -259,6 +259,17 @@ def _fused_attention(with_dropout: bool) -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = plain
+
+
+@contextmanager
+def _forward_in_autocast(model: nn.Module) -> Iterator[None]:
+    """As `replicate` computes in bf16: the loss is not in it."""
+    plain = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(plain)
+    try:
+        yield
+    finally:
+        model.forward = plain
 
 
 @contextmanager
