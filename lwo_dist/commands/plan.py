@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments)
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UserError(f"--world-size {arguments.world_size} must be at least 1")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its folder does not exist; give a file in one")
     from lwo_dist.plan.gpus import read_cluster
 
     cluster = None

@@ -230,7 +230,7 @@ def plan_one(
             batch,
             bf16=bf16 and not replicated,
             autocast=bf16 and replicated,
-            own_gradients=storage.kind == "fsdp",
+            own_gradients=storage.kind == "fsdp" or storage.stage in (1, 2),
             on_gpu=on_gpu,
         )
         flops[number] = rehearsal.flops

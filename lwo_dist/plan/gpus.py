@@ -65,7 +65,7 @@ def read_cluster(text: str, world_size: int | None) -> Cluster:
     Raises:
         UserError: not of this form, or a GPU that is not in the table.
     """
-    match = re.fullmatch(r"(?:(\d{1,3})x)?([A-Za-z0-9]+-\d+GB)", text)
+    match = re.fullmatch(r"(?i)(?:(\d{1,3})x)?([a-z0-9]+-\d+gb)", text)
     count = int(match[1] or 1) if match else 0
     if match is None or not count:
         raise UserError(

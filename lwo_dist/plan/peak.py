@@ -160,9 +160,10 @@ def _deepspeed(
     storage: Storage,
     compute_bytes: int,
 ) -> Iterator[Instant]:
-    """Stages 1 and 2: whole weights, and a bucket in fp32 for the gradients, which the parameters'
-    own are then views of. Stage 3 gathers weights into a flat buffer, copies them out, and lets go
-    of neither before the last module of the buffer has run.
+    """Stages 1 and 2: whole weights; whole gradients until the backward ends, when they are copied
+    into a bucket in fp32, of which stage 1 makes a rank's part besides. Stage 3 gathers weights
+    into a flat buffer, copies them out, and lets go of neither before the last module of the
+    buffer has run.
     """
     size = storage.world_size
     state = 0 if storage.offloads else held.optimizer_state_bytes
@@ -179,12 +180,18 @@ def _deepspeed(
         arriving = min(everything - kept, _PREFETCHED)
         weights -= storage.weight_bytes * kept  # they count as gathered
         gathered = compute_bytes * (min(everything, _MAX_LIVE) + arriving)
+    whole = 0  # gradients of units whose backward is over
     for moment in moments:
         backward = moment.phase in ("backward", "reduce")
+        own = 4 * part if stage_3 else whole
+        if moment.phase == "reduce" and not stage_3:
+            numels = [math.prod(shape) for shape in units[moment.unit].trained]
+            whole += compute_bytes * sum(numels)
+            own += 4 * part if storage.stage == 1 else 0
         yield Instant(
             moment.phase,
             weights,
-            4 * part if stage_3 else 0,
+            own,
             state,
             gathered,
             bucket if stage_3 or backward else 0,

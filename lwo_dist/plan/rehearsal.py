@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from transformers.utils import import_utils
 
 from .live import LiveBytes
 
@@ -111,12 +112,13 @@ def rehearse(
     shapes = _ShapesOnly()
     with (
         fake,
+        _not_traced(),
         _fused_attention(fused_dropout),
         shapes,
         watch.live,
         watch.hooks(model, own if own_gradients else []),
     ):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with _forward_in_autocast(model) if autocast else nullcontext():
             value = loss(model, batch)
         watch.end("loss", ROOT)
         kept = watch.live.now
@@ -257,6 +259,30 @@ def _fused_attention(with_dropout: bool) -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = plain
+
+
+@contextmanager
+def _forward_in_autocast(model: nn.Module) -> Iterator[None]:
+    """As `replicate` computes in bf16: the loss is not in it."""
+    plain = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(plain)
+    try:
+        yield
+    finally:
+        model.forward = plain
+
+
+@contextmanager
+def _not_traced() -> Iterator[None]:
+    """For transformers fake tensors are those of a compiler, for which it makes masks that a run
+    does not make.
+    """
+    plain = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda tensor: False
+    try:
+        yield
+    finally:
+        import_utils.is_fake_tensor = plain
 
 
 class _ShapesOnly(TorchDispatchMode):

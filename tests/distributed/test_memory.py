@@ -75,14 +75,10 @@ def hold(kinds: tuple[str, ...]) -> list[tuple[str, str, dict[str, int], dict[st
 
 def check(world_size: int, kinds: tuple[str, ...], *, deepspeed: bool = False) -> None:
     ranks = run_ranks(hold, world_size, kinds, deepspeed=deepspeed, timeout=300)
-    for rows in zip(*ranks, strict=True):
-        kind, layer, _, expected = rows[0]
-        for key, each in expected.items():
-            # Together, because a rank's part of odd rows is one row more; padding is a few
-            # elements for each tensor.
-            held = sum(row[2][key] for row in rows)
-            assert each * world_size <= held + world_size, (kind, layer, key)
-            assert held <= 1.01 * each * world_size + 200, (kind, layer, key)
+    # The first rank holds most: of odd rows one more. Elements halfway between two bf16 numbers are
+    # parked besides, and `replicate` pads a layer at its first visit.
+    for kind, layer, held, expected in ranks[0]:
+        assert held == pytest.approx(expected, rel=0.01, abs=200), (kind, layer)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

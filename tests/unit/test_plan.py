@@ -85,8 +85,7 @@ def test_a_rehearsal_on_the_meta_device_needs_what_a_real_step_needs(
 
 
 def test_a_rehearsal_in_autocast_needs_what_a_real_step_needs() -> None:
-    # With fake tensors transformers makes masks, and repeats keys that heads share.
-    _rehearse_and_compare("llama", checkpointing=False, autocast=True, tolerance=0.1)
+    _rehearse_and_compare("llama", checkpointing=False, autocast=True, tolerance=0.02)
 
 
 def _rehearse_and_compare(
@@ -190,7 +189,7 @@ def test_training_refuses_what_cannot_fit_and_warns_of_what_may_not(
 ) -> None:
     config = load_config(None, [f"model.name={folder}", "strategy=fsdp"])
     monkeypatch.setattr(driver, "device_memory", lambda: 10**5)
-    with pytest.raises(UserError, match=r"will not fit: .* need 2\.2 MB .* fsdp"):
+    with pytest.raises(UserError, match=r"will not fit: .* need 1\.8 MB .* fsdp"):
         driver.refuse_too_large(config)
     monkeypatch.setattr(driver, "device_memory", lambda: 4 * 10**6)
     driver.refuse_too_large(config)
