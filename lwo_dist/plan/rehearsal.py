@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.utils import import_utils
 
+from lwo_dist.losses import summed_loss_at
+
 from .live import LiveBytes
 
-__all__ = ["Batch", "Moment", "Rehearsal", "rehearse", "summed_loss"]
+__all__ = ["Batch", "Moment", "Rehearsal", "forward_in_autocast", "rehearse", "step_loss"]
 
 ROOT = -1
 """The unit of all that is in no transformer layer."""
@@ -61,18 +63,16 @@ class Rehearsal:
     """What the head and the loss add to it at the worst moment."""
 
 
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of a step as the trainer computes it (`Trainer._summed_loss`)."""
+def step_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a step, as the trainer computes it."""
     device = next(model.parameters()).device
     tokens = torch.zeros((batch.sequences, batch.length), dtype=torch.int64, device=device)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros_like(tokens)
-    labels = torch.zeros_like(tokens)
-    output = model(**inputs)
-    return functional.cross_entropy(
-        output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
-    )
+    # The last token of a sequence predicts nothing.
+    labels = torch.arange(batch.sequences * (batch.length - 1), device=device)
+    return summed_loss_at(model, inputs, labels, torch.zeros_like(labels), tokens.shape)
 
 
 def rehearse(
@@ -84,7 +84,7 @@ def rehearse(
     own_gradients: bool,
     autocast: bool = False,
     fused_dropout: bool = True,
-    loss: Callable[[nn.Module, Batch], Tensor] = summed_loss,
+    loss: Callable[[nn.Module, Batch], Tensor] = step_loss,
 ) -> Rehearsal:
     """Forward and backward of one micro-batch.
 
@@ -118,7 +118,7 @@ def rehearse(
         watch.live,
         watch.hooks(model, own if own_gradients else []),
     ):
-        with _forward_in_autocast(model) if autocast else nullcontext():
+        with forward_in_autocast(model) if autocast else nullcontext():
             value = loss(model, batch)
         watch.end("loss", ROOT)
         kept = watch.live.now
@@ -262,7 +262,7 @@ def _fused_attention(with_dropout: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _forward_in_autocast(model: nn.Module) -> Iterator[None]:
+def forward_in_autocast(model: nn.Module) -> Iterator[None]:
     """As `replicate` computes in bf16: the loss is not in it."""
     plain = model.forward
     model.forward = torch.autocast("cpu", torch.bfloat16)(plain)

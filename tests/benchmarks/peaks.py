@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 
 from lwo_dist import distributed
 from lwo_dist.config import Config
 from lwo_dist.config.reading import load_config
 from lwo_dist.hook import LWO, attach
+from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.models.source import _enable_checkpointing
 from lwo_dist.plan.estimate import Plan, Subject, plan_one, storage_of
 from lwo_dist.plan.held import Held, held_bytes
@@ -157,9 +157,8 @@ def _step(lwo: LWO) -> int:
 
 
 def _loss(lwo: LWO, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    output = lwo.model(**inputs)
-    logits = output.logits[:, :-1].flatten(0, 1).float()
-    return cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / labels.numel()
+    labels[:, -1] = IGNORED_LABEL  # the last token of a sequence predicts nothing
+    return summed_loss(lwo.model, inputs, labels) / labels.numel()
 
 
 def measure(cases: list[tuple[str, Config]]) -> list[dict[str, Any]]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 
 from lwo_dist import cli, driver
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.layers import find_layers, separate_layers
+from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.models.source import _enable_checkpointing
 from lwo_dist.plan.estimate import Subject
 from lwo_dist.plan.gpus import GPUS, read_cluster
 from lwo_dist.plan.live import LiveBytes
-from lwo_dist.plan.rehearsal import Batch, rehearse
+from lwo_dist.plan.rehearsal import Batch, forward_in_autocast, rehearse
 from lwo_dist.plan.subject import made_fake, read_architecture
 from lwo_dist.registry import METHODS
 from tests.benchmarks import peaks
@@ -54,12 +55,10 @@ def _step(model: Any, *, autocast: bool) -> None:
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.ones_like(tokens)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(**inputs).logits
-    logits = logits[:, :-1].flatten(0, 1).float()
-    loss = cross_entropy(logits, torch.ones_like(tokens)[:, 1:].flatten(), reduction="sum")
-    del logits
-    loss.backward()
+    labels = torch.ones_like(tokens)
+    labels[:, -1] = IGNORED_LABEL
+    with forward_in_autocast(model) if autocast else nullcontext():
+        summed_loss(model, inputs, labels).backward()
 
 
 def _needed(model: Any, trained: set[str], *, autocast: bool) -> int:
