@@ -169,16 +169,18 @@ def plain_loop(
     rates: list[float] | None = None,
     count: int | None = None,
     steps: list[Groups] | None = None,
+    stored: torch.dtype | None = None,
 ) -> Expected:
     """Layer by layer, in plain torch.
 
     Args:
         rates: the learning rate of each step, instead of `linear_rates`.
         steps: the rows of each step, instead of `groups_of_epochs`.
+        stored: what the initial weights are rounded to.
         count: divide the loss of each step by so many labels, and label every token; else the loss
             is the mean of `Rows`' labels.
     """
-    model = oracle.tiny_model(tied=False, dtype=dtype)
+    model = oracle.tiny_model(tied=False, dtype=dtype).to(stored or dtype).to(dtype)
     before = snapshot(model)
     parameters = dict(model.named_parameters())
     rows = Rows()

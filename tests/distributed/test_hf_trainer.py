@@ -218,3 +218,30 @@ def test_bf16_under_fsdp2_keeps_fp32_masters_and_sums(tmp_path: Path) -> None:
 )
 def test_deepspeed(tmp_path: Path, kind: str) -> None:
     check(kind, "deepspeed", tmp_path, torch.float32)
+
+
+def train_deepspeed_in_bf16(kind: str, folder: Path) -> dict[str, Any]:
+    """Two runs, as `train`; the model is stored in bf16, its masters in fp32."""
+    unbroken = make(kind, folder, save_strategy="steps", save_steps=3, bf16=True)
+    use_lwo(unbroken, trainers.config()).train()
+    again = zeroed(make(kind, folder, bf16=True))
+    use_lwo(again, trainers.config()).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    return {
+        "stored": {weight.dtype for weight in unbroken.model.parameters()},
+        "layers": [layer.parameter_names for layer in unbroken.lwo.layers],
+        "unbroken": trainers.weights(unbroken.lwo),
+        "again": trainers.weights(again.lwo),
+        "norms": trainers.logged(unbroken, "grad_norm"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_bf16_under_deepspeed_keeps_fp32_masters(tmp_path: Path, kind: str) -> None:
+    """As near to a loop in fp32 as bf16 computes, and resumed with the same bits."""
+    for result in run_ranks(train_deepspeed_in_bf16, 2, kind, tmp_path, deepspeed=True):
+        assert result["stored"] == {torch.bfloat16}
+        assert {weight.dtype for weight in result["unbroken"].values()} == {torch.float32}
+        expected = trainers.plain_loop(result["layers"], torch.float32, stored=torch.bfloat16)
+        assert expected.relative_difference(result["unbroken"]) < 0.15
+        assert result["norms"] == pytest.approx(expected.norms, rel=0.02)
+        assert_equal(result["again"], result["unbroken"])
