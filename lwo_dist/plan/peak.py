@@ -161,9 +161,10 @@ def _deepspeed(
     compute_bytes: int,
 ) -> Iterator[Instant]:
     """Stages 1 and 2: whole weights; whole gradients until the backward ends, when they are copied
-    into a bucket in fp32, and that once more for the sum; stage 1 also makes a rank's part. Stage 3 gathers weights
-    into a flat buffer, copies them out, and lets go of neither before the last module of the
-    buffer has run.
+    into a bucket in fp32, and that once more for the sum; stage 1 also makes a rank's part.
+
+    Stage 3 gathers weights into a flat buffer, copies them out, and lets go of neither before the
+    last module of the buffer has run.
     """
     size = storage.world_size
     state = 0 if storage.offloads else held.optimizer_state_bytes
