@@ -161,9 +161,10 @@ def _deepspeed(
     compute_bytes: int,
 ) -> Iterator[Instant]:
     """Stages 1 and 2: whole weights; whole gradients until the backward ends, when they are copied
-    into a bucket in fp32, of which stage 1 makes a rank's part besides. Stage 3 gathers weights
-    into a flat buffer, copies them out, and lets go of neither before the last module of the
-    buffer has run.
+    into a bucket in fp32, and that once more for the sum; stage 1 also makes a rank's part.
+
+    Stage 3 gathers weights into a flat buffer, copies them out, and lets go of neither before the
+    last module of the buffer has run.
     """
     size = storage.world_size
     state = 0 if storage.offloads else held.optimizer_state_bytes
@@ -182,19 +183,20 @@ def _deepspeed(
         gathered = compute_bytes * (min(everything, _MAX_LIVE) + arriving)
     whole = 0  # gradients of units whose backward is over
     for moment in moments:
-        backward = moment.phase in ("backward", "reduce")
+        copies = 1 if stage_3 or moment.phase in ("backward", "reduce") else 0
         own = 4 * part if stage_3 else whole
         if moment.phase == "reduce" and not stage_3:
             numels = [math.prod(shape) for shape in units[moment.unit].trained]
             whole += compute_bytes * sum(numels)
             own += 4 * part if storage.stage == 1 else 0
+            copies = 2
         yield Instant(
             moment.phase,
             weights,
             own,
             state,
             gathered,
-            bucket if stage_3 or backward else 0,
+            copies * bucket,
             moment.live_bytes,
         )
     yield Instant("update", weights, bucket + 4 * part, state, gathered, 4 * part, 0)
