@@ -16,14 +16,15 @@ from accelerate.utils import DummyScheduler
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers.distributed import DistributedConfig
 
 from lwo_dist.integrations.accelerate import prepare
 from tests import oracle, trainers
 from tests.ranks import run_ranks
 
 
-def make(kind: str) -> tuple[Any, list[Any]]:
+def make(kind: str, folder: Path) -> tuple[Any, list[Any]]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     world_size = dist.get_world_size()
@@ -60,6 +61,8 @@ def make(kind: str) -> tuple[Any, list[Any]]:
     if kind == "fsdp":
         trainers.use_fsdp(accelerator)
     model = oracle.tiny_model(tied=False, dtype=dtype)
+    if kind == "distributed_config":
+        model = sharded_at_load(folder / "model", dtype)
     if kind == "fully_shard":
         for layer in model.model.layers:
             fully_shard(layer)
@@ -80,13 +83,21 @@ def make(kind: str) -> tuple[Any, list[Any]]:
     return accelerator, [*parts, accelerator.prepare(scheduler)]
 
 
+def sharded_at_load(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of the oracle, sharded by transformers while it is read."""
+    oracle.tiny_model(tied=False, dtype=dtype).save_pretrained(folder)  # on rank 0
+    dist.barrier()
+    shards = DistributedConfig(fsdp_size=dist.get_world_size())
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=shards)
+
+
 def train(kind: str, folder: Path) -> dict[str, Any]:
-    accelerator, parts = make(kind)
+    accelerator, parts = make(kind, folder)
     norms, rates = trainers.accelerate_loop(accelerator, parts, save=folder)
     lwo = parts[1].lwo
     unbroken = trainers.weights(lwo)
     accelerator.free_memory()
-    accelerator, parts = make(kind)
+    accelerator, parts = make(kind, folder)
     for parameter in parts[0].parameters():
         nn.init.zeros_(parameter)
     accelerator.load_state(str(folder))
@@ -107,6 +118,7 @@ def train(kind: str, folder: Path) -> dict[str, Any]:
         ("replicate", "replicate"),
         ("fsdp", "fsdp"),
         ("fully_shard", "fsdp"),
+        ("distributed_config", "fsdp"),
         ("zero1", "deepspeed"),
         ("zero2+optimizer+scheduler", "deepspeed"),
         ("zero3", "deepspeed"),

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from lwo_dist.errors import UserError
 from lwo_dist.integrations.transformers import use_lwo
 from tests import oracle, trainers
+from tests.distributed.test_hf_accelerate import sharded_at_load
 from tests.ranks import run_ranks
 
 ZERO = {
@@ -79,6 +81,8 @@ def make(kind: str, folder: Path, **more: Any) -> Any:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
+    if kind == "distributed_config":
+        model = sharded_at_load(folder / "model", dtype)
     if kind == "fsdp2_prepare_model":
         state = SimpleNamespace(fsdp_plugin=trainers.fsdp_plugin())
         accelerator = SimpleNamespace(
@@ -159,6 +163,33 @@ def test_replicate_without_ddp(tmp_path: Path) -> None:
 def test_fsdp2(tmp_path: Path, kind: str) -> None:
     """Sharded before by the user, by hand or by accelerate, and by the Trainer."""
     check(kind, "fsdp", tmp_path, torch.float64)
+
+
+def train_sharded_at_load(folder: Path) -> dict[str, Any]:
+    kind = "distributed_config"
+    trainer = make(kind, folder, save_strategy="steps", save_steps=5, save_only_model=True)
+    use_lwo(trainer, trainers.config()).train()
+    with pytest.raises(UserError, match=r"checkpoint-5 has no lwo\.pt"):
+        use_lwo(make(kind, folder), trainers.config()).train(
+            resume_from_checkpoint=str(folder / "checkpoint-5")
+        )
+    return {
+        "strategy": trainer.lwo.strategy_name,
+        "layers": [layer.parameter_names for layer in trainer.lwo.layers],
+        "weights": trainers.weights(trainer.lwo),
+        "norms": trainers.logged(trainer, "grad_norm"),
+    }
+
+
+def test_a_model_sharded_at_load(tmp_path: Path) -> None:
+    """The Trainer itself saves no more of it than the model, and does not resume."""
+    for result in run_ranks(train_sharded_at_load, 2, tmp_path):
+        assert result["strategy"] == "fsdp"
+        expected = trainers.plain_loop(result["layers"], torch.float64)
+        assert expected.relative_difference(result["weights"]) < 1e-9
+        assert result["norms"] == pytest.approx(expected.norms)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10", dtype=torch.float64)
+    assert_equal(trainers.snapshot(saved), result["weights"])
 
 
 class Stop(TrainerCallback):

@@ -18,7 +18,9 @@ from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     CodeGenConfig,
     CodeGenForCausalLM,
     GenerationConfig,
@@ -233,6 +235,24 @@ def test_an_encoder_decoder_with_a_head_of_its_own(
     edit_config(tmp_path, tie_word_embeddings=False)
     with pytest.raises(UserError, match="ties .* differ; give a model that has one matrix"):
         loader(tmp_path)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_an_encoder_decoder_that_is_untied_in_config_only(
+    tmp_path: Path, one_rank: None, family: str, loader: Callable[[Path], Any]
+) -> None:
+    """As configs of T5 1.1 and mT5 say, which in T5 means that the head's input is not scaled."""
+    shape = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = AutoConfig.for_model(family, **shape)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written.pop("scale_decoder_outputs", None)  # older than this setting
+    (tmp_path / "config.json").write_text(json.dumps(written | {"tie_word_embeddings": False}))
+    loaded = loader(tmp_path)
+    if loaded is not None:
+        assert "lm_head.weight" not in dict(loaded.named_parameters())
+        assert family == "mt5" or not loaded.config.scale_decoder_outputs
 
 
 @pytest.mark.parametrize("loader", LOADERS)

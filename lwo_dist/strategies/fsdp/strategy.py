@@ -71,6 +71,8 @@ class FullyShard(Strategy):
         # Those of the caller, for `detach`. torch 2.11 has no `reduce_scatter_unused_params`.
         self._own = [{name: getattr(g, name, False) for name in _SET} for g in self._groups]
         self._reshard()
+        for item in [item for group in self._groups for item in group.fsdp_params]:
+            item.reset_sharded_param()  # a model sharded at load has other parameters since
         self._known = KnownParameters(model)
         refuse_unsupported(model, self._groups)
         # If every layer's backward must reach the bottom (`full`), there is never a frozen prefix,
