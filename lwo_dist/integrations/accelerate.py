@@ -65,6 +65,11 @@ def prepare(
     Raises:
         UserError: anything that cannot be honoured, by name, before anything trains.
     """
+    if not isinstance(config, LWOConfig):
+        raise UserError(
+            f"the third argument is {type(config).__name__}; it must be an LWOConfig, where"
+            " accelerator.prepare has the optimizer"
+        )
     refuse_accelerator(accelerator)
     refuse_model(accelerator, model)
     for other in others:

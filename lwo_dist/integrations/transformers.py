@@ -72,10 +72,12 @@ def use_lwo(trainer: Any, config: LWOConfig, method: str | Method = "lwo") -> An
             on its devices is refused at the start of `train`.
     """
     if not isinstance(trainer, Trainer):
-        raise UserError(f"a {type(trainer).__name__} is no transformers.Trainer")
+        raise UserError(f"a {type(trainer).__name__} is not a transformers.Trainer")
     kind = type(trainer)
     if not isinstance(trainer, LWOTrainerMixin):
         trainer.__class__ = type(f"LWO{kind.__name__}", (LWOTrainerMixin, kind), {})
+    if trainer.state.global_step and trainer.lwo is None:
+        raise UserError("the trainer has trained already; call use_lwo before train")
     trainer.lwo_config = config
     trainer.lwo_method = method
     _refuse(trainer)
@@ -105,6 +107,15 @@ class LWOTrainerMixin:
     model_wrapped: Any
     optimizer: Any
     state: Any
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        kinds = cls.__mro__
+        if Trainer in kinds and kinds.index(Trainer) < kinds.index(LWOTrainerMixin):
+            raise UserError(
+                f"class {cls.__name__}: the Trainer comes before LWOTrainerMixin, and would train"
+                " as ever; put LWOTrainerMixin first"
+            )
 
     def __init__(
         self, *args: Any, lwo_config: LWOConfig, lwo_method: str | Method = "lwo", **kwargs: Any
@@ -177,6 +188,15 @@ class LWOTrainerMixin:
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         model, loader = host._prepare_for_training(max_steps, train_dataloader, None)
         self._attach(config)
+        assert self.lwo is not None
+        never = self.lwo.never_trained(max_steps)
+        if never and self.args.process_index == 0:
+            warnings.warn(
+                f"{max_steps} steps never train {', '.join(never)}; a cycle takes"
+                f" {self.lwo.schedule.steps_per_cycle} steps (steps_per_layer ="
+                f" {config.steps_per_layer})",
+                stacklevel=2,
+            )
         if state is not None:
             assert self._lwo_optimizer is not None
             write_state(self._lwo_optimizer, state)
@@ -309,7 +329,14 @@ def _refuse(trainer: Any) -> None:
         UserError: with reason and remedy.
     """
     arguments = trainer.args
+    if not isinstance(trainer.lwo_config, LWOConfig):
+        raise UserError(f"a {type(trainer.lwo_config).__name__} is not an LWOConfig")
     _merged(trainer.lwo_config, arguments)
+    if trainer.lwo_config.batches == "cycle":
+        raise UserError(
+            "batches = cycle needs the same batches again for each layer, and the Trainer's sampler"
+            " gives new ones; leave it out"
+        )
     _refuse_optimizers(trainer)
     if arguments.n_gpu > 1:
         raise UserError(

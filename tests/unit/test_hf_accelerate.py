@@ -276,6 +276,8 @@ def test_what_the_loop_cannot_do_is_refused() -> None:
     adamw = torch.optim.AdamW(model.parameters())
     with pytest.raises(UserError, match="AdamW cannot be prepared here"):
         prepare(accelerator, model, trainers.config(), adamw)
+    with pytest.raises(UserError, match="the third argument is AdamW; it must be an LWOConfig"):
+        prepare(accelerator, model, adamw)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="gradient_accumulation_steps = 4, but the accelerator's"):
         make(trainers.config(gradient_accumulation_steps=4))
 

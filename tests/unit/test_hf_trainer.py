@@ -289,6 +289,7 @@ class OwnBackward(trainers.InOrder):
         ({}, {"warmup_steps": 5}, "but warmup_steps = 2"),
         ({}, {"lr_schedule_over": "visit"}, "but the schedule of TrainingArguments = run"),
         ({}, {"max_steps": 7}, "but max_steps = -1"),
+        ({}, {"batches": "cycle"}, "the Trainer's sampler gives new ones"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(
@@ -297,6 +298,26 @@ def test_what_cannot_work_is_refused_by_name(
     trainer = make(tmp_path, **arguments)
     with pytest.raises(UserError, match=said):
         use_lwo(trainer, trainers.config(**config))
+
+
+def test_use_after_training_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    with pytest.raises(UserError, match="has trained already; call use_lwo before train"):
+        use_lwo(trainer, trainers.config())
+
+
+def test_what_is_no_config_or_trainer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a dict is not an LWOConfig"):
+        use_lwo(make(tmp_path), {"steps_per_layer": 2})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="put LWOTrainerMixin first"):
+        type("Late", (Trainer, LWOTrainerMixin), {})
+
+
+def test_layers_that_a_run_never_trains_are_told(tmp_path: Path) -> None:
+    trainer = use_lwo(make(tmp_path, max_steps=2), trainers.config(steps_per_layer=2))
+    with pytest.warns(UserWarning, match="2 steps never train layer_0, .* a cycle takes"):
+        trainer.train()
 
 
 def test_what_agrees_is_no_contradiction(tmp_path: Path) -> None:
@@ -325,7 +346,7 @@ def test_optimizers_of_ones_own_are_refused(tmp_path: Path) -> None:
             use_lwo(Trainer(model=model, args=arguments, **given), trainers.config())
     with pytest.raises(UserError, match=r"OwnOptimizer\.create_optimizer makes an optimizer"):
         use_lwo(OwnOptimizer(model=model, args=arguments), trainers.config())
-    with pytest.raises(UserError, match=r"a Linear is no transformers\.Trainer"):
+    with pytest.raises(UserError, match=r"a Linear is not a transformers\.Trainer"):
         use_lwo(nn.Linear(1, 1), trainers.config())
 
 
