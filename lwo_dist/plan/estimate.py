@@ -419,8 +419,10 @@ def _bytes_sent(
     if storage.kind == "deepspeed" and storage.stage < 3:
         return (4 + storage.weight_bytes) * trained
     gathered = reduced = 0
-    for number, unit in subject.units(visit).items():
-        passes = 2 if unit.in_backward and number != ROOT and storage.kind == "fsdp" else 1
+    units = subject.units(visit)
+    once = (ROOT, max(units))  # the last layer stays gathered for backward, as the root does
+    for number, unit in units.items():
+        passes = 2 if unit.in_backward and number not in once and storage.kind == "fsdp" else 1
         gathered += passes * unit.gathered(size, compute_bytes)
         reduced += unit.reduced(size)
     return accumulation * gathered + reduced

@@ -102,7 +102,8 @@ def _fsdp(
     """FSDP2 as it gathers: into a flat buffer, and from there into the parameters.
 
     In forward the flat buffer lives until the next one has come. In backward the next unit's is
-    filled while a unit computes. The root's weights stay from its forward on. Gradients are copied
+    filled while a unit computes. The root's weights stay from its forward on, and the last layer's
+    from its forward to its backward. Gradients are copied
     into a buffer in fp32, which lives until the next unit is reduced. Inside an accumulation they
     stay whole, in fp32.
     """
@@ -110,14 +111,20 @@ def _fsdp(
     whole = {number: unit.gathered(size, compute_bytes) for number, unit in units.items()}
     flat = whole if size > 1 else dict.fromkeys(whole, 0)
     last_flat = flat[ROOT]
+    last = _highest(units)
+    stays = 0
     pending = reduced = 0
     summed = {
         number: 4 * sum(math.prod(shape) for shape in unit.trained) if storage.accumulates else 0
         for number, unit in units.items()
     }
     for moment in moments:
-        gathered, buffers, weights = whole[ROOT], 0, held.parameter_bytes
         unit = moment.unit
+        if unit == last and moment.phase == "backward":
+            stays = 0  # counted as its own
+        gathered, buffers, weights = whole[ROOT] + stays, 0, held.parameter_bytes
+        if unit == last and moment.phase == "forward" and units[last].in_backward:
+            stays = whole[last]
         if moment.phase == "forward":
             if unit != ROOT:
                 gathered += whole[unit] + flat[unit]
@@ -125,9 +132,9 @@ def _fsdp(
             else:
                 gathered += last_flat
         elif moment.phase == "loss":
-            pass  # only the root's weights are still there
+            pass  # only weights that stay are still there
         elif moment.phase == "backward":
-            below = unit - 1 if unit != ROOT else _highest(units)
+            below = unit - 1 if unit != ROOT else ROOT
             ahead = flat[below] if below >= 0 and units[below].in_backward else 0
             gathered += whole[unit] if unit != ROOT else 0
             gathered += ahead

@@ -34,6 +34,8 @@ RUN_BY = {
     "./launch/test.sh": "tests/test_architecture.py",
     "./launch/test.sh --all": "tests/unit/test_scripts.py",
     "./launch/test.sh tests/unit": "tests/unit/test_scripts.py",
+    "./launch/test.sh --gpu": "tests/unit/test_gpu_suite.py",
+    "./launch/test.sh --gpu --wheels wheels --json figures": "tests/unit/test_gpu_suite.py",
     "lwo-dist train -c launch/configs/debug_cpu.yaml data.source=DIR": (
         "tests/cluster/test_ray_train.py"
     ),
