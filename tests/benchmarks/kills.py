@@ -1,7 +1,7 @@
 """A run that is killed with SIGKILL at seeded random moments ends as the run that nobody touched:
 bit for bit.
 
-    python tests/benchmarks/kills.py --kills 5 --seed 0 --json kills.json
+    python tests/benchmarks/kills.py --kills 5 --seed 0 --json kills.json [key=value ...]
 
 One training run of two workers on a local Ray suffers all the kills: of a worker, of all workers,
 of the driver; in a step, in a switch, in a save. It is started again by Ray or, where the driver
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -85,14 +86,16 @@ def settings(kills: int) -> list[str]:
     ]
 
 
-def suffer(folder: Path, moments: list[Moment]) -> tuple[list[Kill], dict[int, str], float]:
+def suffer(
+    folder: Path, moments: list[Moment], more: Sequence[str]
+) -> tuple[list[Kill], dict[int, str], float]:
     """Train under `moments`, however often it takes; the kills, the loss of each step, the seconds
     it took.
     """
     run_name = "killed"
     killing = folder / "killing"
     train = command(
-        folder, run_name, *settings(len(moments)), f"cluster.env.PYTHONPATH={REPOSITORY}"
+        folder, run_name, *settings(len(moments)), *more, f"cluster.env.PYTHONPATH={REPOSITORY}"
     )
     arguments = [sys.executable, __file__, "--drive", str(killing), *train[4:]]
     log = folder / f"{run_name}.log"
@@ -147,18 +150,22 @@ def weights(folder: Path, run_name: str) -> dict[str, Any]:
     return load_file(folder / "runs" / run_name / "model" / "model.safetensors")
 
 
-def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Kill one run, leave another alone, and compare."""
+def measure(folder: Path, kills: int, seed: int, *more: str) -> dict[str, Any]:
+    """Kill one run, leave another alone, and compare.
+
+    Args:
+        more: `key=value` for both configs.
+    """
     import torch
 
     from lwo_dist.config.reading import load_config
     from lwo_dist.driver import prepare
 
     make_inputs(folder)
-    _, file, *others = overrides(folder, "unbroken", *settings(kills))
+    _, file, *others = overrides(folder, "unbroken", *settings(kills), *more)
     unbroken = prepare(load_config(file, others))
     expected = run_ranks(losses_of, WORKERS, unbroken)[0]
-    suffered, found, seconds = suffer(folder, draw(kills, seed))
+    suffered, found, seconds = suffer(folder, draw(kills, seed), more)
     before, after = weights(folder, "unbroken"), weights(folder, "killed")
     equal = found == expected and before.keys() == after.keys()
     equal = equal and all(torch.equal(before[name], after[name]) for name in before)
@@ -200,10 +207,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("more", nargs="*", metavar="key=value", help="for the config")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
-        result = measure(folder / "run", arguments.kills, arguments.seed)
+        result = measure(folder / "run", arguments.kills, arguments.seed, *arguments.more)
     finally:
         if not os.environ.get("KEEP"):
             shutil.rmtree(folder, ignore_errors=True)
