@@ -119,7 +119,7 @@ class Guard:
                 name = next(n for n, p in named_parameters(self._module).items() if p is parameter)
                 raise RuntimeError(
                     f"{name}.requires_grad was set to {parameter.requires_grad} after attach, which"
-                    " sets it for each visit; freeze what shall stay before attach, or detach first"
+                    " sets it for each visit; freeze parameters before attach, or detach first"
                 )
 
     def warn_if_unreached(self, layer: str) -> None:

@@ -91,8 +91,9 @@ def attach(
     """Train `model` layer by layer in your own loop.
 
     Do not create an optimizer or wrap the model in DDP: the strategy reduces gradients and updates
-    the active layer. Parameters that require no gradient now stay as they are, with a warning (a
-    flag set later does not count: freeze before); of a PEFT model only its adapters are trained.
+    the active layer. Parameters that require no gradient now stay as they are, with a warning;
+    freeze before `attach`, as later changes are refused or have no effect. Of a PEFT model only its
+    adapters are trained.
 
     Args:
         model: a plain module with the same fp32 or fp64 weights on every rank (`replicate`), one

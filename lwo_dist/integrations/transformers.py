@@ -113,8 +113,8 @@ class LWOTrainerMixin:
         kinds = cls.__mro__
         if Trainer in kinds and kinds.index(Trainer) < kinds.index(LWOTrainerMixin):
             raise UserError(
-                f"class {cls.__name__}: the Trainer comes before LWOTrainerMixin, and would train"
-                " as ever; put LWOTrainerMixin first"
+                f"class {cls.__name__}: Trainer comes before LWOTrainerMixin, and would train the"
+                " ordinary way; put LWOTrainerMixin first"
             )
 
     def __init__(

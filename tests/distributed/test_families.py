@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,8 +55,14 @@ def batch(step: int, size: int = 4, length: int = 12) -> Tensor:
     return torch.randint(3, families.VOCABULARY, (size, length), generator=generator)
 
 
-def attach(family: str, strategy: str) -> LWO:
+def attach(family: str, strategy: str, *, checkpointing: bool = False) -> LWO:
     model = families.make(family, torch.float32 if strategy == "zero3" else torch.float64)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        for module in model.modules():
+            for name in {"p", "dropout"}.intersection(vars(module)):
+                setattr(module, name, 0.0)
     if strategy == "fsdp":
         shard_model(model, precision="fp32", device_type="cpu")
     if strategy != "zero3":
@@ -67,11 +74,11 @@ def attach(family: str, strategy: str) -> LWO:
     return lwo_dist.attach(engine, CONFIG)
 
 
-def run(family: str, strategy: str) -> dict[str, Any]:
+def run(family: str, strategy: str, *, checkpointing: bool = False) -> dict[str, Any]:
     """Two cycles on one rank; what moved although it was not active is in `strays`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a family freezes itself
-        lwo = attach(family, strategy)
+        lwo = attach(family, strategy, checkpointing=checkpointing)
     world_size = dist.get_world_size()
     start = before = training.weights(lwo)
     strays = []
@@ -145,6 +152,15 @@ def test_equals_the_plain_loop(family: str, strategy: str) -> None:
     assert difference < bound, f"relative difference {difference / moved}, above {bound / moved}"
     for name in expected:
         assert torch.equal(found["end"][name], ranks[-1]["end"][name]), name
+
+
+def test_t5_with_checkpointing_equals_the_plain_loop() -> None:
+    """Its decoder's first layer is then part of every backward pass, trained or not."""
+    found = run_ranks(partial(run, checkpointing=True), 2, "t5", "fsdp", timeout=200)[0]
+    expected = plain("t5", found["layers"], torch.float64, 2)
+    assert found["strays"] == []
+    moved = _norm(expected[name] - found["start"][name] for name in expected)
+    assert _norm(found["end"][name] - expected[name] for name in expected) < BOUND * moved
 
 
 def loose_experts() -> str:

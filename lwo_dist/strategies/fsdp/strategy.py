@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from lwo_dist import distributed
 from lwo_dist.config import LWOConfig
@@ -87,6 +88,7 @@ class FullyShard(Strategy):
         assert_same_on_mesh(model, self._mesh)
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._stored = {name: p.dtype for name, p in named_parameters(model).items()}
+        self._below: list[Any] = []  # handles of hooks
         self._after_forward: dict[Any, Any] = {}  # what the caller chose for groups of the prefix
         self._trained: dict[str, nn.Parameter] = {}
         self._shards: dict[str, nn.Parameter] = {}
@@ -133,6 +135,11 @@ class FullyShard(Strategy):
             # one after the other, and would be summed with those of other experts.
             group.reduce_scatter_unused_params = not own.isdisjoint(self._trained.values())
             group._init_mp_dtypes()
+        self._below = [
+            module.register_forward_hook(_keep_for_backward)
+            for module in self._modules[1:]
+            if not all(group.unshard_in_backward for group in fsdp_groups([module]))
+        ]
         self._visit = visit
         # Empty if a parameter has fewer rows than there are ranks, so that every rank goes through
         # the same steps.
@@ -164,6 +171,8 @@ class FullyShard(Strategy):
         for parameter in self._trained.values():
             parameter.grad = None
         drop_whole_gradients(self._groups)
+        for handle in self._below:
+            handle.remove()
         self._park_moments()
         del self._optimizer
         self._shards = {}
@@ -397,6 +406,16 @@ def _gathered_bytes(group: Any) -> int:
         padded_rows(item.sharded_param) * (item.param_dtype or item.orig_dtype).itemsize
         for item in group.fsdp_params
     )
+
+
+def _keep_for_backward(module: nn.Module, _: Any, output: Any) -> None:
+    """For a layer below the active one whose output requires a gradient all the same: under
+    activation checkpointing T5 makes a bias of zeros that does.
+    """
+    assert isinstance(module, FSDPModule)
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+        for group in fsdp_groups([module]):
+            group.unshard_in_backward = True
 
 
 def _master(name: str, weight: Tensor, parked: dict[str, Tensor]) -> Tensor:
