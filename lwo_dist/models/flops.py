@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lwo_dist.layers import Visit, find_stacks
 from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.prefix import starting_layers
-from lwo_dist.suffix import detached, droppable, find_sublayers
+from lwo_dist.sublayers import detached, find_sublayers
+from lwo_dist.suffix import droppable
 
 __all__ = ["flops_per_sequence"]
 

@@ -26,12 +26,14 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes; set `peak` to `now` to measure a part.
+        largest: of one storage.
     """
 
     def __init__(self, held: Iterable[Tensor] = (), ignored: Iterable[Tensor] = ()):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
+        self.largest = 0
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in ignored:
@@ -84,6 +86,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._sizes[key] = size
         self.now += size
+        self.largest = max(self.largest, size)
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
 
     def _forget(self, key: int) -> None:

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lwo_dist
-from lwo_dist import losses
+from lwo_dist import heads
 from lwo_dist.errors import UserError
 from lwo_dist.losses import IGNORED_LABEL, causal_lm_loss, read, summed_loss
+from lwo_dist.plan.live import LiveBytes
 from tests import families, oracle
-from tests.live_bytes import LiveBytes
 
 # What differs after or around the head: a softcap, a scale, a divisor, a bias, a projection before
 # it, a head tied and scaled, a bias added after it, experts.
@@ -290,7 +290,7 @@ def test_an_error_before_the_head_is_the_model_s_own() -> None:
     with pytest.raises(IndexError):
         summed_loss(model, {"input_ids": tokens}, tokens)
     assert "forward" not in model.__dict__ and isinstance(model.lm_head, nn.Linear)
-    assert model not in losses._WITH_WHOLE_LOGITS
+    assert model not in heads._WITH_WHOLE_LOGITS
 
 
 def test_a_module_without_a_head_and_one_compiled_as_a_whole() -> None:
@@ -393,9 +393,9 @@ def test_a_step_takes_less_by_more_than_the_logits_of_the_batch(trained: str) ->
     )
     assert before.largest == LOGITS
     assert before.peak - now.peak >= LOGITS
-    assert now.largest <= 4 * losses._CHUNK_ELEMENTS
+    assert now.largest <= 4 * heads.CHUNK_ELEMENTS
     # A chunk's logits, their log-softmax and its gradient; and what belongs to the small model.
-    assert now.peak < 3.1 * 4 * losses._CHUNK_ELEMENTS + 2**29
+    assert now.peak < 3.1 * 4 * heads.CHUNK_ELEMENTS + 2**29
 
 
 def test_nothing_is_computed_where_there_is_no_label() -> None:

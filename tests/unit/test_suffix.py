@@ -17,7 +17,8 @@ from lwo_dist.hook import LWO
 from lwo_dist.layers import find_layers
 from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.models.flops import flops_per_sequence
-from lwo_dist.suffix import allot, droppable, find_sublayers
+from lwo_dist.sublayers import find_sublayers
+from lwo_dist.suffix import allot, droppable
 from tests import dropbp, oracle
 
 HIDDEN = 8
