@@ -73,7 +73,7 @@ RUN_BY = {
     "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sbatch -c CONFIG.yaml": (
         "tests/unit/test_scripts.py"
     ),
-    "lwo-dist ui": "tests/unit/test_cli.py",
+    "lwo-dist ui": "tests/unit/test_ui.py",
     "python tests/benchmarks/kills.py --kills 20 --seed 1 --json kills.json": (
         "tests/cluster/test_kills.py"
     ),
