@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .handles import remove
 from .names import named_parameters
 
 __all__ = ["Guard"]
@@ -54,11 +55,11 @@ class Guard:
             module.register_forward_pre_hook(_refuse_ddp),
             register_optimizer_step_pre_hook(before_step),
         ]
-        self._end = weakref.finalize(self, _remove, handles)
+        self._end = weakref.finalize(self, remove, handles)
 
     def watch(self, names: Sequence[str]) -> None:
         """Watch the gradients of these parameters, which are trainable, and of no others."""
-        _remove(self._visit)
+        remove(self._visit)
         parameters = named_parameters(self._module) if names else {}
         self._trained = {name: parameters[name] for name in names}
         self._trained_ids = {id(parameter) for parameter in self._trained.values()}
@@ -146,7 +147,7 @@ class Guard:
             self._ours = False
 
     def end(self) -> None:
-        _remove(self._visit)
+        remove(self._visit)
         self._end()
 
     def _refuse_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -169,9 +170,3 @@ def _refuse_ddp(module: nn.Module, _: Any) -> None:
             "the model was wrapped in DistributedDataParallel after attach; call lwo.model for the"
             " forward pass: the strategy reduces gradients itself"
         )
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()

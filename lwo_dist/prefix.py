@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from .borders import BorderStore, spill_folder
 from .config import LWOConfig
 from .errors import UserError, first_line
+from .handles import remove
 from .layers import Visit, find_stacks, first_depths
 from .strategies import Strategy
 
@@ -90,7 +91,7 @@ class PrefixReuse:
             module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
             module.register_forward_hook(after, always_call=True),
         ]
-        self._end = weakref.finalize(self, _remove, handles)
+        self._end = weakref.finalize(self, remove, handles)
 
     def begin_visit(self, visit: int, *, first_of_cycle: bool) -> None:
         """Call before the layers of a visit change.
@@ -343,7 +344,7 @@ class _Trial:
         return look
 
     def __exit__(self, *error: Any) -> None:
-        _remove(self._handles)
+        remove(self._handles)
         if error[0] is None and len(self.others) < len(self._layers) - 1:
             missing = next(i for i in range(len(self._layers)) if i not in self.others)
             raise UserError(f"layer {missing} is not run in a forward pass; {_REMEDY}")
@@ -361,12 +362,6 @@ def _cannot(module: nn.Module, why: str) -> UserError:
 
 def _ignore(_: Tensor) -> None:
     pass
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
 
 
 # ---- what the visits leave as it is

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .errors import UserError
+from .handles import remove
 from .layers import find_stacks
 from .names import clean_name
 
@@ -98,7 +99,7 @@ def detached(sublayers: Sequence[Sublayer]) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove(handles)
+        remove(handles)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def look(model: nn.Module, sublayers: Sequence[Sublayer], args: Any, kwargs: Any
         with torch.random.fork_rng(devices), torch.no_grad(), counter:
             model(*args, **kwargs)
     finally:
-        _remove(handles)
+        remove(handles)
     silent = [s.name for i, s in enumerate(sublayers) if not flops[i]]
     if silent and not reasons:
         reasons.append(f"{silent[0]} multiplies no matrices in the forward pass")
@@ -268,9 +269,3 @@ def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 def _with_input(args: Any, kwargs: Any, hidden: Tensor) -> tuple[Any, Any]:
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .errors import UserError
+from .handles import remove
 from .layers import Visit
 from .sublayers import (
     Sublayer,
@@ -136,7 +137,7 @@ class SuffixBackward:
         self._rows: list[float] | None = None  # squared norms, in the backward pass that measures
         self._measured: dict[str, Any] | None = None
         handles: list[Any] = []
-        self.end: Callable[[], Any] = weakref.finalize(self, _remove, handles)
+        self.end: Callable[[], Any] = weakref.finalize(self, remove, handles)
         """Take the hooks out."""
         if self._sublayers:
             handles += self._register(module)
@@ -242,7 +243,7 @@ class SuffixBackward:
             try:
                 torch.autograd.grad(top, inputs, gradient, retain_graph=True, allow_unused=True)
             finally:
-                _remove(hooks)
+                remove(hooks)
             self._rows += squares.tolist()
 
     def _depth_of(self, place: int) -> int:
@@ -337,9 +338,3 @@ def _record(squares: Tensor, place: int, is_dropped: bool, gradient: Tensor) -> 
         return torch.zeros_like(gradient)
     squares[place] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
     return None
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 # A module may import from lower floors and from its own room, nothing else of ours. A room is a
 # module or a package below lwo_dist; lwo_dist/README.md says what each is for.
 FLOORS = [
-    {"console", "errors", "names", "units", "versions", "secret_rule", "git"},
+    {"console", "errors", "handles", "names", "units", "versions", "secret_rule", "git"},
     {"registry", "extras", "redaction", "access", "files"},
     {"config"},
     {"layers", "distributed", "memory", "storage", "spool", "stop"},
@@ -58,6 +58,7 @@ CORE = {
     "extras",
     "git",
     "guard",
+    "handles",
     "heads",
     "hook",
     "layers",
