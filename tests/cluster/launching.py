@@ -31,6 +31,7 @@ __all__ = [
     "run",
     "summary_of",
     "torchrun",
+    "without_raylets",
 ]
 
 REPOSITORY = Path(__file__).parents[2]
@@ -184,3 +185,8 @@ def followed(command: list[str], environment: dict[str, str]) -> Iterator[Follow
 def summary_of(folder: Path, run_name: str) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "runs" / run_name / "summary.json").read_text())
     return summary
+
+
+def without_raylets(stderr: str) -> list[str]:
+    """The lines of `stderr`, less what a raylet says of its host, such as a disk nearly full."""
+    return [line for line in stderr.splitlines() if "] (raylet) " not in line]

@@ -23,7 +23,7 @@ from lwo_dist.cluster import ray_train
 from lwo_dist.cluster.nodes import resources_per_worker
 from lwo_dist.config import ClusterConfig, Config
 from lwo_dist.errors import UserError
-from tests.cluster.launching import STEPS, make_inputs, torchrun
+from tests.cluster.launching import STEPS, make_inputs, torchrun, without_raylets
 from tests.cluster.launching import command as _command
 from tests.cluster.launching import environment as _environment
 from tests.cluster.launching import run as _run
@@ -140,7 +140,7 @@ def test_a_worker_s_user_error_is_one_line(folder: Path, cluster: dict[str, str]
         _command(folder, "bad", f"model.name={folder}/nowhere"), cluster | {"HF_TOKEN": SECRET}
     )
     assert result.returncode == 2
-    *noise, line = result.stderr.splitlines()
+    *noise, line = without_raylets(result.stderr)
     assert re.fullmatch(r"lwo-dist: .*nowhere.*", line), result.stderr
     # Ray's own: a watcher at every start on a cluster, and a thread that may fail as the run ends.
     noise = noise[
