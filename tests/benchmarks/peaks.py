@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import transformers
