@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UserError
 from .handles import remove
@@ -127,7 +127,7 @@ def look(model: nn.Module, sublayers: Sequence[Sublayer], args: Any, kwargs: Any
     inputs: dict[nn.Module, Tensor] = {}
     outputs: dict[nn.Module, dict[str, Tensor]] = {}
     flops = [0.0] * len(sublayers)
-    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     started: dict[int, dict[Any, int]] = {}
 
     def before_layer(layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -218,12 +218,22 @@ def _fresh(hidden: Tensor) -> Tensor:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    flops: int = sdpa_flop_count(query, key, value)
+    """Two matrix products over all pairs of tokens, for each of the query's heads."""
+    sequences, heads, rows, width = query
+    flops: int = 2 * sequences * heads * rows * key[2] * (width + value[3])
     return flops
 
 
-_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-"""What FlopCounterMode does not know."""
+_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention
+    for kernel in (
+        "cudnn_attention",
+        "efficient_attention",
+        "flash_attention",
+        "flash_attention_for_cpu",
+    )
+}
+"""torch knows no formula for the CPU's kernel, and torch 2.11 none for grouped queries."""
 
 
 def _counts(counter: FlopCounterMode) -> dict[Any, int]:
