@@ -439,8 +439,9 @@ class LWO:
         """This rank's current `parameter_bytes`, `gradient_bytes` and `optimizer_state_bytes`, and
         `park_bytes` on the host.
 
-        Right after a switch a layer has no moments yet. On a GPU, the next layer's parks are also
-        on the device during the last step of a visit; they are not counted.
+        Gradients count as they are before the update, also where they have no memory between steps
+        (`replicate`). Right after a switch a layer has no moments yet. On a GPU, the next layer's
+        parks are also on the device during the last step of a visit; they are not counted.
         """
         self._refuse_detached()
         return self.strategy.memory()

@@ -199,7 +199,8 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
+        # In place: a head's gradient is large. Another backward of a retained graph is an error.
+        scaled = [None if saved is None else saved.mul_(gradient) for saved in ctx.saved_tensors]
         return (None, None, None, *scaled)
 
 

@@ -80,16 +80,25 @@ def _replicate(
     storage: Storage,
     compute_bytes: int,
 ) -> Iterator[Instant]:
+    """The flat gradients have memory from the first backward of a step to its update, this rank's
+    shard of them in the update only.
+    """
+    size = storage.world_size
+    flat = held.gradient_bytes * size // (size + 1) if size > 1 else held.gradient_bytes
     for moment in moments:
+        there = storage.accumulates or moment.phase == "backward"
         yield Instant(
             moment.phase,
             held.parameter_bytes,
-            held.gradient_bytes,
+            flat if there else 0,
             held.optimizer_state_bytes,
             0,
             0,
             moment.live_bytes,
         )
+    yield Instant(
+        "update", held.parameter_bytes, held.gradient_bytes, held.optimizer_state_bytes, 0, 0, 0
+    )
 
 
 def _fsdp(

@@ -64,6 +64,9 @@ class ReplicateBuilder(StrategyBuilder):
 class _FlatLayer:
     """A layer of the visit: its flat weights and gradient, and this rank's shard of each.
 
+    The gradient has memory from the first backward to the update only: not while the forward pass
+    fills the memory with activations.
+
     Args:
         weights: [numel], padded to a multiple of the world size; the parameters are views of it.
         views: parameter name -> the view of `gradient` that holds its gradient.
@@ -74,6 +77,9 @@ class _FlatLayer:
         self.weights = weights
         self.gradient = gradient
         self.gradient_views = views
+        ends = [view.storage_offset() + view.numel() for view in views.values()]
+        starts = [*(view.storage_offset() for view in views.values()), gradient.numel()][1:]
+        self._padding = [gradient[a:b] for a, b in zip(ends, starts, strict=True) if a < b]
         self._gathering: dist.Work | None = None
         numel = weights.numel() // distributed.world_size()
         start = distributed.rank() * numel
@@ -83,8 +89,25 @@ class _FlatLayer:
             self.gradient_shard = torch.empty_like(self.weight_shard)
         self.weight_shard.grad = self.gradient_shard
         self.absent = weights.new_full((), torch.nan)
+        self.release_gradient()
+
+    @property
+    def gradient_bytes(self) -> int:
+        """From the first backward of a step to its update."""
+        shard = self.gradient_shard.nbytes if self.gradient_shard is not self.gradient else 0
+        return self.gradient.nbytes + shard
+
+    def hold_gradient(self) -> None:
+        if _allocated(self.gradient):
+            for padding in self._padding:  # it is part of the norm
+                padding.zero_()
+
+    def release_gradient(self) -> None:
+        for tensor in (self.gradient, self.gradient_shard):
+            tensor.untyped_storage().resize_(0)
 
     def reduce(self) -> None:
+        _allocated(self.gradient_shard)
         distributed.reduce_scatter(self.gradient_shard, self.gradient)
         if distributed.world_size() > 1:
             self.gradient_shard.div_(distributed.world_size())
@@ -120,7 +143,7 @@ class Replicate(Strategy):
             parameter.requires_grad_(name in trained)
         for layer in visit.layers:
             weights = self._flatten(layer)
-            gradient = torch.zeros_like(weights)
+            gradient = torch.empty_like(weights)
             views = self._views(layer, gradient)
             self._trained[layer.name] = _FlatLayer(layer, weights, gradient, views)
             self._large += [
@@ -151,6 +174,11 @@ class Replicate(Strategy):
                 for name in self._weight_views.pop(layer.name):
                     self._parameters[name].data = self._parameters[name].detach().clone()
 
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        for flat in self._trained.values():
+            flat.hold_gradient()
+        super().backward(loss, boundary)
+
     def step(self, lr: float, max_norm: float) -> Update:
         update = self._update(lr, max_norm)
         self.flush()
@@ -176,6 +204,7 @@ class Replicate(Strategy):
             flat.reduce()
         update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
         for flat in self._trained.values():
+            flat.release_gradient()
             flat.start_publishing()
         return update
 
@@ -273,10 +302,9 @@ class Replicate(Strategy):
         trained = list(self._trained.values())
         states = [self._optimizer.state.get(flat.weight_shard, {}) for flat in trained]
         moments = [tensor for state in states for tensor in state.values() if tensor.dim()]
-        gradients = [flat.gradient for flat in trained] + [flat.gradient_shard for flat in trained]
         return {
             "parameter_bytes": local_bytes(self.module.parameters()),
-            "gradient_bytes": local_bytes(gradients),
+            "gradient_bytes": sum(flat.gradient_bytes for flat in trained),
             "optimizer_state_bytes": local_bytes(moments),
             "park_bytes": self.park_bytes,
         }
@@ -353,6 +381,7 @@ class Replicate(Strategy):
         it had been set to zero.
         """
         for flat in self._trained.values():
+            flat.hold_gradient()
             for name, view in flat.gradient_views.items():
                 parameter = self._parameters[name]
                 if parameter.grad is None:
@@ -379,6 +408,15 @@ def _move(view: Tensor, parameter: Tensor) -> None:
     if parameter.grad.data_ptr() != view.data_ptr():
         view.copy_(parameter.grad)
         parameter.grad = view
+
+
+def _allocated(tensor: Tensor) -> bool:
+    """Give `tensor` its memory back; whether it had none."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes():
+        return False
+    storage.resize_(tensor.nbytes)
+    return True
 
 
 def _first_readers(model: nn.Module, names: set[str]) -> list[nn.Module]:

@@ -131,6 +131,10 @@ def test_gradients_accumulate_and_a_second_backward_is_an_error() -> None:
     assert_equal({n: p.grad for n, p in model.named_parameters()}, expected, 1e-12)
     with pytest.raises(RuntimeError, match="second time"):
         again.backward()
+    retained = summed_loss(model, inputs, labels)
+    retained.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        retained.backward()
 
 
 def test_chunks_of_16_bits_are_summed_in_32() -> None:
