@@ -15,14 +15,14 @@ from torch import nn
 from lwo_dist.config import Config
 from lwo_dist.config.batch import micro_batch_size
 from lwo_dist.errors import UserError
-from lwo_dist.layers import Layer, Visit, find_stacks, separate_layers
+from lwo_dist.layers import Layer, Visit, find_stacks, first_depths, last_depths, separate_layers
 from lwo_dist.methods import Method
 from lwo_dist.names import named_parameters
 from lwo_dist.registry import METHODS, STRATEGIES
 from lwo_dist.strategies import StrategyBuilder
 
 from .gpus import UTILISATION, Cluster
-from .held import Held, Shapes, Storage, flat_numel, held_bytes
+from .held import Held, Shapes, Storage, flat_numel, held_bytes, shard_numel
 from .peak import Instant, Unit, peak_of
 from .rehearsal import ROOT, Batch, Rehearsal, rehearse
 from .subject import made_fake, read_architecture, subject
@@ -170,6 +170,25 @@ class Subject:
             units[number] = self._unit(list(own.values()), trained, number + 1 >= visit.depth)
         rest = [name for key, name in names.items() if key not in inside]
         return {**units, ROOT: self._unit(rest, trained, True)}
+
+    def gathered_again(self, visit: Visit, world_size: int) -> int:
+        """Elements that ZeRO-3 gathers once more in the first step of a visit: before it has seen a
+        step it lets go of weights between their uses, also between forward and backward.
+        """
+        modules = separate_layers(self.model)
+        inside = {id(p) for module in modules for p in module.parameters()}
+        passed = modules[max(0, visit.depth - 1) :]  # by backward
+        twice = {id(p) for module in passed for p in module.parameters()}
+        first, last = first_depths(self.model), last_depths(self.model)
+        top = max(last.values())
+        numel = 0
+        for name, parameter in named_parameters(self.model).items():
+            embeds, heads = first[name] == 0, last[name] == top
+            uses = int(id(parameter) in twice)
+            if id(parameter) not in inside:
+                uses = heads + (embeds and name in visit.parameter_names) + (embeds and heads)
+            numel += uses * world_size * shard_numel(parameter.shape, world_size)
+        return numel
 
     def _unit(self, names: Sequence[str], trained: set[str], in_backward: bool) -> Unit:
         return Unit(
@@ -407,7 +426,7 @@ def _name(strategy: str, stage: int) -> str:
 def _bytes_sent(
     subject: Subject, visit: Visit, storage: Storage, accumulation: int, bf16: bool
 ) -> int:
-    """A step's collectives over weights and gradients, as `LWO.step` reports them."""
+    """A step's collectives over weights and gradients, as `LWO.step` reports them, on average."""
     size = storage.world_size
     if size == 1:
         return 0
@@ -425,7 +444,11 @@ def _bytes_sent(
         passes = 2 if unit.in_backward and number not in once and storage.kind == "fsdp" else 1
         gathered += passes * unit.gathered(size, compute_bytes)
         reduced += unit.reduced(size)
-    return accumulation * gathered + reduced
+    gathered *= accumulation
+    if storage.stage == 3 and len(subject.visits) > 1:
+        steps = subject.config.lwo.steps_per_layer
+        gathered += compute_bytes * subject.gathered_again(visit, size) // steps
+    return gathered + reduced
 
 
 def _mean_on_lines(known: Mapping[int, float], count: int) -> float:
