@@ -12,12 +12,23 @@ from dataclasses import dataclass
 from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
 
-__all__ = ["PERSISTENT", "Held", "Shapes", "Storage", "flat_numel", "held_bytes", "shard_numel"]
+__all__ = [
+    "MOVED_IN_BACKWARD",
+    "PERSISTENT",
+    "Held",
+    "Shapes",
+    "Storage",
+    "flat_numel",
+    "held_bytes",
+    "shard_numel",
+]
 
 Shapes = Mapping[str, Sequence[int]]
 """Parameter name -> shape; a tied parameter once."""
 
 _ALIGN = 4  # elements, as `replicate` aligns the parameters of a flat layer
+MOVED_IN_BACKWARD = 2**20
+"""Elements of the smallest gradient that `replicate` moves into the flat buffer during backward."""
 PERSISTENT = 100_000
 """Elements of the largest parameter that ZeRO-3 leaves whole after an update
 (`stage3_param_persistence_threshold`)."""

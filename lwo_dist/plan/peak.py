@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lwo_dist.memory import padded_numel
 
-from .held import PERSISTENT, Held, Storage, shard_numel
+from .held import MOVED_IN_BACKWARD, PERSISTENT, Held, Storage, shard_numel
 from .rehearsal import ROOT, Moment
 
 __all__ = ["Instant", "Unit", "peak_of"]
@@ -81,24 +81,35 @@ def _replicate(
     compute_bytes: int,
 ) -> Iterator[Instant]:
     """The flat gradients have memory from the first backward of a step to its update, this rank's
-    shard of them in the update only.
+    shard of them in the update only. Small gradients are moved there after the backward.
     """
     size = storage.world_size
     flat = held.gradient_bytes * size // (size + 1) if size > 1 else held.gradient_bytes
+    small = {number: _small_gradients(unit) for number, unit in units.items()}
+    arrived = 0
     for moment in moments:
         there = storage.accumulates or moment.phase == "backward"
+        if moment.phase == "backward" and moment.unit != ROOT:
+            arrived += small[moment.unit]
         yield Instant(
             moment.phase,
             held.parameter_bytes,
             flat if there else 0,
             held.optimizer_state_bytes,
             0,
-            0,
+            arrived,
             moment.live_bytes,
         )
-    yield Instant(
-        "update", held.parameter_bytes, held.gradient_bytes, held.optimizer_state_bytes, 0, 0, 0
-    )
+    for gradients, moving in ((flat, sum(small.values())), (held.gradient_bytes, 0)):
+        yield Instant(
+            "update", held.parameter_bytes, gradients, held.optimizer_state_bytes, 0, moving, 0
+        )
+
+
+def _small_gradients(unit: Unit) -> int:
+    """Bytes of the gradients that `replicate` moves only after the backward."""
+    numels = [math.prod(shape) for shape in unit.trained]
+    return 4 * sum(numel for numel in numels if numel < MOVED_IN_BACKWARD)
 
 
 def _fsdp(
