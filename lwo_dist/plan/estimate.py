@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -234,7 +234,7 @@ def plan_one(
     Raises:
         UserError: the global batch cannot be divided evenly.
     """
-    storage = storage_of(config, world_size, bf16=bf16)
+    storage = replace(storage_of(config, world_size, bf16=bf16), gloo=not on_gpu)
     train, accumulation = config.train, config.lwo.gradient_accumulation_steps
     size = micro_batch_size(train.global_batch_size, world_size, accumulation)
     batch = Batch(size, train.sequence_length)

@@ -13,7 +13,7 @@ from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
 
 __all__ = [
-    "MOVED_IN_BACKWARD",
+    "LARGE",
     "PERSISTENT",
     "Held",
     "Shapes",
@@ -27,8 +27,8 @@ Shapes = Mapping[str, Sequence[int]]
 """Parameter name -> shape; a tied parameter once."""
 
 _ALIGN = 4  # elements, as `replicate` aligns the parameters of a flat layer
-MOVED_IN_BACKWARD = 2**20
-"""Elements of the smallest gradient that `replicate` moves into the flat buffer during backward."""
+LARGE = 2**20
+"""Elements of the smallest gradient that `replicate` moves into the flat buffer in backward."""
 PERSISTENT = 100_000
 """Elements of the largest parameter that ZeRO-3 leaves whole after an update
 (`stage3_param_persistence_threshold`)."""
@@ -46,6 +46,7 @@ class Storage:
         keeps_moments, parks_masters: what is parked on the host for layers that are not active.
         accumulates: a step has several micro-batches.
         offloads: ZeRO's optimizer state is on the host.
+        gloo: collectives are gloo's, whose reduce-scatter sums a copy.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Storage:
     parks_masters: bool = False
     accumulates: bool = False
     offloads: bool = False
+    gloo: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lwo_dist.memory import padded_numel
 
-from .held import MOVED_IN_BACKWARD, PERSISTENT, Held, Storage, shard_numel
+from .held import LARGE, PERSISTENT, Held, Storage, shard_numel
 from .rehearsal import ROOT, Moment
 
 __all__ = ["Instant", "Unit", "peak_of"]
@@ -80,36 +80,38 @@ def _replicate(
     storage: Storage,
     compute_bytes: int,
 ) -> Iterator[Instant]:
-    """The flat gradients have memory from the first backward of a step to its update, this rank's
-    shard of them in the update only. Small gradients are moved there after the backward.
+    """The flat gradients have memory from the first large one to the update, this rank's shard of
+    them in the update only. Small gradients are moved there after the backward.
     """
     size = storage.world_size
     flat = held.gradient_bytes * size // (size + 1) if size > 1 else held.gradient_bytes
-    small = {number: _small_gradients(unit) for number, unit in units.items()}
-    arrived = 0
+    numels = {
+        number: [math.prod(shape) for shape in unit.trained] for number, unit in units.items()
+    }
+    small = {
+        number: 4 * sum(numel for numel in found if numel < LARGE)
+        for number, found in numels.items()
+    }
+    passed = set(units) if storage.accumulates else set()
     for moment in moments:
-        there = storage.accumulates or moment.phase == "backward"
-        if moment.phase == "backward" and moment.unit != ROOT:
-            arrived += small[moment.unit]
+        # The root's come last: the embedding's, or all that a visit of the head has.
+        if moment.phase == "backward" and (moment.unit != ROOT or moment is moments[-1]):
+            passed.add(moment.unit)
+        there = any(numel >= LARGE for number in passed for numel in numels[number])
         yield Instant(
             moment.phase,
             held.parameter_bytes,
             flat if there else 0,
             held.optimizer_state_bytes,
             0,
-            arrived,
+            sum(small[number] for number in passed),
             moment.live_bytes,
         )
-    for gradients, moving in ((flat, sum(small.values())), (held.gradient_bytes, 0)):
+    copied = flat if storage.gloo and size > 1 else 0
+    for gradients, buffers in ((flat, sum(small.values())), (held.gradient_bytes, copied)):
         yield Instant(
-            "update", held.parameter_bytes, gradients, held.optimizer_state_bytes, 0, moving, 0
+            "update", held.parameter_bytes, gradients, held.optimizer_state_bytes, 0, buffers, 0
         )
-
-
-def _small_gradients(unit: Unit) -> int:
-    """Bytes of the gradients that `replicate` moves only after the backward."""
-    numels = [math.prod(shape) for shape in unit.trained]
-    return 4 * sum(numel for numel in numels if numel < MOVED_IN_BACKWARD)
 
 
 def _fsdp(

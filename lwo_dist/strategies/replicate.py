@@ -64,8 +64,8 @@ class ReplicateBuilder(StrategyBuilder):
 class _FlatLayer:
     """A layer of the visit: its flat weights and gradient, and this rank's shard of each.
 
-    The gradient has memory from the first backward to the update only: not while the forward pass
-    fills the memory with activations.
+    The gradient has memory from the backward of its first large parameter to the update only: not
+    while activations fill the memory.
 
     Args:
         weights: [numel], padded to a multiple of the world size; the parameters are views of it.
@@ -97,10 +97,16 @@ class _FlatLayer:
         shard = self.gradient_shard.nbytes if self.gradient_shard is not self.gradient else 0
         return self.gradient.nbytes + shard
 
-    def hold_gradient(self) -> None:
+    def take(self, view: Tensor, parameter: Tensor) -> None:
+        """Make `.grad` this view of the gradient, with its values, or zeros if there are none."""
         if _allocated(self.gradient):
             for padding in self._padding:  # it is part of the norm
                 padding.zero_()
+        if parameter.grad is None:
+            view.zero_()
+        elif parameter.grad.data_ptr() != view.data_ptr():
+            view.copy_(parameter.grad)
+            parameter.grad = view
 
     def release_gradient(self) -> None:
         for tensor in (self.gradient, self.gradient_shard):
@@ -145,9 +151,10 @@ class Replicate(Strategy):
             weights = self._flatten(layer)
             gradient = torch.empty_like(weights)
             views = self._views(layer, gradient)
-            self._trained[layer.name] = _FlatLayer(layer, weights, gradient, views)
+            flat = _FlatLayer(layer, weights, gradient, views)
+            self._trained[layer.name] = flat
             self._large += [
-                self._parameters[name].register_post_accumulate_grad_hook(partial(_move, view))
+                self._parameters[name].register_post_accumulate_grad_hook(partial(flat.take, view))
                 for name, view in views.items()
                 if view.numel() >= _LARGE
             ]
@@ -173,11 +180,6 @@ class Replicate(Strategy):
             if self._flat_weights.pop(layer.name, None) is not None:
                 for name in self._weight_views.pop(layer.name):
                     self._parameters[name].data = self._parameters[name].detach().clone()
-
-    def backward(self, loss: Tensor, boundary: bool) -> None:
-        for flat in self._trained.values():
-            flat.hold_gradient()
-        super().backward(loss, boundary)
 
     def step(self, lr: float, max_norm: float) -> Update:
         update = self._update(lr, max_norm)
@@ -381,14 +383,9 @@ class Replicate(Strategy):
         it had been set to zero.
         """
         for flat in self._trained.values():
-            flat.hold_gradient()
             for name, view in flat.gradient_views.items():
-                parameter = self._parameters[name]
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    _move(view, parameter)
-                    parameter.grad = None
+                flat.take(view, self._parameters[name])
+                self._parameters[name].grad = None
 
     def _refuse_16_bit(self) -> None:
         for layer in self.layers:
@@ -400,14 +397,6 @@ class Replicate(Strategy):
                         " away; load the model with dtype=torch.float32 and compute under"
                         " torch.autocast"
                     )
-
-
-def _move(view: Tensor, parameter: Tensor) -> None:
-    """Make `.grad` this view of a flat buffer, with its values."""
-    assert parameter.grad is not None
-    if parameter.grad.data_ptr() != view.data_ptr():
-        view.copy_(parameter.grad)
-        parameter.grad = view
 
 
 def _allocated(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ of the machine changes them.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +39,13 @@ def count_flops(contender: Contender, tokens: Tensor) -> float:
 def count_peak_bytes(make: Callable[[], Contender], tokens: Tensor, steps: int) -> int:
     """The most that torch's CPU allocator holds for the contender, from its making to the last of
     `steps` steps: weights, gradients, optimizer, activations, and buffers inside operations.
+
+    Garbage in cycles is collected before each step: when it would be is a matter of chance.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contender = make()
         for _ in range(steps):
+            gc.collect()
             contender.step(tokens)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = profiler.profiler.kineto_results.events()
