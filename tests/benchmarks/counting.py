@@ -40,8 +40,10 @@ def count_peak_bytes(make: Callable[[], Contender], tokens: Tensor, steps: int) 
     """The most that torch's CPU allocator holds for the contender, from its making to the last of
     `steps` steps: weights, gradients, optimizer, activations, and buffers inside operations.
 
-    Garbage in cycles is collected before each step: when it would be is a matter of chance.
+    Garbage in cycles is collected before each step: when it would be is a matter of chance. That of
+    a contender before this one would count as freed by it.
     """
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contender = make()
         for _ in range(steps):
