@@ -69,8 +69,9 @@ def test_what_speed_counts(tmp_path: Path) -> None:
         assert full["bytes_per_step"] == everything == 4 * ours["bytes_per_step"]
         assert ours["flops"] == cases["plain_lwo", recomputes]["flops"]
         assert ours["flops"] < full["flops"] == cases["plain_full", recomputes]["flops"]
-        # Weights, gradients and two moments; ours has the last three of one layer in four.
-        assert full["peak_memory_bytes"] - ours["peak_memory_bytes"] > 0.7 * everything * 3 / 2
+        # Two moments of three layers in four; gradients come as activations go.
+        more = everything * 3 / 4
+        assert full["peak_memory_bytes"] - ours["peak_memory_bytes"] > 0.7 * more
     assert len(found["ratios"]) == sum(method.startswith("lwo") for method, _ in cases)
     for row in found["ratios"]:
         assert set(row) >= RATIOS
