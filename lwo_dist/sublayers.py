@@ -23,6 +23,7 @@ from .names import clean_name
 __all__ = [
     "Look",
     "Sublayer",
+    "attention_flops",
     "detached",
     "find_sublayers",
     "hidden_of",
@@ -217,15 +218,17 @@ def _fresh(hidden: Tensor) -> Tensor:
     return hidden.detach().requires_grad_().view_as(hidden)
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two matrix products over all pairs of tokens, for each of the query's heads."""
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the forward pass, by the shapes [sequences, heads, tokens, width]: two matrix products
+    over all pairs of tokens, also masked ones, for each of the query's heads.
+    """
     sequences, heads, rows, width = query
     flops: int = 2 * sequences * heads * rows * key[2] * (width + value[3])
     return flops
 
 
 _ATTENTION = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): _attention
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): attention_flops
     for kernel in (
         "cudnn_attention",
         "efficient_attention",

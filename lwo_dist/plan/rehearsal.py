@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.utils import import_utils
 
 from lwo_dist.losses import summed_loss_at
+from lwo_dist.sublayers import attention_flops
 
 from .live import LiveBytes
 
@@ -325,9 +326,7 @@ def _grouped_flops(left: Tensor, right: Tensor, *_: Any) -> int:
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    """Two matrix products over all pairs of tokens, also masked ones."""
-    sequences, heads, rows, width = query.shape
-    return 2 * sequences * heads * rows * key.shape[2] * (width + value.shape[3])
+    return attention_flops(query.shape, key.shape, value.shape)
 
 
 def _attention_backward_flops(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any) -> int:

@@ -64,8 +64,8 @@ class ReplicateBuilder(StrategyBuilder):
 class _FlatLayer:
     """A layer of the visit: its flat weights and gradient, and this rank's shard of each.
 
-    The gradient has memory from the backward of its first large parameter to the update only: not
-    while activations fill the memory.
+    The gradient has memory only from the moment that its first large part arrives until the update,
+    so it is not there while activations are at their most.
 
     Args:
         weights: [numel], padded to a multiple of the world size; the parameters are views of it.
@@ -93,12 +93,12 @@ class _FlatLayer:
 
     @property
     def gradient_bytes(self) -> int:
-        """From the first backward of a step to its update."""
+        """What they take once they have memory."""
         shard = self.gradient_shard.nbytes if self.gradient_shard is not self.gradient else 0
         return self.gradient.nbytes + shard
 
     def take(self, view: Tensor, parameter: Tensor) -> None:
-        """Make `.grad` this view of the gradient, with its values, or zeros if there are none."""
+        """Move `.grad` into `view`, a part of the gradient, and make it that view; None: zeros."""
         if _allocated(self.gradient):
             for padding in self._padding:  # it is part of the norm
                 padding.zero_()
