@@ -30,6 +30,10 @@ from tests import oracle
 
 RECIPE = oracle.Recipe(steps=14, steps_per_layer=2, max_grad_norm=0.5)
 BOUND = 1e-9  # float64; the GPU sums in another order than the CPU
+BOUND_OF_WEIGHTS = 1e-6
+"""After 14 steps. The norms compute in float32: now and then a sum in another order is rounded to
+another number, and AdamW makes a step of `lr` of any gradient. An H200 differs by 4e-8; a step left
+out would by 3e-4."""
 
 
 class SkipError(Exception):
@@ -47,7 +51,7 @@ def check_oracle(device: torch.device, strategy: str, *, keep: bool) -> str:
     _equal(torch.tensor(losses), torch.tensor(expected), "losses")
     weights = _weights(lwo)
     for name, parameter in model.named_parameters():
-        _equal(weights[name], parameter.detach(), name)
+        _equal(weights[name], parameter.detach(), name, BOUND_OF_WEIGHTS)
     return f"{RECIPE.steps} steps, 2 cycles"
 
 
@@ -193,9 +197,9 @@ def _weights(lwo: LWO) -> dict[str, Tensor]:
     return {name: tensor for layer in layers for name, tensor in lwo.read_layer(layer).items()}
 
 
-def _equal(found: Tensor, expected: Tensor, what: str) -> None:
+def _equal(found: Tensor, expected: Tensor, what: str, bound: float = BOUND) -> None:
     difference = float((found.double().cpu() - expected.double()).abs().max())
-    _require(difference < BOUND, f"{what} differ by {difference:.1e}")
+    _require(difference < bound, f"{what} differ by {difference:.1e}")
 
 
 def _require(condition: bool, otherwise: str) -> None:
