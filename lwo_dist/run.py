@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import distributed, lease
 from .access import umask_of
@@ -41,7 +42,7 @@ from .driver import (
     share_run,
     stopped_early,
 )
-from .errors import printable
+from .errors import UserError, printable
 from .files import write_whole
 from .hook import LWO, attach
 from .methods import Method
@@ -83,7 +84,7 @@ def prepare_and_run(config: Config) -> dict[str, Any] | None:
         with ExitStack() as stack:
             stack.enter_context(umask_of(config.access))
             stack.enter_context(stop.interrupting())
-            distributed.init_process_group(config.cluster.timeout_s)
+            stack.enter_context(_group(config.cluster.timeout_s))
             cluster = config.cluster.model_copy(update={"num_workers": distributed.world_size()})
             config = distributed.on_rank_0(prepare, config.model_copy(update={"cluster": cluster}))
             if distributed.rank() == 0:
@@ -93,6 +94,29 @@ def prepare_and_run(config: Config) -> dict[str, Any] | None:
             return run(config, stop=stop)
     except KeyboardInterrupt:
         raise stopped_early(config, stop.reason or CTRL_C) from None
+
+
+@contextmanager
+def _group(timeout_s: int) -> Iterator[None]:
+    """Join the process group, and leave it where all ranks end alike.
+
+    Otherwise its threads still run when the interpreter ends, which then may abort: torchrun would
+    report SIGABRT instead of the exit code. After a failure of one rank the others may be in a
+    collective, which leaving would wait for.
+    """
+    is_ours = not dist.is_initialized()
+    distributed.init_process_group(timeout_s)
+    leaves = is_ours
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except BaseException:
+        leaves = False
+        raise
+    finally:
+        if leaves:
+            dist.destroy_process_group()
 
 
 def run(
