@@ -148,6 +148,20 @@ def start_all_gather(flat: torch.Tensor, shard: torch.Tensor) -> dist.Work | Non
     return None
 
 
+def reduce_to(tensor: torch.Tensor, owner: int) -> None:
+    """Sum `tensor` over ranks, in place on rank `owner`; elsewhere its contents are undefined."""
+    if world_size() > 1:
+        dist.reduce(tensor, owner)
+
+
+def start_broadcast(tensor: torch.Tensor, owner: int) -> dist.Work | None:
+    """Send rank `owner`'s `tensor` to all, in the background, as `start_all_gather`."""
+    if world_size() == 1:
+        return None
+    work: dist.Work = dist.broadcast(tensor, owner, async_op=True)
+    return work
+
+
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Sum `tensor` over the ranks of `group`, in place; every rank gets the same bits."""
     if world_size(group) > 1:

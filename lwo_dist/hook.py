@@ -49,6 +49,7 @@ from .strategies import Moments, StrategyBuilder
 from .strategies.refusals import (
     CheckpointingWatch,
     refuse_compiled,
+    refuse_stateless,
     refuse_wrapped,
     warn_of_frozen,
     warn_of_rounding,
@@ -73,7 +74,8 @@ class StepReport:
     """Name of the layer that was active in this step."""
     lr: float
     grad_norm: Tensor | None
-    """Norm before clipping, over all ranks; None inside an accumulation."""
+    """Norm before clipping, over all ranks, of the layers with optimizer state; None inside an
+    accumulation."""
     skipped: Tensor | None
     """1.0 if loss or norm was not finite and the step was skipped; None inside an accumulation."""
     bytes_sent: int
@@ -195,7 +197,7 @@ class LWO:
         if not how.changes_model:  # such a method freezes the base model itself
             self.layers = without_frozen(self.layers, self._flags)
             warn_of_frozen(self._flags)
-        self.visits: Sequence[Visit] = check_visits(self.layers, how.visits(self.layers))
+        self.visits: Sequence[Visit] = check_visits(self.layers, how.cycle(self.layers, config))
         if len(self.visits) > 1:
             refuse_compiled(self.module)
         elif config.batches == "cycle":
@@ -203,6 +205,7 @@ class LWO:
                 f"batches: cycle has no effect with method: {how.name}, which never switches; set"
                 " batches: fresh"
             )
+        refuse_stateless(builder, config)
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
@@ -447,7 +450,8 @@ class LWO:
         return self.strategy.memory()
 
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the visit's layers; do not modify them.
+        """This rank's fp32 master shards of the visit's layers with optimizer state; do not modify
+        them.
 
         Across ranks each element appears once, under a (replicate, shard) mesh once per replica;
         padding is zero.
@@ -596,6 +600,7 @@ class LWO:
             "seed": self.config.seed,
             "steps_per_layer": self.config.steps_per_layer,
             "layer_weights": dict(self.config.layer_weights),
+            "stateless": self.config.stateless,
         }
 
     def _refuse_mid_accumulation(self, what: str, remedy: str) -> None:

@@ -56,6 +56,11 @@ class Layer:
     one more than its last layer for the head. 0 is always correct and gives the longest backward.
     """
 
+    @property
+    def is_outside(self) -> bool:
+        """It is the embedding, the head, or both (tied), as `find_layers` names them."""
+        return self.name in ("embed", "head", "embed_head")
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -63,10 +68,17 @@ class Visit:
 
     active: Layer
     also: tuple[Layer, ...] = ()
+    stateless: tuple[Layer, ...] = ()
+    """Updated by their orthogonalised gradients alone, without optimizer state."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All layers that the visit updates, the active one first."""
+        return (*self.stateful, *self.stateless)
+
+    @property
+    def stateful(self) -> tuple[Layer, ...]:
+        """Those with optimizer state."""
         return (self.active, *self.also)
 
     @property

@@ -359,7 +359,7 @@ class _Work:
         key = (run.task, run.method)
         if key not in self._flops:
             from lwo_dist.driver import model_source
-            from lwo_dist.models.flops import flops_per_sequence
+            from lwo_dist.models.flops import flops_per_sequence, update_flops
 
             say(f"counting the operations of {run.method}")
             method = METHODS.get(run.config.method)
@@ -370,7 +370,8 @@ class _Work:
             labels = min(round(counts["label_tokens"] / sequences), length)
             try:
                 model = model_source(config, method).empty()
-                visits = method.visits(method.layers(model, run.config.lwo))
+                lwo = run.config.lwo
+                visits = method.cycle(method.layers(model, lwo), lwo)
                 of_sequence = flops_per_sequence(
                     model,
                     visits,
@@ -380,7 +381,8 @@ class _Work:
                     suffix_backward=run.config.lwo.suffix_backward,
                     drops_trained=method.drops_trained,
                 )
-                self._flops[key] = of_sequence * run.config.train.global_batch_size
+                of_batch = of_sequence * run.config.train.global_batch_size
+                self._flops[key] = of_batch + update_flops(model, visits)
             except Exception as error:  # its code may do anything without values to compute with
                 self._flops[key] = None
                 say(f"the operations of {run.method} were not counted ({first_line(error)})")

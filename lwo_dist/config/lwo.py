@@ -62,6 +62,21 @@ class LWOConfig(Settings):
     layers_per_group: int = Field(
         1, ge=1, description="neighbouring transformer layers trained as one layer"
     )
+    embeddings: Literal["visit", "always"] = Field(
+        "visit",
+        description=(
+            "visit: the embedding and the head have visits of their own; always: they are trained"
+            " in every step, beside the active layer"
+        ),
+    )
+    stateless: Literal["none", "suffix", "all"] = Field(
+        "none",
+        description=(
+            "transformer layers updated beside the active one, by their orthogonalised gradient"
+            " and without optimizer state: none, those above it (where backward passes anyway), or"
+            " all; strategy: replicate only"
+        ),
+    )
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="micro-batches per optimizer step"
     )
@@ -137,6 +152,18 @@ class LWOConfig(Settings):
             raise ValueError(
                 f"batches: cycle needs order: ascending, not {self.order}: hidden states are kept"
                 " from one layer to the next above it"
+            )
+        for name, default in (("embeddings", "visit"), ("stateless", "none")):
+            value = getattr(self, name)
+            if value != default and self.batches == "cycle":
+                raise ValueError(
+                    f"{name}: {value} cannot be used with batches: cycle, which needs the layers"
+                    f" below the active one unchanged; set batches: fresh or {name}: {default}"
+                )
+        if self.stateless != "none" and self.suffix_backward < 1:
+            raise ValueError(
+                f"stateless: {self.stateless} needs the gradients that suffix_backward ="
+                f" {self.suffix_backward:g} leaves out; set suffix_backward: 1"
             )
         for name in ("prefix_host_gb", "prefix_disk_gb"):
             value = getattr(self, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,6 +75,42 @@ class Method(ABC):
     def visits(self, layers: Sequence[Layer]) -> list[Visit]:
         """The visits of one cycle, in model order: by default one per layer."""
         return [Visit(layer) for layer in layers]
+
+    def cycle(self, layers: Sequence[Layer], config: LWOConfig) -> list[Visit]:
+        """`visits`, and beside each active layer what `config` trains in every step.
+
+        Raises:
+            UserError: `embeddings` or `stateless` would have no effect.
+        """
+        visits = self.visits(layers)
+        if config.embeddings == "always":
+            outside = tuple(layer for layer in layers if layer.is_outside)
+            inside = [visit for visit in visits if not visit.active.is_outside]
+            if not outside or not inside or len(visits) == 1:
+                raise UserError(
+                    f"lwo.embeddings: always has no effect with method: {self.name} and"
+                    f" {len(visits)} visit(s) a cycle, of which {len(visits) - len(inside)} train"
+                    " the embedding or the head; drop it"
+                )
+            visits = [replace(visit, also=(*visit.also, *outside)) for visit in inside]
+        if config.stateless != "none":
+            visits = [self._with_stateless(visit, layers, config) for visit in visits]
+            if not any(visit.stateless for visit in visits):
+                raise UserError(
+                    f"lwo.stateless: {config.stateless} has no effect with method: {self.name},"
+                    " which leaves no transformer layer out of a visit; drop it"
+                )
+        return visits
+
+    def _with_stateless(self, visit: Visit, layers: Sequence[Layer], config: LWOConfig) -> Visit:
+        others = tuple(
+            layer
+            for layer in layers
+            if layer not in visit.layers
+            and not layer.is_outside
+            and (config.stateless == "all" or layer.depth >= visit.active.depth)
+        )
+        return replace(visit, stateless=others)
 
     def export(self, saved: Saved) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 tensor of everything in the exported model; by default as trained."""

@@ -16,6 +16,7 @@ class LayerWise(Method):
     """The embedding, each transformer layer (or group of neighbours), the head."""
 
     name = "lwo"
+    own_settings = ("lwo.embeddings", "lwo.stateless")
 
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
         return find_layers(

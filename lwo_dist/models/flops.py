@@ -11,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lwo_dist.layers import Visit, find_stacks
 from lwo_dist.losses import IGNORED_LABEL, summed_loss
+from lwo_dist.names import named_parameters
+from lwo_dist.orthogonal import orthogonalise_flops
 from lwo_dist.prefix import starting_layers
 from lwo_dist.sublayers import detached, find_sublayers
 from lwo_dist.suffix import droppable
 
-__all__ = ["flops_per_sequence"]
+__all__ = ["flops_per_sequence", "update_flops"]
 
 
 def flops_per_sequence(
@@ -74,6 +76,22 @@ def flops_per_sequence(
         for parameter in parameters.values():
             parameter.grad = None
     return total / len(visits)
+
+
+def update_flops(model: nn.Module, visits: Sequence[Visit]) -> float:
+    """Matrix products of an update, all ranks together; a mean over the visits.
+
+    Only layers that are updated without state have any (`lwo.stateless`): their number does not
+    depend on the batch.
+    """
+    shapes = {name: parameter.shape for name, parameter in named_parameters(model).items()}
+    of_visits = [
+        orthogonalise_flops(
+            shapes[name] for layer in visit.stateless for name in layer.parameter_names
+        )
+        for visit in visits
+    ]
+    return sum(of_visits) / len(visits)
 
 
 def _flops_of_step(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, start: int) -> int:

@@ -90,7 +90,7 @@ class Subject:
         self.config = config
         self.model = subject(*self._arguments, dtype=torch.float32)
         self.layers: Sequence[Layer] = method.layers(self.model, config.lwo)
-        self.visits: Sequence[Visit] = method.visits(self.layers)
+        self.visits: Sequence[Visit] = method.cycle(self.layers, config.lwo)
         self.shapes: Shapes = {
             name: tuple(p.shape) for name, p in named_parameters(self.model).items()
         }
@@ -243,7 +243,7 @@ def plan_one(
     flops = {}
     for number in subject.samples:
         visit = subject.visits[number]
-        held = held_bytes(subject.shapes, subject.layers, visit.layers, storage)
+        held = held_bytes(subject.shapes, subject.layers, visit.stateful, storage, visit.stateless)
         rehearsal = subject.rehearse(
             visit,
             batch,
@@ -260,7 +260,7 @@ def plan_one(
     assert worst is not None
     peak, visit, held, rehearsal = worst
     every = [
-        held_bytes(subject.shapes, subject.layers, visit.layers, storage)
+        held_bytes(subject.shapes, subject.layers, visit.stateful, storage, visit.stateless)
         for visit in subject.visits
     ]
     sent = [_bytes_sent(subject, visit, storage, accumulation, bf16) for visit in subject.visits]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
@@ -90,12 +90,23 @@ def shard_numel(shape: Sequence[int], world_size: int) -> int:
 
 
 def held_bytes(
-    shapes: Shapes, layers: Sequence[Layer], active: Sequence[Layer], storage: Storage
+    shapes: Shapes,
+    layers: Sequence[Layer],
+    active: Sequence[Layer],
+    storage: Storage,
+    stateless: Sequence[Layer] = (),
 ) -> Held:
-    """What a rank holds in the visit of `active`, once every layer has been visited."""
+    """What a rank holds in the visit of `active`, once every layer has been visited.
+
+    Args:
+        stateless: layers that the visit updates too, without optimizer state; `replicate` only. On
+            rank 0, which owns as many of them as any other rank.
+    """
     make = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
     others = [layer for layer in layers if layer not in active]
-    return make(shapes, layers, active, others, storage)
+    held = make(shapes, layers, active, others, storage)
+    gradients = 4 * sum(flat_numel(shapes, layer, storage.world_size) for layer in stateless)
+    return replace(held, gradient_bytes=held.gradient_bytes + gradients)
 
 
 def _replicate(

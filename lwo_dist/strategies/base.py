@@ -75,6 +75,8 @@ class StrategyBuilder(ABC):
     """The extras of the package that it needs beyond torch."""
     own_settings: tuple[str, ...] = ()
     """Keys of the config that only this strategy reads, such as `fsdp.storage`."""
+    updates_whole_layers = False
+    """Whether it can update a layer from its whole gradient (`lwo.stateless`)."""
 
     def drives(self, model: nn.Module) -> bool:
         """Whether this strategy can train a model that the caller has already wrapped."""
@@ -127,7 +129,7 @@ class Update:
     """
 
     grad_norm: Tensor
-    """Norm of the visit's gradient before clipping, over all ranks."""
+    """Norm before clipping, over all ranks, of the gradient of the layers with optimizer state."""
     skipped: Tensor
     """1.0 if loss or norm was not finite and the step was skipped, else 0.0; equal on all ranks."""
 
@@ -188,7 +190,7 @@ class Strategy(ABC):
 
     def prefetch(self, visit: Visit) -> None:
         """Start moving the next visit's parked tensors to the device."""
-        for layer in visit.layers:
+        for layer in visit.stateful:
             for parks in (self._parked_moments, self._parked_masters):
                 parks.prefetch(layer.name, self._shard_device())
 
@@ -238,7 +240,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the visit's layers.
+        """This rank's fp32 master shards of the visit's layers with optimizer state.
 
         Across ranks, or those of a replica, each element appears once; padding is zero.
         """
@@ -325,16 +327,16 @@ class Strategy(ABC):
         """Where the optimizer's shards are."""
 
     def _is_active(self, layer: Layer) -> bool:
-        return self._visit is not None and layer in self._visit.layers
+        return self._visit is not None and layer in self._visit.stateful
 
     def _park_moments(self) -> None:
         if self._keeps_moments and self._visit is not None:
-            for layer in self._visit.layers:
+            for layer in self._visit.stateful:
                 self._parked_moments.put(layer.name, self._shards_of_optimizer(layer))
 
     def _unpark_moments(self) -> None:
         assert self._visit is not None
-        for layer in self._visit.layers:
+        for layer in self._visit.stateful:
             shards = self._parked_moments.take(layer.name, self._shard_device())
             if shards:
                 self._put_into_optimizer(layer, shards)

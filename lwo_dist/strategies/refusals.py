@@ -18,15 +18,17 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lwo_dist import distributed
+from lwo_dist.config import LWOConfig
 from lwo_dist.errors import UserError
 from lwo_dist.layers import find_stacks
 from lwo_dist.names import clean_name
 
-from .base import Strategy
+from .base import Strategy, StrategyBuilder
 
 __all__ = [
     "CheckpointingWatch",
     "refuse_compiled",
+    "refuse_stateless",
     "refuse_wrapped",
     "warn_of_frozen",
     "warn_of_rounding",
@@ -225,4 +227,18 @@ def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> Non
             f" {reach / half_ulp:.2g} times that at a typical weight ({half_ulp:.1e} at"
             f" {size:.1g}); stay well above 1, or park the masters (inactive_master: host)",
             stacklevel=4,
+        )
+
+
+def refuse_stateless(builder: StrategyBuilder, config: LWOConfig) -> None:
+    """Refuse `stateless` where no rank has the whole gradient of a layer.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if config.stateless != "none" and not builder.updates_whole_layers:
+        raise UserError(
+            f"lwo.stateless: {config.stateless} cannot be used with strategy: {builder.name}, under"
+            " which no rank has the whole gradient of a layer; set strategy: replicate, or"
+            " lwo.stateless: none"
         )

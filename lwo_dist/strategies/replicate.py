@@ -3,6 +3,10 @@
 A step has three phases over one flat buffer per layer: reduce-scatter the gradients, AdamW on this
 rank's part of the flat weights, all-gather the weights. That is 2 x the layer's bytes, where DDP
 sends 2 x the model's. The all-gather may run while the next forward pass is below the layer.
+
+A layer that is updated without optimizer state has an owner: the gradient is reduced to that rank,
+which orthogonalises it, updates the layer and broadcasts it, so that the ranks share the work. It
+is 2 x the layer's bytes too.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from lwo_dist.layers import Layer, Visit, find_stacks
 from lwo_dist.memory import local_bytes, padded_numel
 from lwo_dist.methods import Method
 from lwo_dist.names import named_parameters, named_tensors
+from lwo_dist.orthogonal import update_without_state
 
 from .base import (
     MOMENTS,
@@ -43,6 +48,8 @@ _LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during
 
 class ReplicateBuilder(StrategyBuilder):
     name = "replicate"
+    own_settings = ("lwo.stateless",)
+    updates_whole_layers = True
 
     def drives(self, model: nn.Module) -> bool:
         return isinstance(model, nn.Module)
@@ -70,9 +77,17 @@ class _FlatLayer:
     Args:
         weights: [numel], padded to a multiple of the world size; the parameters are views of it.
         views: parameter name -> the view of `gradient` that holds its gradient.
+        owner: the rank whose shard is the whole layer; None: each rank has an equal part.
     """
 
-    def __init__(self, layer: Layer, weights: Tensor, gradient: Tensor, views: dict[str, Tensor]):
+    def __init__(
+        self,
+        layer: Layer,
+        weights: Tensor,
+        gradient: Tensor,
+        views: dict[str, Tensor],
+        owner: int | None = None,
+    ):
         self.layer = layer
         self.weights = weights
         self.gradient = gradient
@@ -81,11 +96,14 @@ class _FlatLayer:
         starts = [*(view.storage_offset() for view in views.values()), gradient.numel()][1:]
         self._padding = [gradient[a:b] for a, b in zip(ends, starts, strict=True) if a < b]
         self._gathering: dist.Work | None = None
+        self.owner = owner
         numel = weights.numel() // distributed.world_size()
         start = distributed.rank() * numel
+        if owner is not None:
+            start, numel = 0, weights.numel() if owner == distributed.rank() else 0
         self.weight_shard = nn.Parameter(weights[start : start + numel])
         self.gradient_shard = gradient
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and owner != distributed.rank():
             self.gradient_shard = torch.empty_like(self.weight_shard)
         self.weight_shard.grad = self.gradient_shard
         self.absent = weights.new_full((), torch.nan)
@@ -114,11 +132,31 @@ class _FlatLayer:
 
     def reduce(self) -> None:
         _allocated(self.gradient_shard)
-        distributed.reduce_scatter(self.gradient_shard, self.gradient)
+        if self.owner is None:
+            distributed.reduce_scatter(self.gradient_shard, self.gradient)
+        else:
+            distributed.reduce_to(self.gradient, self.owner)
         if distributed.world_size() > 1:
             self.gradient_shard.div_(distributed.world_size())
 
+    def update_without_state(
+        self, weights: dict[str, Tensor], lr: float, weight_decay: float, skipped: Tensor
+    ) -> None:
+        """On the owner, from the whole gradient."""
+        if self.owner == distributed.rank():
+            names = list(weights)
+            update_without_state(
+                [weights[name] for name in names],
+                [self.gradient_views[name] for name in names],
+                lr,
+                weight_decay,
+                skipped,
+            )
+
     def start_publishing(self) -> None:
+        if self.owner is not None:
+            self._gathering = distributed.start_broadcast(self.weights, self.owner)
+            return
         self._gathering = distributed.start_all_gather(self.weights, self.weight_shard.detach())
 
     def finish_publishing(self) -> None:
@@ -133,6 +171,7 @@ class Replicate(Strategy):
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
         self._parameters = named_parameters(model)
+        self._weight_decay = config.weight_decay
         self._refuse_16_bit()
         self._dtypes = {name: parameter.dtype for name, parameter in self._parameters.items()}
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
@@ -147,11 +186,15 @@ class Replicate(Strategy):
         trained = set(visit.parameter_names)
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in trained)
+        owners = {
+            layer.name: number % distributed.world_size()
+            for number, layer in enumerate(visit.stateless)
+        }
         for layer in visit.layers:
             weights = self._flatten(layer)
             gradient = torch.empty_like(weights)
             views = self._views(layer, gradient)
-            flat = _FlatLayer(layer, weights, gradient, views)
+            flat = _FlatLayer(layer, weights, gradient, views, owners.get(layer.name))
             self._trained[layer.name] = flat
             self._large += [
                 self._parameters[name].register_post_accumulate_grad_hook(partial(flat.take, view))
@@ -160,7 +203,7 @@ class Replicate(Strategy):
             ]
         self._visit = visit
         self._make_optimizer = make_optimizer
-        self._optimizer = make_optimizer([[flat.weight_shard] for flat in self._trained.values()])
+        self._optimizer = make_optimizer([[flat.weight_shard] for flat in self._with_state()])
         self._unpark_moments()
 
     def deactivate(self) -> None:
@@ -204,8 +247,14 @@ class Replicate(Strategy):
         self._collect_gradients()
         for flat in self._trained.values():
             flat.reduce()
-        update = update_shards(self._optimizer, lr, max_norm, self._take_non_finite())
+        non_finite = self._take_non_finite()
         for flat in self._trained.values():
+            if flat.owner == distributed.rank():
+                non_finite = non_finite + 0.0 * flat.gradient.norm()
+        update = update_shards(self._optimizer, lr, max_norm, non_finite)
+        for flat in self._trained.values():
+            views = self._weight_views[flat.layer.name]
+            flat.update_without_state(views, lr, self._weight_decay, update.skipped)
             flat.release_gradient()
             flat.start_publishing()
         return update
@@ -245,7 +294,10 @@ class Replicate(Strategy):
                 parameter.data = view
 
     def masters(self) -> list[Tensor]:
-        return [flat.weight_shard.detach() for flat in self._trained.values()]
+        return [flat.weight_shard.detach() for flat in self._with_state()]
+
+    def _with_state(self) -> list[_FlatLayer]:
+        return [flat for flat in self._trained.values() if flat.owner is None]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         tensors = named_tensors(self.module)
@@ -302,7 +354,7 @@ class Replicate(Strategy):
     def memory(self) -> dict[str, int]:
         self.flush()
         trained = list(self._trained.values())
-        states = [self._optimizer.state.get(flat.weight_shard, {}) for flat in trained]
+        states = [self._optimizer.state.get(flat.weight_shard, {}) for flat in self._with_state()]
         moments = [tensor for state in states for tensor in state.values() if tensor.dim()]
         return {
             "parameter_bytes": local_bytes(self.module.parameters()),

@@ -208,7 +208,9 @@ def predict(name: str, config: Config) -> tuple[Plan, dict[str, Held]]:
         plan = plan_one(found, config, _RANKS, bf16=bf16, on_gpu=False)
     storage = storage_of(config, _RANKS, bf16=bf16)
     held = {
-        visit.active.name: held_bytes(found.shapes, found.layers, visit.layers, storage)
+        visit.active.name: held_bytes(
+            found.shapes, found.layers, visit.stateful, storage, visit.stateless
+        )
         for visit in found.visits
     }
     return plan, held

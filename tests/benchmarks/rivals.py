@@ -227,6 +227,11 @@ def lwo(job: Job, **levers: Any) -> Contender:
     return hooked(job, model, "lwo", **levers)
 
 
+def lwo_stateless(job: Job, **levers: Any) -> Contender:
+    """With other layers updated without state, by the hook, on whole fp32 weights."""
+    return hooked(job, make_model(job), "lwo", order="random", **levers)
+
+
 def full(job: Job) -> Contender:
     """All parameters, by the hook."""
     return hooked(job, make_model(job), "full")
@@ -417,12 +422,16 @@ def quiet() -> Iterator[None]:
 
 PREFIX: dict[str, Any] = {"batches": "cycle"}
 SUFFIX: dict[str, Any] = {"suffix_backward": 0.25}
+ALL: dict[str, Any] = {"stateless": "all", "embeddings": "always"}
+ABOVE: dict[str, Any] = {"stateless": "suffix"}
 
 METHODS: dict[str, Rival] = {
     "lwo": Rival(lwo),
     "lwo+prefix": Rival(partial(lwo, **PREFIX), tuple(PREFIX)),
     "lwo+suffix": Rival(partial(lwo, **SUFFIX), tuple(SUFFIX)),
     "lwo+prefix+suffix": Rival(partial(lwo, **PREFIX, **SUFFIX), (*PREFIX, *SUFFIX)),
+    "lwo+stateless": Rival(partial(lwo_stateless, **ALL), tuple(ALL)),
+    "lwo+stateless suffix": Rival(partial(lwo_stateless, **ABOVE), tuple(ABOVE)),
     "plain_lwo": Rival(plain_lwo),
     "lora": Rival(lora),
     "lora+suffix": Rival(partial(lora_by_the_hook, **SUFFIX), tuple(SUFFIX)),

@@ -102,7 +102,7 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
     layers: Sequence[Layer] = check_layers(model, method.layers(model, config))
     if not method.changes_model:
         layers = without_frozen(layers, flags)
-    visits = method.visits(layers)
+    visits = method.cycle(layers, config)
     schedule = make_schedule(config, [visit.active.name for visit in visits])
     first = visits[schedule.active_layer(0)]
     trained = set(first.parameter_names)

@@ -1,0 +1,301 @@
+"""`lwo.stateless`, `lwo.embeddings: always`: equal to a plain loop, counted, resumed, refused."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+import lwo_dist
+from lwo_dist import distributed
+from lwo_dist.driver import prepare
+from lwo_dist.errors import UserError
+from lwo_dist.layers import find_layers
+from lwo_dist.orthogonal import orthogonalise, orthogonalise_flops, update_without_state
+from lwo_dist.plan.held import Storage, held_bytes
+from lwo_dist.strategies.fsdp.builder import shard_model
+from tests import oracle
+from tests.benchmarks.peaks import compare
+from tests.distributed import test_run, training
+from tests.distributed.test_rooms import WEIGHTS, whole_run
+from tests.distributed.test_run import make_config, stop_after
+from tests.ranks import RanksError, run_ranks
+
+inputs = test_run.inputs
+RECIPE = oracle.Recipe(steps=14, steps_per_layer=2, max_grad_norm=0.5, lr=2e-3)
+DTYPE = torch.float64
+
+
+def make_model(tied: bool) -> nn.Module:
+    """With norms in float64. The model's own compute in float32, and the iteration makes the small
+    parts of a gradient some 500 times larger, their rounding errors too.
+    """
+    model = oracle.tiny_model(tied=tied, dtype=DTYPE)
+    for norm in model.modules():
+        if isinstance(norm, Qwen2RMSNorm):
+            norm.forward = partial(_norm, norm)
+    return model
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def newton_schulz(gradient: Tensor) -> Tensor:
+    """Muon's iteration on one matrix, as it is published, scaled to entries near 1."""
+    x = gradient / gradient.norm()
+    wide = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide - 4.7750 * gram @ wide + 2.0315 * gram @ gram @ wide
+    x = wide.T if x.shape[0] > x.shape[1] else wide
+    return x * math.sqrt(max(x.shape))
+
+
+def plain_loop(
+    *, tied: bool, stateless: str, embeddings: str
+) -> tuple[list[float], dict[str, Tensor]]:
+    """AdamW on the active layer (and the embedding); the others move by their gradient alone."""
+    model = make_model(tied)
+    parameters = dict(model.named_parameters())
+    layers = find_layers(model)
+    outside = [layer for layer in layers if layer.name in ("embed", "head", "embed_head")]
+    inside = [layer for layer in layers if layer not in outside]
+    always = outside if embeddings == "always" else []
+    visited = inside if embeddings == "always" else layers
+    losses = []
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for step in range(RECIPE.steps):
+        active = visited[step // RECIPE.steps_per_layer % len(visited)]
+        if step % RECIPE.steps_per_layer == 0:
+            optimizers = {}
+        for layer in (active, *always):
+            if layer.name not in optimizers:
+                optimizers[layer.name] = torch.optim.AdamW(
+                    [parameters[name] for name in layer.parameter_names],
+                    lr=RECIPE.lr,
+                    eps=RECIPE.eps,
+                    weight_decay=0.01,
+                )
+        others = [
+            parameters[name]
+            for layer in inside
+            if layer is not active and (stateless == "all" or layer.depth > active.depth)
+            for name in layer.parameter_names
+        ]
+        tokens, labels = oracle.global_batch(step)
+        loss = oracle.loss_sum(model, tokens, labels) / (labels[:, 1:] != -100).sum()
+        model.zero_grad()
+        loss.backward()
+        mine = [
+            p for layer in (active, *always) for p in map(parameters.get, layer.parameter_names)
+        ]
+        nn.utils.clip_grad_norm_([p for p in mine if p is not None], RECIPE.max_grad_norm)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        with torch.no_grad():
+            for weight in others:
+                if weight.dim() == 2 and weight.grad is not None:
+                    way = newton_schulz(weight.grad)
+                    weight -= RECIPE.lr * (way + 0.01 * weight)
+        losses.append(loss.item())
+    return losses, {name: p.detach() for name, p in parameters.items()}
+
+
+def attached(tied: bool, stateless: str, embeddings: str, **more: Any) -> lwo_dist.LWO:
+    config = lwo_dist.LWOConfig(
+        lr=RECIPE.lr,
+        eps=RECIPE.eps,
+        weight_decay=0.01,
+        max_grad_norm=RECIPE.max_grad_norm,
+        steps_per_layer=RECIPE.steps_per_layer,
+        stateless=stateless,
+        embeddings=embeddings,
+        **more,
+    )
+    return lwo_dist.attach(make_model(tied), config)
+
+
+def hook_loop(tied: bool, stateless: str, embeddings: str) -> tuple[list[float], dict[str, Tensor]]:
+    lwo = attached(tied, stateless, embeddings)
+    shapes = {name: tuple(p.shape) for name, p in lwo.module.named_parameters()}
+    storage = Storage("replicate", distributed.world_size())
+    losses = []
+    for step in range(RECIPE.steps):
+        visit = lwo.visit
+        numel = sum(
+            math.prod(shapes[name]) for layer in visit.layers for name in layer.parameter_names
+        )
+        loss, report = training.train_step(lwo, step)
+        losses.append(loss)
+        if storage.world_size > 1:  # padding besides
+            assert 2 * 8 * numel <= report.bytes_sent <= 2 * 8 * (numel + 8 * len(shapes))
+        if not report.switched:
+            held, formula = (
+                lwo.memory(),
+                held_bytes(shapes, lwo.layers, visit.stateful, storage, visit.stateless),
+            )
+            for key in ("gradient_bytes", "optimizer_state_bytes"):
+                assert held[key] == 2 * getattr(formula, key), key  # of 8 bytes, not 4
+        for layer in lwo.layers:
+            assert (lwo.last_changed(layer) == step + 1) == (layer in visit.layers)
+    return losses, training.weights(lwo)
+
+
+COMBINATIONS = [("suffix", "visit"), ("all", "always"), ("suffix", "always"), ("all", "visit")]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tied", "stateless", "embeddings"),
+    [(size, tied, *both) for size in (1, 2) for tied in (True, False) for both in COMBINATIONS]
+    + [(3, False, "all", "always")],
+)
+def test_layers_without_state_equal_a_plain_loop(
+    world_size: int, tied: bool, stateless: str, embeddings: str
+) -> None:
+    expected, expected_weights = plain_loop(tied=tied, stateless=stateless, embeddings=embeddings)
+    for losses, found in run_ranks(hook_loop, world_size, tied, stateless, embeddings):
+        assert losses == pytest.approx(expected, abs=1e-10)
+        for name, tensor in expected_weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [("suffix", "visit"), ("all", "always")])
+def test_a_run_resumes_bit_for_bit(
+    settings: tuple[str, str], inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Every layer changes in every step: the checkpoint has them all, and no state for most."""
+    stateless, embeddings = settings
+    overrides = [f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}"]
+    overrides += ["strategy=replicate", "train.logging_steps=1", "checkpoint.steps=4"]
+    overrides += ["lwo.state=keep", "lwo.order=random"]
+    whole = prepare(make_config(inputs, tmp_path / "whole", *overrides))
+    unbroken = run_ranks(whole_run, 2, whole)[0]
+    broken = prepare(make_config(inputs, tmp_path / "broken", *overrides))
+    with pytest.raises(RanksError, match="InterruptedError"):
+        run_ranks(stop_after, 2, broken, 4)
+    resumed = run_ranks(whole_run, 2, broken)[0]
+    assert min(resumed) == 5
+    assert resumed == {step: unbroken[step] for step in resumed}
+    models = [load_file(tmp_path / of / "r" / "model" / WEIGHTS) for of in ("whole", "broken")]
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+
+
+def spoiled(stateless: str) -> tuple[float, bool]:
+    """A gradient that is not finite in a layer without state only."""
+    lwo = attached(True, stateless, "visit", order="descending")
+    for step in range(2 * RECIPE.steps_per_layer):  # layer_3, then layer_2
+        training.train_step(lwo, step)
+    assert [layer.name for layer in lwo.visit.stateless] == ["layer_2", "layer_3"]
+    before = training.weights(lwo)
+    name = lwo.visit.stateless[-1].parameter_names[0]
+    weight = dict(lwo.module.named_parameters())[name]
+    handle = weight.register_hook(lambda gradient: gradient * torch.inf)
+    _, report = training.train_step(lwo, 0)
+    handle.remove()
+    assert report.skipped is not None
+    after = training.weights(lwo)
+    return float(report.skipped), all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_gradient_that_is_not_finite_anywhere_skips_the_step() -> None:
+    assert run_ranks(spoiled, 2, "suffix") == [(1.0, True)] * 2
+
+
+def refused(strategy: str) -> str:
+    model = oracle.tiny_model(tied=False)
+    if strategy == "fsdp":
+        shard_model(model, precision="fp32", device_type="cpu")
+    with pytest.raises(UserError) as raised:
+        lwo_dist.attach(model, lwo_dist.LWOConfig(stateless="all"))
+    # Nothing was changed: a plain configuration fits.
+    lwo_dist.attach(model, lwo_dist.LWOConfig())
+    return str(raised.value)
+
+
+def test_a_strategy_without_whole_gradients_refuses() -> None:
+    for message in run_ranks(refused, 2, "fsdp"):
+        assert "lwo.stateless: all" in message
+        assert "strategy: replicate" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"stateless": "all", "batches": "cycle"}, "batches: fresh"),
+        ({"embeddings": "always", "batches": "cycle"}, "batches: fresh"),
+        ({"stateless": "suffix", "suffix_backward": 0.5}, "suffix_backward: 1"),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        lwo_dist.LWOConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"stateless": "all"}, {"embeddings": "always"}])
+def test_a_method_that_trains_everything_at_once_refuses(settings: dict[str, Any]) -> None:
+    model = oracle.tiny_model(tied=True)
+    with pytest.raises(UserError, match="no effect with method: full"):
+        lwo_dist.attach(model, lwo_dist.LWOConfig(**settings), "full")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["strategy=fsdp", "lwo.stateless=all"], "lwo.stateless = all has no effect with strategy"),
+        (["method=full", "lwo.embeddings=always"], "lwo.embeddings = always has no effect with"),
+    ],
+)
+def test_a_run_refuses_before_it_starts(
+    overrides: list[str], said: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        prepare(make_config(inputs, tmp_path, *overrides))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("overrides", [("all", "always"), ("suffix", "visit")])
+def test_the_plan_is_what_is_measured(overrides: tuple[str, str]) -> None:
+    stateless, embeddings = overrides
+    more = (f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}")
+    (row,) = compare("replicate", ["llama"], *more, methods=("lwo",))
+    assert 0.97 < row["ratio"] < 1.03
+    assert row["sent"] == row["plan_sent"]
+    for visit, held in row["held"].items():
+        for key in ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes"):
+            assert row["memory"][visit][key] == held[key], (visit, key)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 20), (20, 5), (3, 4, 12)])
+def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=DTYPE)
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    matrices = u @ torch.diag_embed(s.clamp_min(0.1 * s.max())) @ v
+    left, values, right = torch.linalg.svd(orthogonalise(1e-9 * matrices), full_matrices=False)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    # The directions are those of the gradient.
+    torch.testing.assert_close(left @ right, u @ v)
+    assert not orthogonalise(torch.zeros(shape)).any()
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    shapes = [(24, 24), (12, 24), (50, 24), (24,), (3, 8, 6)]
+    gradients = [torch.randn(shape) for shape in shapes]
+    weights = [torch.randn(shape) for shape in shapes]
+    vector = weights[3].clone()
+    with FlopCounterMode(display=False) as counter:
+        update_without_state(weights, gradients, 1e-3, 0.0, torch.zeros(()))
+    assert counter.get_total_flops() == orthogonalise_flops(shapes)
+    assert torch.equal(weights[3], vector)
