@@ -105,6 +105,13 @@ def init_process_group(timeout_s: int) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Leave the process group, and end the threads of it and of the groups made beside it."""
+    _patient_groups.clear()
+    _cpu_groups.clear()
+    dist.destroy_process_group()
+
+
 def loopback_only() -> dict[str, str]:
     """Variables that make gloo and NCCL listen on loopback only, except those already set.
 

@@ -192,6 +192,12 @@ class LWO:
         _refuse_attached(self.module)
         self.config = config
         self._flags = own_flags(self.module)
+        if layers is not None and (config.stateless, config.embeddings) != ("none", "visit"):
+            raise UserError(
+                f"stateless: {config.stateless} and embeddings: {config.embeddings} are for the"
+                " layers that a method finds; leave out attach(layers=...), or write a Method with"
+                " visits of your own"
+            )
         found = layers if layers is not None else how.layers(self.module, config)
         self.layers: Sequence[Layer] = check_layers(self.module, found)
         if not how.changes_model:  # such a method freezes the base model itself
@@ -205,7 +211,7 @@ class LWO:
                 f"batches: cycle has no effect with method: {how.name}, which never switches; set"
                 " batches: fresh"
             )
-        refuse_stateless(builder, config)
+        refuse_stateless(builder.name, builder.updates_whole_layers, self.visits)
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
@@ -419,7 +425,15 @@ class LWO:
 
     def never_trained(self, steps: int) -> list[str]:
         """Names of the layers that a run of `steps` optimizer steps does not come to."""
-        return [self.visits[i].active.name for i in self.schedule.never_active(steps)]
+        never = self.schedule.never_active(steps)
+        changed = {
+            layer.name
+            for i, visit in enumerate(self.visits)
+            if i not in never
+            for layer in visit.layers
+        }
+        names = [self.visits[i].active.name for i in never]
+        return [name for name in names if name not in changed]
 
     def last_changed(self, layer: Layer) -> int:
         """The step count after the last update of `layer`; 0 if never updated, as for `rest`."""

@@ -98,7 +98,7 @@ def prepare_and_run(config: Config) -> dict[str, Any] | None:
 
 @contextmanager
 def _group(timeout_s: int) -> Iterator[None]:
-    """Join the process group, and leave it where all ranks end alike.
+    """Join the process group, and leave it when all ranks end the same way.
 
     Otherwise its threads still run when the interpreter ends, which then may abort: torchrun would
     report SIGABRT instead of the exit code. After a failure of one rank the others may be in a
@@ -116,7 +116,7 @@ def _group(timeout_s: int) -> Iterator[None]:
         raise
     finally:
         if leaves:
-            dist.destroy_process_group()
+            distributed.leave()
 
 
 def run(

@@ -72,8 +72,8 @@ class LWOConfig(Settings):
     stateless: Literal["none", "suffix", "all"] = Field(
         "none",
         description=(
-            "transformer layers updated beside the active one, by their orthogonalised gradient"
-            " and without optimizer state: none, those above it (where backward passes anyway), or"
+            "transformer layers updated alongside the active one, by their orthogonalised gradient"
+            " and without optimizer state: none, those above it (which backward crosses anyway), or"
             " all; strategy: replicate only"
         ),
     )

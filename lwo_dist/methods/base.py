@@ -86,13 +86,22 @@ class Method(ABC):
         if config.embeddings == "always":
             outside = tuple(layer for layer in layers if layer.is_outside)
             inside = [visit for visit in visits if not visit.active.is_outside]
-            if not outside or not inside or len(visits) == 1:
+            lost = {
+                layer.name
+                for visit in visits
+                if visit not in inside
+                for layer in visit.layers
+                if not layer.is_outside
+            }
+            if not outside or not inside or len(visits) == 1 or lost:
                 raise UserError(
-                    f"lwo.embeddings: always has no effect with method: {self.name} and"
-                    f" {len(visits)} visit(s) a cycle, of which {len(visits) - len(inside)} train"
-                    " the embedding or the head; drop it"
+                    f"lwo.embeddings: always does not fit method: {self.name}, which has no visits"
+                    " of the embedding or the head alone beside others; drop it"
                 )
-            visits = [replace(visit, also=(*visit.also, *outside)) for visit in inside]
+            visits = [
+                replace(visit, also=tuple(dict.fromkeys((*visit.also, *outside))))
+                for visit in inside
+            ]
         if config.stateless != "none":
             visits = [self._with_stateless(visit, layers, config) for visit in visits]
             if not any(visit.stateless for visit in visits):
@@ -106,7 +115,7 @@ class Method(ABC):
         others = tuple(
             layer
             for layer in layers
-            if layer not in visit.layers
+            if layer not in visit.stateful
             and not layer.is_outside
             and (config.stateless == "all" or layer.depth >= visit.active.depth)
         )

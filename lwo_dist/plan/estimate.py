@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,9 +17,11 @@ from lwo_dist.config.batch import micro_batch_size
 from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit, find_stacks, first_depths, last_depths, separate_layers
 from lwo_dist.methods import Method
+from lwo_dist.models.flops import update_flops
 from lwo_dist.names import named_parameters
-from lwo_dist.registry import METHODS, STRATEGIES
+from lwo_dist.registry import METHODS, STRATEGIES, Registry
 from lwo_dist.strategies import StrategyBuilder
+from lwo_dist.strategies.checks import refuse_settings_of_others
 
 from .gpus import UTILISATION, Cluster
 from .held import Held, Shapes, Storage, flat_numel, held_bytes, shard_numel
@@ -132,7 +134,13 @@ class Subject:
         }
         chosen |= {0, len(self.visits) - 1}
         sizes = [self.numel(visit.layers) for visit in self.visits]
-        return sorted(chosen | {sizes.index(max(sizes))})
+        chosen |= {sizes.index(max(sizes))}
+        # Where every visit goes down to the lowest layer (`lwo.stateless: all`), many are alike.
+        alike: dict[tuple[int, int, int], int] = {}
+        for number in sorted(chosen):
+            visit = self.visits[number]
+            alike.setdefault((visit.depth, sizes[number], self.numel(visit.stateful)), number)
+        return sorted({0, len(self.visits) - 1, *alike.values()})
 
     def rehearse(
         self,
@@ -264,7 +272,8 @@ def plan_one(
         for visit in subject.visits
     ]
     sent = [_bytes_sent(subject, visit, storage, accumulation, bf16) for visit in subject.visits]
-    largest = max(subject.numel(visit.layers) for visit in subject.visits)
+    largest = max(subject.numel(visit.stateful) for visit in subject.visits)
+    written = max(subject.numel(visit.layers) for visit in subject.visits)
     saved = subject.numel(subject.layers)
     if not subject.method.trains_adapters:
         saved = sum(math.prod(shape) for shape in subject.shapes.values())
@@ -279,10 +288,11 @@ def plan_one(
         host_bytes=max(
             found.park_bytes + storage.offloads * found.optimizer_state_bytes for found in every
         ),
-        flops=accumulation * _mean_on_lines(flops, len(subject.visits)),
+        flops=accumulation * _mean_on_lines(flops, len(subject.visits))
+        + update_flops(subject.model, subject.visits) / world_size,
         bytes_sent=sum(sent) / len(sent),
         whole_checkpoint_bytes=4 * saved + 8 * largest,
-        checkpoint_bytes=12 * largest,
+        checkpoint_bytes=4 * written + 8 * largest,
     )
 
 
@@ -297,6 +307,7 @@ def variants(config: Config) -> Iterator[tuple[str, str, Config | str]]:
                     update={"method": method.name, "strategy": builder.name, "zero_stage": stage}
                 )
                 try:
+                    refuse_settings_of_others(chosen, "strategy", builder, STRATEGIES)
                     method.check(chosen)
                     builder.check(chosen)
                 except UserError as error:
@@ -362,7 +373,9 @@ def plan_all(config: Config, world_size: int) -> Plans:
     for method, strategy, chosen in variants(config):
         if method not in subjects:
             try:
-                subjects[method] = Subject(config, METHODS.get(method), folder, architecture)
+                how = METHODS.get(method)
+                own_config = _without(config, _foreign(how, METHODS))
+                subjects[method] = Subject(own_config, how, folder, architecture)
             except UserError as error:
                 subjects[method] = str(error)
         found = subjects[method]
@@ -405,8 +418,22 @@ def early_plan(config: Config) -> Plan | None:
 def _without_foreign(config: Config, method: Method, builder: StrategyBuilder) -> Config:
     """Without the settings that only other methods and strategies read."""
     own = {*method.own_settings, *builder.own_settings}
-    others: list[Method | StrategyBuilder] = [*METHODS.all(), *STRATEGIES.all()]
-    for key in {key for other in others for key in other.own_settings} - own:
+    foreign = _foreign(method, METHODS) | (_foreign(builder, STRATEGIES) - own)
+    config = _without(config, foreign)
+    if method.name != "lwo" and config.lwo.state == "keep":  # it says how layers are switched
+        config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"state": "reset"})})
+    return config
+
+
+def _foreign(chosen: Method | StrategyBuilder, registry: Registry) -> set[str]:
+    """The settings that only others of its kind read."""
+    others: list[Method | StrategyBuilder] = registry.all()
+    return {key for other in others for key in other.own_settings} - set(chosen.own_settings)
+
+
+def _without(config: Config, keys: Iterable[str]) -> Config:
+    """With the defaults of these settings."""
+    for key in keys:
         group, _, name = key.partition(".")
         default = getattr(Config(), group)
         value = default
@@ -414,8 +441,6 @@ def _without_foreign(config: Config, method: Method, builder: StrategyBuilder) -
             field = getattr(default, name)
             value = getattr(config, group).model_copy(update={name: field})
         config = config.model_copy(update={group: value})
-    if method.name != "lwo" and config.lwo.state == "keep":  # it says how layers are switched
-        config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"state": "reset"})})
     return config
 
 

@@ -70,6 +70,8 @@ class Held:
     park_bytes: int
     master_bytes: int = 0
     """Of `optimizer_state_bytes`, ZeRO's fp32 copies of the weights."""
+    stateless_bytes: int = 0
+    """Of `gradient_bytes`, those of layers without optimizer state: no rank has a shard of them."""
 
     @property
     def device_bytes(self) -> int:
@@ -99,14 +101,13 @@ def held_bytes(
     """What a rank holds in the visit of `active`, once every layer has been visited.
 
     Args:
-        stateless: layers that the visit updates too, without optimizer state; `replicate` only. On
-            rank 0, which owns as many of them as any other rank.
+        stateless: layers that the visit updates too, without optimizer state; `replicate` only.
     """
     make = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
     others = [layer for layer in layers if layer not in active]
     held = make(shapes, layers, active, others, storage)
     gradients = 4 * sum(flat_numel(shapes, layer, storage.world_size) for layer in stateless)
-    return replace(held, gradient_bytes=held.gradient_bytes + gradients)
+    return replace(held, gradient_bytes=held.gradient_bytes + gradients, stateless_bytes=gradients)
 
 
 def _replicate(

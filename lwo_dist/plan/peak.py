@@ -84,7 +84,8 @@ def _replicate(
     them in the update only. Small gradients are moved there after the backward.
     """
     size = storage.world_size
-    flat = held.gradient_bytes * size // (size + 1) if size > 1 else held.gradient_bytes
+    sharded = held.gradient_bytes - held.stateless_bytes
+    flat = held.stateless_bytes + (sharded * size // (size + 1) if size > 1 else sharded)
     numels = {
         number: [math.prod(shape) for shape in unit.trained] for number, unit in units.items()
     }
@@ -107,7 +108,7 @@ def _replicate(
             sum(small[number] for number in passed),
             moment.live_bytes,
         )
-    copied = flat if storage.gloo and size > 1 else 0
+    copied = flat - held.stateless_bytes if storage.gloo and size > 1 else 0
     for gradients, buffers in ((flat, sum(small.values())), (held.gradient_bytes, copied)):
         yield Instant(
             "update", held.parameter_bytes, gradients, held.optimizer_state_bytes, 0, buffers, 0

@@ -12,7 +12,7 @@ from lwo_dist.registry import METHODS, STRATEGIES, Registry
 
 from .base import StrategyBuilder
 
-__all__ = ["check_config", "require_extras"]
+__all__ = ["check_config", "refuse_settings_of_others", "require_extras"]
 
 
 def check_config(config: Config, *, elsewhere: bool = False) -> None:
@@ -30,8 +30,8 @@ def check_config(config: Config, *, elsewhere: bool = False) -> None:
         return
     method: Method = METHODS.get(config.method)
     chosen: StrategyBuilder = STRATEGIES.get(config.strategy)
-    _refuse_settings_of_others(config, "strategy", chosen, STRATEGIES)
-    _refuse_settings_of_others(config, "method", method, METHODS)
+    refuse_settings_of_others(config, "strategy", chosen, STRATEGIES)
+    refuse_settings_of_others(config, "method", method, METHODS)
     method.check(config)
     chosen.check(config)
     if config.lwo.inactive_master == "discard" and not chosen.stores_16_bit(config):
@@ -49,7 +49,7 @@ def require_extras(config: Config) -> None:
     require(*chosen.extras, what=f"strategy: {chosen.name}")
 
 
-def _refuse_settings_of_others(
+def refuse_settings_of_others(
     config: Config, kind: str, chosen: Method | StrategyBuilder, registry: Registry
 ) -> None:
     others: list[Method | StrategyBuilder] = registry.all()

@@ -18,12 +18,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lwo_dist import distributed
-from lwo_dist.config import LWOConfig
 from lwo_dist.errors import UserError
-from lwo_dist.layers import find_stacks
+from lwo_dist.layers import Visit, find_stacks
 from lwo_dist.names import clean_name
 
-from .base import Strategy, StrategyBuilder
+from .base import Strategy
 
 __all__ = [
     "CheckpointingWatch",
@@ -230,15 +229,16 @@ def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> Non
         )
 
 
-def refuse_stateless(builder: StrategyBuilder, config: LWOConfig) -> None:
-    """Refuse `stateless` where no rank has the whole gradient of a layer.
+def refuse_stateless(strategy: str, updates_whole_layers: bool, visits: Sequence[Visit]) -> None:
+    """Refuse layers without optimizer state where no rank has the whole gradient of a layer.
 
     Raises:
         UserError: with the remedy.
     """
-    if config.stateless != "none" and not builder.updates_whole_layers:
+    named = next((visit.stateless[0].name for visit in visits if visit.stateless), None)
+    if named is not None and not updates_whole_layers:
         raise UserError(
-            f"lwo.stateless: {config.stateless} cannot be used with strategy: {builder.name}, under"
-            " which no rank has the whole gradient of a layer; set strategy: replicate, or"
+            f"{named} is to be updated without optimizer state (lwo.stateless), but under strategy:"
+            f" {strategy} no rank has the whole gradient of a layer; set strategy: replicate, or"
             " lwo.stateless: none"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import lwo_dist
 from lwo_dist import distributed
 from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
-from lwo_dist.layers import find_layers
+from lwo_dist.layers import Layer, Visit, find_layers
+from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.orthogonal import orthogonalise, orthogonalise_flops, update_without_state
 from lwo_dist.plan.held import Storage, held_bytes
 from lwo_dist.strategies.fsdp.builder import shard_model
@@ -212,6 +214,55 @@ def test_a_gradient_that_is_not_finite_anywhere_skips_the_step() -> None:
     assert run_ranks(spoiled, 2, "suffix") == [(1.0, True)] * 2
 
 
+class Pairs(LayerWise):
+    """A method with layers without state of its own."""
+
+    def visits(self, layers: Sequence[Layer]) -> list[Visit]:
+        inside = [layer for layer in layers if not layer.is_outside]
+        return [Visit(inside[0], stateless=(inside[1],)), Visit(inside[2])]
+
+
+def test_a_method_of_ones_own_keeps_its_layers_without_state() -> None:
+    layers = find_layers(oracle.tiny_model(tied=False))
+    for stateless, expected in (("none", [["layer_1"], []]), ("all", None)):
+        visits = Pairs().cycle(layers, lwo_dist.LWOConfig(stateless=stateless))
+        found = [[layer.name for layer in visit.stateless] for visit in visits]
+        expected = expected or [
+            ["layer_1", "layer_2", "layer_3"],
+            ["layer_0", "layer_1", "layer_3"],
+        ]
+        assert found == expected
+
+
+def own_method_refused(strategy: str) -> str:
+    model = oracle.tiny_model(tied=False)
+    shard_model(model, precision="fp32", device_type="cpu")
+    with pytest.raises(UserError) as raised:
+        lwo_dist.attach(model, lwo_dist.LWOConfig(), Pairs())
+    return str(raised.value)
+
+
+def test_a_method_of_ones_own_is_refused_too() -> None:
+    assert "strategy: fsdp" in run_ranks(own_method_refused, 1, "fsdp")[0]
+
+
+def test_layers_of_the_callers_own_are_refused() -> None:
+    model = oracle.tiny_model(tied=False)
+    with pytest.raises(UserError, match="leave out attach"):
+        lwo_dist.attach(model, lwo_dist.LWOConfig(stateless="all"), layers=find_layers(model))
+
+
+def test_layers_that_change_without_a_visit_are_trained() -> None:
+    names = {}
+    for stateless in ("none", "suffix", "all"):
+        config = lwo_dist.LWOConfig(stateless=stateless, steps_per_layer=2)
+        lwo = lwo_dist.attach(oracle.tiny_model(tied=False), config)
+        names[stateless] = lwo.never_trained(4)  # embed, layer_0
+        lwo.detach()
+    assert names["none"] == ["layer_1", "layer_2", "layer_3", "head"]
+    assert names["suffix"] == names["all"] == ["head"]
+
+
 def refused(strategy: str) -> str:
     model = oracle.tiny_model(tied=False)
     if strategy == "fsdp":
@@ -225,7 +276,7 @@ def refused(strategy: str) -> str:
 
 def test_a_strategy_without_whole_gradients_refuses() -> None:
     for message in run_ranks(refused, 2, "fsdp"):
-        assert "lwo.stateless: all" in message
+        assert "lwo.stateless" in message
         assert "strategy: replicate" in message
 
 
@@ -245,7 +296,7 @@ def test_settings_that_exclude_each_other(settings: dict[str, Any], said: str) -
 @pytest.mark.parametrize("settings", [{"stateless": "all"}, {"embeddings": "always"}])
 def test_a_method_that_trains_everything_at_once_refuses(settings: dict[str, Any]) -> None:
     model = oracle.tiny_model(tied=True)
-    with pytest.raises(UserError, match="no effect with method: full"):
+    with pytest.raises(UserError, match="method: full"):
         lwo_dist.attach(model, lwo_dist.LWOConfig(**settings), "full")
 
 
@@ -282,12 +333,13 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, dtype=DTYPE)
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
     matrices = u @ torch.diag_embed(s.clamp_min(0.1 * s.max())) @ v
-    left, values, right = torch.linalg.svd(orthogonalise(1e-9 * matrices), full_matrices=False)
+    left, values, right = torch.linalg.svd(orthogonalise(1e-200 * matrices), full_matrices=False)
     assert values.min() > 0.6
     assert values.max() < 1.25
     # The directions are those of the gradient.
     torch.testing.assert_close(left @ right, u @ v)
     assert not orthogonalise(torch.zeros(shape)).any()
+    assert orthogonalise(torch.full(shape, 1e-30)).isfinite().all()
 
 
 def test_operations_are_those_that_torch_counts() -> None:

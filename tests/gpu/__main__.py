@@ -32,8 +32,8 @@ RECIPE = oracle.Recipe(steps=14, steps_per_layer=2, max_grad_norm=0.5)
 BOUND = 1e-9  # float64; the GPU sums in another order than the CPU
 BOUND_OF_WEIGHTS = 1e-6
 """After 14 steps. The norms compute in float32: now and then a sum in another order is rounded to
-another number, and AdamW makes a step of `lr` of any gradient. An H200 differs by 4e-8; a step left
-out would by 3e-4."""
+another number, and AdamW turns any gradient into a step of about `lr`. An H200 differs by 4e-8; a
+missing step would by 3e-4."""
 
 
 class SkipError(Exception):

@@ -19,6 +19,7 @@ from lwo_dist.names import named_parameters
 from lwo_dist.optimizer import make_adamw
 from lwo_dist.schedule import make_schedule
 from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
+from lwo_dist.strategies.refusals import refuse_stateless
 
 from . import settings
 
@@ -103,6 +104,7 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
     if not method.changes_model:
         layers = without_frozen(layers, flags)
     visits = method.cycle(layers, config)
+    refuse_stateless(DeepSpeedBuilder.name, DeepSpeedBuilder.updates_whole_layers, visits)
     schedule = make_schedule(config, [visit.active.name for visit in visits])
     first = visits[schedule.active_layer(0)]
     trained = set(first.parameter_names)
