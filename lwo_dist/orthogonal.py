@@ -3,6 +3,9 @@
 AdamW needs two moments to know how large a step each weight should take. A gradient with all its
 singular values set to 1 has a known size, so it can be used as it is: this is Muon (Jordan et al.,
 2024) without momentum. Scale does not matter, so these gradients are not clipped either.
+
+`torch.optim.Muon` is not used: it keeps a momentum buffer for each matrix, also with a momentum of
+0, computes in bf16 on every device, and cannot skip a step by a tensor on the device.
 """
 
 from __future__ import annotations
@@ -96,5 +99,6 @@ def update_without_state(
         directions = orthogonalise(torch.stack([gradients[i] for i in members]))
         directions.mul_(math.sqrt(max(shape[-2:])))
         for i, direction in zip(members, directions, strict=True):
-            change = -lr * (direction + weight_decay * weights[i])
-            weights[i].add_(torch.where(skipped > 0, 0.0, change))
+            if weight_decay:
+                direction = direction.add(weights[i], alpha=weight_decay)
+            weights[i].add_(torch.where(skipped > 0, 0.0, direction), alpha=-lr)

@@ -52,6 +52,14 @@ def require_extras(config: Config) -> None:
 def refuse_settings_of_others(
     config: Config, kind: str, chosen: Method | StrategyBuilder, registry: Registry
 ) -> None:
+    """Refuse settings that only other methods, or only other strategies, read.
+
+    Args:
+        kind: "method" or "strategy", as `chosen` and `registry` are.
+
+    Raises:
+        UserError: with the value and the remedy.
+    """
     others: list[Method | StrategyBuilder] = registry.all()
     for other in others:
         for key in other.own_settings:

@@ -195,8 +195,9 @@ def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[float, floa
 
 
 def taken(results: Path, runs: Sequence[dict[str, Any]], until: float) -> Iterator[dict[str, Any]]:
-    """Runs that no other process has taken."""
+    """Runs that no other process has taken; at the end it says how many others have."""
     claims = results.with_suffix(".claims")
+    elsewhere = 0
     for run in runs:
         key = json.dumps(run, sort_keys=True)
         if time.time() > until:
@@ -205,13 +206,18 @@ def taken(results: Path, runs: Sequence[dict[str, Any]], until: float) -> Iterat
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             if key in file.read().splitlines():
+                elsewhere += 1
                 continue
             file.write(key + "\n")
         yield run
+    if elsewhere:
+        print(
+            f"{elsewhere} runs have no result yet and are another process's; if there is none,"
+            f" remove {claims} and start again"
+        )
 
 
 def run_all(model: Path, data: Path, runs: Path, results: Path, device: str, until: float) -> None:
-    """Claims without a result are those of an interrupted process: remove the file of claims."""
     known = {_key(json.loads(line)) for line in _lines(results)}
     todo = [run for run in map(json.loads, _lines(runs)) if _key(run) not in known]
     sources = torch.load(data)

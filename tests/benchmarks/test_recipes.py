@@ -41,8 +41,23 @@ def test_from_sources_to_a_table(
     runs.write_text("\n".join(map(json.dumps, wanted)))
     where = ["--model", str(model), "--data", str(data), "--device", "cpu"]
     recipes.main(["prepare", *where, str(source)])
-    for _ in range(2):  # the second finds all done
-        recipes.main(["run", *where, "--list", str(runs), "--results", str(results)])
+    again = ["run", *where, "--list", str(runs), "--results", str(results)]
+    recipes.main(again)
+    claims = results.with_suffix(".claims")
+    first, *others = results.read_text().splitlines(keepends=True)
+    claims.unlink()
+    recipes.main(again)  # all are done
+    assert not claims.exists()
+    # An interrupted process had taken the first run.
+    results.write_text("".join(others))
+    claims.write_text(json.dumps(wanted[0], sort_keys=True) + "\n")
+    capsys.readouterr()
+    recipes.main(again)
+    assert (
+        f"1 runs have no result yet and are another process's; if there is none, remove {claims}"
+        in (capsys.readouterr().out)
+    )
+    results.write_text("".join([first, *others]))
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [run["method"] for run in found] == ["lwo", "full", "lora"]
     for run in found:

@@ -27,7 +27,7 @@ from lwo_dist.plan.held import Storage, held_bytes
 from lwo_dist.strategies.fsdp.builder import shard_model
 from tests import oracle
 from tests.benchmarks.peaks import compare
-from tests.distributed import test_run, training
+from tests.distributed import test_run, training, zero
 from tests.distributed.test_rooms import WEIGHTS, whole_run
 from tests.distributed.test_run import make_config, stop_after
 from tests.ranks import RanksError, run_ranks
@@ -74,6 +74,11 @@ def plain_loop(
     inside = [layer for layer in layers if layer not in outside]
     always = outside if embeddings == "always" else []
     visited = inside if embeddings == "always" else layers
+    moves = {
+        "none": lambda layer, active: False,
+        "suffix": lambda layer, active: layer.depth > active.depth,
+        "all": lambda layer, active: True,
+    }[stateless]
     losses = []
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for step in range(RECIPE.steps):
@@ -91,17 +96,15 @@ def plain_loop(
         others = [
             parameters[name]
             for layer in inside
-            if layer is not active and (stateless == "all" or layer.depth > active.depth)
+            if layer is not active and moves(layer, active)
             for name in layer.parameter_names
         ]
         tokens, labels = oracle.global_batch(step)
         loss = oracle.loss_sum(model, tokens, labels) / (labels[:, 1:] != -100).sum()
         model.zero_grad()
         loss.backward()
-        mine = [
-            p for layer in (active, *always) for p in map(parameters.get, layer.parameter_names)
-        ]
-        nn.utils.clip_grad_norm_([p for p in mine if p is not None], RECIPE.max_grad_norm)
+        mine = [parameters[name] for layer in (active, *always) for name in layer.parameter_names]
+        nn.utils.clip_grad_norm_(mine, RECIPE.max_grad_norm)
         for optimizer in optimizers.values():
             optimizer.step()
         with torch.no_grad():
@@ -113,18 +116,19 @@ def plain_loop(
     return losses, {name: p.detach() for name, p in parameters.items()}
 
 
-def attached(tied: bool, stateless: str, embeddings: str, **more: Any) -> lwo_dist.LWO:
-    config = lwo_dist.LWOConfig(
-        lr=RECIPE.lr,
-        eps=RECIPE.eps,
-        weight_decay=0.01,
-        max_grad_norm=RECIPE.max_grad_norm,
-        steps_per_layer=RECIPE.steps_per_layer,
+def attached(
+    tied: bool, stateless: str, embeddings: str, strategy: str = "replicate", **more: Any
+) -> lwo_dist.LWO:
+    return training.attach(
+        strategy,
+        RECIPE,
+        tied=tied,
+        dtype=DTYPE,
+        model=make_model(tied),
         stateless=stateless,
         embeddings=embeddings,
         **more,
     )
-    return lwo_dist.attach(make_model(tied), config)
 
 
 def hook_loop(tied: bool, stateless: str, embeddings: str) -> tuple[list[float], dict[str, Tensor]]:
@@ -169,6 +173,34 @@ def test_layers_without_state_equal_a_plain_loop(
         assert losses == pytest.approx(expected, abs=1e-10)
         for name, tensor in expected_weights.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def embeddings_always(tied: bool) -> tuple[list[float], dict[str, Tensor]]:
+    return training.train(attached(tied, "none", "always", "fsdp"), RECIPE.steps)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_is_trained_in_every_step_under_fsdp(tied: bool) -> None:
+    expected, expected_weights = plain_loop(tied=tied, stateless="none", embeddings="always")
+    for losses, found in run_ranks(embeddings_always, 2, tied):
+        assert losses == pytest.approx(expected, abs=1e-10)
+        for name, tensor in expected_weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def embeddings_always_in_zero(stage: int) -> tuple[list[float], dict[str, Tensor]]:
+    lwo = zero.attach_engine(stage, RECIPE, tied=False, config={"embeddings": "always"})
+    return training.train(lwo, RECIPE.steps)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_embedding_is_trained_in_every_step_under_zero(stage: int) -> None:
+    expected, expected_weights = plain_loop(tied=False, stateless="none", embeddings="always")
+    ranks = run_ranks(embeddings_always_in_zero, 2, stage, deepspeed=True)
+    for losses, found in ranks:
+        assert losses == pytest.approx(expected, abs=1e-4)  # fp32 against float64
+        for name, tensor in expected_weights.items():
+            torch.testing.assert_close(found[name].double(), tensor, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [("suffix", "visit"), ("all", "always")])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import lwo_dist
 from lwo_dist.hook import LWO
@@ -24,9 +25,11 @@ def attach(
     dtype: torch.dtype,
     method: str = "lwo",
     precision: str = "fp32",
+    model: nn.Module | None = None,
     **config: Any,
 ) -> LWO:
-    model = oracle.tiny_model(tied=tied, dtype=dtype)
+    """`model`: instead of the oracle's, which has `tied` and `dtype`."""
+    model = model or oracle.tiny_model(tied=tied, dtype=dtype)
     if strategy == "fsdp":
         shard_model(model, precision=precision, device_type="cpu")
     lwo_config = lwo_dist.LWOConfig(
