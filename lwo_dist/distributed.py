@@ -22,6 +22,7 @@ from .errors import UserError
 __all__ = [
     "all_gather",
     "all_reduce",
+    "all_to_all",
     "assert_same_on_all_ranks",
     "barrier",
     "broadcast_object",
@@ -174,6 +175,15 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def all_to_all(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Send row r of `tensor` [ranks, ...] to rank r of `group`; row r of the result is from it."""
+    if world_size(group) == 1:
+        return tensor
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(received, tensor, group=group)
+    return received
 
 
 def max_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -50,6 +50,7 @@ from .strategies.refusals import (
     CheckpointingWatch,
     refuse_compiled,
     refuse_stateless,
+    refuse_stateless_in_16_bit,
     refuse_wrapped,
     warn_of_frozen,
     warn_of_rounding,
@@ -216,6 +217,7 @@ class LWO:
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
         self.strategy = builder.attach(model, self.layers, config)
+        refuse_stateless_in_16_bit(self.strategy, self.visits)
         self.strategy_name = builder.name
         self.step_count = 0
         self.skipped_steps = torch.zeros(())

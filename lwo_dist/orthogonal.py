@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["orthogonalise", "orthogonalise_flops", "update_without_state"]
+__all__ = [
+    "orthogonalise",
+    "orthogonalise_bytes",
+    "orthogonalise_flops",
+    "same_shape",
+    "update_without_state",
+]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Muon's coefficients of x -> a x + b x^3 + c x^5: they bring singular values of 0.02 and more near
@@ -71,6 +77,26 @@ def orthogonalise_flops(shapes: Iterable[Sequence[int]]) -> int:
     return total
 
 
+def orthogonalise_bytes(numel: int) -> int:
+    """Bytes that `orthogonalise` needs at once for so many elements of float32, the stack of them
+    included: it, the iterate, and three terms of the next one. On a GPU, in bf16, it is less.
+    """
+    return 5 * 4 * numel
+
+
+def same_shape(shapes: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """The numbers of the matrices of each shape; vectors and scalars are left out."""
+    same: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, shape in enumerate(shapes):
+        if len(shape) >= 2:
+            same[tuple(shape)].append(number)
+    return same
+
+
+def _stacked(gradients: list[Tensor], _: tuple[int, ...]) -> Iterable[Tensor]:
+    return orthogonalise(torch.stack(gradients))  # one kernel for all
+
+
 @torch.no_grad()
 def update_without_state(
     weights: Sequence[Tensor],
@@ -78,6 +104,9 @@ def update_without_state(
     lr: float,
     weight_decay: float,
     skipped: Tensor,
+    *,
+    shapes: Sequence[Sequence[int]] | None = None,
+    orthogonalised: Callable[[list[Tensor], tuple[int, ...]], Iterable[Tensor]] = _stacked,
 ) -> None:
     """Move each matrix against its gradient's direction, in place.
 
@@ -90,15 +119,15 @@ def update_without_state(
         weights, gradients: of the same shapes and dtypes.
         weight_decay: decoupled, as AdamW's.
         skipped: 0-dim, on the device; 1.0 leaves every weight as it is.
+        shapes: of the whole tensors, where `weights` and `gradients` are parts of them.
+        orthogonalised: of the gradients of matrices of one shape, and that shape; for each of them
+            the same part of its `orthogonalise`.
     """
-    same: dict[torch.Size, list[int]] = defaultdict(list)  # one kernel for matrices of a shape
-    for i, gradient in enumerate(gradients):
-        if gradient.dim() >= 2:
-            same[gradient.shape].append(i)
-    for shape, members in same.items():
-        directions = orthogonalise(torch.stack([gradients[i] for i in members]))
-        directions.mul_(math.sqrt(max(shape[-2:])))
+    for shape, members in same_shape(shapes or [g.shape for g in gradients]).items():
+        directions = orthogonalised([gradients[i] for i in members], shape)
+        scale = math.sqrt(max(shape[-2:]))
         for i, direction in zip(members, directions, strict=True):
+            direction = direction * scale
             if weight_decay:
-                direction = direction.add(weights[i], alpha=weight_decay)
+                direction.add_(weights[i], alpha=weight_decay)
             weights[i].add_(torch.where(skipped > 0, 0.0, direction), alpha=-lr)

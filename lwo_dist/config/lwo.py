@@ -74,7 +74,7 @@ class LWOConfig(Settings):
         description=(
             "transformer layers updated alongside the active one, by their orthogonalised gradient"
             " and without optimizer state: none, those above it (which backward crosses anyway), or"
-            " all; strategy: replicate only"
+            " all; strategy: fsdp or replicate"
         ),
     )
     gradient_accumulation_steps: int = Field(

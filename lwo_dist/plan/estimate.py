@@ -22,6 +22,7 @@ from lwo_dist.names import named_parameters
 from lwo_dist.registry import METHODS, STRATEGIES, Registry
 from lwo_dist.strategies import StrategyBuilder
 from lwo_dist.strategies.checks import refuse_settings_of_others
+from lwo_dist.strategies.fsdp.matrices import exchanged_numel
 
 from .gpus import UTILISATION, Cluster
 from .held import Held, Shapes, Storage, flat_numel, held_bytes, shard_numel
@@ -473,7 +474,10 @@ def _bytes_sent(
     if storage.stage == 3 and len(subject.visits) > 1:
         steps = subject.config.lwo.steps_per_layer
         gathered += compute_bytes * subject.gathered_again(visit, size) // steps
-    return gathered + reduced
+    without_state = [
+        subject.shapes[name] for layer in visit.stateless for name in layer.parameter_names
+    ]
+    return gathered + reduced + 4 * exchanged_numel(without_state, size)
 
 
 def _mean_on_lines(known: Mapping[int, float], count: int) -> float:

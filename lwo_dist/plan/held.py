@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
+from lwo_dist.orthogonal import orthogonalise_bytes, same_shape
+from lwo_dist.strategies.fsdp.matrices import numel_at_once
 
 __all__ = [
     "LARGE",
@@ -71,7 +73,9 @@ class Held:
     master_bytes: int = 0
     """Of `optimizer_state_bytes`, ZeRO's fp32 copies of the weights."""
     stateless_bytes: int = 0
-    """Of `gradient_bytes`, those of layers without optimizer state: no rank has a shard of them."""
+    """Of `gradient_bytes`, those of layers without optimizer state; whole under `replicate`."""
+    orthogonalise_bytes: int = 0
+    """Not held: what the update of layers without optimizer state needs besides."""
 
     @property
     def device_bytes(self) -> int:
@@ -101,13 +105,32 @@ def held_bytes(
     """What a rank holds in the visit of `active`, once every layer has been visited.
 
     Args:
-        stateless: layers that the visit updates too, without optimizer state; `replicate` only.
+        stateless: layers that the visit updates too, without optimizer state; not under ZeRO.
     """
     make = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
     others = [layer for layer in layers if layer not in active]
     held = make(shapes, layers, active, others, storage)
-    gradients = 4 * sum(flat_numel(shapes, layer, storage.world_size) for layer in stateless)
-    return replace(held, gradient_bytes=held.gradient_bytes + gradients, stateless_bytes=gradients)
+    size = storage.world_size
+    of_layers = [[shapes[name] for name in layer.parameter_names] for layer in stateless]
+    of_all = [shape for found in of_layers for shape in found]
+    if storage.kind == "replicate":
+        gradients = sum(flat_numel(shapes, layer, size) for layer in stateless)
+        at_once = max((_largest_stack(found) for found in of_layers), default=0)
+    else:
+        gradients = sum(shard_numel(shape, size) for shape in of_all)
+        at_once = numel_at_once(of_all, size)
+    return replace(
+        held,
+        gradient_bytes=held.gradient_bytes + 4 * gradients,
+        stateless_bytes=4 * gradients,
+        orthogonalise_bytes=orthogonalise_bytes(at_once),
+    )
+
+
+def _largest_stack(shapes: Sequence[Sequence[int]]) -> int:
+    """Elements of the largest stack of matrices of one shape."""
+    same = same_shape(shapes)
+    return max((len(members) * math.prod(shape) for shape, members in same.items()), default=0)
 
 
 def _replicate(

@@ -109,6 +109,7 @@ def _replicate(
             moment.live_bytes,
         )
     copied = flat - held.stateless_bytes if storage.gloo and size > 1 else 0
+    copied = max(copied, held.orthogonalise_bytes)
     for gradients, buffers in ((flat, sum(small.values())), (held.gradient_bytes, copied)):
         yield Instant(
             "update", held.parameter_bytes, gradients, held.optimizer_state_bytes, 0, buffers, 0
@@ -178,8 +179,9 @@ def _fsdp(
             buffers + sum(summed.values()),
             moment.live_bytes,
         )
+    buffers = max(pending, held.orthogonalise_bytes)
     yield Instant(
-        "update", held.parameter_bytes, reduced, held.optimizer_state_bytes, 0, pending, 0
+        "update", held.parameter_bytes, reduced, held.optimizer_state_bytes, 0, buffers, 0
     )
 
 

@@ -74,9 +74,9 @@ class StrategyBuilder(ABC):
     extras: tuple[str, ...] = ()
     """The extras of the package that it needs beyond torch."""
     own_settings: tuple[str, ...] = ()
-    """Keys of the config that only this strategy reads, such as `fsdp.storage`."""
+    """Keys of the config that not every strategy reads, such as `fsdp.storage`."""
     updates_whole_layers = False
-    """Whether it can update a layer from its whole gradient (`lwo.stateless`)."""
+    """Whether it can update matrices from their whole gradients (`lwo.stateless`)."""
 
     def drives(self, model: nn.Module) -> bool:
         """Whether this strategy can train a model that the caller has already wrapped."""

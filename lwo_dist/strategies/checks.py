@@ -60,15 +60,18 @@ def refuse_settings_of_others(
     Raises:
         UserError: with the value and the remedy.
     """
+    readers: dict[str, list[str]] = {}
     others: list[Method | StrategyBuilder] = registry.all()
     for other in others:
         for key in other.own_settings:
-            value = _at(config, key)
-            if key not in chosen.own_settings and value != _at(Config(), key):
-                raise UserError(
-                    f"{key} = {value} has no effect with {kind}: {getattr(config, kind)}; set "
-                    f"{kind}: {other.name}, or drop it"
-                )
+            readers.setdefault(key, []).append(other.name)
+    for key, names in readers.items():
+        value = _at(config, key)
+        if key not in chosen.own_settings and value != _at(Config(), key):
+            raise UserError(
+                f"{key} = {value} has no effect with {kind}: {getattr(config, kind)}; set "
+                f"{kind}: {' or '.join(names)}, or drop it"
+            )
 
 
 def _at(config: Config, key: str) -> Any:

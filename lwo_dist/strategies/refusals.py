@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointingWatch",
     "refuse_compiled",
     "refuse_stateless",
+    "refuse_stateless_in_16_bit",
     "refuse_wrapped",
     "warn_of_frozen",
     "warn_of_rounding",
@@ -230,7 +231,7 @@ def warn_of_rounding(strategy: Strategy, lr: float, steps_per_layer: int) -> Non
 
 
 def refuse_stateless(strategy: str, updates_whole_layers: bool, visits: Sequence[Visit]) -> None:
-    """Refuse layers without optimizer state where no rank has the whole gradient of a layer.
+    """Refuse layers without optimizer state where no rank can have a matrix's whole gradient.
 
     Raises:
         UserError: with the remedy.
@@ -239,6 +240,21 @@ def refuse_stateless(strategy: str, updates_whole_layers: bool, visits: Sequence
     if named is not None and not updates_whole_layers:
         raise UserError(
             f"{named} is to be updated without optimizer state (lwo.stateless), but under strategy:"
-            f" {strategy} no rank has the whole gradient of a layer; set strategy: replicate, or"
-            " lwo.stateless: none"
+            f" {strategy} no rank has the whole gradient of a matrix; set strategy: fsdp or"
+            " replicate, or lwo.stateless: none"
+        )
+
+
+def refuse_stateless_in_16_bit(strategy: Strategy, visits: Sequence[Visit]) -> None:
+    """Refuse layers without optimizer state whose updates would be rounded away.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    named = next((visit.stateless[0].name for visit in visits if visit.stateless), None)
+    if named is not None and strategy.stores_16_bit:
+        raise UserError(
+            f"{named} is to be updated without optimizer state (lwo.stateless), but its weights are"
+            " stored in 16 bits; load the model with dtype=torch.float32, or set lwo.stateless:"
+            " none"
         )

@@ -22,9 +22,14 @@ from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit, find_layers
 from lwo_dist.methods.lwo import LayerWise
-from lwo_dist.orthogonal import orthogonalise, orthogonalise_flops, update_without_state
+from lwo_dist.orthogonal import (
+    orthogonalise,
+    orthogonalise_bytes,
+    orthogonalise_flops,
+    update_without_state,
+)
 from lwo_dist.plan.held import Storage, held_bytes
-from lwo_dist.strategies.fsdp.builder import shard_model
+from lwo_dist.plan.live import LiveBytes
 from tests import oracle
 from tests.benchmarks.peaks import compare
 from tests.distributed import test_run, training, zero
@@ -117,24 +122,32 @@ def plain_loop(
 
 
 def attached(
-    tied: bool, stateless: str, embeddings: str, strategy: str = "replicate", **more: Any
+    tied: bool,
+    stateless: str,
+    embeddings: str,
+    strategy: str = "replicate",
+    *,
+    model: nn.Module | None = None,
+    **more: Any,
 ) -> lwo_dist.LWO:
     return training.attach(
         strategy,
         RECIPE,
         tied=tied,
         dtype=DTYPE,
-        model=make_model(tied),
+        model=model or make_model(tied),
         stateless=stateless,
         embeddings=embeddings,
         **more,
     )
 
 
-def hook_loop(tied: bool, stateless: str, embeddings: str) -> tuple[list[float], dict[str, Tensor]]:
-    lwo = attached(tied, stateless, embeddings)
+def hook_loop(
+    strategy: str, tied: bool, stateless: str, embeddings: str
+) -> tuple[list[float], dict[str, Tensor]]:
+    lwo = attached(tied, stateless, embeddings, strategy)
     shapes = {name: tuple(p.shape) for name, p in lwo.module.named_parameters()}
-    storage = Storage("replicate", distributed.world_size())
+    storage = Storage(strategy, distributed.world_size())
     losses = []
     for step in range(RECIPE.steps):
         visit = lwo.visit
@@ -143,7 +156,7 @@ def hook_loop(tied: bool, stateless: str, embeddings: str) -> tuple[list[float],
         )
         loss, report = training.train_step(lwo, step)
         losses.append(loss)
-        if storage.world_size > 1:  # padding besides
+        if storage.world_size > 1 and strategy == "replicate":  # padding besides
             assert 2 * 8 * numel <= report.bytes_sent <= 2 * 8 * (numel + 8 * len(shapes))
         if not report.switched:
             held, formula = (
@@ -151,7 +164,10 @@ def hook_loop(tied: bool, stateless: str, embeddings: str) -> tuple[list[float],
                 held_bytes(shapes, lwo.layers, visit.stateful, storage, visit.stateless),
             )
             for key in ("gradient_bytes", "optimizer_state_bytes"):
-                assert held[key] == 2 * getattr(formula, key), key  # of 8 bytes, not 4
+                expected = 2 * getattr(formula, key)  # of 8 bytes, not 4
+                # FSDP2 gives the ranks at the end fewer rows.
+                fewer = strategy == "fsdp" and distributed.rank() > 0
+                assert held[key] <= expected if fewer else held[key] == expected, key
         for layer in lwo.layers:
             assert (lwo.last_changed(layer) == step + 1) == (layer in visit.layers)
     return losses, training.weights(lwo)
@@ -161,15 +177,22 @@ COMBINATIONS = [("suffix", "visit"), ("all", "always"), ("suffix", "always"), ("
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tied", "stateless", "embeddings"),
-    [(size, tied, *both) for size in (1, 2) for tied in (True, False) for both in COMBINATIONS]
-    + [(3, False, "all", "always")],
+    ("strategy", "world_size", "tied", "stateless", "embeddings"),
+    [
+        ("replicate", size, tied, *both)
+        for size in (1, 2)
+        for tied in (True, False)
+        for both in COMBINATIONS
+    ]
+    + [("fsdp", 2, number % 2 == 0, *both) for number, both in enumerate(COMBINATIONS)]
+    + [("replicate", 3, False, "all", "always"), ("fsdp", 3, False, "all", "always")]
+    + [("fsdp", 1, True, "all", "always")],
 )
 def test_layers_without_state_equal_a_plain_loop(
-    world_size: int, tied: bool, stateless: str, embeddings: str
+    strategy: str, world_size: int, tied: bool, stateless: str, embeddings: str
 ) -> None:
     expected, expected_weights = plain_loop(tied=tied, stateless=stateless, embeddings=embeddings)
-    for losses, found in run_ranks(hook_loop, world_size, tied, stateless, embeddings):
+    for losses, found in run_ranks(hook_loop, world_size, strategy, tied, stateless, embeddings):
         assert losses == pytest.approx(expected, abs=1e-10)
         for name, tensor in expected_weights.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
@@ -203,14 +226,16 @@ def test_the_embedding_is_trained_in_every_step_under_zero(stage: int) -> None:
             torch.testing.assert_close(found[name].double(), tensor, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [("suffix", "visit"), ("all", "always")])
+@pytest.mark.parametrize(
+    ("strategy", "stateless", "embeddings"),
+    [("replicate", "suffix", "visit"), ("replicate", "all", "always"), ("fsdp", "all", "always")],
+)
 def test_a_run_resumes_bit_for_bit(
-    settings: tuple[str, str], inputs: tuple[Path, Path], tmp_path: Path
+    strategy: str, stateless: str, embeddings: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Every layer changes in every step: the checkpoint has them all, and no state for most."""
-    stateless, embeddings = settings
     overrides = [f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}"]
-    overrides += ["strategy=replicate", "train.logging_steps=1", "checkpoint.steps=4"]
+    overrides += [f"strategy={strategy}", "train.logging_steps=1", "checkpoint.steps=4"]
     overrides += ["lwo.state=keep", "lwo.order=random"]
     whole = prepare(make_config(inputs, tmp_path / "whole", *overrides))
     unbroken = run_ranks(whole_run, 2, whole)[0]
@@ -225,25 +250,31 @@ def test_a_run_resumes_bit_for_bit(
         assert torch.equal(tensor, models[1][name]), name
 
 
-def spoiled(stateless: str) -> tuple[float, bool]:
-    """A gradient that is not finite in a layer without state only."""
-    lwo = attached(True, stateless, "visit", order="descending")
+def spoiled(strategy: str, rank: int) -> tuple[float, bool]:
+    """A gradient of one rank that is not finite in a layer without state only."""
+    lwo = attached(True, "suffix", "visit", strategy, order="descending")
     for step in range(2 * RECIPE.steps_per_layer):  # layer_3, then layer_2
         training.train_step(lwo, step)
     assert [layer.name for layer in lwo.visit.stateless] == ["layer_2", "layer_3"]
     before = training.weights(lwo)
-    name = lwo.visit.stateless[-1].parameter_names[0]
-    weight = dict(lwo.module.named_parameters())[name]
-    handle = weight.register_hook(lambda gradient: gradient * torch.inf)
+    weight = dict(lwo.module.named_parameters())[lwo.visit.stateless[-1].parameter_names[0]]
+    if distributed.rank() == rank:
+        weight.register_post_accumulate_grad_hook(_spoil)
     _, report = training.train_step(lwo, 0)
-    handle.remove()
     assert report.skipped is not None
     after = training.weights(lwo)
     return float(report.skipped), all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_gradient_that_is_not_finite_anywhere_skips_the_step() -> None:
-    assert run_ranks(spoiled, 2, "suffix") == [(1.0, True)] * 2
+def _spoil(weight: Tensor) -> None:
+    assert weight.grad is not None
+    weight.grad.mul_(torch.inf)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
+def test_a_gradient_that_is_not_finite_anywhere_skips_the_step(strategy: str, rank: int) -> None:
+    assert run_ranks(spoiled, 2, strategy, rank) == [(1.0, True)] * 2
 
 
 class Pairs(LayerWise):
@@ -266,18 +297,6 @@ def test_a_method_of_ones_own_keeps_its_layers_without_state() -> None:
         assert found == expected
 
 
-def own_method_refused(strategy: str) -> str:
-    model = oracle.tiny_model(tied=False)
-    shard_model(model, precision="fp32", device_type="cpu")
-    with pytest.raises(UserError) as raised:
-        lwo_dist.attach(model, lwo_dist.LWOConfig(), Pairs())
-    return str(raised.value)
-
-
-def test_a_method_of_ones_own_is_refused_too() -> None:
-    assert "strategy: fsdp" in run_ranks(own_method_refused, 1, "fsdp")[0]
-
-
 def test_layers_of_the_callers_own_are_refused() -> None:
     model = oracle.tiny_model(tied=False)
     with pytest.raises(UserError, match="leave out attach"):
@@ -295,21 +314,27 @@ def test_layers_that_change_without_a_visit_are_trained() -> None:
     assert names["suffix"] == names["all"] == ["head"]
 
 
-def refused(strategy: str) -> str:
-    model = oracle.tiny_model(tied=False)
-    if strategy == "fsdp":
-        shard_model(model, precision="fp32", device_type="cpu")
+def refused_in_zero(own_method: bool) -> list[str]:
+    """By `prepare`, and by `attach` to an engine that was made for a plain configuration."""
+    config = lwo_dist.LWOConfig(stateless="none" if own_method else "all")
+    how = Pairs() if own_method else "lwo"
+    said = []
     with pytest.raises(UserError) as raised:
-        lwo_dist.attach(model, lwo_dist.LWOConfig(stateless="all"))
+        lwo_dist.prepare(oracle.tiny_model(tied=False), config, how)
+    said.append(str(raised.value))
+    engine = zero.make_engine(1, RECIPE, tied=False)
+    with pytest.raises(UserError) as raised:
+        lwo_dist.attach(engine, config, how)
     # Nothing was changed: a plain configuration fits.
-    lwo_dist.attach(model, lwo_dist.LWOConfig())
-    return str(raised.value)
+    lwo_dist.attach(engine, lwo_dist.LWOConfig())
+    return [*said, str(raised.value)]
 
 
-def test_a_strategy_without_whole_gradients_refuses() -> None:
-    for message in run_ranks(refused, 2, "fsdp"):
+@pytest.mark.parametrize("own_method", [False, True])
+def test_a_strategy_without_whole_gradients_refuses(own_method: bool) -> None:
+    for message in run_ranks(refused_in_zero, 2, own_method, deepspeed=True)[0]:
         assert "lwo.stateless" in message
-        assert "strategy: replicate" in message
+        assert "set strategy: fsdp or replicate" in message
 
 
 @pytest.mark.parametrize(
@@ -335,7 +360,10 @@ def test_a_method_that_trains_everything_at_once_refuses(settings: dict[str, Any
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["strategy=fsdp", "lwo.stateless=all"], "lwo.stateless = all has no effect with strategy"),
+        (
+            ["strategy=deepspeed", "lwo.stateless=all"],
+            "has no effect with strategy: deepspeed; set strategy: replicate or fsdp, or drop it",
+        ),
         (["method=full", "lwo.embeddings=always"], "lwo.embeddings = always has no effect with"),
     ],
 )
@@ -347,11 +375,12 @@ def test_a_run_refuses_before_it_starts(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
 @pytest.mark.parametrize("overrides", [("all", "always"), ("suffix", "visit")])
-def test_the_plan_is_what_is_measured(overrides: tuple[str, str]) -> None:
+def test_the_plan_is_what_is_measured(overrides: tuple[str, str], strategy: str) -> None:
     stateless, embeddings = overrides
     more = (f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}")
-    (row,) = compare("replicate", ["llama"], *more, methods=("lwo",))
+    (row,) = compare(strategy, ["llama"], *more, methods=("lwo",))
     assert 0.97 < row["ratio"] < 1.03
     assert row["sent"] == row["plan_sent"]
     for visit, held in row["held"].items():
@@ -372,6 +401,15 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(left @ right, u @ v)
     assert not orthogonalise(torch.zeros(shape)).any()
     assert orthogonalise(torch.full(shape, 1e-30)).isfinite().all()
+
+
+def test_it_needs_the_memory_that_the_plan_says() -> None:
+    with LiveBytes() as live:
+        stack = torch.randn(4, 16, 2048)
+        live.peak = live.now
+        orthogonalise(stack)
+        assert live.now < 1.1 * stack.nbytes
+        assert 0.9 < live.peak / orthogonalise_bytes(stack.numel()) < 1.1
 
 
 def test_operations_are_those_that_torch_counts() -> None:

@@ -25,7 +25,8 @@ __all__ = ["FSDPBuilder", "shard_model"]
 
 class FSDPBuilder(StrategyBuilder):
     name = "fsdp"
-    own_settings = ("fsdp.storage",)
+    own_settings = ("fsdp.storage", "lwo.stateless")
+    updates_whole_layers = True
 
     def drives(self, model: nn.Module) -> bool:
         return isinstance(model, FSDPModule)
@@ -38,6 +39,11 @@ class FSDPBuilder(StrategyBuilder):
             raise UserError(
                 "fsdp.storage: bf16 cannot be used with train.precision: "
                 f"{config.train.precision}; set train.precision: bf16, or fsdp.storage: fp32"
+            )
+        if config.fsdp.storage == "bf16" and config.lwo.stateless != "none":
+            raise UserError(
+                f"lwo.stateless: {config.lwo.stateless} cannot be used with fsdp.storage: bf16,"
+                " which has no fp32 weights of layers that are not active; set fsdp.storage: fp32"
             )
 
     def build(

@@ -9,6 +9,7 @@ cast to fp32 for the duration of its visit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit, last_depths
 from lwo_dist.memory import local_bytes
 from lwo_dist.names import named_parameters, named_tensors
+from lwo_dist.orthogonal import update_without_state
 from lwo_dist.strategies.base import (
     MOMENTS,
     MakeOptimizer,
@@ -42,6 +44,7 @@ from .checks import (
     refuse_uneven_division,
     refuse_unsupported,
 )
+from .matrices import exchanged_numel, orthogonalise_shards
 from .shards import (
     as_shard_of,
     drop_whole_gradients,
@@ -86,6 +89,7 @@ class FullyShard(Strategy):
         self._mesh = mesh_of(model, self._groups)
         self._replicas = self._mesh.size() // self._mesh.shape[-1]
         assert_same_on_mesh(model, self._mesh)
+        self._weight_decay = config.weight_decay
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._stored = {name: p.dtype for name, p in named_parameters(model).items()}
         self._below: list[Any] = []  # handles of hooks
@@ -147,7 +151,7 @@ class FullyShard(Strategy):
             name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()
         }
         self._optimizer = make_optimizer(
-            [[self._shards[name] for name in layer.parameter_names] for layer in visit.layers]
+            [[self._shards[name] for name in layer.parameter_names] for layer in visit.stateful]
         )
         self._unpark_moments()
 
@@ -212,7 +216,10 @@ class FullyShard(Strategy):
         non_finite = self._take_non_finite()
         if any(map(has_all_reduce_hook, self._groups)):
             non_finite = 0.0  # of ranks of this mesh only; the gradients are those of all
+        for gradient in self._gradients_without_state():
+            non_finite = non_finite + 0.0 * gradient.norm()
         update = update_shards(self._optimizer, lr, max_norm, non_finite, self._sum_over_mesh)
+        self._update_without_state(lr, update.skipped)
         for name, shard in self._shards.items():
             shard.grad = None
             self._trained[name].grad = None
@@ -222,12 +229,34 @@ class FullyShard(Strategy):
         self._not_gathered = 0
         return update
 
+    def _update_without_state(self, lr: float, skipped: Tensor) -> None:
+        shards = self._without_state()
+        update_without_state(
+            list(shards.values()),
+            self._gradients_without_state(),
+            lr,
+            self._weight_decay,
+            skipped,
+            shapes=[self._trained[name].shape for name in shards],
+            orthogonalised=partial(orthogonalise_shards, group=self._mesh.get_all_groups()[-1]),
+        )
+
+    def _without_state(self) -> dict[str, nn.Parameter]:
+        """The shards of layers without optimizer state."""
+        assert self._visit is not None
+        names = [name for layer in self._visit.stateless for name in layer.parameter_names]
+        return {name: self._shards[name] for name in names}
+
+    def _gradients_without_state(self) -> list[Tensor]:
+        return [s.grad for s in self._without_state().values() if s.grad is not None]
+
     def flush(self) -> None:
         """Reshard: a forward without backward leaves the root gathered."""
         self._reshard()
 
     def masters(self) -> list[Tensor]:
-        return [shard.detach() for shard in self._shards.values()]
+        others = self._without_state()
+        return [shard.detach() for name, shard in self._shards.items() if name not in others]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         self._reshard()
@@ -353,7 +382,10 @@ class FullyShard(Strategy):
                     dtype = group.mp_policy.reduce_dtype or item.sharded_param.dtype
                     reduced += padded_rows(item.sharded_param) * dtype.itemsize
         gathered -= self._not_gathered_in_step
-        sent = gathered + reduced if shards > 1 else 0
+        others = self._without_state()
+        exchanged = exchanged_numel([self._trained[name].shape for name in others], shards)
+        exchanged *= next(iter(self._shards.values())).dtype.itemsize
+        sent = gathered + reduced + exchanged if shards > 1 else 0
         # The replicas sum each shard of the gradient.
         return sent + reduced // shards if self._replicas > 1 else sent
 

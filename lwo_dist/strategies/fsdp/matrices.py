@@ -1,0 +1,103 @@
+"""Orthogonalises matrices that are sharded by rows: each rank computes some of them whole.
+
+An all-to-all brings the rows of W matrices to W ranks, each of which orthogonalises one, and
+another brings the rows back. A rank so sends its shards once in each direction, and the ranks
+share the work; Dion's Muon (Ahn et al., 2025) divides it in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lwo_dist import distributed
+from lwo_dist.memory import padded_numel
+from lwo_dist.orthogonal import orthogonalise, same_shape
+
+__all__ = ["exchanged_numel", "numel_at_once", "orthogonalise_shards"]
+
+_AT_ONCE = 2**24
+"""Elements that a rank orthogonalises at once; a larger matrix comes alone."""
+
+
+def orthogonalise_shards(
+    shards: Sequence[Tensor], shape: Sequence[int], group: ProcessGroup
+) -> Iterator[Tensor]:
+    """This rank's rows of `orthogonalise` of each matrix. A collective.
+
+    Args:
+        shards: this rank's rows of matrices of one shape, as FSDP2 splits them: ranks at the end
+            have fewer, or none. Tensors of more dimensions are split into whole matrices, which
+            stay where they are.
+        shape: of each whole matrix.
+    """
+    if len(shape) > 2:
+        yield from (orthogonalise(shard) if shard.numel() else shard for shard in shards)
+        return
+    ranks = distributed.world_size(group)
+    step = ranks * _matrices_at_once(len(shards), shape, ranks)
+    for start in range(0, len(shards), step):
+        some = shards[start : start + step]
+        found = orthogonalise(_to_owners(some, step, shape, group))
+        for rows, shard in zip(_to_shards(found, group), some, strict=False):
+            yield rows[: len(shard)]
+
+
+def _to_owners(
+    shards: Sequence[Tensor], number: int, shape: Sequence[int], group: ProcessGroup
+) -> Tensor:
+    """This rank's whole matrices, [number / ranks, rows, columns]; missing ones are zeros.
+
+    Their rows are padded with zeros to a multiple of the ranks; orthogonalised, they stay zeros.
+    """
+    ranks = distributed.world_size(group)
+    rows = padded_numel(shape[0], ranks) // ranks
+    padded = shards[0].new_zeros(number, rows, shape[1])
+    for target, shard in zip(padded, shards, strict=False):
+        target[: len(shard)] = shard
+    # To each rank the rows of its matrices, from each rank its rows of mine.
+    parts = distributed.all_to_all(padded.view(ranks, -1, rows, shape[1]), group)
+    return parts.transpose(0, 1).reshape(-1, ranks * rows, shape[1])
+
+
+def _to_shards(whole: Tensor, group: ProcessGroup) -> Tensor:
+    """The inverse: this rank's rows of each matrix, [number, rows / ranks, columns]."""
+    ranks = distributed.world_size(group)
+    number, rows, columns = whole.shape
+    parts = whole.view(number, ranks, rows // ranks, columns).transpose(0, 1).contiguous()
+    return distributed.all_to_all(parts, group).view(number * ranks, rows // ranks, columns)
+
+
+def exchanged_numel(shapes: Sequence[Sequence[int]], ranks: int) -> int:
+    """Elements that ranks exchange to orthogonalise matrices of these shapes.
+
+    Counted as the whole tensor of an all-gather, of which each rank sends as much.
+    """
+    numel = 0
+    for shape, members in same_shape(shapes).items():
+        if len(shape) == 2 and ranks > 1:
+            step = ranks * _matrices_at_once(len(members), shape, ranks)
+            rows = padded_numel(shape[0], ranks) // ranks
+            numel += 2 * padded_numel(len(members), step) * rows * shape[1]
+    return numel
+
+
+def numel_at_once(shapes: Sequence[Sequence[int]], ranks: int) -> int:
+    """The most elements that a rank orthogonalises at once."""
+    found = 0
+    for shape, members in same_shape(shapes).items():
+        rows = padded_numel(shape[0], ranks)
+        if len(shape) == 2:
+            number = _matrices_at_once(len(members), shape, ranks)
+            found = max(found, number * rows * shape[1])
+        else:
+            found = max(found, rows // ranks * math.prod(shape[1:]))
+    return found
+
+
+def _matrices_at_once(count: int, shape: Sequence[int], ranks: int) -> int:
+    """How many matrices a rank orthogonalises in one round."""
+    return min(-(-count // ranks), max(1, _AT_ONCE // math.prod(shape)))
