@@ -51,6 +51,7 @@ from .strategies.refusals import (
     refuse_compiled,
     refuse_stateless,
     refuse_stateless_in_16_bit,
+    refuse_update_in_backward,
     refuse_wrapped,
     warn_of_frozen,
     warn_of_rounding,
@@ -213,6 +214,7 @@ class LWO:
                 " batches: fresh"
             )
         refuse_stateless(builder.name, builder.updates_whole_layers, self.visits)
+        refuse_update_in_backward(builder.name, builder.updates_in_backward, config, self.visits)
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
@@ -273,6 +275,13 @@ class LWO:
             boundary = micro_step >= accumulation
             if accumulation > 1:
                 loss = loss / accumulation
+        if self.config.stateless_update == "backward":
+            if not boundary:
+                raise UserError(
+                    "backward(boundary=False): stateless_update: backward cannot accumulate"
+                    " gradients; set stateless_update: step"
+                )
+            self.strategy.lr_in_backward = self._rate()
         self._suffix.before_backward()
         with self._guard.ours():
             self.strategy.backward(loss, boundary)
@@ -310,8 +319,12 @@ class LWO:
             raise RuntimeError("step() without backward(): call lwo.backward(loss) first")
         layer = self.active_layer.name
         if lr is None:
-            scheduled = learning_rate(self.config, self.schedule, self.step_count)
-            lr = self.strategy.learning_rate(scheduled)
+            lr = self._rate()
+        elif self.config.stateless_update == "backward":
+            raise UserError(
+                f"step(lr={lr}): stateless_update: backward has already updated layers with the"
+                " rate of LWOConfig; set the schedule there, or stateless_update: step"
+            )
         if not self._at_boundary:
             return StepReport(
                 stepped=False,
@@ -353,6 +366,11 @@ class LWO:
             skipped=update.skipped,
             bytes_sent=bytes_sent,
         )
+
+    def _rate(self) -> float:
+        """Of the next step, unless the caller decides."""
+        scheduled = learning_rate(self.config, self.schedule, self.step_count)
+        return self.strategy.learning_rate(scheduled)
 
     def allow(self, optimizer: torch.optim.Optimizer) -> None:
         """Allow `step` of an optimizer that holds parameters of the model but updates none.

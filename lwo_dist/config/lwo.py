@@ -77,6 +77,14 @@ class LWOConfig(Settings):
             " all; strategy: fsdp or replicate"
         ),
     )
+    stateless_update: Literal["step", "backward"] = Field(
+        "step",
+        description=(
+            "when the layers of stateless are updated: all at once; or in the backward pass, each"
+            " matrix as soon as it has its gradient, so that those gradients take next to no"
+            " memory: strategy: replicate, one process, gradient_accumulation_steps: 1"
+        ),
+    )
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="micro-batches per optimizer step"
     )
@@ -164,6 +172,12 @@ class LWOConfig(Settings):
             raise ValueError(
                 f"stateless: {self.stateless} needs the gradients that suffix_backward ="
                 f" {self.suffix_backward:g} leaves out; set suffix_backward: 1"
+            )
+        if self.stateless_update == "backward" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "stateless_update: backward uses up each gradient at once, and cannot be used with"
+                f" gradient_accumulation_steps = {self.gradient_accumulation_steps}; set it to 1,"
+                " or stateless_update: step"
             )
         for name in ("prefix_host_gb", "prefix_disk_gb"):
             value = getattr(self, name)

@@ -27,7 +27,14 @@ from lwo_dist.hook import prepare as freeze_all_but_first
 from lwo_dist.methods import Method
 
 from .optimizer import LWOOptimizer, read_state, write_state
-from .settings import agree, complete_deepspeed, reduce_in_fp32, refuse_accelerator, refuse_model
+from .settings import (
+    agree,
+    complete_deepspeed,
+    reduce_in_fp32,
+    refuse_accelerator,
+    refuse_model,
+    refuse_update_in_backward,
+)
 
 __all__ = ["prepare"]
 
@@ -70,6 +77,7 @@ def prepare(
             f"the third argument is {type(config).__name__}; it must be an LWOConfig, where"
             " accelerator.prepare has the optimizer"
         )
+    refuse_update_in_backward(config)
     refuse_accelerator(accelerator)
     refuse_model(accelerator, model)
     for other in others:

@@ -13,7 +13,14 @@ from torch import nn
 from lwo_dist.config import LWOConfig
 from lwo_dist.errors import UserError
 
-__all__ = ["agree", "complete_deepspeed", "reduce_in_fp32", "refuse_accelerator", "refuse_model"]
+__all__ = [
+    "agree",
+    "complete_deepspeed",
+    "reduce_in_fp32",
+    "refuse_accelerator",
+    "refuse_model",
+    "refuse_update_in_backward",
+]
 
 _DISTRIBUTED = (
     DistributedType.NO,
@@ -41,6 +48,16 @@ def agree(config: LWOConfig, theirs: Mapping[str, Any], names: Mapping[str, str]
                 f"LWOConfig sets {field} = {ours}, but {names[field]} = {value}, which counts; set"
                 " it there, and leave it out of LWOConfig"
             )
+
+
+def refuse_update_in_backward(config: LWOConfig) -> None:
+    """Raise UserError for what a loop with a scheduler of its own cannot honour."""
+    if config.stateless_update == "backward":
+        raise UserError(
+            "stateless_update: backward needs the learning rate before the backward pass, which a"
+            " scheduler of the loop may set after it; set stateless_update: step, or call"
+            " lwo_dist.attach in a loop of your own"
+        )
 
 
 def refuse_accelerator(accelerator: Any) -> None:

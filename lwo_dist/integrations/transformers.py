@@ -28,7 +28,14 @@ from lwo_dist.hook import prepare as freeze_all_but_first
 from lwo_dist.methods import Method
 
 from .optimizer import LWOOptimizer, read_state, write_state, write_weights
-from .settings import agree, complete_deepspeed, reduce_in_fp32, refuse_accelerator, refuse_model
+from .settings import (
+    agree,
+    complete_deepspeed,
+    reduce_in_fp32,
+    refuse_accelerator,
+    refuse_model,
+    refuse_update_in_backward,
+)
 
 __all__ = ["STATE_FILE", "LWOTrainerMixin", "use_lwo"]
 
@@ -362,6 +369,7 @@ def _refuse(trainer: Any) -> None:
             "gradient_checkpointing_kwargs: use_reentrant = True loses the active layer's"
             " gradients; set it to False"
         )
+    refuse_update_in_backward(trainer.lwo_config)
     refuse_accelerator(trainer.accelerator)
     if getattr(trainer, "is_fsdp_xla_enabled", False):
         raise UserError("FSDP of torch_xla is not supported; use FSDP with version 2, or DeepSpeed")

@@ -16,7 +16,7 @@ class LayerWise(Method):
     """The embedding, each transformer layer (or group of neighbours), the head."""
 
     name = "lwo"
-    own_settings = ("lwo.embeddings", "lwo.stateless")
+    own_settings = ("lwo.embeddings", "lwo.stateless", "lwo.stateless_update")
 
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
         return find_layers(

@@ -153,6 +153,7 @@ class Subject:
         own_gradients: bool,
         on_gpu: bool,
     ) -> Rehearsal:
+        used_up = {name for layer in self._used_up(visit) for name in layer.parameter_names}
         key = (visit.active.name, batch, bf16, autocast, own_gradients, on_gpu)
         if key not in self._rehearsals:
             model = self._in_bf16 if bf16 else self._for_autocast if autocast else self.model
@@ -162,13 +163,19 @@ class Subject:
                 set(visit.parameter_names),
                 batch,
                 own_gradients=own_gradients,
+                used_up=used_up,
                 autocast=autocast,
                 fused_dropout=on_gpu,
             )
         return self._rehearsals[key]
 
+    def _used_up(self, visit: Visit) -> tuple[Layer, ...]:
+        """The layers whose gradients are gone before the backward pass is over."""
+        return visit.stateless if self.config.lwo.stateless_update == "backward" else ()
+
     def units(self, visit: Visit) -> dict[int, Unit]:
-        trained = set(visit.parameter_names)
+        kept = [layer for layer in visit.layers if layer not in self._used_up(visit)]
+        trained = {name for layer in kept for name in layer.parameter_names}
         names = {id(p): name for name, p in named_parameters(self.model).items()}
         modules = separate_layers(self.model)
         inside: set[int] = set()
@@ -227,6 +234,7 @@ def storage_of(config: Config, world_size: int, *, bf16: bool) -> Storage:
         keeps_moments=config.lwo.state == "keep",
         parks_masters=config.lwo.inactive_master == "host",
         accumulates=config.lwo.gradient_accumulation_steps > 1,
+        updates_in_backward=config.lwo.stateless_update == "backward",
     )
 
 

@@ -47,6 +47,7 @@ class Storage:
         weight_bytes: of a stored weight, 4 or 2; masters are always fp32.
         keeps_moments, parks_masters: what is parked on the host for layers that are not active.
         accumulates: a step has several micro-batches.
+        updates_in_backward: layers without optimizer state are updated in the backward pass.
         offloads: ZeRO's optimizer state is on the host.
         gloo: collectives are gloo's, whose reduce-scatter sums a copy.
     """
@@ -58,6 +59,7 @@ class Storage:
     keeps_moments: bool = False
     parks_masters: bool = False
     accumulates: bool = False
+    updates_in_backward: bool = False
     offloads: bool = False
     gloo: bool = False
 
@@ -110,6 +112,8 @@ def held_bytes(
     make = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
     others = [layer for layer in layers if layer not in active]
     held = make(shapes, layers, active, others, storage)
+    if storage.updates_in_backward:
+        return held
     size = storage.world_size
     of_layers = [[shapes[name] for name in layer.parameter_names] for layer in stateless]
     of_all = [shape for found in of_layers for shape in found]

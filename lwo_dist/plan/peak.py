@@ -109,8 +109,15 @@ def _replicate(
             moment.live_bytes,
         )
     copied = flat - held.stateless_bytes if storage.gloo and size > 1 else 0
-    copied = max(copied, held.orthogonalise_bytes)
-    for gradients, buffers in ((flat, sum(small.values())), (held.gradient_bytes, copied)):
+    whole = {number: 4 * sum(found) for number, found in numels.items()}
+    moved = {number for number, found in numels.items() if any(n >= LARGE for n in found)}
+    # The others move one after the other.
+    last = max((whole[number] for number in numels.keys() - moved), default=0)
+    for gradients, buffers in (
+        (sum(whole[number] for number in moved) + last, sum(small.values())),
+        (held.gradient_bytes, copied),
+        (held.stateless_bytes, held.orthogonalise_bytes),  # the others have been released
+    ):
         yield Instant(
             "update", held.parameter_bytes, gradients, held.optimizer_state_bytes, 0, buffers, 0
         )

@@ -6,7 +6,7 @@ operation makes for a moment is whatever the model does; only shapes are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers.utils import import_utils
 
 from lwo_dist.losses import summed_loss_at
+from lwo_dist.orthogonal import orthogonalise_bytes
+from lwo_dist.strategies.replicate import compute_in_bf16
 from lwo_dist.sublayers import attention_flops
 
 from .live import LiveBytes
@@ -83,6 +85,7 @@ def rehearse(
     batch: Batch,
     *,
     own_gradients: bool,
+    used_up: Collection[str] = (),
     autocast: bool = False,
     fused_dropout: bool = True,
     loss: Callable[[nn.Module, Batch], Tensor] = step_loss,
@@ -95,6 +98,7 @@ def rehearse(
         trained: names of the parameters that are trained in this visit.
         own_gradients: gradients are new tensors that are dropped once their unit is reduced; else
             they are added into buffers that are not counted.
+        used_up: parameters that are updated without state as soon as they have their gradient.
         autocast: bf16 as `torch.autocast` computes it, weights in fp32. It leaves tensors of the
             meta device as they are.
         fused_dropout: attention with dropout is fused too, as on a GPU.
@@ -103,10 +107,11 @@ def rehearse(
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
         parameter.grad = None
-    buffers = [] if own_gradients else [torch.empty_like(parameters[name]) for name in trained]
-    for name, buffer in zip(trained, buffers, strict=False):
+    added = sorted(trained.difference(used_up))
+    buffers = [] if own_gradients else [torch.empty_like(parameters[name]) for name in added]
+    for name, buffer in zip(added, buffers, strict=False):
         parameters[name].grad = buffer
-    own = [parameters[name] for name in sorted(trained)]
+    own = [parameters[name] for name in added]
     some = next(model.parameters())
     fake = some.fake_mode if isinstance(some, FakeTensor) else nullcontext()
     watch = _Watch(LiveBytes(ignored=[*parameters.values(), *model.buffers(), *buffers]), units)
@@ -117,7 +122,9 @@ def rehearse(
         _fused_attention(fused_dropout),
         shapes,
         watch.live,
-        watch.hooks(model, own if own_gradients else []),
+        watch.hooks(
+            model, own if own_gradients else [], [parameters[name] for name in sorted(used_up)]
+        ),
     ):
         with forward_in_autocast(model) if autocast else nullcontext():
             value = loss(model, batch)
@@ -166,13 +173,17 @@ class _Watch:
                 self.live.peak = self.live.now
 
     @contextmanager
-    def hooks(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    def hooks(
+        self, model: nn.Module, trained: Sequence[nn.Parameter], used_up: Sequence[nn.Parameter]
+    ) -> Iterator[None]:
         handles: list[Any] = [model.register_forward_hook(self._after(ROOT))]
         for number, unit in enumerate(self._units):
             handles.append(unit.register_forward_pre_hook(self._before(number), with_kwargs=True))
             handles.append(unit.register_forward_hook(self._after(number)))
         for parameter in trained:
             handles.append(parameter.register_post_accumulate_grad_hook(self._note))
+        for parameter in used_up:
+            handles.append(parameter.register_post_accumulate_grad_hook(self._use_up))
         try:
             yield
         finally:
@@ -183,6 +194,13 @@ class _Watch:
         found = self._gradients.setdefault(self._owners.get(id(parameter), ROOT), [])
         if all(parameter is not other for other in found):
             found.append(parameter)
+
+    def _use_up(self, parameter: nn.Parameter) -> None:
+        if parameter.dim() >= 2:
+            needed = orthogonalise_bytes(parameter.numel())
+            self.live.add(needed)
+            self.live.add(-needed)
+        parameter.grad = None
 
     def _before(self, number: int) -> Callable[..., None]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -266,7 +284,7 @@ def _fused_attention(with_dropout: bool) -> Iterator[None]:
 def forward_in_autocast(model: nn.Module) -> Iterator[None]:
     """As `replicate` computes in bf16: the loss is not in it."""
     plain = model.forward
-    model.forward = torch.autocast("cpu", torch.bfloat16)(plain)
+    compute_in_bf16(model, "cpu")
     try:
         yield
     finally:

@@ -77,6 +77,8 @@ class StrategyBuilder(ABC):
     """Keys of the config that not every strategy reads, such as `fsdp.storage`."""
     updates_whole_layers = False
     """Whether it can update matrices from their whole gradients (`lwo.stateless`)."""
+    updates_in_backward = False
+    """Whether it can do so in the backward pass (`lwo.stateless_update: backward`)."""
 
     def drives(self, model: nn.Module) -> bool:
         """Whether this strategy can train a model that the caller has already wrapped."""
@@ -144,9 +146,12 @@ class Strategy(ABC):
     Attributes:
         module: the module with the parameters.
         forward_is_collective: if so, every rank must run the same number of forward passes.
+        lr_in_backward: the rate of the step that the next `backward` belongs to; the hook sets it
+            for `lwo.stateless_update: backward`.
     """
 
     forward_is_collective = False
+    lr_in_backward = 0.0
 
     def __init__(self, module: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         self.module = module

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lwo_dist import distributed
+from lwo_dist.config import LWOConfig
 from lwo_dist.errors import UserError
 from lwo_dist.layers import Visit, find_stacks
 from lwo_dist.names import clean_name
@@ -29,6 +30,7 @@ __all__ = [
     "refuse_compiled",
     "refuse_stateless",
     "refuse_stateless_in_16_bit",
+    "refuse_update_in_backward",
     "refuse_wrapped",
     "warn_of_frozen",
     "warn_of_rounding",
@@ -242,6 +244,28 @@ def refuse_stateless(strategy: str, updates_whole_layers: bool, visits: Sequence
             f"{named} is to be updated without optimizer state (lwo.stateless), but under strategy:"
             f" {strategy} no rank has the whole gradient of a matrix; set strategy: fsdp or"
             " replicate, or lwo.stateless: none"
+        )
+
+
+def refuse_update_in_backward(
+    strategy: str, updates_in_backward: bool, config: LWOConfig, visits: Sequence[Visit]
+) -> None:
+    """Refuse `lwo.stateless_update: backward` where it cannot be honoured or changes nothing.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if config.stateless_update == "step":
+        return
+    if not any(visit.stateless for visit in visits):
+        raise UserError(
+            f"stateless_update: backward has no effect with stateless: {config.stateless}; set"
+            " stateless: suffix or all, or drop it"
+        )
+    if not updates_in_backward:
+        raise UserError(
+            f"stateless_update: backward cannot be used with strategy: {strategy}; set strategy:"
+            " replicate, or stateless_update: step"
         )
 
 

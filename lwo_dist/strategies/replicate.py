@@ -40,7 +40,7 @@ from .base import (
 )
 from .changes import changed
 
-__all__ = ["Replicate", "ReplicateBuilder"]
+__all__ = ["Replicate", "ReplicateBuilder", "compute_in_bf16"]
 
 _ALIGN = 4  # elements: parameters in the flat buffer are aligned to 16 bytes for fast kernels
 _LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during backward
@@ -48,24 +48,37 @@ _LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during
 
 class ReplicateBuilder(StrategyBuilder):
     name = "replicate"
-    own_settings = ("lwo.stateless",)
+    own_settings = ("lwo.stateless", "lwo.stateless_update")
     updates_whole_layers = True
+    updates_in_backward = True
 
     def drives(self, model: nn.Module) -> bool:
         return isinstance(model, nn.Module)
+
+    def check(self, config: Config) -> None:
+        if config.lwo.stateless_update == "backward":
+            refuse_several_processes(config.cluster.max_workers)
 
     def build(
         self, source: ModelSource, method: Method, config: Config, device: torch.device
     ) -> nn.Module:
         model: nn.Module = source.whole(device)
         if config.train.precision == "bf16":
-            # Like FSDP2's policy: fp32 weights and gradients, bf16 compute.
-            autocast = torch.autocast(device.type, torch.bfloat16)
-            model.forward = autocast(model.forward)
+            compute_in_bf16(model, device.type)
         return model
 
     def attach(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig) -> Strategy:
         return Replicate(model, layers, config)
+
+
+def compute_in_bf16(model: nn.Module, device_type: str) -> None:
+    """Like FSDP2's policy: fp32 weights and gradients, bf16 compute.
+
+    Without autocast's cache, which would keep the bf16 copies of all trained weights until the end
+    of the forward pass, also under activation checkpointing.
+    """
+    autocast = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)
+    model.forward = autocast(model.forward)
 
 
 class _FlatLayer:
@@ -170,6 +183,10 @@ class Replicate(Strategy):
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         super().__init__(model, layers, config)
+        self._in_backward = config.stateless_update == "backward"
+        if self._in_backward:
+            refuse_several_processes(distributed.world_size())
+        self._half_updated = False
         self._parameters = named_parameters(model)
         self._weight_decay = config.weight_decay
         self._refuse_16_bit()
@@ -178,7 +195,7 @@ class Replicate(Strategy):
         self._flat_weights: dict[str, Tensor] = {}
         self._weight_views: dict[str, dict[str, Tensor]] = {}
         self._trained: dict[str, _FlatLayer] = {}
-        self._large: list[Any] = []  # handles of hooks
+        self._hooks: list[Any] = []  # handles of hooks on gradients
         self._window: list[Any] = []  # handles of hooks while weights are on their way
         self._readers: list[nn.Module] = []
 
@@ -190,13 +207,19 @@ class Replicate(Strategy):
             layer.name: number % distributed.world_size()
             for number, layer in enumerate(visit.stateless)
         }
-        for layer in visit.layers:
+        in_backward = visit.stateless if self._in_backward else ()
+        self._hooks += [
+            self._parameters[name].register_post_accumulate_grad_hook(self._update_in_backward)
+            for layer in in_backward
+            for name in layer.parameter_names
+        ]
+        for layer in visit.stateful if self._in_backward else visit.layers:
             weights = self._flatten(layer)
             gradient = torch.empty_like(weights)
             views = self._views(layer, gradient)
             flat = _FlatLayer(layer, weights, gradient, views, owners.get(layer.name))
             self._trained[layer.name] = flat
-            self._large += [
+            self._hooks += [
                 self._parameters[name].register_post_accumulate_grad_hook(partial(flat.take, view))
                 for name, view in views.items()
                 if view.numel() >= _LARGE
@@ -223,6 +246,32 @@ class Replicate(Strategy):
             if self._flat_weights.pop(layer.name, None) is not None:
                 for name in self._weight_views.pop(layer.name):
                     self._parameters[name].data = self._parameters[name].detach().clone()
+
+    def backward(self, loss: Tensor, boundary: bool) -> None:
+        if self._half_updated:
+            raise RuntimeError(
+                "a backward pass failed after it had updated some layers (lwo.stateless_update:"
+                " backward), and cannot be repeated; load a checkpoint and attach again"
+            )
+        super().backward(loss, boundary)
+        self._half_updated = False
+
+    def _update_in_backward(self, weight: nn.Parameter) -> None:
+        """Update a matrix as soon as it has its gradient, and drop that.
+
+        From a gradient that is not finite on, down to the end of the pass, nothing is updated.
+        """
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        if gradient.dim() < 2:
+            return
+        self._half_updated = True
+        non_finite = torch.as_tensor(self._non_finite) + 0.0 * gradient.norm()
+        self._non_finite = non_finite
+        skipped = (~non_finite.isfinite()).to(torch.float32)
+        update_without_state(
+            [weight.detach()], [gradient], self.lr_in_backward, self._weight_decay, skipped
+        )
 
     def step(self, lr: float, max_norm: float) -> Update:
         update = self._update(lr, max_norm)
@@ -422,9 +471,9 @@ class Replicate(Strategy):
         return views
 
     def _forget_trained(self) -> None:
-        for handle in self._large:
+        for handle in self._hooks:
             handle.remove()
-        self._large = []
+        self._hooks = []
         self._trained = {}
         self._readers = []
 
@@ -449,6 +498,16 @@ class Replicate(Strategy):
                         " away; load the model with dtype=torch.float32 and compute under"
                         " torch.autocast"
                     )
+
+
+def refuse_several_processes(count: int) -> None:
+    """Raise UserError if `lwo.stateless_update: backward` cannot be used by so many."""
+    if count > 1:
+        raise UserError(
+            f"stateless_update: backward is for one process, and there may be {count}: gradients"
+            " would have to be summed in the middle of the backward pass; set stateless_update:"
+            " step, or strategy: fsdp, which divides gradients among the ranks"
+        )
 
 
 def _allocated(tensor: Tensor) -> bool:

@@ -35,6 +35,7 @@ from lwo_dist.plan.live import LiveBytes
 from lwo_dist.plan.subject import read_architecture
 from lwo_dist.registry import METHODS
 from lwo_dist.strategies.fsdp.builder import shard_model
+from lwo_dist.strategies.replicate import compute_in_bf16
 from tests.ranks import run_ranks
 
 __all__ = ["METHOD_NAMES", "MODELS", "STRATEGY_NAMES", "compare", "config_of", "make", "measure"]
@@ -136,7 +137,7 @@ def _attach(name: str, config: Config) -> LWO:
         shard_model(model, precision=config.train.precision, device_type="cpu")
     elif config.strategy == "replicate":
         if config.train.precision == "bf16":
-            model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+            compute_in_bf16(model, "cpu")
     else:
         from lwo_dist.strategies.deepspeed import settings
         from lwo_dist.strategies.deepspeed.builder import make_engine

@@ -5,6 +5,7 @@ fp32.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,13 @@ def train_in(precision: str, strategy: str, folder: Path) -> tuple[list[float], 
     lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-3, steps_per_layer=5))
     computed: set[torch.dtype] = set()
     projection = model.get_submodule("model.layers.1.mlp.down_proj")
-    projection.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        computed.add(output.dtype)
+        # It would keep bf16 copies of all trained weights.
+        assert not (torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled())
+
+    projection.register_forward_hook(note)
     losses, weights = train(lwo, 40)
     tokens, labels = micro_batches(40, 1)[0]
     with CountCollectives() as counter:

@@ -227,22 +227,34 @@ def test_the_embedding_is_trained_in_every_step_under_zero(stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "stateless", "embeddings"),
-    [("replicate", "suffix", "visit"), ("replicate", "all", "always"), ("fsdp", "all", "always")],
+    ("world_size", "strategy", "stateless", "embeddings", "when"),
+    [
+        (2, "replicate", "suffix", "visit", "step"),
+        (2, "replicate", "all", "always", "step"),
+        (2, "fsdp", "all", "always", "step"),
+        (1, "replicate", "all", "always", "backward"),
+    ],
 )
 def test_a_run_resumes_bit_for_bit(
-    strategy: str, stateless: str, embeddings: str, inputs: tuple[Path, Path], tmp_path: Path
+    world_size: int,
+    strategy: str,
+    stateless: str,
+    embeddings: str,
+    when: str,
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     """Every layer changes in every step: the checkpoint has them all, and no state for most."""
     overrides = [f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}"]
     overrides += [f"strategy={strategy}", "train.logging_steps=1", "checkpoint.steps=4"]
-    overrides += ["lwo.state=keep", "lwo.order=random"]
+    overrides += ["lwo.state=keep", "lwo.order=random", f"lwo.stateless_update={when}"]
+    overrides += [f"cluster.num_workers={world_size}"]
     whole = prepare(make_config(inputs, tmp_path / "whole", *overrides))
-    unbroken = run_ranks(whole_run, 2, whole)[0]
+    unbroken = run_ranks(whole_run, world_size, whole)[0]
     broken = prepare(make_config(inputs, tmp_path / "broken", *overrides))
     with pytest.raises(RanksError, match="InterruptedError"):
-        run_ranks(stop_after, 2, broken, 4)
-    resumed = run_ranks(whole_run, 2, broken)[0]
+        run_ranks(stop_after, world_size, broken, 4)
+    resumed = run_ranks(whole_run, world_size, broken)[0]
     assert min(resumed) == 5
     assert resumed == {step: unbroken[step] for step in resumed}
     models = [load_file(tmp_path / of / "r" / "model" / WEIGHTS) for of in ("whole", "broken")]

@@ -280,6 +280,8 @@ def test_what_the_loop_cannot_do_is_refused() -> None:
         prepare(accelerator, model, adamw)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="gradient_accumulation_steps = 4, but the accelerator's"):
         make(trainers.config(gradient_accumulation_steps=4))
+    with pytest.raises(UserError, match="needs the learning rate before the backward pass"):
+        make(trainers.config(stateless="all", stateless_update="backward"))
 
     accelerator, (model, optimizer, loader) = make(trainers.config(max_grad_norm=1.0))
     with pytest.raises(UserError, match="clip_grad_value_ is not supported"):

@@ -290,6 +290,11 @@ class OwnBackward(trainers.InOrder):
         ({}, {"lr_schedule_over": "visit"}, "but the schedule of TrainingArguments = run"),
         ({}, {"max_steps": 7}, "but max_steps = -1"),
         ({}, {"batches": "cycle"}, "the Trainer's sampler gives new ones"),
+        (
+            {},
+            {"stateless": "all", "stateless_update": "backward"},
+            "needs the learning rate before",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(

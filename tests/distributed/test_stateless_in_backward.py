@@ -1,0 +1,239 @@
+"""`lwo.stateless_update: backward`: equal to a plain loop, with next to no gradients, refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lwo_dist
+from lwo_dist.driver import prepare
+from lwo_dist.errors import UserError
+from lwo_dist.plan.held import Storage, held_bytes
+from lwo_dist.strategies.fsdp.builder import shard_model
+from tests import oracle
+from tests.benchmarks import peaks
+from tests.distributed import test_run, training
+from tests.distributed.test_run import make_config
+from tests.distributed.test_stateless import (
+    COMBINATIONS,
+    RECIPE,
+    attached,
+    make_model,
+    plain_loop,
+)
+from tests.ranks import run_ranks
+
+inputs = test_run.inputs
+
+
+def in_backward(tied: bool, stateless: str, embeddings: str, **more: Any) -> lwo_dist.LWO:
+    return attached(tied, stateless, embeddings, stateless_update="backward", **more)
+
+
+def hook_loop(
+    tied: bool, stateless: str, embeddings: str, checkpointing: bool
+) -> tuple[list[float], dict[str, Tensor]]:
+    model: Any = make_model(tied)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    lwo = in_backward(tied, stateless, embeddings, model=model)
+    shapes = {name: tuple(p.shape) for name, p in lwo.module.named_parameters()}
+    storage = Storage("replicate", 1, updates_in_backward=True)
+    losses = []
+    for step in range(RECIPE.steps):
+        visit = lwo.visit
+        loss, report = training.train_step(lwo, step)
+        losses.append(loss)
+        if not report.switched:
+            held = lwo.memory()
+            formula = held_bytes(shapes, lwo.layers, visit.stateful, storage, visit.stateless)
+            assert held["gradient_bytes"] == 2 * formula.gradient_bytes  # of 8 bytes, not 4
+    return losses, training.weights(lwo)
+
+
+@pytest.mark.parametrize(
+    ("tied", "stateless", "embeddings", "checkpointing"),
+    [(number % 2 == 0, *both, False) for number, both in enumerate(COMBINATIONS)]
+    + [(True, "all", "always", True), (False, "suffix", "visit", True)],
+)
+def test_it_equals_a_plain_loop(
+    tied: bool, stateless: str, embeddings: str, checkpointing: bool
+) -> None:
+    expected, expected_weights = plain_loop(tied=tied, stateless=stateless, embeddings=embeddings)
+    [(losses, found)] = run_ranks(hook_loop, 1, tied, stateless, embeddings, checkpointing)
+    assert losses == pytest.approx(expected, abs=1e-10)
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def gradients_seen() -> tuple[int, int]:
+    """The largest sum of gradients that are there at once, and of one matrix; in elements."""
+    lwo = in_backward(False, "all", "visit", order="descending")  # the head is active
+    parameters = [p for p in lwo.module.parameters() if p.requires_grad and p.dim() > 1]
+    head = lwo.module.lm_head.weight
+    most = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal most
+        others = [p.grad for p in parameters if p is not head and p.grad is not None]
+        most = max(most, sum(gradient.numel() for gradient in others))
+
+    for parameter in parameters:
+        parameter.register_hook(count)
+    training.train_step(lwo, 0)
+    return most, max(p.numel() for p in parameters if p is not head)
+
+
+def test_gradients_of_two_layers_are_never_there_together() -> None:
+    [(most, largest)] = run_ranks(gradients_seen, 1)
+    assert most <= largest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_is_what_is_measured(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "_RANKS", 1)
+    more = ["lwo.stateless=all", "lwo.embeddings=always", "train.gradient_checkpointing=true"]
+    late, early = (
+        peaks.compare(
+            "replicate",
+            ["llama"],
+            *more,
+            f"lwo.stateless_update={when}",
+            methods=("lwo",),
+            precision=precision,
+        )[0]
+        for when in ("step", "backward")
+    )
+    for row in (late, early):
+        assert 0.95 < row["ratio"] < 1.05
+    for visit, held in early["held"].items():
+        for key in ("parameter_bytes", "gradient_bytes", "optimizer_state_bytes"):
+            assert early["memory"][visit][key] == held[key], (visit, key)
+    gone = {late["memory"][visit]["gradient_bytes"] for visit in late["memory"]}
+    assert early["measured"] < late["measured"] < early["measured"] + max(gone)
+
+
+def skips(where: str) -> tuple[float, list[str], list[str]]:
+    """Whether the step was skipped, and which layers it changed nevertheless."""
+    lwo = in_backward(False, "all", "visit")
+    training.train_step(lwo, 0)
+    before = training.weights(lwo)
+    if where == "layer_2":  # its first matrix in the backward pass; layer_3 comes before
+        weight = lwo.module.model.layers[2].mlp.down_proj.weight
+        weight.register_hook(lambda gradient: gradient * torch.inf)
+    tokens, labels = training.micro_batches(1, 1)[0]
+    loss = oracle.loss_sum(lwo.model, tokens, labels)
+    lwo.backward(loss * (torch.inf if where == "loss" else 1.0))
+    report = lwo.step()
+    after = training.weights(lwo)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    layers = [layer for layer in lwo.layers if not moved.isdisjoint(layer.parameter_names)]
+    assert report.skipped is not None
+    return float(report.skipped), [layer.name for layer in layers], sorted(moved)
+
+
+def test_nothing_is_updated_from_a_loss_that_is_not_finite() -> None:
+    assert run_ranks(skips, 1, "loss") == [(1.0, [], [])]
+
+
+def test_nothing_is_updated_below_a_gradient_that_is_not_finite() -> None:
+    [(skipped, layers, _)] = run_ranks(skips, 1, "layer_2")
+    assert (skipped, layers) == (1.0, ["layer_3"])
+
+
+def fails_in_backward() -> str:
+    """An error in the middle of a backward pass, such as for lack of memory."""
+    lwo = in_backward(False, "all", "visit")
+    tokens, labels = training.micro_batches(0, 1)[0]
+    weight = lwo.module.model.layers[1].mlp.down_proj.weight
+
+    def fail(_: Tensor) -> None:
+        raise MemoryError("no memory")
+
+    handle = weight.register_hook(fail)
+    with pytest.raises(MemoryError):
+        lwo.backward(oracle.loss_sum(lwo.model, tokens, labels))
+    handle.remove()
+    with pytest.raises(RuntimeError) as raised:
+        lwo.backward(oracle.loss_sum(lwo.model, tokens, labels))
+    return str(raised.value)
+
+
+def test_a_backward_pass_that_failed_is_not_repeated() -> None:
+    assert "cannot be repeated; load a checkpoint" in run_ranks(fails_in_backward, 1)[0]
+
+
+def refused_in_a_loop() -> list[str]:
+    said = []
+
+    def refuse(do: Any) -> None:
+        with pytest.raises(UserError) as raised:
+            do()
+        said.append(str(raised.value))
+
+    lwo = in_backward(False, "all", "visit")
+    tokens, labels = training.micro_batches(0, 1)[0]
+    before = training.weights(lwo)
+    loss = oracle.loss_sum(lwo.model, tokens, labels)
+    refuse(lambda: lwo.backward(loss, boundary=False))
+    after = training.weights(lwo)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    lwo.backward(loss)
+    refuse(lambda: lwo.step(lr=1e-3))
+    lwo.detach(drop_gradients=True)
+
+    def attach(wrap: bool = False, **settings: Any) -> None:
+        model: nn.Module = oracle.tiny_model(tied=False)
+        if wrap:
+            shard_model(model, precision="fp32", device_type="cpu")
+        lwo_dist.attach(model, lwo_dist.LWOConfig(stateless_update="backward", **settings))
+
+    refuse(attach)
+    refuse(lambda: attach(wrap=True, stateless="all"))
+    return said
+
+
+def test_a_loop_that_cannot_have_it_is_refused() -> None:
+    [said] = run_ranks(refused_in_a_loop, 1)
+    accumulates, rate, alone, fsdp = said
+    assert "cannot accumulate" in accumulates
+    assert "already updated layers with the rate of LWOConfig" in rate
+    assert "has no effect with stateless: none" in alone
+    assert "cannot be used with strategy: fsdp" in fsdp
+
+
+def refused_on_two_ranks() -> str:
+    with pytest.raises(UserError) as raised:
+        in_backward(False, "all", "visit")
+    return str(raised.value)
+
+
+def test_several_processes_are_refused() -> None:
+    for said in run_ranks(refused_on_two_ranks, 2):
+        assert "is for one process, and there may be 2" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["strategy=replicate", "cluster.num_workers=2"], "is for one process, and there may be 2"),
+        (["strategy=fsdp", "cluster.num_workers=1"], "has no effect with strategy: fsdp"),
+    ],
+)
+def test_a_run_is_refused_before_it_starts(
+    overrides: list[str], said: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    overrides = [*overrides, "lwo.stateless=all", "lwo.stateless_update=backward"]
+    with pytest.raises(UserError, match=said):
+        prepare(make_config(inputs, tmp_path, *overrides))
+    assert not (tmp_path / "r").exists()
+
+
+def test_it_cannot_accumulate() -> None:
+    with pytest.raises(ValueError, match="gradient_accumulation_steps = 2; set it to 1"):
+        lwo_dist.LWOConfig(stateless_update="backward", gradient_accumulation_steps=2)
