@@ -17,7 +17,8 @@ from lwo_dist.strategies.fsdp.builder import shard_model
 from tests import oracle
 from tests.benchmarks import peaks
 from tests.distributed import test_run, training
-from tests.distributed.test_run import make_config
+from tests.distributed.test_rooms import whole_run
+from tests.distributed.test_run import make_config, stop_after
 from tests.distributed.test_stateless import (
     COMBINATIONS,
     RECIPE,
@@ -25,7 +26,7 @@ from tests.distributed.test_stateless import (
     make_model,
     plain_loop,
 )
-from tests.ranks import run_ranks
+from tests.ranks import RanksError, run_ranks
 
 inputs = test_run.inputs
 
@@ -116,6 +117,23 @@ def test_the_plan_is_what_is_measured(precision: str, monkeypatch: pytest.Monkey
             assert early["memory"][visit][key] == held[key], (visit, key)
     gone = {late["memory"][visit]["gradient_bytes"] for visit in late["memory"]}
     assert early["measured"] < late["measured"] < early["measured"] + max(gone)
+
+
+def test_a_run_may_go_on_with_less_memory(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """A run that was updated at the step is resumed in backward; the results are the same."""
+    overrides = ["strategy=replicate", "cluster.num_workers=1", "lwo.stateless=all"]
+    overrides += ["train.logging_steps=1", "checkpoint.steps=4"]
+    whole = prepare(make_config(inputs, tmp_path / "whole", *overrides))
+    [expected] = run_ranks(whole_run, 1, whole)
+    broken = prepare(make_config(inputs, tmp_path / "broken", *overrides))
+    with pytest.raises(RanksError, match="InterruptedError"):
+        run_ranks(stop_after, 1, broken, 4)
+    overrides += ["lwo.stateless_update=backward"]
+    [resumed] = run_ranks(
+        whole_run, 1, prepare(make_config(inputs, tmp_path / "broken", *overrides))
+    )
+    assert min(resumed) == 5
+    assert resumed == {step: pytest.approx(expected[step], rel=1e-4) for step in resumed}
 
 
 def skips(where: str) -> tuple[float, list[str], list[str]]:

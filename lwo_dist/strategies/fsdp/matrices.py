@@ -1,8 +1,8 @@
 """Orthogonalises matrices that are sharded by rows: each rank computes some of them whole.
 
 An all-to-all brings the rows of W matrices to W ranks, each of which orthogonalises one, and
-another brings the rows back. A rank so sends its shards once in each direction, and the ranks
-share the work; Dion's Muon (Ahn et al., 2025) divides it in the same way.
+another brings the rows back. A rank sends each of its shards twice, and the ranks share the work.
+The Muon of the dion library (Ahn et al., 2025) divides it in the same way.
 """
 
 from __future__ import annotations

@@ -216,8 +216,8 @@ class FullyShard(Strategy):
         non_finite = self._take_non_finite()
         if any(map(has_all_reduce_hook, self._groups)):
             non_finite = 0.0  # of ranks of this mesh only; the gradients are those of all
-        for gradient in self._gradients_without_state():
-            non_finite = non_finite + 0.0 * gradient.norm()
+        if gradients := self._gradients_without_state():
+            non_finite = non_finite + 0.0 * torch.stack(torch._foreach_norm(gradients)).sum()
         update = update_shards(self._optimizer, lr, max_norm, non_finite, self._sum_over_mesh)
         self._update_without_state(lr, update.skipped)
         for name, shard in self._shards.items():
