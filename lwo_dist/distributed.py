@@ -37,6 +37,7 @@ __all__ = [
     "max_over_ranks",
     "on_rank_0",
     "rank",
+    "rank_in",
     "reduce_scatter",
     "silent_ranks",
     "start_all_gather",
@@ -62,6 +63,11 @@ def rank() -> int:
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """The number of ranks in `group`; None: of all ranks."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def rank_in(group: dist.ProcessGroup) -> int:
+    """This process's number among the ranks of `group`."""
+    return dist.get_rank(group)
 
 
 def local_device() -> torch.device:
@@ -177,12 +183,16 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
     return tensor
 
 
-def all_to_all(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Send row r of `tensor` [ranks, ...] to rank r of `group`; row r of the result is from it."""
+def all_to_all(
+    tensor: torch.Tensor, to: Sequence[int], of: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Send the first `to[0]` rows of `tensor` to the first rank of `group`, the next `to[1]` to the
+    second and so on; the result has `of[0]` rows of the first rank, `of[1]` of the second.
+    """
     if world_size(group) == 1:
         return tensor
-    received = torch.empty_like(tensor)
-    dist.all_to_all_single(received, tensor, group=group)
+    received = tensor.new_empty(sum(of), *tensor.shape[1:])
+    dist.all_to_all_single(received, tensor, list(of), list(to), group=group)
     return received
 
 

@@ -288,7 +288,8 @@ class LWO:
         self._suffix.after_backward(loss.device)
         if boundary:
             self._guard.note_gradients()
-        # Only now: a backward that failed, as for lack of memory, may be tried again.
+        # Only now: a backward that failed, as for lack of memory, may be tried again, unless it has
+        # updated layers (`stateless_update: backward`).
         self._micro_step = micro_step
         self._at_boundary = boundary
 

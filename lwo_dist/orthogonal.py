@@ -78,14 +78,14 @@ def orthogonalise_flops(shapes: Iterable[Sequence[int]]) -> int:
 
 
 def orthogonalise_bytes(numel: int) -> int:
-    """Bytes that `orthogonalise` needs at once for so many elements of float32, the stack of them
-    included: it, the iterate, and three terms of the next one. On a GPU, in bf16, it is less.
+    """Peak bytes of `orthogonalise` for `numel` float32 elements: the input, the iterate, and three
+    terms of the next one. On a GPU, in bf16, it is less.
     """
     return 5 * 4 * numel
 
 
 def same_shape(shapes: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
-    """The numbers of the matrices of each shape; vectors and scalars are left out."""
+    """The indices of the matrices of each shape; vectors and scalars are left out."""
     same: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, shape in enumerate(shapes):
         if len(shape) >= 2:

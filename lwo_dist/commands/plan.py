@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lwo_dist.strategies import StrategyBuilder
     from lwo_dist.strategies.checks import check_config
 
-    check_config(config)
+    check_config(on_ranks(config, world_size))
     builder: StrategyBuilder = STRATEGIES.get(config.strategy)
     config = builder.resolve(config)
     config = on_ranks(config, world_size)

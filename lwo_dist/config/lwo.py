@@ -175,9 +175,9 @@ class LWOConfig(Settings):
             )
         if self.stateless_update == "backward" and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                "stateless_update: backward uses up each gradient at once, and cannot be used with"
-                f" gradient_accumulation_steps = {self.gradient_accumulation_steps}; set it to 1,"
-                " or stateless_update: step"
+                "stateless_update: backward drops each gradient once it is used, and cannot be used"
+                f" with gradient_accumulation_steps = {self.gradient_accumulation_steps}; set it to"
+                " 1, or stateless_update: step"
             )
         for name in ("prefix_host_gb", "prefix_disk_gb"):
             value = getattr(self, name)

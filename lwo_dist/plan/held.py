@@ -77,7 +77,7 @@ class Held:
     stateless_bytes: int = 0
     """Of `gradient_bytes`, those of layers without optimizer state; whole under `replicate`."""
     orthogonalise_bytes: int = 0
-    """Not held: what the update of layers without optimizer state needs besides."""
+    """Not held: temporary memory of the update of layers without optimizer state."""
 
     @property
     def device_bytes(self) -> int:

@@ -39,6 +39,7 @@ from .base import (
     update_shards,
 )
 from .changes import changed
+from .in_backward import UpdateInBackward, refuse_several_processes
 
 __all__ = ["Replicate", "ReplicateBuilder", "compute_in_bf16"]
 
@@ -186,7 +187,7 @@ class Replicate(Strategy):
         self._in_backward = config.stateless_update == "backward"
         if self._in_backward:
             refuse_several_processes(distributed.world_size())
-        self._half_updated = False
+        self._early: UpdateInBackward | None = None
         self._parameters = named_parameters(model)
         self._weight_decay = config.weight_decay
         self._refuse_16_bit()
@@ -207,12 +208,6 @@ class Replicate(Strategy):
             layer.name: number % distributed.world_size()
             for number, layer in enumerate(visit.stateless)
         }
-        in_backward = visit.stateless if self._in_backward else ()
-        self._hooks += [
-            self._parameters[name].register_post_accumulate_grad_hook(self._update_in_backward)
-            for layer in in_backward
-            for name in layer.parameter_names
-        ]
         for layer in visit.stateful if self._in_backward else visit.layers:
             weights = self._flatten(layer)
             gradient = torch.empty_like(weights)
@@ -224,10 +219,19 @@ class Replicate(Strategy):
                 for name, view in views.items()
                 if view.numel() >= _LARGE
             ]
+        if self._in_backward and visit.stateless:
+            self._early = UpdateInBackward(
+                self._parameters_of(visit.stateless),
+                self._parameters_of(visit.stateful),
+                self._weight_decay,
+            )
         self._visit = visit
         self._make_optimizer = make_optimizer
         self._optimizer = make_optimizer([[flat.weight_shard] for flat in self._with_state()])
         self._unpark_moments()
+
+    def _parameters_of(self, layers: Sequence[Layer]) -> list[nn.Parameter]:
+        return [self._parameters[name] for layer in layers for name in layer.parameter_names]
 
     def deactivate(self) -> None:
         if self._visit is None:
@@ -248,30 +252,12 @@ class Replicate(Strategy):
                     self._parameters[name].data = self._parameters[name].detach().clone()
 
     def backward(self, loss: Tensor, boundary: bool) -> None:
-        if self._half_updated:
-            raise RuntimeError(
-                "a backward pass failed after it had updated some layers (lwo.stateless_update:"
-                " backward), and cannot be repeated; load a checkpoint and attach again"
-            )
-        super().backward(loss, boundary)
-        self._half_updated = False
-
-    def _update_in_backward(self, weight: nn.Parameter) -> None:
-        """Update a matrix as soon as it has its gradient, and drop that.
-
-        From a gradient that is not finite on, down to the end of the pass, nothing is updated.
-        """
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None
-        if gradient.dim() < 2:
+        if self._early is None:
+            super().backward(loss, boundary)
             return
-        self._half_updated = True
-        non_finite = torch.as_tensor(self._non_finite) + 0.0 * gradient.norm()
-        self._non_finite = non_finite
-        skipped = (~non_finite.isfinite()).to(torch.float32)
-        update_without_state(
-            [weight.detach()], [gradient], self.lr_in_backward, self._weight_decay, skipped
-        )
+        with self._early.running(loss, self.lr_in_backward):
+            super().backward(loss, boundary)
+        self._non_finite = self._non_finite + self._early.non_finite
 
     def step(self, lr: float, max_norm: float) -> Update:
         update = self._update(lr, max_norm)
@@ -474,6 +460,9 @@ class Replicate(Strategy):
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
+        if self._early is not None:
+            self._early.end()
+            self._early = None
         self._trained = {}
         self._readers = []
 
@@ -498,16 +487,6 @@ class Replicate(Strategy):
                         " away; load the model with dtype=torch.float32 and compute under"
                         " torch.autocast"
                     )
-
-
-def refuse_several_processes(count: int) -> None:
-    """Raise UserError if `lwo.stateless_update: backward` cannot be used by so many."""
-    if count > 1:
-        raise UserError(
-            f"stateless_update: backward is for one process, and there may be {count}: gradients"
-            " would have to be summed in the middle of the backward pass; set stateless_update:"
-            " step, or strategy: fsdp, which divides gradients among the ranks"
-        )
 
 
 def _allocated(tensor: Tensor) -> bool:

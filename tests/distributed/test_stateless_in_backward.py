@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,14 @@ def test_a_run_may_go_on_with_less_memory(inputs: tuple[Path, Path], tmp_path: P
     assert resumed == {step: pytest.approx(expected[step], rel=1e-4) for step in resumed}
 
 
-def skips(where: str) -> tuple[float, list[str], list[str]]:
+def skips(where: str) -> tuple[float, list[str]]:
     """Whether the step was skipped, and which layers it changed nevertheless."""
-    lwo = in_backward(False, "all", "visit")
+    order = "descending" if where == "lm_head" else "ascending"  # the head is active, or `embed`
+    lwo = in_backward(False, "all", "visit", order=order)
     training.train_step(lwo, 0)
     before = training.weights(lwo)
-    if where == "layer_2":  # its first matrix in the backward pass; layer_3 comes before
-        weight = lwo.module.model.layers[2].mlp.down_proj.weight
+    if where != "loss":
+        weight = lwo.module.get_submodule(where).weight
         weight.register_hook(lambda gradient: gradient * torch.inf)
     tokens, labels = training.micro_batches(1, 1)[0]
     loss = oracle.loss_sum(lwo.model, tokens, labels)
@@ -152,16 +154,76 @@ def skips(where: str) -> tuple[float, list[str], list[str]]:
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     layers = [layer for layer in lwo.layers if not moved.isdisjoint(layer.parameter_names)]
     assert report.skipped is not None
-    return float(report.skipped), [layer.name for layer in layers], sorted(moved)
+    return float(report.skipped), [layer.name for layer in layers]
 
 
-def test_nothing_is_updated_from_a_loss_that_is_not_finite() -> None:
-    assert run_ranks(skips, 1, "loss") == [(1.0, [], [])]
+@pytest.mark.parametrize(
+    ("where", "changed"),
+    [
+        ("loss", []),
+        ("lm_head", []),  # the active layer
+        ("model.layers.2.mlp.down_proj", ["layer_3"]),
+        ("model.layers.2.post_attention_layernorm", ["layer_2", "layer_3"]),  # after its MLP
+    ],
+)
+def test_nothing_is_updated_after_what_is_not_finite(where: str, changed: list[str]) -> None:
+    assert run_ranks(skips, 1, where) == [(1.0, changed)]
 
 
-def test_nothing_is_updated_below_a_gradient_that_is_not_finite() -> None:
-    [(skipped, layers, _)] = run_ranks(skips, 1, "layer_2")
-    assert (skipped, layers) == (1.0, ["layer_3"])
+def without_an_mlp(when: str) -> dict[str, Tensor]:
+    """A layer's MLP is left out, as an expert is that no token goes to."""
+    lwo = attached(True, "all", "visit", stateless_update=when)
+    lwo.module.get_submodule("model.layers.2").mlp.forward = torch.zeros_like  # type: ignore
+    for step in range(RECIPE.steps_per_layer + 1):
+        training.train_step(lwo, step)
+    return training.weights(lwo)
+
+
+def test_matrices_that_the_loss_does_not_reach_decay() -> None:
+    [late] = run_ranks(without_an_mlp, 1, "step")
+    [early] = run_ranks(without_an_mlp, 1, "backward")
+    start = dict(make_model(True).named_parameters())
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert not torch.equal(late[name], start[name])
+    for name, tensor in late.items():
+        torch.testing.assert_close(early[name], tensor, rtol=0, atol=1e-12)
+
+
+def trains_outside() -> tuple[str, bool, bool]:
+    """A backward pass that the hook did not start: what is said, and whether anything moved; and
+    whether anything moves once the hook has been dropped without `detach`.
+    """
+    lwo = in_backward(False, "all", "visit")
+    training.train_step(lwo, 0)
+    model: Any = lwo.module
+    tokens, labels = training.micro_batches(1, 1)[0]
+
+    def moved(do: Any) -> bool:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        do(oracle.loss_sum(model, tokens, labels))
+        return any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+    def refused(loss: Tensor) -> None:
+        nonlocal said
+        with pytest.raises(RuntimeError) as raised:
+            loss.backward()
+        said = str(raised.value)
+
+    said = ""
+    attached_moved = moved(refused)
+    training.train_step(lwo, 1)  # the hook itself goes on
+    del lwo
+    gc.collect()
+    dropped_moved = moved(lambda loss: loss.backward())
+    assert all(p.grad is not None for p in model.model.layers[1].mlp.parameters())
+    return said, attached_moved, dropped_moved
+
+
+def test_a_backward_pass_outside_of_the_hook_updates_nothing() -> None:
+    [(said, attached_moved, dropped_moved)] = run_ranks(trains_outside, 1)
+    assert "outside of lwo.backward()" in said
+    assert not attached_moved
+    assert not dropped_moved
 
 
 def fails_in_backward() -> str:
@@ -233,13 +295,13 @@ def refused_on_two_ranks() -> str:
 
 def test_several_processes_are_refused() -> None:
     for said in run_ranks(refused_on_two_ranks, 2):
-        assert "is for one process, and there may be 2" in said
+        assert "works with one process only, and this run may have 2" in said
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["strategy=replicate", "cluster.num_workers=2"], "is for one process, and there may be 2"),
+        (["strategy=replicate", "cluster.num_workers=2"], "works with one process only"),
         (["strategy=fsdp", "cluster.num_workers=1"], "has no effect with strategy: fsdp"),
     ],
 )
@@ -253,5 +315,5 @@ def test_a_run_is_refused_before_it_starts(
 
 
 def test_it_cannot_accumulate() -> None:
-    with pytest.raises(ValueError, match="gradient_accumulation_steps = 2; set it to 1"):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps = 2; set it to"):
         lwo_dist.LWOConfig(stateless_update="backward", gradient_accumulation_steps=2)

@@ -1,7 +1,8 @@
 """Orthogonalises matrices that are sharded by rows: each rank computes some of them whole.
 
 An all-to-all brings the rows of W matrices to W ranks, each of which orthogonalises one, and
-another brings the rows back. A rank sends each of its shards twice, and the ranks share the work.
+another brings the rows back. On average a rank sends as much as two times its shards, and the ranks
+share the work.
 The Muon of the dion library (Ahn et al., 2025) divides it in the same way.
 """
 
@@ -41,48 +42,49 @@ def orthogonalise_shards(
     step = ranks * _matrices_at_once(len(shards), shape, ranks)
     for start in range(0, len(shards), step):
         some = shards[start : start + step]
-        found = orthogonalise(_to_owners(some, step, shape, group))
-        for rows, shard in zip(_to_shards(found, group), some, strict=False):
+        # How many matrices each rank orthogonalises.
+        owned = [len(range(rank, len(some), ranks)) for rank in range(ranks)]
+        found = orthogonalise(_to_owners(some, owned, shape, group))
+        for rows, shard in zip(_to_shards(found, owned, group), some, strict=True):
             yield rows[: len(shard)]
 
 
 def _to_owners(
-    shards: Sequence[Tensor], number: int, shape: Sequence[int], group: ProcessGroup
+    shards: Sequence[Tensor], owned: Sequence[int], shape: Sequence[int], group: ProcessGroup
 ) -> Tensor:
-    """This rank's whole matrices, [number / ranks, rows, columns]; missing ones are zeros.
+    """This rank's whole matrices, [matrices, rows, columns].
 
     Their rows are padded with zeros to a multiple of the ranks; orthogonalised, they stay zeros.
     """
-    ranks = distributed.world_size(group)
+    ranks = len(owned)
     rows = padded_numel(shape[0], ranks) // ranks
-    padded = shards[0].new_zeros(number, rows, shape[1])
-    for target, shard in zip(padded, shards, strict=False):
+    padded = shards[0].new_zeros(len(shards), rows, shape[1])
+    for target, shard in zip(padded, shards, strict=True):
         target[: len(shard)] = shard
     # To each rank the rows of its matrices, from each rank its rows of mine.
-    parts = distributed.all_to_all(padded.view(ranks, -1, rows, shape[1]), group)
-    return parts.transpose(0, 1).reshape(-1, ranks * rows, shape[1])
+    mine = owned[distributed.rank_in(group)]
+    parts = distributed.all_to_all(padded, owned, [mine] * ranks, group)
+    parts = parts.view(ranks, mine, rows, shape[1])
+    return parts.transpose(0, 1).reshape(mine, ranks * rows, shape[1])
 
 
-def _to_shards(whole: Tensor, group: ProcessGroup) -> Tensor:
-    """The inverse: this rank's rows of each matrix, [number, rows / ranks, columns]."""
-    ranks = distributed.world_size(group)
-    number, rows, columns = whole.shape
-    parts = whole.view(number, ranks, rows // ranks, columns).transpose(0, 1).contiguous()
-    return distributed.all_to_all(parts, group).view(number * ranks, rows // ranks, columns)
+def _to_shards(whole: Tensor, owned: Sequence[int], group: ProcessGroup) -> Tensor:
+    """The inverse: this rank's rows of each matrix, [matrices, rows / ranks, columns]."""
+    ranks = len(owned)
+    mine, rows, columns = whole.shape
+    parts = whole.view(mine, ranks, rows // ranks, columns).transpose(0, 1)
+    parts = parts.reshape(ranks * mine, rows // ranks, columns)
+    return distributed.all_to_all(parts, [mine] * ranks, owned, group)
 
 
 def exchanged_numel(shapes: Sequence[Sequence[int]], ranks: int) -> int:
-    """Elements that ranks exchange to orthogonalise matrices of these shapes.
-
-    Counted as the whole tensor of an all-gather, of which each rank sends as much.
+    """Elements that a rank sends and receives to orthogonalise matrices of these shapes: the mean
+    over ranks, as the whole tensor of an all-gather, of which each rank sends as much.
     """
-    numel = 0
-    for shape, members in same_shape(shapes).items():
-        if len(shape) == 2 and ranks > 1:
-            step = ranks * _matrices_at_once(len(members), shape, ranks)
-            rows = padded_numel(shape[0], ranks) // ranks
-            numel += 2 * padded_numel(len(members), step) * rows * shape[1]
-    return numel
+    if ranks == 1:
+        return 0
+    padded = [(padded_numel(shape[0], ranks), shape[1]) for shape in shapes if len(shape) == 2]
+    return sum(2 * rows // ranks * columns for rows, columns in padded)
 
 
 def numel_at_once(shapes: Sequence[Sequence[int]], ranks: int) -> int:
