@@ -37,7 +37,6 @@ __all__ = [
     "max_over_ranks",
     "on_rank_0",
     "rank",
-    "rank_in",
     "reduce_scatter",
     "silent_ranks",
     "start_all_gather",
@@ -56,18 +55,14 @@ _patient_groups: dict[Any, dist.ProcessGroup] = {}
 _cpu_groups: dict[Any, dist.ProcessGroup] = {}
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number in `group`; None: among all ranks."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """The number of ranks in `group`; None: of all ranks."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def rank_in(group: dist.ProcessGroup) -> int:
-    """This process's number among the ranks of `group`."""
-    return dist.get_rank(group)
 
 
 def local_device() -> torch.device:

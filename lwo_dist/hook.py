@@ -261,7 +261,9 @@ class LWO:
                 summed as they are: the caller has already divided the loss.
 
         Raises:
-            RuntimeError: `step` was not called after the last micro-batch, or after `detach`.
+            RuntimeError: `step` was not called after the last micro-batch, or after `detach`; or,
+                with `stateless_update: backward`, the last pass failed halfway.
+            UserError: `boundary=False` with `stateless_update: backward`.
         """
         self._refuse_detached()
         if self._at_boundary:
@@ -314,6 +316,8 @@ class LWO:
 
         Raises:
             RuntimeError: `backward` was not called.
+            UserError: `lr` or `max_grad_norm` is below 0, or `lr` is given with
+                `stateless_update: backward`.
         """
         self._refuse_detached()
         if self._at_boundary is None:

@@ -103,7 +103,7 @@ def refuse_other_run(config: Config, data: PreparedData, state: Any) -> None:
     method: Method = METHODS.get(config.method)
     now, unset = config.model_dump(mode="json"), Config().model_dump(mode="json")
     for key in method.own_settings:
-        if key == "lwo.stateless_update":  # it changes no result
+        if key in method.free_on_resume:
             continue
         then, value = _at(state["run"], key), _at(now, key)
         if then is None:  # a setting that is younger than the checkpoint

@@ -32,8 +32,8 @@ from .settings import (
     complete_deepspeed,
     reduce_in_fp32,
     refuse_accelerator,
+    refuse_config,
     refuse_model,
-    refuse_update_in_backward,
 )
 
 __all__ = ["prepare"]
@@ -77,7 +77,7 @@ def prepare(
             f"the third argument is {type(config).__name__}; it must be an LWOConfig, where"
             " accelerator.prepare has the optimizer"
         )
-    refuse_update_in_backward(config)
+    refuse_config(config)
     refuse_accelerator(accelerator)
     refuse_model(accelerator, model)
     for other in others:

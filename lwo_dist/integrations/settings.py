@@ -19,7 +19,7 @@ __all__ = [
     "reduce_in_fp32",
     "refuse_accelerator",
     "refuse_model",
-    "refuse_update_in_backward",
+    "refuse_config",
 ]
 
 _DISTRIBUTED = (
@@ -50,7 +50,7 @@ def agree(config: LWOConfig, theirs: Mapping[str, Any], names: Mapping[str, str]
             )
 
 
-def refuse_update_in_backward(config: LWOConfig) -> None:
+def refuse_config(config: LWOConfig) -> None:
     """Raise UserError for what a loop with a scheduler of its own cannot honour."""
     if config.stateless_update == "backward":
         raise UserError(

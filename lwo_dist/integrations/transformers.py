@@ -33,8 +33,8 @@ from .settings import (
     complete_deepspeed,
     reduce_in_fp32,
     refuse_accelerator,
+    refuse_config,
     refuse_model,
-    refuse_update_in_backward,
 )
 
 __all__ = ["STATE_FILE", "LWOTrainerMixin", "use_lwo"]
@@ -369,7 +369,7 @@ def _refuse(trainer: Any) -> None:
             "gradient_checkpointing_kwargs: use_reentrant = True loses the active layer's"
             " gradients; set it to False"
         )
-    refuse_update_in_backward(trainer.lwo_config)
+    refuse_config(trainer.lwo_config)
     refuse_accelerator(trainer.accelerator)
     if getattr(trainer, "is_fsdp_xla_enabled", False):
         raise UserError("FSDP of torch_xla is not supported; use FSDP with version 2, or DeepSpeed")

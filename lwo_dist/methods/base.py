@@ -44,6 +44,8 @@ class Method(ABC):
     own_settings: tuple[str, ...] = ()
     """Keys of the config that only this method reads, such as `lora.rank`; a run resumes with the
     same values."""
+    free_on_resume: tuple[str, ...] = ()
+    """Those of `own_settings` that change no result, so that a run may resume with others."""
     changes_model = False
     """Whether `prepare` adds or renames parameters. If so, a checkpoint holds more than the base
     model, and a resumed run builds the base model first and prepares it again."""

@@ -17,6 +17,7 @@ class LayerWise(Method):
 
     name = "lwo"
     own_settings = ("lwo.embeddings", "lwo.stateless", "lwo.stateless_update")
+    free_on_resume = ("lwo.stateless_update",)
 
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
         return find_layers(

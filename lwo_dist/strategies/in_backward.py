@@ -21,7 +21,7 @@ __all__ = ["UpdateInBackward", "refuse_several_processes"]
 
 
 def refuse_several_processes(count: int) -> None:
-    """Raise UserError if `lwo.stateless_update: backward` cannot be used by so many."""
+    """Raise UserError if there may be more than one process, for `stateless_update: backward`."""
     if count > 1:
         raise UserError(
             "stateless_update: backward works with one process only, and this run may have"
@@ -31,11 +31,11 @@ def refuse_several_processes(count: int) -> None:
 
 
 class UpdateInBackward:
-    """Until `end`, or until it is no longer referenced.
+    """Hooks on parameters, until `end` or until nothing refers to this object.
 
     Args:
         weights: the parameters without state; vectors are left as they are.
-        others: those with state, whose gradients are only looked at.
+        others: those with state, whose gradients are only checked.
 
     Attributes:
         non_finite: 0-dim; NaN if the loss or a gradient of the last pass was not finite. After the
@@ -57,7 +57,7 @@ class UpdateInBackward:
             parameter.register_post_accumulate_grad_hook(partial(_call, own, what))
             for what, parameters in (
                 (UpdateInBackward._use_up, weights),
-                (UpdateInBackward._look_at, others),
+                (UpdateInBackward._check, others),
             )
             for parameter in parameters
         ]
@@ -95,13 +95,13 @@ class UpdateInBackward:
                 " updated; call lwo.backward(loss) and lwo.step() instead, or lwo.detach() before"
                 " something else trains the model"
             )
-        self._look_at(weight)
+        self._check(weight)
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         if weight.dim() >= 2:
             self._update(weight, gradient)
 
-    def _look_at(self, parameter: nn.Parameter) -> None:
+    def _check(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         self.non_finite = self.non_finite + 0.0 * parameter.grad.norm()
 
@@ -111,7 +111,7 @@ class UpdateInBackward:
         update_without_state([weight.detach()], [gradient], self._lr, self._weight_decay, skipped)
 
     def _decay_unreached(self) -> None:
-        """Of matrices without a gradient, such as those of an expert without tokens."""
+        """Decay matrices without a gradient, such as those of an expert that got no tokens."""
         if self._weight_decay:
             for weight in self._matrices:
                 if id(weight) not in self._updated:

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lwo_dist import distributed
@@ -26,7 +25,6 @@ from lwo_dist.layers import Layer, Visit, find_stacks
 from lwo_dist.memory import local_bytes, padded_numel
 from lwo_dist.methods import Method
 from lwo_dist.names import named_parameters, named_tensors
-from lwo_dist.orthogonal import update_without_state
 
 from .base import (
     MOMENTS,
@@ -39,6 +37,7 @@ from .base import (
     update_shards,
 )
 from .changes import changed
+from .flat_layer import FlatLayer
 from .in_backward import UpdateInBackward, refuse_several_processes
 
 __all__ = ["Replicate", "ReplicateBuilder", "compute_in_bf16"]
@@ -82,103 +81,6 @@ def compute_in_bf16(model: nn.Module, device_type: str) -> None:
     model.forward = autocast(model.forward)
 
 
-class _FlatLayer:
-    """A layer of the visit: its flat weights and gradient, and this rank's shard of each.
-
-    The gradient has memory only from the moment that its first large part arrives until the update,
-    so it is not there while activations are at their most.
-
-    Args:
-        weights: [numel], padded to a multiple of the world size; the parameters are views of it.
-        views: parameter name -> the view of `gradient` that holds its gradient.
-        owner: the rank whose shard is the whole layer; None: each rank has an equal part.
-    """
-
-    def __init__(
-        self,
-        layer: Layer,
-        weights: Tensor,
-        gradient: Tensor,
-        views: dict[str, Tensor],
-        owner: int | None = None,
-    ):
-        self.layer = layer
-        self.weights = weights
-        self.gradient = gradient
-        self.gradient_views = views
-        ends = [view.storage_offset() + view.numel() for view in views.values()]
-        starts = [*(view.storage_offset() for view in views.values()), gradient.numel()][1:]
-        self._padding = [gradient[a:b] for a, b in zip(ends, starts, strict=True) if a < b]
-        self._gathering: dist.Work | None = None
-        self.owner = owner
-        numel = weights.numel() // distributed.world_size()
-        start = distributed.rank() * numel
-        if owner is not None:
-            start, numel = 0, weights.numel() if owner == distributed.rank() else 0
-        self.weight_shard = nn.Parameter(weights[start : start + numel])
-        self.gradient_shard = gradient
-        if distributed.world_size() > 1 and owner != distributed.rank():
-            self.gradient_shard = torch.empty_like(self.weight_shard)
-        self.weight_shard.grad = self.gradient_shard
-        self.absent = weights.new_full((), torch.nan)
-        self.release_gradient()
-
-    @property
-    def gradient_bytes(self) -> int:
-        """What they take once they have memory."""
-        shard = self.gradient_shard.nbytes if self.gradient_shard is not self.gradient else 0
-        return self.gradient.nbytes + shard
-
-    def take(self, view: Tensor, parameter: Tensor) -> None:
-        """Move `.grad` into `view`, a part of the gradient, and make it that view; None: zeros."""
-        if _allocated(self.gradient):
-            for padding in self._padding:  # it is part of the norm
-                padding.zero_()
-        if parameter.grad is None:
-            view.zero_()
-        elif parameter.grad.data_ptr() != view.data_ptr():
-            view.copy_(parameter.grad)
-            parameter.grad = view
-
-    def release_gradient(self) -> None:
-        for tensor in (self.gradient, self.gradient_shard):
-            tensor.untyped_storage().resize_(0)
-
-    def reduce(self) -> None:
-        _allocated(self.gradient_shard)
-        if self.owner is None:
-            distributed.reduce_scatter(self.gradient_shard, self.gradient)
-        else:
-            distributed.reduce_to(self.gradient, self.owner)
-        if distributed.world_size() > 1:
-            self.gradient_shard.div_(distributed.world_size())
-
-    def update_without_state(
-        self, weights: dict[str, Tensor], lr: float, weight_decay: float, skipped: Tensor
-    ) -> None:
-        """On the owner, from the whole gradient."""
-        if self.owner == distributed.rank():
-            names = list(weights)
-            update_without_state(
-                [weights[name] for name in names],
-                [self.gradient_views[name] for name in names],
-                lr,
-                weight_decay,
-                skipped,
-            )
-
-    def start_publishing(self) -> None:
-        if self.owner is not None:
-            self._gathering = distributed.start_broadcast(self.weights, self.owner)
-            return
-        self._gathering = distributed.start_all_gather(self.weights, self.weight_shard.detach())
-
-    def finish_publishing(self) -> None:
-        if self._gathering is not None:
-            self._gathering.wait()
-            self._gathering = None
-
-
 class Replicate(Strategy):
     """The shards are slices of the flat fp32 weights: 8 bytes of state a parameter / world size."""
 
@@ -195,7 +97,7 @@ class Replicate(Strategy):
         distributed.assert_same_on_all_ranks(_checksums(model), "initial weights")
         self._flat_weights: dict[str, Tensor] = {}
         self._weight_views: dict[str, dict[str, Tensor]] = {}
-        self._trained: dict[str, _FlatLayer] = {}
+        self._trained: dict[str, FlatLayer] = {}
         self._hooks: list[Any] = []  # handles of hooks on gradients
         self._window: list[Any] = []  # handles of hooks while weights are on their way
         self._readers: list[nn.Module] = []
@@ -212,7 +114,7 @@ class Replicate(Strategy):
             weights = self._flatten(layer)
             gradient = torch.empty_like(weights)
             views = self._views(layer, gradient)
-            flat = _FlatLayer(layer, weights, gradient, views, owners.get(layer.name))
+            flat = FlatLayer(layer, weights, gradient, views, owners.get(layer.name))
             self._trained[layer.name] = flat
             self._hooks += [
                 self._parameters[name].register_post_accumulate_grad_hook(partial(flat.take, view))
@@ -331,7 +233,7 @@ class Replicate(Strategy):
     def masters(self) -> list[Tensor]:
         return [flat.weight_shard.detach() for flat in self._with_state()]
 
-    def _with_state(self) -> list[_FlatLayer]:
+    def _with_state(self) -> list[FlatLayer]:
         return [flat for flat in self._trained.values() if flat.owner is None]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
@@ -487,15 +389,6 @@ class Replicate(Strategy):
                         " away; load the model with dtype=torch.float32 and compute under"
                         " torch.autocast"
                     )
-
-
-def _allocated(tensor: Tensor) -> bool:
-    """Give `tensor` its memory back; whether it had none."""
-    storage = tensor.untyped_storage()
-    if storage.nbytes():
-        return False
-    storage.resize_(tensor.nbytes)
-    return True
 
 
 def _first_readers(model: nn.Module, names: set[str]) -> list[nn.Module]:

@@ -146,6 +146,28 @@ def test_the_page_has_every_method_and_strategy_and_marks_the_configs(
     assert found["config"]["train"]["global_batch_size"] == 16 * 16  # the micro-batch stays
 
 
+def test_a_strategy_that_cannot_have_the_settings_has_no_plan(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def peaks_with(*settings: str) -> dict[str, int]:
+        target = tmp_path / "plan.json"
+        command = ["plan", "--world-size", "1", "--json", str(target), f"model.name={folder}"]
+        chosen = ["strategy=replicate", "train.sequence_length=32", "cluster.num_workers=4"]
+        assert cli.main([*command, *chosen, *settings]) == 0
+        rows = json.loads(target.read_text())["plans"]
+        planned = [row for row in rows if row["method"] == "lwo" and "peak_bytes" in row]
+        return {row["strategy"]: row["peak_bytes"] for row in planned}
+
+    late = peaks_with("lwo.stateless=all")
+    assert set(late) == {"replicate", "fsdp"}
+    early = peaks_with("lwo.stateless=all", "lwo.stateless_update=backward")
+    assert set(early) == {"replicate"}
+    assert early["replicate"] < late["replicate"]
+    said = capsys.readouterr().out
+    assert "not possible: lwo with fsdp: lwo.stateless_update = backward has no effect" in said
+    assert "not possible: lwo with deepspeed zero 3: lwo.stateless = all has no effect" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

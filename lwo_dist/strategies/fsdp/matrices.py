@@ -62,7 +62,7 @@ def _to_owners(
     for target, shard in zip(padded, shards, strict=True):
         target[: len(shard)] = shard
     # To each rank the rows of its matrices, from each rank its rows of mine.
-    mine = owned[distributed.rank_in(group)]
+    mine = owned[distributed.rank(group)]
     parts = distributed.all_to_all(padded, owned, [mine] * ranks, group)
     parts = parts.view(ranks, mine, rows, shape[1])
     return parts.transpose(0, 1).reshape(mine, ranks * rows, shape[1])

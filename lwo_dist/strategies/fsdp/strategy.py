@@ -96,6 +96,7 @@ class FullyShard(Strategy):
         self._after_forward: dict[Any, Any] = {}  # what the caller chose for groups of the prefix
         self._trained: dict[str, nn.Parameter] = {}
         self._shards: dict[str, nn.Parameter] = {}
+        self._stateless: list[str] = []  # parameters of layers without optimizer state
         self._micro_batches = 0
         self._micro_batches_of_step = 1
         self._passed_over: list[Any] = []  # groups that this forward pass does not gather
@@ -150,6 +151,7 @@ class FullyShard(Strategy):
         self._shards = {
             name: nn.Parameter(local_shard(parameter)) for name, parameter in self._trained.items()
         }
+        self._stateless = [name for layer in visit.stateless for name in layer.parameter_names]
         self._optimizer = make_optimizer(
             [[self._shards[name] for name in layer.parameter_names] for layer in visit.stateful]
         )
@@ -210,16 +212,28 @@ class FullyShard(Strategy):
 
     def step(self, lr: float, max_norm: float) -> Update:
         self._reshard()  # or forward would use the old weights, after set_reshard_after_backward
+        gradient_of: dict[str, Tensor] = {}
         for name, shard in self._shards.items():
-            gradient = self._trained[name].grad
-            shard.grad = local_shard(gradient) if gradient is not None else torch.zeros_like(shard)
+            whole = self._trained[name].grad
+            gradient = local_shard(whole) if whole is not None else torch.zeros_like(shard)
+            shard.grad = gradient_of[name] = gradient
         non_finite = self._take_non_finite()
         if any(map(has_all_reduce_hook, self._groups)):
             non_finite = 0.0  # of ranks of this mesh only; the gradients are those of all
-        if gradients := self._gradients_without_state():
+        gradients = [gradient_of[name] for name in self._stateless]
+        if gradients:
             non_finite = non_finite + 0.0 * torch.stack(torch._foreach_norm(gradients)).sum()
         update = update_shards(self._optimizer, lr, max_norm, non_finite, self._sum_over_mesh)
-        self._update_without_state(lr, update.skipped)
+        if gradients:
+            update_without_state(
+                [self._shards[name] for name in self._stateless],
+                gradients,
+                lr,
+                self._weight_decay,
+                update.skipped,
+                shapes=[self._trained[name].shape for name in self._stateless],
+                orthogonalised=partial(orthogonalise_shards, group=self._mesh.get_all_groups()[-1]),
+            )
         for name, shard in self._shards.items():
             shard.grad = None
             self._trained[name].grad = None
@@ -229,33 +243,12 @@ class FullyShard(Strategy):
         self._not_gathered = 0
         return update
 
-    def _update_without_state(self, lr: float, skipped: Tensor) -> None:
-        shards = self._without_state()
-        update_without_state(
-            list(shards.values()),
-            self._gradients_without_state(),
-            lr,
-            self._weight_decay,
-            skipped,
-            shapes=[self._trained[name].shape for name in shards],
-            orthogonalised=partial(orthogonalise_shards, group=self._mesh.get_all_groups()[-1]),
-        )
-
-    def _without_state(self) -> dict[str, nn.Parameter]:
-        """The shards of layers without optimizer state."""
-        assert self._visit is not None
-        names = [name for layer in self._visit.stateless for name in layer.parameter_names]
-        return {name: self._shards[name] for name in names}
-
-    def _gradients_without_state(self) -> list[Tensor]:
-        return [s.grad for s in self._without_state().values() if s.grad is not None]
-
     def flush(self) -> None:
         """Reshard: a forward without backward leaves the root gathered."""
         self._reshard()
 
     def masters(self) -> list[Tensor]:
-        others = self._without_state()
+        others = set(self._stateless)
         return [shard.detach() for name, shard in self._shards.items() if name not in others]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
@@ -382,8 +375,7 @@ class FullyShard(Strategy):
                     dtype = group.mp_policy.reduce_dtype or item.sharded_param.dtype
                     reduced += padded_rows(item.sharded_param) * dtype.itemsize
         gathered -= self._not_gathered_in_step
-        others = self._without_state()
-        exchanged = exchanged_numel([self._trained[name].shape for name in others], shards)
+        exchanged = exchanged_numel([self._trained[name].shape for name in self._stateless], shards)
         exchanged *= next(iter(self._shards.values())).dtype.itemsize
         sent = gathered + reduced + exchanged if shards > 1 else 0
         # The replicas sum each shard of the gradient.
