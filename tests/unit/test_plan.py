@@ -152,7 +152,8 @@ def test_a_strategy_that_cannot_have_the_settings_has_no_plan(
     def peaks_with(*settings: str) -> dict[str, int]:
         target = tmp_path / "plan.json"
         command = ["plan", "--world-size", "1", "--json", str(target), f"model.name={folder}"]
-        chosen = ["strategy=replicate", "train.sequence_length=32", "cluster.num_workers=4"]
+        chosen = ["strategy=replicate", "cluster.num_workers=4", "train.global_batch_size=4"]
+        chosen += ["train.sequence_length=8", "train.gradient_checkpointing=true"]
         assert cli.main([*command, *chosen, *settings]) == 0
         rows = json.loads(target.read_text())["plans"]
         planned = [row for row in rows if row["method"] == "lwo" and "peak_bytes" in row]
