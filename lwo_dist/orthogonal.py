@@ -4,6 +4,9 @@ AdamW needs two moments to know how large a step each weight should take. A grad
 singular values set to 1 has a known size, so it can be used as it is: this is Muon (Jordan et al.,
 2024) without momentum. Scale does not matter, so these gradients are not clipped either.
 
+Muon takes five iterations with one polynomial. Three with the best polynomial for each (Polar
+Express; Amsel et al., 2025) bring singular values as near to 1 at 0.6 of the operations.
+
 `torch.optim.Muon` is not used: it keeps a momentum buffer for each matrix, also with a momentum of
 0, computes in bf16 on every device, and cannot skip a step by a tensor on the device.
 """
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ITERATIONS",
     "orthogonalise",
     "orthogonalise_bytes",
     "orthogonalise_flops",
@@ -25,10 +29,17 @@ __all__ = [
     "update_without_state",
 ]
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Muon's coefficients of x -> a x + b x^3 + c x^5: they bring singular values of 0.02 and more near
-1 (0.68 to 1.21) within five iterations."""
-_ITERATIONS = 5
+_QUINTICS = (
+    (8.0934, -23.6205, 17.4462),
+    (3.6366, -2.7219, 0.5365),
+    (2.6613, -1.9772, 0.4526),
+)
+"""Of each iteration, the coefficients of x -> a x + b x^3 + c x^5. One after the other they bring
+singular values between 0.01 and 1 to between 0.73 and 1.27: no three odd polynomials of degree 5
+come nearer to 1."""
+ITERATIONS = len(_QUINTICS)
+_MARGIN = 1.02
+"""The first polynomial is steep at 1: in bf16, a norm rounded down would turn 1 into 3."""
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -46,7 +57,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
                 [0., 1., 0.],
                 [0., 0., 1.]])
     """
-    a, b, c = _QUINTIC
     # The square of a small number is 0 in float32.
     largest = matrices.abs().amax((-2, -1), keepdim=True)
     x = matrices / largest.clamp_min(torch.finfo(matrices.dtype).tiny)
@@ -55,8 +65,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(0.5)  # a largest entry of 1, or zeros
-    for _ in range(_ITERATIONS):
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp_min(0.5)  # a largest entry of 1, or zeros
+    x = x / (_MARGIN * norm)
+    for a, b, c in _QUINTICS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     found: Tensor = x.mT if tall else x
@@ -73,7 +84,7 @@ def orthogonalise_flops(shapes: Iterable[Sequence[int]]) -> int:
     for shape in shapes:
         if len(shape) >= 2:
             m, n = sorted(shape[-2:])
-            total += math.prod(shape[:-2]) * _ITERATIONS * (4 * m * m * n + 2 * m**3)
+            total += math.prod(shape[:-2]) * ITERATIONS * (4 * m * m * n + 2 * m**3)
     return total
 
 

@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lwo_dist
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.models.flops import flops_per_sequence, update_flops
+from lwo_dist.orthogonal import ITERATIONS
 from lwo_dist.registry import METHODS
 
 LENGTH = 512
@@ -50,6 +51,8 @@ SCORED = 96
 TAKEN_FROM = 128
 """Lines are scored that begin at this token of their sequence or later."""
 RANK = 16
+MUON = 5
+"""Iterations of the runs that do not say how many."""
 
 
 # ---- data
@@ -147,6 +150,7 @@ def train(run: dict[str, Any], base: Any, data: dict[str, Tensor], device: str) 
         "loss": curve[-1][1],
         "exact": curve[-1][2],
         "curve": curve,
+        "iterations": ITERATIONS,
         "ms": round(1000 * statistics.median(seconds), 1),
         "optimizer_state_bytes": memory["optimizer_state_bytes"],
         "gradient_bytes": memory["gradient_bytes"],
@@ -219,7 +223,11 @@ def taken(results: Path, runs: Sequence[dict[str, Any]], until: float) -> Iterat
 
 def run_all(model: Path, data: Path, runs: Path, results: Path, device: str, until: float) -> None:
     known = {_key(json.loads(line)) for line in _lines(results)}
-    todo = [run for run in map(json.loads, _lines(runs)) if _key(run) not in known]
+    todo = [
+        run
+        for run in map(json.loads, _lines(runs))
+        if _key({**run, "iterations": ITERATIONS}) not in known
+    ]
     sources = torch.load(data)
     base = AutoModelForCausalLM.from_pretrained(*_place(model), **_gguf(model), dtype=torch.float32)
     base.config.use_cache = False
@@ -236,10 +244,15 @@ def _lines(path: Path) -> list[str]:
 
 
 def _key(run: dict[str, Any]) -> str:
-    return json.dumps(
-        {key: run.get(key) for key in ("source", "method", "rank", "lwo", "steps", "seed")},
-        sort_keys=True,
-    )
+    named = {key: run.get(key) for key in ("source", "method", "rank", "lwo", "steps", "seed")}
+    return json.dumps({**named, "iterations": _iterations(run)}, sort_keys=True)
+
+
+def _iterations(run: dict[str, Any]) -> int:
+    """Of orthogonalise; 0 where nothing is orthogonalised."""
+    if run["lwo"].get("stateless", "none") == "none":
+        return 0
+    return int(run.get("iterations", MUON))
 
 
 # ---- the table
@@ -321,18 +334,23 @@ def _compares(source: str, runs: Sequence[dict[str, Any]]) -> bool:
 def _recipe(run: dict[str, Any]) -> str:
     rank = f" r {run['rank']}" if "rank" in run else ""
     settings = ", ".join(f"{key} {value}" for key, value in run["lwo"].items())
+    if _iterations(run):
+        settings += f", {_iterations(run)} iterations"
     return f"{run['method']}{rank}: {settings}"
 
 
 def flops_of_step(run: dict[str, Any], base: Any) -> float:
-    """Of a step's matrix products and attention, the orthogonalisation's among them."""
+    """Of a step's matrix products and attention; and of the orthogonalisation, by as many
+    iterations as the run took.
+    """
     model = copy.deepcopy(base).to("meta")
     method = METHODS.get(run["method"])
     method.prepare(model, Config(lora=_lora(run)))
     config = LWOConfig(**run["lwo"])
     visits = method.cycle(method.layers(model, config), config)
     forward_and_backward = flops_per_sequence(model, visits, LENGTH, LENGTH - 1)
-    return SEQUENCES * forward_and_backward + update_flops(model, visits)
+    orthogonalised = update_flops(model, visits) * _iterations(run) / ITERATIONS
+    return SEQUENCES * forward_and_backward + orthogonalised
 
 
 def main(argv: list[str] | None = None) -> None:

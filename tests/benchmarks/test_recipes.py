@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from tests.benchmarks import recipes
 from tests.models import save_tiny_model
@@ -67,9 +68,21 @@ def test_from_sources_to_a_table(
     recipes.main(["table", *where, "--results", str(results)])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + 3
-    assert "lwo: lr 0.001, stateless all, embeddings always | 3 |" in rows[2]
+    assert "lwo: lr 0.001, stateless all, embeddings always, 3 iterations | 3 |" in rows[2]
     recipes.main(["picture", *where, "--results", str(results)])
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # Runs from before the field was there took five iterations: other runs, with more operations.
+    old = {key: value for key, value in found[0].items() if key != "iterations"}
+    results.write_text("".join(f"{json.dumps(run)}\n" for run in (old, *found[1:])))
+    claims.unlink()
+    recipes.main(again)
+    assert [json.loads(line) for line in claims.read_text().splitlines()] == [wanted[0]]
+    model_of = AutoModelForCausalLM.from_pretrained(model)
+    three, five, none = (
+        recipes.flops_of_step(run, model_of) for run in (found[0], old, {**old, "iterations": 0})
+    )
+    assert none < three
+    assert (five - none) / (three - none) == pytest.approx(5 / 3)
 
 
 class _Fixed(nn.Module):
