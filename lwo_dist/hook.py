@@ -622,7 +622,7 @@ class LWO:
             if self._prefix is not None:
                 in_cycle = self.step_count % self.schedule.steps_per_cycle
                 self._prefix.begin_visit(index, first_of_cycle=in_cycle == 0)
-            self.strategy.deactivate()
+            self.strategy.deactivate(self.visits[index])
             self._guard.drop_gradients()
             self.strategy.activate(self.visits[index], partial(make_adamw, self.config))
             self._guard.watch(self.visits[index].parameter_names)

@@ -81,8 +81,8 @@ class Summed(Strategy):
         )
         self._unpark_moments()
 
-    def deactivate(self) -> None:
-        self._park_moments()
+    def deactivate(self, following: Visit | None = None) -> None:
+        self._park_moments(following)
         for parameter in self._parameters.values():
             parameter.grad = None
         self._visit = None

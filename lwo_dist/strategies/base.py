@@ -161,6 +161,7 @@ class Strategy(ABC):
         self._parks_masters = config.inactive_master == "host"
         self._parked_moments = HostParks()
         self._parked_masters = HostParks()
+        self._staying: dict[str, dict[str, Tensor]] = {}  # moments, from one visit to the next
         self._visit: Visit | None = None
         self._non_finite: Tensor | float = 0.0
 
@@ -174,11 +175,15 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def deactivate(self) -> None:
+    def deactivate(self, following: Visit | None = None) -> None:
         """Drop the visit's gradients and optimizer, after parking its moments if they are kept.
 
         Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard` is
         set.
+
+        Args:
+            following: the visit that is activated next; moments that it needs can stay where they
+                are.
         """
 
     def refuse_changes(self) -> None:
@@ -296,7 +301,7 @@ class Strategy(ABC):
         if self._is_active(layer):
             shards = self._shards_of_optimizer(layer)
         else:
-            shards = self._parked_moments.get(layer.name)
+            shards = self._staying.get(layer.name) or self._parked_moments.get(layer.name)
         return self._whole_moments(layer, shards) if shards else {}
 
     def import_state(self, layer: Layer, state: Moments) -> None:
@@ -334,15 +339,23 @@ class Strategy(ABC):
     def _is_active(self, layer: Layer) -> bool:
         return self._visit is not None and layer in self._visit.stateful
 
-    def _park_moments(self) -> None:
-        if self._keeps_moments and self._visit is not None:
-            for layer in self._visit.stateful:
-                self._parked_moments.put(layer.name, self._shards_of_optimizer(layer))
+    def _park_moments(self, following: Visit | None = None) -> None:
+        if not self._keeps_moments or self._visit is None:
+            return
+        stay = following.stateful if following is not None else ()
+        for layer in self._visit.stateful:
+            shards = self._shards_of_optimizer(layer)
+            if layer in stay:
+                self._staying[layer.name] = shards
+            else:
+                self._parked_moments.put(layer.name, shards)
 
     def _unpark_moments(self) -> None:
         assert self._visit is not None
         for layer in self._visit.stateful:
-            shards = self._parked_moments.take(layer.name, self._shard_device())
+            shards = self._staying.pop(layer.name, None) or self._parked_moments.take(
+                layer.name, self._shard_device()
+            )
             if shards:
                 self._put_into_optimizer(layer, shards)
 

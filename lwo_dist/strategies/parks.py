@@ -18,11 +18,15 @@ class HostParks:
 
     def __init__(self) -> None:
         self._parked: dict[str, dict[str, Tensor]] = {}
+        self._arriving: dict[str, torch.cuda.Event] = {}  # until then a park is not to be read
         self._ahead: dict[str, tuple[dict[str, Tensor], torch.cuda.Event]] = {}
         self._stream: torch.cuda.Stream | None = None
 
     def put(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
-        """Park `tensors`, in addition to what the layer has parked under other keys."""
+        """Park `tensors`, in addition to what the layer has parked under other keys.
+
+        Does not wait for the device.
+        """
         self._ahead.pop(layer, None)
         if not tensors:
             return
@@ -32,17 +36,22 @@ class HostParks:
                 tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available()
             )
             parked[key].copy_(tensor.detach(), non_blocking=True)
-        # Wait here, so that readers of the host copy need not check for completion; switches are
-        # rare enough.
-        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+            if tensor.is_cuda:
+                stream = torch.cuda.current_stream(tensor.device)
+                self._arriving[layer] = stream.record_event()
 
     def drop(self, layer: str) -> None:
         self._ahead.pop(layer, None)
+        self._arriving.pop(layer, None)
         self._parked.pop(layer, None)
 
     def get(self, layer: str) -> dict[str, Tensor]:
-        """The parked tensors on the host; {} if there are none. Do not modify them."""
+        """The parked tensors on the host; {} if there are none. Do not modify them.
+
+        Waits until they have arrived.
+        """
+        if layer in self._arriving:
+            self._arriving.pop(layer).synchronize()
         return self._parked.get(layer, {})
 
     def prefetch(self, layer: str, device: torch.device) -> None:
@@ -54,6 +63,8 @@ class HostParks:
             return
         self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
+            if layer in self._arriving:
+                self._stream.wait_event(self._arriving[layer])
             ahead = {
                 key: tensor.to(device, non_blocking=True)
                 for key, tensor in self._parked[layer].items()
@@ -63,6 +74,11 @@ class HostParks:
     def take(self, layer: str, device: torch.device) -> dict[str, Tensor]:
         """Remove a layer's park and return it as tensors on `device`; {} if nothing is parked."""
         parked = self._parked.pop(layer, {})
+        arriving = self._arriving.pop(layer, None)
+        if arriving is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).wait_event(arriving)
+        elif arriving is not None:
+            arriving.synchronize()
         if layer not in self._ahead:
             return {key: tensor.to(device, non_blocking=True) for key, tensor in parked.items()}
         ahead, arrived = self._ahead.pop(layer)

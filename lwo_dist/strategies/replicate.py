@@ -135,11 +135,11 @@ class Replicate(Strategy):
     def _parameters_of(self, layers: Sequence[Layer]) -> list[nn.Parameter]:
         return [self._parameters[name] for layer in layers for name in layer.parameter_names]
 
-    def deactivate(self) -> None:
+    def deactivate(self, following: Visit | None = None) -> None:
         if self._visit is None:
             return
         self.flush()
-        self._park_moments()
+        self._park_moments(following)
         for name in self._visit.parameter_names:
             self._parameters[name].grad = None
         del self._optimizer

@@ -50,6 +50,12 @@ class _Sums:
         self.own[:2] += torch.where(counts, torch.stack([y, y * x]), 0.0)
 
 
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy that the device makes in its own order: only what it does later may read it."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+    return copy.copy_(tensor, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class _Over:
     """A finished visit that has not been reported yet."""
@@ -89,7 +95,7 @@ class Visits:
         """Call before the forward pass."""
         self._step_in_visit = self._lwo.step_in_visit
         if self._has_visits and self._step_in_visit == 0:
-            self._masters_before = [shard.to("cpu", copy=True) for shard in self._lwo.masters()]
+            self._masters_before = [_on_host(shard) for shard in self._lwo.masters()]
 
     def before_switch(self) -> None:
         """Call after the last update of a visit, while its layer is still active."""
@@ -97,7 +103,9 @@ class Visits:
             return
         square = torch.zeros((), dtype=torch.float64, device=self._device)
         for before, after in zip(self._masters_before, self._lwo.masters(), strict=True):
-            square += (after - before.to(after.device)).norm().to(square).square()
+            square += (
+                (after - before.to(after.device, non_blocking=True)).norm().to(square).square()
+            )
         self._sums.own[2] = square
         self._masters_before = []
 

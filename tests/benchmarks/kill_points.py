@@ -81,8 +81,8 @@ def install(folder: Path) -> None:
         killer.now = lwo.step_count
         deactivate = lwo.strategy.deactivate
 
-        def half_a_switch() -> None:
-            deactivate()
+        def half_a_switch(*following: Any) -> None:
+            deactivate(*following)
             killer.strike("switch", lwo.step_count)
 
         lwo.strategy.deactivate = half_a_switch

@@ -103,9 +103,9 @@ def watch_parks(lwo: LWO) -> list[bool]:
     back: list[bool] = []
     deactivate, activate = lwo.strategy.deactivate, lwo.strategy.activate
 
-    def leave() -> None:
+    def leave(following: Visit | None = None) -> None:
         left[lwo.active_layer.name] = lwo.read_moments(lwo.active_layer)
-        deactivate()
+        deactivate(following)
 
     def enter(visit: Visit, make_optimizer: Any) -> None:
         layer = visit.active

@@ -73,22 +73,35 @@ def check_suffix_backward(device: torch.device, strategy: str) -> str:
     return f"{dropped} sublayers dropped"
 
 
+def _keep_busy(device: torch.device) -> None:
+    busy = torch.randn(4096, 4096, device=device)
+    for _ in range(20):
+        busy = busy @ busy / 64
+
+
 def check_parks(device: torch.device) -> str:
     """Pinned on the host, copied ahead on a stream of their own, bit for bit what they were."""
     _require_gpu(device)
     parks = HostParks()
     tensors = {"a": torch.randn(1 << 22, device=device), "step": torch.tensor(3.0)}
-    parks.put("layer", tensors)
-    _require(all(t.is_pinned() for t in parks.get("layer").values()), "the park is not pinned")
-    busy = torch.randn(4096, 4096, device=device)
-    for _ in range(20):
-        busy = busy @ busy / 64
-    parks.prefetch("layer", device)
-    _require(parks._stream != torch.cuda.current_stream(device), "no stream of its own")
-    taken = parks.take("layer", device)
-    for name, tensor in tensors.items():
-        _require(torch.equal(taken[name], tensor.to(device)), f"{name} has changed")
-    _require(parks.nbytes == 0, "the park is still there")
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    for ahead in (False, True):
+        source = {name: tensor.clone() for name, tensor in before.items()}
+        _keep_busy(device)
+        parks.put("layer", source)
+        _require(not parks._arriving["layer"].query(), "put waited for the device")
+        source["a"].zero_()
+        if ahead:
+            parks.prefetch("layer", device)
+            _require(parks._stream != torch.cuda.current_stream(device), "no stream of its own")
+        else:
+            found = parks.get("layer")
+            _require(all(t.is_pinned() for t in found.values()), "the park is not pinned")
+            _require(torch.equal(found["a"], before["a"].cpu()), "it was read too early")
+        taken = parks.take("layer", device)
+        for name, tensor in before.items():
+            _require(torch.equal(taken[name], tensor.to(device)), f"{name} has changed")
+        _require(parks.nbytes == 0, "the park is still there")
     return f"{tensors['a'].nbytes >> 20} MiB"
 
 

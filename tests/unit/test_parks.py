@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -152,6 +154,36 @@ def test_moments_of_a_layer_that_is_not_active_are_kept_only_if_asked_for() -> N
             assert all(torch.equal(found[n][k], mine[n][k]) for n in found for k in mine[n])
             lwo.write_moments(layer, {})
             assert lwo.read_moments(layer) == {}
+
+
+@pytest.mark.parametrize("order", ["ascending", "random"])
+def test_moments_that_the_next_visit_needs_are_not_parked(order: str) -> None:
+    settings = LWOConfig(state="keep", steps_per_layer=1, embeddings="always", order=order)  # type: ignore[arg-type]
+    lwo = attach(oracle.tiny_model(tied=True), settings)
+    parked: list[str] = []
+    put = lwo.strategy._parked_moments.put
+
+    def watched(layer: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        parked.append(layer)
+        put(layer, tensors)
+
+    lwo.strategy._parked_moments.put = watched  # type: ignore[method-assign]
+    (embedding,) = lwo.visit.also
+    places = set()
+    trained: list[str] = []
+    for step in range(2 * len(lwo.visits) + 1):
+        trained.append(lwo.active_layer.name)
+        tokens, labels = oracle.global_batch(step)
+        lwo.backward(oracle.loss_sum(lwo.model, tokens, labels))
+        lwo.step()
+        places.add(lwo.strategy._shards_of_optimizer(embedding)["exp_avg"].data_ptr())
+        assert {float(m["step"]) for m in lwo.read_moments(embedding).values()} == {step + 1.0}
+    following = [*trained[1:], lwo.active_layer.name]
+    # A layer that comes twice in a row stays, too.
+    assert parked == [a for a, b in zip(trained, following, strict=True) if a != b]
+    assert len(places) == 1
+    lwo.strategy.deactivate()
+    assert embedding.name in parked
 
 
 @pytest.mark.parametrize("steps_per_layer", [1, 3])

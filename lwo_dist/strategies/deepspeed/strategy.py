@@ -112,10 +112,10 @@ class DeepSpeedZero(Strategy):
             self._unpark_masters(layer)
         self._unpark_moments()
 
-    def deactivate(self) -> None:
+    def deactivate(self, following: Visit | None = None) -> None:
         if self._visit is None:
             return
-        self._park_moments()
+        self._park_moments()  # all: the next ZeRO optimizer has storage of its own
         for name in self._visit.parameter_names:
             if self._parameters[name].dtype != torch.float32:
                 self._park_master(name, self._part(name))

@@ -170,7 +170,7 @@ class FullyShard(Strategy):
         self._reshard()
         super().refuse_any_change()
 
-    def deactivate(self) -> None:
+    def deactivate(self, following: Visit | None = None) -> None:
         if self._visit is None:
             return
         self._reshard()
@@ -179,7 +179,7 @@ class FullyShard(Strategy):
         drop_whole_gradients(self._groups)
         for handle in self._below:
             handle.remove()
-        self._park_moments()
+        self._park_moments(following)
         del self._optimizer
         self._shards = {}
         for layer in self._visit.layers:
