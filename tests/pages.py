@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -49,6 +50,7 @@ _IN_BF16 = ["train.precision=bf16", "fsdp.storage=bf16"]
 _METHODS = {
     "LWO": [],
     "LWO, `fsdp.storage: bf16`": _IN_BF16,
+    "LWO, `stateless: all`": ["lwo.stateless=all", "lwo.embeddings=always"],
     "full": ["method=full"],
     "LoRA, rank 16": ["method=lora", *_IN_BF16],
 }
@@ -77,9 +79,12 @@ def fits() -> str:
     return "\n".join(table)
 
 
+@cache
 def _need(size: str, method: str, count: int, gigabytes: int) -> str:
     batch = ["train.sequence_length=2048", f"train.global_batch_size={count}"]
     settings = [*batch, "train.gradient_checkpointing=true", *_METHODS[method]]
+    if "stateless" in method and count == 1:
+        settings += ["strategy=replicate", "lwo.stateless_update=backward"]
     need = sizes.peak(size, load_config(None, settings), count) / 1e9
     return f"{need:.0f}" if need <= USABLE * gigabytes else f"no ({need:.0f})"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lwo_dist.config import Config, TrainConfig
+from lwo_dist.config import Config, LWOConfig, TrainConfig
 from lwo_dist.methods import Method
 from lwo_dist.plan.estimate import Subject, plan_one
 from lwo_dist.registry import METHODS
@@ -65,12 +65,13 @@ def largest_layer(model: nn.Module, config: Config) -> int:
 def peak(size: str, config: Config, world_size: int) -> int:
     """Bytes on the device of each rank at the worst moment of a step, in bf16."""
     assert config.train.precision in ("auto", "bf16")
-    subject = _subject(size, config.method, config.train.gradient_checkpointing)
+    checkpointing = config.train.gradient_checkpointing
+    subject = _subject(size, config.method, checkpointing, config.lwo.model_dump_json())
     return plan_one(subject, config, world_size, bf16=True).peak.total
 
 
 @lru_cache
-def _subject(size: str, method: str, checkpointing: bool) -> Subject:
+def _subject(size: str, method: str, checkpointing: bool, lwo: str) -> Subject:
     train = TrainConfig(gradient_checkpointing=checkpointing)
-    config = Config(method=method, train=train)
+    config = Config(method=method, train=train, lwo=LWOConfig.model_validate_json(lwo))
     return Subject(config, METHODS.get(method), Path(), Qwen2Config(**_SHAPES[size]))

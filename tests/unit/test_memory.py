@@ -55,17 +55,25 @@ def test_a_config_fits_the_gpus_that_it_names_and_trains_every_layer(path: Path)
     micro_batch //= config.lwo.gradient_accumulation_steps
     assert micro_batch == 1 or f"{micro_batch} sequences" in text
     method: Method = METHODS.get(config.method)
-    layers = method.layers(model, config.lwo)
-    schedule = make_schedule(config.lwo, [layer.name for layer in layers])
-    assert f"{config.train.steps} steps are two cycles over the {len(layers)} layers" in text
-    assert round(config.train.steps / schedule.steps_per_cycle) == 2
+    visits = method.cycle(method.layers(model, config.lwo), config.lwo)
+    schedule = make_schedule(config.lwo, [visit.active.name for visit in visits])
+    assert config.lwo.stateless == "all" and "Each step trains all" in text
     assert schedule.never_active(config.train.steps) == []
 
 
-def test_what_16_bit_storage_saves_is_as_the_config_says() -> None:
-    path = CONFIGS / "7b_1gpu_80gb.yaml"
-    bf16 = load_config(path, ["fsdp.storage=bf16", "train.precision=bf16"])
-    saved = sizes.peak("7B", load_config(path), 1) - sizes.peak("7B", bf16, 1)
-    parks = 2 * sizes.numel(sizes.model_of("7B"))
-    said = f"saves\n# {saved / 1e9:.0f} GB of it, and parks {parks / 1e9:.0f} GB"
-    assert said in path.read_text()
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.name)
+def test_one_layer_at_a_time_needs_what_the_config_says(path: Path) -> None:
+    size, gpus, _ = re.fullmatch(r"([\d.]+b)_(\d)gpu_(\d+)gb", path.stem).groups()  # type: ignore[union-attr]
+    comment = " ".join(line.strip("# ") for line in path.read_text().splitlines() if "#" in line)
+    changed, needed = re.search(  # type: ignore[union-attr]
+        r"((?:[\w.]+=\w+ )+)trains one(?: layer)? at a time, and needs (\d+) GB", comment
+    ).groups()
+    settings = changed.split()
+    assert "lwo.stateless=none" in settings
+    plain = load_config(path, settings)
+    check_config(plain)
+    assert needed == f"{sizes.peak(size.upper(), plain, int(gpus)) / 1e9:.0f}"
+    if more := re.search(r"; with ([^ ]+ [^ ]+) (\d+) GB, and (\d+) GB on the host", comment):
+        bf16 = load_config(path, [*settings, *more[1].split()])
+        assert more[2] == f"{sizes.peak(size.upper(), bf16, int(gpus)) / 1e9:.0f}"
+        assert more[3] == f"{2 * sizes.numel(sizes.model_of(size.upper())) / 1e9:.0f}"
