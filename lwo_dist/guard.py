@@ -34,9 +34,9 @@ class Guard:
     """Watches the parameters of `module` until `end`, or until it is no longer referenced."""
 
     def __init__(self, module: nn.Module):
-        self._module = module
         # No weak references: torch.utils.swap_tensors, which FSDP2's `to` uses, refuses those.
-        self._parameters = {id(parameter): parameter for parameter in module.parameters()}
+        self._named = named_parameters(module)
+        self._parameters = {id(parameter): parameter for parameter in self._named.values()}
         self._allowed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._ours = False
         self._trained: dict[str, nn.Parameter] = {}
@@ -60,8 +60,7 @@ class Guard:
     def watch(self, names: Sequence[str]) -> None:
         """Watch the gradients of these parameters, which are trainable, and of no others."""
         remove(self._visit)
-        parameters = named_parameters(self._module) if names else {}
-        self._trained = {name: parameters[name] for name in names}
+        self._trained = {name: self._named[name] for name in names}
         self._trained_ids = {id(parameter) for parameter in self._trained.values()}
         self._gradients = {}
         self._reached = False
@@ -80,7 +79,7 @@ class Guard:
 
         every = max(1, len(names) // _WATCHED)
         self._visit = [
-            parameters[name].register_post_accumulate_grad_hook(after_gradient)
+            self._named[name].register_post_accumulate_grad_hook(after_gradient)
             for name in names[::every]
         ]
 
@@ -117,7 +116,7 @@ class Guard:
         self._gradients = {}
         for key, parameter in self._parameters.items():
             if parameter.requires_grad != (key in self._trained_ids):
-                name = next(n for n, p in named_parameters(self._module).items() if p is parameter)
+                name = next(n for n, p in self._named.items() if p is parameter)
                 raise RuntimeError(
                     f"{name}.requires_grad was set to {parameter.requires_grad} after attach, which"
                     " sets it for each visit; freeze parameters before attach, or detach first"

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "ITERATIONS",
+    "matrices_at_once",
+    "numel_at_once",
     "orthogonalise",
     "orthogonalise_bytes",
     "orthogonalise_flops",
@@ -38,6 +40,8 @@ _QUINTICS = (
 singular values between 0.01 and 1 to between 0.73 and 1.27: no three odd polynomials of degree 5
 come nearer to 1."""
 ITERATIONS = len(_QUINTICS)
+_AT_ONCE = 2**24
+"""Elements that are orthogonalised together; a larger matrix comes alone."""
 _MARGIN = 1.02
 """The first polynomial is steep at 1: in bf16, a norm rounded down would turn 1 into 3."""
 
@@ -95,6 +99,24 @@ def orthogonalise_bytes(numel: int) -> int:
     return 5 * 4 * numel
 
 
+def matrices_at_once(count: int, shape: Sequence[int]) -> int:
+    """How many of `count` matrices of this shape are orthogonalised together, by as many kernels as
+    a single one takes.
+    """
+    return max(1, min(count, _AT_ONCE // math.prod(shape)))
+
+
+def numel_at_once(shapes: Sequence[Sequence[int]]) -> int:
+    """The most elements that are orthogonalised together."""
+    return max(
+        (
+            matrices_at_once(len(members), shape) * math.prod(shape)
+            for shape, members in same_shape(shapes).items()
+        ),
+        default=0,
+    )
+
+
 def same_shape(shapes: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
     """The indices of the matrices of each shape; vectors and scalars are left out."""
     same: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -104,8 +126,10 @@ def same_shape(shapes: Sequence[Sequence[int]]) -> dict[tuple[int, ...], list[in
     return same
 
 
-def _stacked(gradients: list[Tensor], _: tuple[int, ...]) -> Iterable[Tensor]:
-    return orthogonalise(torch.stack(gradients))  # one kernel for all
+def _whole(gradients: list[Tensor], shape: tuple[int, ...]) -> Iterator[Tensor]:
+    number = matrices_at_once(len(gradients), shape)
+    for start in range(0, len(gradients), number):
+        yield orthogonalise(torch.stack(gradients[start : start + number]))
 
 
 @torch.no_grad()
@@ -117,7 +141,7 @@ def update_without_state(
     skipped: Tensor,
     *,
     shapes: Sequence[Sequence[int]] | None = None,
-    orthogonalised: Callable[[list[Tensor], tuple[int, ...]], Iterable[Tensor]] = _stacked,
+    orthogonalised: Callable[[list[Tensor], tuple[int, ...]], Iterable[Tensor]] = _whole,
 ) -> None:
     """Move each matrix against its gradient's direction, in place.
 
@@ -131,14 +155,20 @@ def update_without_state(
         weight_decay: decoupled, as AdamW's.
         skipped: 0-dim, on the device; 1.0 leaves every weight as it is.
         shapes: of the whole tensors, where `weights` and `gradients` are parts of them.
-        orthogonalised: of the gradients of matrices of one shape, and that shape; for each of them
-            the same part of its `orthogonalise`.
+        orthogonalised: takes the gradients of matrices of one shape, and that shape. It gives the
+            same part of `orthogonalise` of each, several at a time as a stack, [some, rows, ...];
+            rows beyond those of the gradient are padding.
     """
     for shape, members in same_shape(shapes or [g.shape for g in gradients]).items():
-        directions = orthogonalised([gradients[i] for i in members], shape)
         scale = math.sqrt(max(shape[-2:]))
-        for i, direction in zip(members, directions, strict=True):
-            direction = direction * scale
+        left = [weights[i] for i in members]
+        for stack in orthogonalised([gradients[i] for i in members], shape):
+            some, left = left[: len(stack)], left[len(stack) :]
             if weight_decay:
-                direction.add_(weights[i], alpha=weight_decay)
-            weights[i].add_(torch.where(skipped > 0, 0.0, direction), alpha=-lr)
+                torch._foreach_add_(_rows(stack, some), some, alpha=weight_decay / scale)
+            stack = torch.where(skipped > 0, 0.0, stack)
+            torch._foreach_add_(some, _rows(stack, some), alpha=-lr * scale)
+
+
+def _rows(stack: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return [found[: len(weight)] for found, weight in zip(stack, weights, strict=True)]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
-from lwo_dist.orthogonal import orthogonalise_bytes, same_shape
-from lwo_dist.strategies.fsdp.matrices import numel_at_once
+from lwo_dist.orthogonal import numel_at_once, orthogonalise_bytes
+from lwo_dist.strategies.fsdp.matrices import numel_per_rank_at_once
 
 __all__ = [
     "LARGE",
@@ -119,22 +119,17 @@ def held_bytes(
     of_all = [shape for found in of_layers for shape in found]
     if storage.kind == "replicate":
         gradients = sum(flat_numel(shapes, layer, size) for layer in stateless)
-        at_once = max((_largest_stack(found) for found in of_layers), default=0)
+        of_owners = [[s for found in of_layers[i::size] for s in found] for i in range(size)]
+        at_once = max(map(numel_at_once, of_owners))
     else:
         gradients = sum(shard_numel(shape, size) for shape in of_all)
-        at_once = numel_at_once(of_all, size)
+        at_once = numel_per_rank_at_once(of_all, size)
     return replace(
         held,
         gradient_bytes=held.gradient_bytes + 4 * gradients,
         stateless_bytes=4 * gradients,
         orthogonalise_bytes=orthogonalise_bytes(at_once),
     )
-
-
-def _largest_stack(shapes: Sequence[Sequence[int]]) -> int:
-    """Elements of the largest stack of matrices of one shape."""
-    same = same_shape(shapes)
-    return max((len(members) * math.prod(shape) for shape, members in same.items()), default=0)
 
 
 def _replicate(

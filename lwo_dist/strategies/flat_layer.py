@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lwo_dist import distributed
 from lwo_dist.layers import Layer
-from lwo_dist.orthogonal import update_without_state
 
 __all__ = ["FlatLayer"]
 
@@ -83,20 +82,6 @@ class FlatLayer:
             distributed.reduce_to(self.gradient, self.owner)
         if distributed.world_size() > 1:
             self.gradient_shard.div_(distributed.world_size())
-
-    def update_without_state(
-        self, weights: dict[str, Tensor], lr: float, weight_decay: float, skipped: Tensor
-    ) -> None:
-        """On the owner, from the whole gradient."""
-        if self.owner == distributed.rank():
-            names = list(weights)
-            update_without_state(
-                [weights[name] for name in names],
-                [self.gradient_views[name] for name in names],
-                lr,
-                weight_decay,
-                skipped,
-            )
 
     def start_publishing(self) -> None:
         if self.owner is not None:

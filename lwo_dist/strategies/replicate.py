@@ -25,6 +25,7 @@ from lwo_dist.layers import Layer, Visit, find_stacks
 from lwo_dist.memory import local_bytes, padded_numel
 from lwo_dist.methods import Method
 from lwo_dist.names import named_parameters, named_tensors
+from lwo_dist.orthogonal import update_without_state
 
 from .base import (
     MOMENTS,
@@ -185,16 +186,26 @@ class Replicate(Strategy):
         for flat in self._trained.values():
             flat.reduce()
         non_finite = self._take_non_finite()
-        for flat in self._trained.values():
-            if flat.owner == distributed.rank():
-                non_finite = non_finite + 0.0 * flat.gradient.norm()
+        others = [flat for flat in self._trained.values() if flat.owner is not None]
+        mine = [flat for flat in others if flat.owner == distributed.rank()]
+        for flat in mine:
+            non_finite = non_finite + 0.0 * flat.gradient.norm()
         update = update_shards(self._optimizer, lr, max_norm, non_finite)
-        for flat in self._trained.values():
-            views = self._weight_views[flat.layer.name]
-            flat.update_without_state(views, lr, self._weight_decay, update.skipped)
+        self._publish(self._with_state())
+        update_without_state(
+            [view for flat in mine for view in self._weight_views[flat.layer.name].values()],
+            [view for flat in mine for view in flat.gradient_views.values()],
+            lr,
+            self._weight_decay,
+            update.skipped,
+        )
+        self._publish(others)
+        return update
+
+    def _publish(self, updated: Sequence[FlatLayer]) -> None:
+        for flat in updated:
             flat.release_gradient()
             flat.start_publishing()
-        return update
 
     # [Note: Weights on their way]
     # From `step_ahead` until `flush` other ranks' parts of a layer are the old ones, and change at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -23,6 +25,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer, Visit, find_layers
 from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.orthogonal import (
+    ITERATIONS,
     orthogonalise,
     orthogonalise_bytes,
     orthogonalise_flops,
@@ -55,6 +58,19 @@ def make_model(tied: bool) -> nn.Module:
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+class CountKernels(TorchDispatchMode):
+    """By name; a view is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.kernels[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def newton_schulz(gradient: Tensor) -> Tensor:
@@ -429,6 +445,33 @@ def test_a_matrix_of_rank_one_does_not_grow_in_bf16() -> None:
     single = torch.zeros(30, 20)
     single[3, 4] = 1.7
     assert orthogonalise(single.bfloat16()).max() < 1.5
+
+
+def test_many_matrices_take_as_many_kernels_as_one() -> None:
+    def kernels(number: int) -> Counter[str]:
+        weights = [torch.randn(6, 4) for _ in range(number)]
+        with CountKernels() as counter:
+            update_without_state(weights, weights, 1e-3, 0.1, torch.zeros(()))
+        return counter.kernels
+
+    one = kernels(1)
+    assert kernels(50) == one
+    assert one["bmm"] == 3 * ITERATIONS and one["_foreach_add_"] == 2
+
+
+def test_more_than_fit_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = [torch.randn(6, 4, dtype=DTYPE) for _ in range(7)]
+
+    def updated() -> list[Tensor]:
+        weights = [torch.ones_like(gradient) for gradient in gradients]
+        update_without_state(weights, gradients, 1e-3, 0.1, torch.zeros(()))
+        return weights
+
+    together = updated()
+    for at_once in (1, 3 * 24):
+        monkeypatch.setattr("lwo_dist.orthogonal._AT_ONCE", at_once)
+        for now, then in zip(updated(), together, strict=True):
+            torch.testing.assert_close(now, then, rtol=0, atol=1e-12)
 
 
 def test_it_needs_the_memory_that_the_plan_says() -> None:

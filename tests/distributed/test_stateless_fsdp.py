@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lwo_dist
-from lwo_dist import distributed
+from lwo_dist import distributed, orthogonal
 from lwo_dist.driver import prepare
 from lwo_dist.errors import UserError
 from lwo_dist.orthogonal import orthogonalise
@@ -50,7 +50,7 @@ def exchanged(counter: CountCollectives) -> int:
 
 def orthogonalised_shards(at_once: int) -> list[tuple[bool, int, int]]:
     """For each shape: whether the shards are right, the bytes sent and the bytes counted."""
-    matrices._AT_ONCE = at_once
+    orthogonal._AT_ONCE = at_once
     rows = []
     for shape in SHAPES:
         whole = whole_matrices(shape)
@@ -58,10 +58,12 @@ def orthogonalised_shards(at_once: int) -> list[tuple[bool, int, int]]:
             found = matrices.orthogonalise_shards(
                 [rows_of(matrix) for matrix in whole], shape, dist.group.WORLD
             )
-            right = [
-                torch.allclose(mine, rows_of(orthogonalise(matrix)), rtol=0, atol=1e-12)
-                for mine, matrix in zip(found, whole, strict=True)
-            ]
+            stacked = [rows for stack in found for rows in stack]
+        wanted = [rows_of(orthogonalise(matrix)) for matrix in whole]
+        right = [
+            torch.allclose(rows[: len(want)], want, rtol=0, atol=1e-12)
+            for rows, want in zip(stacked, wanted, strict=True)
+        ]
         counted = 8 * matrices.exchanged_numel([shape] * NUMBER, dist.get_world_size())
         rows.append((all(right), exchanged(counter), counted))
     return rows

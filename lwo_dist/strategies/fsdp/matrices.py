@@ -16,37 +16,37 @@ from torch.distributed import ProcessGroup
 
 from lwo_dist import distributed
 from lwo_dist.memory import padded_numel
-from lwo_dist.orthogonal import orthogonalise, same_shape
+from lwo_dist.orthogonal import matrices_at_once, orthogonalise, same_shape
 
-__all__ = ["exchanged_numel", "numel_at_once", "orthogonalise_shards"]
-
-_AT_ONCE = 2**24
-"""Elements that a rank orthogonalises at once; a larger matrix comes alone."""
+__all__ = ["exchanged_numel", "numel_per_rank_at_once", "orthogonalise_shards"]
 
 
 def orthogonalise_shards(
     shards: Sequence[Tensor], shape: Sequence[int], group: ProcessGroup
 ) -> Iterator[Tensor]:
-    """This rank's rows of `orthogonalise` of each matrix. A collective.
+    """This rank's rows of `orthogonalise` of each matrix, some matrices at a time. A collective.
 
     Args:
         shards: this rank's rows of matrices of one shape, as FSDP2 splits them: ranks at the end
             have fewer, or none. Tensors of more dimensions are split into whole matrices, which
             stay where they are.
         shape: of each whole matrix.
+
+    Yields:
+        [matrices, rows, ...]; rows beyond those of the shard are padding.
     """
     if len(shape) > 2:
-        yield from (orthogonalise(shard) if shard.numel() else shard for shard in shards)
+        for shard in shards:
+            yield (orthogonalise(shard) if shard.numel() else shard)[None]
         return
     ranks = distributed.world_size(group)
-    step = ranks * _matrices_at_once(len(shards), shape, ranks)
+    step = ranks * matrices_at_once(-(-len(shards) // ranks), shape)
     for start in range(0, len(shards), step):
         some = shards[start : start + step]
         # How many matrices each rank orthogonalises.
         owned = [len(range(rank, len(some), ranks)) for rank in range(ranks)]
         found = orthogonalise(_to_owners(some, owned, shape, group))
-        for rows, shard in zip(_to_shards(found, owned, group), some, strict=True):
-            yield rows[: len(shard)]
+        yield _to_shards(found, owned, group)
 
 
 def _to_owners(
@@ -87,19 +87,14 @@ def exchanged_numel(shapes: Sequence[Sequence[int]], ranks: int) -> int:
     return sum(2 * rows // ranks * columns for rows, columns in padded)
 
 
-def numel_at_once(shapes: Sequence[Sequence[int]], ranks: int) -> int:
+def numel_per_rank_at_once(shapes: Sequence[Sequence[int]], ranks: int) -> int:
     """The most elements that a rank orthogonalises at once."""
     found = 0
     for shape, members in same_shape(shapes).items():
         rows = padded_numel(shape[0], ranks)
         if len(shape) == 2:
-            number = _matrices_at_once(len(members), shape, ranks)
+            number = matrices_at_once(-(-len(members) // ranks), shape)
             found = max(found, number * rows * shape[1])
         else:
             found = max(found, rows // ranks * math.prod(shape[1:]))
     return found
-
-
-def _matrices_at_once(count: int, shape: Sequence[int], ranks: int) -> int:
-    """How many matrices a rank orthogonalises in one round."""
-    return min(-(-count // ranks), max(1, _AT_ONCE // math.prod(shape)))
