@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -50,8 +53,12 @@ class FlatLayer:
         if distributed.world_size() > 1 and owner != distributed.rank():
             self.gradient_shard = torch.empty_like(self.weight_shard)
         self.weight_shard.grad = self.gradient_shard
-        self.absent = weights.new_full((), torch.nan)
         self.release_gradient()
+
+    @cached_property
+    def absent(self) -> Tensor:
+        """What a read of the parameters gives while weights are on their way."""
+        return self.weights.new_full((), torch.nan)
 
     @property
     def gradient_bytes(self) -> int:
@@ -60,15 +67,35 @@ class FlatLayer:
         return self.gradient.nbytes + shard
 
     def take(self, view: Tensor, parameter: Tensor) -> None:
-        """Move `.grad` into `view`, a part of the gradient, and make it that view; None: zeros."""
+        """Move `.grad` into `view`, a part of the gradient, and make it that view."""
+        assert parameter.grad is not None
+        self._allocate()
+        if parameter.grad.data_ptr() != view.data_ptr():
+            view.copy_(parameter.grad)
+            parameter.grad = view
+
+    def _allocate(self) -> None:
         if _allocated(self.gradient):
             for padding in self._padding:  # it is part of the norm
                 padding.zero_()
-        if parameter.grad is None:
-            view.zero_()
-        elif parameter.grad.data_ptr() != view.data_ptr():
-            view.copy_(parameter.grad)
-            parameter.grad = view
+
+    def collect(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Move every `.grad` that is not there yet into its part of the gradient; drop them all.
+
+        Had autograd accumulated into the gradient, it would have read and written it once more,
+        after it had been set to zero.
+        """
+        self._allocate()
+        views, gradients = [], []
+        for name, view in self.gradient_views.items():
+            gradient, parameters[name].grad = parameters[name].grad, None
+            if gradient is None:
+                view.zero_()
+            elif gradient.data_ptr() != view.data_ptr():
+                views.append(view)
+                gradients.append(gradient)
+        if views:
+            torch._foreach_copy_(views, gradients)
 
     def release_gradient(self) -> None:
         for tensor in (self.gradient, self.gradient_shard):

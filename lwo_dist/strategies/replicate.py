@@ -182,14 +182,16 @@ class Replicate(Strategy):
     def _update(self, lr: float, max_norm: float) -> Update:
         self.flush()  # a loop may step without a forward pass in between
         self._follow_storage()
-        self._collect_gradients()
+        for flat in self._trained.values():
+            flat.collect(self._parameters)
         for flat in self._trained.values():
             flat.reduce()
         non_finite = self._take_non_finite()
         others = [flat for flat in self._trained.values() if flat.owner is not None]
         mine = [flat for flat in others if flat.owner == distributed.rank()]
-        for flat in mine:
-            non_finite = non_finite + 0.0 * flat.gradient.norm()
+        if mine:
+            norms = torch._foreach_norm([flat.gradient for flat in mine])
+            non_finite = non_finite + 0.0 * torch.stack(norms).sum()
         update = update_shards(self._optimizer, lr, max_norm, non_finite)
         self._publish(self._with_state())
         update_without_state(
@@ -378,17 +380,6 @@ class Replicate(Strategy):
             self._early = None
         self._trained = {}
         self._readers = []
-
-    def _collect_gradients(self) -> None:
-        """Move each `.grad` into the flat buffer; zeros where backward reached nothing.
-
-        Had autograd accumulated into the buffer, it would have read and written it once more, after
-        it had been set to zero.
-        """
-        for flat in self._trained.values():
-            for name, view in flat.gradient_views.items():
-                flat.take(view, self._parameters[name])
-                self._parameters[name].grad = None
 
     def _refuse_16_bit(self) -> None:
         for layer in self.layers:
