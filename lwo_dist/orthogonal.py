@@ -22,8 +22,8 @@ from torch import Tensor
 
 __all__ = [
     "ITERATIONS",
+    "bytes_at_once",
     "matrices_at_once",
-    "numel_at_once",
     "orthogonalise",
     "orthogonalise_bytes",
     "orthogonalise_flops",
@@ -53,7 +53,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         matrices: [..., rows, columns]. Float32 on a GPU is computed in bf16.
 
     Returns:
-        Of the same shape and dtype.
+        Of the same shape and dtype, contiguous.
 
     Example:
         >>> orthogonalise(2 * torch.eye(3)).round(decimals=0)
@@ -70,12 +70,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     if tall:
         x = x.mT
     norm = x.norm(dim=(-2, -1), keepdim=True).clamp_min(0.5)  # a largest entry of 1, or zeros
-    x = x / (_MARGIN * norm)
+    x = (x / (_MARGIN * norm)).reshape(-1, *x.shape[-2:])
     for a, b, c in _QUINTICS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    found: Tensor = x.mT if tall else x
-    return found.to(matrices.dtype)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    found = x.mT if tall else x
+    return found.to(matrices.dtype).contiguous().view(matrices.shape)
 
 
 def orthogonalise_flops(shapes: Iterable[Sequence[int]]) -> int:
@@ -92,25 +93,26 @@ def orthogonalise_flops(shapes: Iterable[Sequence[int]]) -> int:
     return total
 
 
-def orthogonalise_bytes(numel: int) -> int:
-    """Peak bytes of `orthogonalise` for `numel` float32 elements: the input, the iterate, and three
-    terms of the next one. On a GPU, in bf16, it is less.
+def orthogonalise_bytes(shape: Sequence[int]) -> int:
+    """Peak bytes of `orthogonalise` for float32 of this shape: the input, the iterate and the next
+    one, and a Gram matrix. On a GPU, in bf16, it is less.
     """
-    return 5 * 4 * numel
+    m, n = sorted(shape[-2:])
+    return 4 * math.prod(shape[:-2]) * (3 * m * n + m * m)
 
 
 def matrices_at_once(count: int, shape: Sequence[int]) -> int:
-    """How many of `count` matrices of this shape are orthogonalised together, by as many kernels as
-    a single one takes.
+    """How many of `count` matrices of this shape are orthogonalised together, with as many kernels
+    as one takes.
     """
     return max(1, min(count, _AT_ONCE // math.prod(shape)))
 
 
-def numel_at_once(shapes: Sequence[Sequence[int]]) -> int:
-    """The most elements that are orthogonalised together."""
+def bytes_at_once(shapes: Sequence[Sequence[int]]) -> int:
+    """The most that `orthogonalise` needs to update matrices of these shapes."""
     return max(
         (
-            matrices_at_once(len(members), shape) * math.prod(shape)
+            orthogonalise_bytes((matrices_at_once(len(members), shape), *shape))
             for shape, members in same_shape(shapes).items()
         ),
         default=0,
@@ -168,6 +170,7 @@ def update_without_state(
                 torch._foreach_add_(_rows(stack, some), some, alpha=weight_decay / scale)
             stack = torch.where(skipped > 0, 0.0, stack)
             torch._foreach_add_(some, _rows(stack, some), alpha=-lr * scale)
+            del stack  # before the next one is computed
 
 
 def _rows(stack: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:

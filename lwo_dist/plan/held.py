@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from lwo_dist.layers import Layer
 from lwo_dist.memory import padded_numel
-from lwo_dist.orthogonal import numel_at_once, orthogonalise_bytes
-from lwo_dist.strategies.fsdp.matrices import numel_per_rank_at_once
+from lwo_dist.orthogonal import bytes_at_once
+from lwo_dist.strategies.fsdp.matrices import bytes_per_rank_at_once
 
 __all__ = [
     "LARGE",
@@ -120,15 +120,15 @@ def held_bytes(
     if storage.kind == "replicate":
         gradients = sum(flat_numel(shapes, layer, size) for layer in stateless)
         of_owners = [[s for found in of_layers[i::size] for s in found] for i in range(size)]
-        at_once = max(map(numel_at_once, of_owners))
+        needed = max(map(bytes_at_once, of_owners))
     else:
         gradients = sum(shard_numel(shape, size) for shape in of_all)
-        at_once = numel_per_rank_at_once(of_all, size)
+        needed = bytes_per_rank_at_once(of_all, size)
     return replace(
         held,
         gradient_bytes=held.gradient_bytes + 4 * gradients,
         stateless_bytes=4 * gradients,
-        orthogonalise_bytes=orthogonalise_bytes(at_once),
+        orthogonalise_bytes=needed,
     )
 
 

@@ -197,7 +197,7 @@ class _Watch:
 
     def _use_up(self, parameter: nn.Parameter) -> None:
         if parameter.dim() >= 2:
-            needed = orthogonalise_bytes(parameter.numel())
+            needed = orthogonalise_bytes(parameter.shape)
             self.live.add(needed)
             self.live.add(-needed)
         parameter.grad = None

@@ -26,6 +26,7 @@ from lwo_dist.layers import Layer, Visit, find_layers
 from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.orthogonal import (
     ITERATIONS,
+    bytes_at_once,
     orthogonalise,
     orthogonalise_bytes,
     orthogonalise_flops,
@@ -430,6 +431,7 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
     left, values, right = torch.linalg.svd(orthogonalise(1e-200 * matrices), full_matrices=False)
     assert values.min() > 0.729
     assert values.max() < 1.27
+    assert orthogonalise(matrices).is_contiguous()
     # The directions are those of the gradient.
     torch.testing.assert_close(left @ right, u @ v)
     assert not orthogonalise(torch.zeros(shape)).any()
@@ -456,7 +458,9 @@ def test_many_matrices_take_as_many_kernels_as_one() -> None:
 
     one = kernels(1)
     assert kernels(50) == one
-    assert one["bmm"] == 3 * ITERATIONS and one["_foreach_add_"] == 2
+    assert (
+        one["bmm"] == ITERATIONS and one["baddbmm"] == 2 * ITERATIONS and one["_foreach_add_"] == 2
+    )
 
 
 def test_more_than_fit_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,13 +478,25 @@ def test_more_than_fit_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
             torch.testing.assert_close(now, then, rtol=0, atol=1e-12)
 
 
-def test_it_needs_the_memory_that_the_plan_says() -> None:
+@pytest.mark.parametrize("shape", [(4, 16, 2048), (4, 96, 96), (60, 40), (2, 3, 90, 30)])
+def test_it_needs_the_memory_that_the_plan_says(shape: tuple[int, ...]) -> None:
     with LiveBytes() as live:
-        stack = torch.randn(4, 16, 2048)
+        stack = torch.randn(shape)
         live.peak = live.now
         orthogonalise(stack)
         assert live.now < 1.1 * stack.nbytes
-        assert 0.9 < live.peak / orthogonalise_bytes(stack.numel()) < 1.1
+        assert 0.95 < live.peak / orthogonalise_bytes(shape) < 1.05
+
+
+@pytest.mark.parametrize("at_once", [2**24, 3 * 96 * 96])
+def test_so_does_an_update_in_several_rounds(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lwo_dist.orthogonal._AT_ONCE", at_once)
+    with LiveBytes() as live:
+        weights = [torch.randn(96, 96) for _ in range(9)]
+        before = live.peak = live.now
+        update_without_state(weights, weights, 1e-3, 0.1, torch.zeros(()))
+        needed = bytes_at_once([weight.shape for weight in weights])
+        assert 0.95 < (live.peak - before) / needed < 1.05
 
 
 def test_operations_are_those_that_torch_counts() -> None:

@@ -8,7 +8,6 @@ The Muon of the dion library (Ahn et al., 2025) divides it in the same way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -16,9 +15,9 @@ from torch.distributed import ProcessGroup
 
 from lwo_dist import distributed
 from lwo_dist.memory import padded_numel
-from lwo_dist.orthogonal import matrices_at_once, orthogonalise, same_shape
+from lwo_dist.orthogonal import matrices_at_once, orthogonalise, orthogonalise_bytes, same_shape
 
-__all__ = ["exchanged_numel", "numel_per_rank_at_once", "orthogonalise_shards"]
+__all__ = ["bytes_per_rank_at_once", "exchanged_numel", "orthogonalise_shards"]
 
 
 def orthogonalise_shards(
@@ -45,8 +44,8 @@ def orthogonalise_shards(
         some = shards[start : start + step]
         # How many matrices each rank orthogonalises.
         owned = [len(range(rank, len(some), ranks)) for rank in range(ranks)]
-        found = orthogonalise(_to_owners(some, owned, shape, group))
-        yield _to_shards(found, owned, group)
+        # Nothing of this round stays while the next one is computed.
+        yield _to_shards(orthogonalise(_to_owners(some, owned, shape, group)), owned, group)
 
 
 def _to_owners(
@@ -87,14 +86,13 @@ def exchanged_numel(shapes: Sequence[Sequence[int]], ranks: int) -> int:
     return sum(2 * rows // ranks * columns for rows, columns in padded)
 
 
-def numel_per_rank_at_once(shapes: Sequence[Sequence[int]], ranks: int) -> int:
-    """The most elements that a rank orthogonalises at once."""
-    found = 0
+def bytes_per_rank_at_once(shapes: Sequence[Sequence[int]], ranks: int) -> int:
+    """The most that `orthogonalise` needs on a rank to update matrices of these shapes."""
+    most = 0
     for shape, members in same_shape(shapes).items():
         rows = padded_numel(shape[0], ranks)
+        stack: tuple[int, ...] = (rows // ranks, *shape[1:])
         if len(shape) == 2:
-            number = matrices_at_once(-(-len(members) // ranks), shape)
-            found = max(found, number * rows * shape[1])
-        else:
-            found = max(found, rows // ranks * math.prod(shape[1:]))
-    return found
+            stack = matrices_at_once(-(-len(members) // ranks), shape), rows, shape[1]
+        most = max(most, orthogonalise_bytes(stack))
+    return most
