@@ -310,6 +310,7 @@ class Strategy(ABC):
         They may come from any strategy and world size. Moments of an inactive layer are parked, or
         dropped under `state: reset`.
         """
+        self._staying.pop(layer.name, None)
         if self._is_active(layer):
             self._put_into_optimizer(layer, self._cut_moments(layer, state) if state else {})
         elif self._keeps_moments:

@@ -350,7 +350,7 @@ class Replicate(Strategy):
         if all(self._is_flat(flat.layer) for flat in self._trained.values()):
             return
         assert self._visit is not None
-        moments = {layer: self._shards_of_optimizer(layer) for layer in self._visit.layers}
+        moments = {layer: self._shards_of_optimizer(layer) for layer in self._visit.stateful}
         self._forget_trained()
         self.activate(self._visit, self._make_optimizer)
         for layer, shards in moments.items():

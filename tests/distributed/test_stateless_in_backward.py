@@ -73,6 +73,21 @@ def test_it_equals_a_plain_loop(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
 
 
+def weights_after(moved: bool) -> dict[str, Tensor]:
+    lwo = in_backward(True, "all", "always")
+    for step in range(4):
+        if moved and lwo.step_in_visit == 1:
+            for parameter in lwo.module.parameters():
+                parameter.data = parameter.data.clone()
+        training.train_step(lwo, step)
+    return training.weights(lwo)
+
+
+def test_a_model_that_moves_within_a_visit_is_trained_on() -> None:
+    [moved], [there] = run_ranks(weights_after, 1, True), run_ranks(weights_after, 1, False)
+    assert all(torch.equal(moved[name], there[name]) for name in there)
+
+
 def gradients_seen() -> tuple[int, int]:
     """The largest sum of gradients that are there at once, and of one matrix; in elements."""
     lwo = in_backward(False, "all", "visit", order="descending")  # the head is active
