@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lwo_dist.config import Config, LWOConfig, TrainConfig
 from lwo_dist.methods import Method
-from lwo_dist.plan.estimate import Subject, plan_one
+from lwo_dist.plan.estimate import Plan, Subject, plan_one
 from lwo_dist.registry import METHODS
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "model_of",
     "numel",
     "peak",
+    "plan",
 ]
 
 # From the models' config.json.
@@ -64,10 +65,15 @@ def largest_layer(model: nn.Module, config: Config) -> int:
 
 def peak(size: str, config: Config, world_size: int) -> int:
     """Bytes on the device of each rank at the worst moment of a step, in bf16."""
+    return plan(size, config, world_size).peak.total
+
+
+def plan(size: str, config: Config, world_size: int) -> Plan:
+    """For bf16."""
     assert config.train.precision in ("auto", "bf16")
     checkpointing = config.train.gradient_checkpointing
     subject = _subject(size, config.method, checkpointing, config.lwo.model_dump_json())
-    return plan_one(subject, config, world_size, bf16=True).peak.total
+    return plan_one(subject, config, world_size, bf16=True)
 
 
 @lru_cache

@@ -284,6 +284,7 @@ def plan_one(
     largest = max(subject.numel(visit.stateful) for visit in subject.visits)
     written = max(subject.numel(visit.layers) for visit in subject.visits)
     saved = subject.numel(subject.layers)
+    moments = saved if config.lwo.state == "keep" else largest
     if not subject.method.trains_adapters:
         saved = sum(math.prod(shape) for shape in subject.shapes.values())
     return Plan(
@@ -300,7 +301,7 @@ def plan_one(
         flops=accumulation * _mean_on_lines(flops, len(subject.visits))
         + update_flops(subject.model, subject.visits) / world_size,
         bytes_sent=sum(sent) / len(sent),
-        whole_checkpoint_bytes=4 * saved + 8 * largest,
+        whole_checkpoint_bytes=4 * saved + 8 * moments,
         checkpoint_bytes=4 * written + 8 * largest,
     )
 

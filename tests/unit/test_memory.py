@@ -46,7 +46,9 @@ def test_a_config_fits_the_gpus_that_it_names_and_trains_every_layer(path: Path)
     assert config.model.name == f"Qwen/Qwen2.5-Coder-{size.upper()}"
     assert config.cluster.num_workers == int(gpus)
     model = sizes.model_of(size.upper())
-    peak = sizes.peak(size.upper(), config, int(gpus)) / 1e9
+    plan = sizes.plan(size.upper(), config, int(gpus))
+    assert plan.host_bytes == 0  # nothing is parked
+    peak = plan.peak.total / 1e9
     assert peak <= USABLE * int(gigabytes)
     text = path.read_text()
     assert f"# Computed: {peak:.0f} GB of {gigabytes} GB" in text
@@ -74,6 +76,17 @@ def test_one_layer_at_a_time_needs_what_the_config_says(path: Path) -> None:
     check_config(plain)
     assert needed == f"{sizes.peak(size.upper(), plain, int(gpus)) / 1e9:.0f}"
     if more := re.search(r"; with ([^ ]+ [^ ]+) (\d+) GB, and (\d+) GB on the host", comment):
-        bf16 = load_config(path, [*settings, *more[1].split()])
-        assert more[2] == f"{sizes.peak(size.upper(), bf16, int(gpus)) / 1e9:.0f}"
-        assert more[3] == f"{2 * sizes.numel(sizes.model_of(size.upper())) / 1e9:.0f}"
+        bf16 = sizes.plan(size.upper(), load_config(path, [*settings, *more[1].split()]), int(gpus))
+        assert more[2] == f"{bf16.peak.total / 1e9:.0f}"
+        assert more[3] == f"{bf16.host_bytes / 1e9:.0f}"
+
+
+def test_moments_that_are_kept_are_in_checkpoints() -> None:
+    short = ["train.sequence_length=64", "train.global_batch_size=1"]
+    config, kept = (
+        load_config(None, [f"lwo.state={state}", *short]) for state in ("reset", "keep")
+    )
+    model = sizes.model_of("1.5B")
+    others = sizes.numel(model) - sizes.largest_layer(model, config)
+    bytes_of = [sizes.plan("1.5B", found, 1).whole_checkpoint_bytes for found in (config, kept)]
+    assert bytes_of[1] - bytes_of[0] == 8 * others
