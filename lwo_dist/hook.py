@@ -489,8 +489,7 @@ class LWO:
         return self.strategy.memory()
 
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the visit's layers with optimizer state; do not modify
-        them.
+        """This rank's fp32 master shards of the active layer; do not modify them.
 
         Across ranks each element appears once, under a (replicate, shard) mesh once per replica;
         padding is zero.

@@ -106,7 +106,7 @@ class Summed(Strategy):
     def masters(self) -> list[Tensor]:
         assert self._visit is not None
         mine = distributed.rank() == 0
-        names = self._visit.parameter_names
+        names = self._visit.active.parameter_names
         return [self._parameters[name].detach() for name in names] if mine else [torch.zeros(1)]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:

@@ -250,7 +250,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def masters(self) -> list[Tensor]:
-        """This rank's fp32 master shards of the visit's layers with optimizer state.
+        """This rank's fp32 master shards of the active layer.
 
         Across ranks, or those of a replica, each element appears once; padding is zero.
         """

@@ -244,7 +244,8 @@ class Replicate(Strategy):
                 parameter.data = view
 
     def masters(self) -> list[Tensor]:
-        return [flat.weight_shard.detach() for flat in self._with_state()]
+        assert self._visit is not None
+        return [self._trained[self._visit.active.name].weight_shard.detach()]
 
     def _with_state(self) -> list[FlatLayer]:
         return [flat for flat in self._trained.values() if flat.owner is None]

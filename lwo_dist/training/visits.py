@@ -72,7 +72,7 @@ class Visits:
 
     A run with one layer (full fine-tuning) has no visits. After a restart within a visit the rest
     of it is measured, except for the change of its weights. Host memory: a copy of this rank's
-    master shards of the layers with optimizer state.
+    master shards of the active layer.
     """
 
     def __init__(self, lwo: LWO, device: torch.device, clock: Callable[[], float]):

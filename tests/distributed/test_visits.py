@@ -16,6 +16,7 @@ from lwo_dist.distributed import gather_floats
 from lwo_dist.training.system_metrics import GPU, MAX_HOSTS, NODE, SystemMetrics
 from lwo_dist.training.visits import Visit
 from tests import oracle
+from tests.distributed import zero
 from tests.distributed.training import attach, follow, train_step, weights
 from tests.ranks import run_ranks
 
@@ -71,6 +72,34 @@ def test_a_visit_is_told_as_it_was(strategy: str) -> None:
         assert without_time == metrics
     assert told[0].metrics["visit/seconds"] < -1e8  # the pause is taken out
     assert 0 < told[1].metrics["visit/seconds"] < 100
+
+
+def changes_beside_the_embedding(strategy: str) -> list[tuple[float, float]]:
+    """Of each visit, the change that is told and that of the active layer's weights."""
+    recipe = oracle.Recipe(steps_per_layer=1)
+    config = {"embeddings": "always"}
+    if strategy == "deepspeed":
+        lwo = zero.attach_engine(2, recipe, tied=True, config=config)
+    else:
+        lwo = attach(strategy, recipe, tied=True, dtype=torch.float64, **config)
+    visits = follow(lwo)
+    found = []
+    for step in range(len(lwo.visits)):
+        layer = lwo.active_layer
+        before = lwo.read_layer(layer)
+        train_step(lwo, step, visits)
+        after = lwo.read_layer(layer)
+        change = sum(float((after[name] - before[name]).square().sum()) for name in after) ** 0.5
+        (visit,) = visits.take()
+        found.append((visit.metrics["visit/change_norm"], change))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp", "deepspeed"])
+def test_the_change_is_that_of_the_active_layer_alone(strategy: str) -> None:
+    more = {"deepspeed": True} if strategy == "deepspeed" else {}
+    for told, change in run_ranks(changes_beside_the_embedding, 2, strategy, **more)[0]:
+        assert told == pytest.approx(change, rel=1e-5) and change > 0
 
 
 def full_has_no_visits() -> int:

@@ -181,7 +181,7 @@ class DeepSpeedZero(Strategy):
     def masters(self) -> list[Tensor]:
         assert self._visit is not None
         # By parameter, not the flat tensors, which stage 3 pads with garbage.
-        return [self._part(name)[0] for name in self._visit.parameter_names]
+        return [self._part(name)[0] for name in self._visit.active.parameter_names]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         own = named_tensors(self.module)

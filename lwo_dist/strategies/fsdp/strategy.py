@@ -248,8 +248,8 @@ class FullyShard(Strategy):
         self._reshard()
 
     def masters(self) -> list[Tensor]:
-        others = set(self._stateless)
-        return [shard.detach() for name, shard in self._shards.items() if name not in others]
+        assert self._visit is not None
+        return [self._shards[name].detach() for name in self._visit.active.parameter_names]
 
     def read_layer(self, layer: Layer) -> dict[str, Tensor]:
         self._reshard()
