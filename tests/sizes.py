@@ -71,9 +71,12 @@ def peak(size: str, config: Config, world_size: int) -> int:
 def plan(size: str, config: Config, world_size: int) -> Plan:
     """For bf16."""
     assert config.train.precision in ("auto", "bf16")
+    return plan_one(subject(size, config), config, world_size, bf16=True)
+
+
+def subject(size: str, config: Config) -> Subject:
     checkpointing = config.train.gradient_checkpointing
-    subject = _subject(size, config.method, checkpointing, config.lwo.model_dump_json())
-    return plan_one(subject, config, world_size, bf16=True)
+    return _subject(size, config.method, checkpointing, config.lwo.model_dump_json())
 
 
 @lru_cache

@@ -143,6 +143,13 @@ class Subject:
             alike.setdefault((visit.depth, sizes[number], self.numel(visit.stateful)), number)
         return sorted({0, len(self.visits) - 1, *alike.values()})
 
+    def following(self, number: int) -> list[tuple[Layer, ...]]:
+        """The layers with optimizer state of each visit that may come after visit `number`."""
+        step = {"ascending": 1, "descending": -1}.get(self.config.lwo.order)
+        count = len(self.visits)
+        numbers = range(count) if step is None else [(number + step) % count]
+        return [self.visits[n].stateful for n in numbers]
+
     def rehearse(
         self,
         visit: Visit,
@@ -258,9 +265,17 @@ def plan_one(
     replicated = storage.kind == "replicate"
     worst: tuple[Instant, Visit, Held, Rehearsal] | None = None
     flops = {}
+    prefetches = on_gpu and not storage.offloads
     for number in subject.samples:
         visit = subject.visits[number]
-        held = held_bytes(subject.shapes, subject.layers, visit.stateful, storage, visit.stateless)
+        held = held_bytes(
+            subject.shapes,
+            subject.layers,
+            visit.stateful,
+            storage,
+            visit.stateless,
+            subject.following(number) if prefetches else (),
+        )
         rehearsal = subject.rehearse(
             visit,
             batch,

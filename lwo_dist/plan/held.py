@@ -71,13 +71,15 @@ class Held:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_state_bytes: int
-    park_bytes: int
+    park_bytes: int = 0
     master_bytes: int = 0
     """Of `optimizer_state_bytes`, ZeRO's fp32 copies of the weights."""
     stateless_bytes: int = 0
     """Of `gradient_bytes`, those of layers without optimizer state; whole under `replicate`."""
     orthogonalise_bytes: int = 0
     """Not held: temporary memory of the update of layers without optimizer state."""
+    prefetched_bytes: int = 0
+    """Parks of the next visit, on the device during the last step of this one; at most."""
 
     @property
     def device_bytes(self) -> int:
@@ -103,15 +105,28 @@ def held_bytes(
     active: Sequence[Layer],
     storage: Storage,
     stateless: Sequence[Layer] = (),
+    following: Iterable[Sequence[Layer]] = (),
 ) -> Held:
     """What a rank holds in the visit of `active`, once every layer has been visited.
 
     Args:
         stateless: layers that the visit updates too, without optimizer state; not under ZeRO.
+        following: the layers with optimizer state of each visit that may come next, where its parks
+            are prefetched: on a GPU.
     """
     make = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
-    others = [layer for layer in layers if layer not in active]
-    held = make(shapes, layers, active, others, storage)
+
+    def parked(layers: Iterable[Layer]) -> int:
+        masters = storage.parks_masters and storage.weight_bytes < 4
+        others = (layer for layer in layers if layer not in active)
+        numel = sum(_shard_of_layer(shapes, layer, storage) for layer in others)
+        return (8 * storage.keeps_moments + 2 * masters) * numel
+
+    held = replace(
+        make(shapes, layers, active, storage),
+        park_bytes=parked(layers),
+        prefetched_bytes=max(map(parked, following), default=0),
+    )
     if storage.updates_in_backward:
         return held
     size = storage.world_size
@@ -132,11 +147,23 @@ def held_bytes(
     )
 
 
+def _shard_of_layer(shapes: Shapes, layer: Layer, storage: Storage) -> int:
+    """Elements of a rank's part of a layer: of its weights, and of each of its moments."""
+    size = storage.world_size
+    if storage.kind == "replicate":
+        return flat_numel(shapes, layer, size) // size
+    if storage.kind == "fsdp":
+        return sum(shard_numel(shapes[name], size) for name in layer.parameter_names)
+    numels = [math.prod(shapes[name]) for name in layer.parameter_names]
+    if storage.stage == 3:
+        return sum(padded_numel(numel, size) // size for numel in numels)
+    return padded_numel(sum(numels), _ZERO_ALIGN * size) // size
+
+
 def _replicate(
     shapes: Shapes,
     layers: Sequence[Layer],
     active: Sequence[Layer],
-    others: Sequence[Layer],
     storage: Storage,
 ) -> Held:
     size = storage.world_size
@@ -144,12 +171,10 @@ def _replicate(
     rest = sum(math.prod(shape) for name, shape in shapes.items() if name not in trained)
     flat = {layer.name: flat_numel(shapes, layer, size) for layer in layers}
     numel = sum(flat[layer.name] for layer in active)
-    parked = sum(flat[layer.name] for layer in others) if storage.keeps_moments else 0
     return Held(
         parameter_bytes=4 * (rest + sum(flat.values())),
         gradient_bytes=4 * numel + (4 * numel // size if size > 1 else 0),
         optimizer_state_bytes=8 * numel // size,
-        park_bytes=8 * parked // size,
     )
 
 
@@ -157,21 +182,16 @@ def _fsdp(
     shapes: Shapes,
     layers: Sequence[Layer],
     active: Sequence[Layer],
-    others: Sequence[Layer],
     storage: Storage,
 ) -> Held:
     def numel(names: Iterable[str]) -> int:
         return sum(shard_numel(shapes[name], storage.world_size) for name in names)
 
     trained = numel(name for layer in active for name in layer.parameter_names)
-    inactive = numel(name for layer in others for name in layer.parameter_names)
-    cast = storage.weight_bytes < 4
-    moments, masters = storage.keeps_moments, storage.parks_masters and cast
     return Held(
         parameter_bytes=storage.weight_bytes * numel(shapes) + (4 - storage.weight_bytes) * trained,
         gradient_bytes=4 * trained,
         optimizer_state_bytes=8 * trained,
-        park_bytes=(8 * moments + 2 * masters) * inactive,
     )
 
 
@@ -179,19 +199,10 @@ def _deepspeed(
     shapes: Shapes,
     layers: Sequence[Layer],
     active: Sequence[Layer],
-    others: Sequence[Layer],
     storage: Storage,
 ) -> Held:
     size = storage.world_size
-
-    def part(layer: Layer) -> int:
-        """Elements of a rank's part of the layer's masters."""
-        numels = [math.prod(shapes[name]) for name in layer.parameter_names]
-        if storage.stage == 3:
-            return sum(padded_numel(numel, size) // size for numel in numels)
-        return padded_numel(sum(numels), _ZERO_ALIGN * size) // size
-
-    own = sum(part(layer) for layer in active)
+    own = sum(_shard_of_layer(shapes, layer, storage) for layer in active)
     numels = [math.prod(shapes[name]) for layer in active for name in layer.parameter_names]
     whole = sum(numels)
     persistent = sum(numel for numel in numels if numel <= PERSISTENT)
@@ -204,12 +215,9 @@ def _deepspeed(
         gradients = 4 * own + 4 * whole
     else:
         weights += storage.weight_bytes * (size * own - whole)  # the flat group's padding
-    masters, moments = storage.parks_masters and storage.weight_bytes < 4, storage.keeps_moments
-    parked = sum(part(layer) for layer in others)
     return Held(
         parameter_bytes=weights,
         gradient_bytes=gradients,
         optimizer_state_bytes=12 * own,
-        park_bytes=(8 * moments + 2 * masters) * parked,
         master_bytes=4 * own,
     )

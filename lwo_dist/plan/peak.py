@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lwo_dist.memory import padded_numel
 
@@ -64,10 +64,13 @@ def peak_of(
     storage: Storage,
     compute_bytes: int,
 ) -> Instant:
-    """The instant of a step at which a rank needs most."""
+    """The instant of a step at which a rank needs most, in the last step of a visit: what is
+    prefetched counts as optimizer state.
+    """
     follow = {"replicate": _replicate, "fsdp": _fsdp, "deepspeed": _deepspeed}[storage.kind]
     instants = list(follow(held, moments, units, storage, compute_bytes))
-    return max(instants, key=lambda instant: instant.total)
+    most = max(instants, key=lambda instant: instant.total)
+    return replace(most, optimizer_state=most.optimizer_state + held.prefetched_bytes)
 
 
 _Follow = Callable[[Held, Sequence[Moment], Mapping[int, Unit], Storage, int], Iterator[Instant]]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lwo_dist.config.batch import check_world_sizes
 from lwo_dist.config.reading import load_config
 from lwo_dist.methods import Method
+from lwo_dist.plan.estimate import plan_one
 from lwo_dist.plan.gpus import USABLE
 from lwo_dist.registry import METHODS
 from lwo_dist.schedule import make_schedule
@@ -90,3 +92,26 @@ def test_moments_that_are_kept_are_in_checkpoints() -> None:
     others = sizes.numel(model) - sizes.largest_layer(model, config)
     bytes_of = [sizes.plan("1.5B", found, 1).whole_checkpoint_bytes for found in (config, kept)]
     assert bytes_of[1] - bytes_of[0] == 8 * others
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_each"),
+    [("lwo.state=reset", 0), ("lwo.state=keep", 8), ("fsdp.storage=bf16", 2)],
+)
+def test_what_the_next_visit_needs_is_on_the_gpu_during_the_last_step_of_this_one(
+    settings: str, bytes_each: int
+) -> None:
+    plain = ["lwo.stateless=none", "lwo.stateless_update=step", "strategy=fsdp", settings]
+    model: Any = sizes.model_of("7B")
+    layer = sizes.numel(model.model.layers[0])
+    head = sizes.numel(model.lm_head) + sizes.numel(model.model.norm)
+    for order, following in [("ascending", layer), ("random", head)]:
+        config = load_config(CONFIGS / "7b_1gpu_80gb.yaml", [*plain, f"lwo.order={order}"])
+        plan = sizes.plan("7B", config, 1)
+        assert plan.visit == "embed"
+        assert plan.held.prefetched_bytes == bytes_each * following
+        held = plan.held.optimizer_state_bytes
+        assert plan.peak.optimizer_state == held + bytes_each * following
+    # Nothing is copied where the shards are on the host.
+    on_cpu = plan_one(sizes.subject("7B", config), config, 1, bf16=True, on_gpu=False)
+    assert on_cpu.peak.optimizer_state == held
