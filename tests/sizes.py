@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lwo_dist.config import Config, LWOConfig, TrainConfig
 from lwo_dist.methods import Method
-from lwo_dist.plan.estimate import Plan, Subject, plan_one
+from lwo_dist.plan.estimate import Plan, plan_one
+from lwo_dist.plan.subject import Subject
 from lwo_dist.registry import METHODS
 
 __all__ = [

@@ -29,10 +29,10 @@ from lwo_dist.config.reading import load_config
 from lwo_dist.hook import LWO, attach
 from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.models.source import _enable_checkpointing
-from lwo_dist.plan.estimate import Plan, Subject, plan_one, storage_of
+from lwo_dist.plan.estimate import Plan, plan_one, storage_of
 from lwo_dist.plan.held import Held, held_bytes
 from lwo_dist.plan.live import LiveBytes
-from lwo_dist.plan.subject import read_architecture
+from lwo_dist.plan.subject import Subject, read_architecture
 from lwo_dist.registry import METHODS
 from lwo_dist.strategies.fsdp.builder import shard_model
 from lwo_dist.strategies.replicate import compute_in_bf16

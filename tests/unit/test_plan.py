@@ -18,11 +18,10 @@ from lwo_dist.errors import UserError
 from lwo_dist.layers import find_layers, separate_layers
 from lwo_dist.losses import IGNORED_LABEL, summed_loss
 from lwo_dist.models.source import _enable_checkpointing
-from lwo_dist.plan.estimate import Subject
 from lwo_dist.plan.gpus import GPUS, read_cluster
 from lwo_dist.plan.live import LiveBytes
 from lwo_dist.plan.rehearsal import Batch, forward_in_autocast, rehearse
-from lwo_dist.plan.subject import made_fake, read_architecture
+from lwo_dist.plan.subject import Subject, made_fake, read_architecture
 from lwo_dist.registry import METHODS
 from tests.benchmarks import peaks
 from tests.unit.test_gguf import Kind, small_model, write_gguf
