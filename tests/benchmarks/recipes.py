@@ -4,7 +4,9 @@
     python tests/benchmarks/recipes.py run --model MODEL --data FILE.pt --list RUNS.jsonl \
         --results FILE.jsonl
     python tests/benchmarks/recipes.py table --model MODEL --results FILE.jsonl
+    python tests/benchmarks/recipes.py intervals --results FILE.jsonl
     python tests/benchmarks/recipes.py picture --model MODEL --results FILE.jsonl
+    python tests/benchmarks/recipes.py time --model MODEL --data FILE.pt --list RUNS.jsonl
 
 MODEL is a folder or a GGUF file; a SOURCE is a folder whose name names it, split by file. A line of
 the list is a run:
@@ -12,7 +14,8 @@ the list is a run:
     {"source": "forgelm", "method": "lwo", "lwo": {"lr": 1e-3}, "steps": 93, "seed": 0}
 
 besides `rank` of lora. Several processes may work on one list: each takes the next run. A finished
-run is never repeated. Runs of a source and seed see the same sequences in the same order.
+run is never repeated. Runs of a source and seed see the same sequences in the same order. `time`
+runs no list to its end: its runs take turns, a step each, with nothing else on the device.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lwo_dist
@@ -41,6 +45,8 @@ from lwo_dist.config import Config, LWOConfig
 from lwo_dist.models.flops import flops_per_sequence, update_flops
 from lwo_dist.orthogonal import ITERATIONS
 from lwo_dist.registry import METHODS
+from lwo_dist.tasks import metrics
+from lwo_dist.tasks.intervals import paired_interval
 
 LENGTH = 512
 SEQUENCES = 8
@@ -50,9 +56,16 @@ SCORED = 96
 """Held-out sequences."""
 TAKEN_FROM = 128
 """Lines are scored that begin at this token of their sequence or later."""
+WRITTEN = 4
+"""Lines of a sequence that are written out after a run."""
+LINE_TOKENS = 40
 RANK = 16
 MUON = 5
 """Iterations of the runs that do not say how many."""
+TURNS, UNTIMED = 24, 4
+"""Steps of each run that `time` takes, and how many of them warm up."""
+OF_EXAMPLES = ("losses", "hits")
+"""Of a result: what it has for each held-out sequence and line."""
 
 
 # ---- data
@@ -114,48 +127,73 @@ def _gguf(model: Path) -> dict[str, str]:
 # ---- runs
 
 
-def train(run: dict[str, Any], base: Any, data: dict[str, Tensor], device: str) -> dict[str, Any]:
-    torch.manual_seed(run["seed"])
-    model = copy.deepcopy(base)
-    method = METHODS.get(run["method"])
-    method.prepare(model, Config(lora=_lora(run)))
-    model.to(device).train()
-    settings = {"steps_per_layer": 1, "order": "random", "state": "keep"}
-    if run["method"] != "lwo":
-        settings = {}
-    config = LWOConfig(
-        **{**settings, "warmup_steps": WARMUP, **run["lwo"]},
-        seed=run["seed"],
-        max_steps=run["steps"],
-    )
-    lwo = lwo_dist.attach(model, config, method)
-    order = _order(len(data["train"]), run["steps"] * SEQUENCES, run["seed"])
-    curve, seconds = [], []
-    for step in range(run["steps"]):
+class Training:
+    """One run of a list, a step at a time."""
+
+    def __init__(self, run: dict[str, Any], base: Any, train: Tensor, device: str):
+        torch.manual_seed(run["seed"])
+        model = copy.deepcopy(base)
+        method = METHODS.get(run["method"])
+        method.prepare(model, Config(lora=_lora(run)))
+        model.to(device).train()
+        settings = {"steps_per_layer": 1, "order": "random", "state": "keep"}
+        if run["method"] != "lwo":
+            settings = {}
+        config = LWOConfig(
+            **{**settings, "warmup_steps": WARMUP, **run["lwo"]},
+            seed=run["seed"],
+            max_steps=run["steps"],
+        )
+        self.lwo = lwo_dist.attach(model, config, method)
+        self.seconds: list[float] = []
+        self._device = device
+        self._train = train
+        self._order = _order(len(train), run["steps"] * SEQUENCES, run["seed"])
+
+    def step(self) -> None:
         began = time.perf_counter()
-        ids = data["train"][order[step * SEQUENCES :][:SEQUENCES]].long().to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = lwo_dist.causal_lm_loss(lwo.model, {"input_ids": ids, "labels": ids})
-        lwo.backward(loss)
-        lwo.step()
-        if device == "cuda":
+        chosen = self._order[len(self.seconds) * SEQUENCES :][:SEQUENCES]
+        ids = self._train[chosen].long().to(self._device)
+        with _bf16(self._device):
+            loss = lwo_dist.causal_lm_loss(self.lwo.model, {"input_ids": ids, "labels": ids})
+        self.lwo.backward(loss)
+        self.lwo.step()
+        if self._device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-        if (step + 1) % max(1, run["steps"] // 6) == 0 or step + 1 == run["steps"]:
-            loss_now, exact = score(lwo.model, data, device)
-            curve.append([step + 1, round(loss_now, 4), round(exact, 2)])
+        self.seconds.append(time.perf_counter() - began)
+
+
+def train(
+    run: dict[str, Any], base: Any, data: dict[str, Tensor], device: str, tokenizer: Any
+) -> dict[str, Any]:
+    training = Training(run, base, data["train"], device)
+    lwo = training.lwo
+    curve = []
+    for step in range(1, run["steps"] + 1):
+        training.step()
+        if step % max(1, run["steps"] // 6) == 0 or step == run["steps"]:
+            losses, hits = score(lwo.model, data, device)
+            exact = 100 * statistics.fmean(hits)
+            curve.append([step, round(statistics.fmean(losses), 4), round(exact, 2)])
     memory = lwo.memory()
     return {
         **run,
         "loss": curve[-1][1],
         "exact": curve[-1][2],
+        **write(lwo.model, data, device, tokenizer),
         "curve": curve,
         "iterations": ITERATIONS,
-        "ms": round(1000 * statistics.median(seconds), 1),
+        "ms": round(1000 * statistics.median(training.seconds), 1),
         "optimizer_state_bytes": memory["optimizer_state_bytes"],
         "gradient_bytes": memory["gradient_bytes"],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "losses": [round(loss, 4) for loss in losses],
+        "hits": "".join(map(str, map(int, hits))),
     }
+
+
+def _bf16(device: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
 def _lora(run: dict[str, Any]) -> dict[str, Any]:
@@ -170,32 +208,74 @@ def _order(number: int, wanted: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[float, float]:
-    """(loss in nats a token, % of lines of which every token is the likeliest).
+def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[list[float], list[bool]]:
+    """Of each sequence the loss in nats a token; of each scored line whether every token is the
+    likeliest.
 
     Given the true tokens before it, a line of which each token is the likeliest is what greedy
     decoding writes.
     """
     model.eval()
-    total, right, asked = 0.0, 0, 0
-    for ids, lines in zip(data["held"].split(8), data["lines"].split(8), strict=True):
+    losses: list[float] = []
+    right: list[bool] = []
+    for ids, numbers in zip(data["held"].split(8), data["lines"].split(8), strict=True):
         tokens = ids.long().to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with _bf16(device):
             logits = model(input_ids=tokens).logits[:, :-1].float()
         targets = tokens[:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-        total += losses.mean(1).sum().item()
+        of_token = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        losses += of_token.mean(1).tolist()
         hits = (logits.argmax(-1) == targets).cpu()
-        for row, numbers in zip(hits, lines[:, 1:], strict=True):
-            begun = {int(n) for n in numbers[: TAKEN_FROM - 1]} | {int(numbers[-1]), -1}
-            by_line = defaultdict(list)
-            for hit, number in zip(row.tolist(), numbers.tolist(), strict=True):
-                if number not in begun:
-                    by_line[number].append(hit)
-            asked += len(by_line)
-            right += sum(all(found) for found in by_line.values())
+        for row, lines in zip(hits, numbers, strict=True):
+            right += [bool(row[places - 1].all()) for places in _scored(lines)]
     model.train()
-    return total / len(data["held"]), 100 * right / max(1, asked)
+    return losses, right
+
+
+def _scored(lines: Tensor) -> list[Tensor]:
+    """The places of each scored line's tokens in one sequence."""
+    numbers = lines.tolist()
+    begun = {*numbers[:TAKEN_FROM], numbers[-1], -1}
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, number in enumerate(numbers):
+        if number not in begun:
+            places[number].append(place)
+    return list(map(torch.tensor, places.values()))
+
+
+@torch.no_grad()
+def write(model: Any, data: dict[str, Tensor], device: str, tokenizer: Any) -> dict[str, float]:
+    """Scores of the first `WRITTEN` scored lines of each sequence, written by greedy decoding."""
+    prompts, references = [], []
+    for ids, lines in zip(data["held"].long(), data["lines"], strict=True):
+        for places in _scored(lines)[:WRITTEN]:
+            prompts.append(ids[: places[0]])
+            references.append(tokenizer.decode(ids[places[0] : places[-1] + 1]))
+    model.eval()
+    predictions: list[str] = []
+    for at in range(0, len(prompts), 128):
+        part = prompts[at : at + 128]
+        longest = max(map(len, part))
+        # Padding on the left, so that all lines begin at the same place.
+        padded = torch.stack([pad(ids, (longest - len(ids), 0)) for ids in part])
+        mask = torch.stack([torch.arange(longest) >= longest - len(ids) for ids in part]).long()
+        with _bf16(device):
+            found = model.generate(
+                input_ids=padded.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=LINE_TOKENS,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        texts = tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+        predictions += [text.partition("\n")[0] for text in texts]
+    model.train()
+    return {
+        "written_exact": round(metrics.exact_match(predictions, references), 2),
+        "edit_similarity": round(metrics.edit_similarity(predictions, references), 2),
+        "bleu": round(metrics.bleu(predictions, references), 2),
+    }
 
 
 def taken(results: Path, runs: Sequence[dict[str, Any]], until: float) -> Iterator[dict[str, Any]]:
@@ -229,14 +309,42 @@ def run_all(model: Path, data: Path, runs: Path, results: Path, device: str, unt
         if _key({**run, "iterations": ITERATIONS}) not in known
     ]
     sources = torch.load(data)
-    base = AutoModelForCausalLM.from_pretrained(*_place(model), **_gguf(model), dtype=torch.float32)
-    base.config.use_cache = False
+    base, tokenizer = load(model)
     for run in taken(results, todo, until):
-        found = train(run, base, sources[run["source"]], device)
+        found = train(run, base, sources[run["source"]], device, tokenizer)
         with results.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
+        shown = {key: value for key, value in found.items() if key not in OF_EXAMPLES}
+        print(json.dumps(shown), flush=True)
+
+
+def time_all(model: Path, data: Path, runs: Path, device: str) -> None:
+    """Median step of each run. They take turns, so that what disturbs the machine disturbs all."""
+    sources = torch.load(data)
+    base, _ = load(model)
+    contenders = [
+        (run, Training(run, base, sources[run["source"]]["train"], device))
+        for run in map(json.loads, _lines(runs))
+    ]
+    for turn in range(TURNS):
+        for _, training in contenders[:: -1 if turn % 2 else 1]:
+            training.step()
+    medians = [statistics.median(t.seconds[UNTIMED:]) for _, t in contenders]
+    print("| recipe | ms a step | of the first | fastest, slowest |")
+    print("|---|---|---|---|")
+    for (run, training), own in zip(contenders, medians, strict=True):
+        low, high = (1000 * pick(training.seconds[UNTIMED:]) for pick in (min, max))
+        print(
+            f"| {_recipe({**run, 'iterations': ITERATIONS})} | {1000 * own:.1f} |"
+            f" {own / medians[0]:.2f} | {low:.1f}, {high:.1f} |"
+        )
+
+
+def load(model: Path) -> tuple[Any, Any]:
+    base = AutoModelForCausalLM.from_pretrained(*_place(model), **_gguf(model), dtype=torch.float32)
+    base.config.use_cache = False
+    return base, AutoTokenizer.from_pretrained(*_place(model), **_gguf(model))
 
 
 def _lines(path: Path) -> list[str]:
@@ -260,13 +368,16 @@ def _iterations(run: dict[str, Any]) -> int:
 
 def table(model: Path, results: Path) -> None:
     """A row for each source, recipe, length and rate; means over the seeds."""
-    base = AutoModelForCausalLM.from_pretrained(*_place(model), **_gguf(model), dtype=torch.float32)
+    base, _ = load(model)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in map(json.loads, _lines(results)):
         groups[_key({**run, "seed": None})].append(run)
     flops: dict[str, float] = {}
-    print("| source | recipe | steps | TFLOP | seeds | loss | lines right, % | ms a step |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = (
+        "| source | recipe | steps | TFLOP | seeds | loss | lines right, % | BLEU | ms a step |"
+    )
+    print(columns)
+    print("|---" * columns.count(" | ") + "|---|")
     for runs in groups.values():
         run = runs[0]
         recipe = _recipe(run)
@@ -279,8 +390,65 @@ def table(model: Path, results: Path) -> None:
             f" {run['steps'] * flops[recipe] / 1e12:,.0f} | {len(runs)} |"
             f" {statistics.fmean(losses):.3f}{spread} |"
             f" {statistics.fmean(each['exact'] for each in runs):.1f} |"
+            f" {_mean_bleu(runs)} |"
             f" {statistics.median(each['ms'] for each in runs):.0f} |"
         )
+
+
+def _mean_bleu(runs: Sequence[dict[str, Any]]) -> str:
+    scores = [run["bleu"] for run in runs if "bleu" in run]
+    return f"{statistics.fmean(scores):.1f}" if scores else ""
+
+
+def intervals(results: Path) -> None:
+    """How much better the others are than the best rate of each LoRA rank: means over the seeds
+    that both have, with paired 95 % intervals over sequences and lines.
+    """
+    by_source: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in map(json.loads, _lines(results)):
+        if all(name in run for name in OF_EXAMPLES):
+            by_source[run["source"]][_key({**run, "seed": None})].append(run)
+    print("| source | recipe | steps | against | seeds | loss lower by | more lines right, % |")
+    print("|---|---|---|---|---|---|---|")
+    for source, groups in by_source.items():
+        best: dict[int, list[dict[str, Any]]] = {}
+        for runs in groups.values():
+            rank = runs[0].get("rank", RANK)
+            if runs[0]["method"] == "lora" and (
+                rank not in best or _mean_loss(runs) < _mean_loss(best[rank])
+            ):
+                best[rank] = runs
+        for runs in groups.values():
+            for reference in best.values():
+                if runs[0]["method"] != "lora":
+                    _tell_interval(source, reference, runs)
+
+
+def _mean_loss(runs: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(run["loss"] for run in runs)
+
+
+def _tell_interval(
+    source: str, reference: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+) -> None:
+    seeds = {run["seed"] for run in reference} & {run["seed"] for run in runs}
+    if not seeds:
+        return
+    sides = [[run for run in side if run["seed"] in seeds] for side in (reference, runs)]
+    losses, hits = (
+        [
+            [statistics.fmean(map(float, values)) for values in zip(*each, strict=True)]
+            for each in ([run[name] for run in side] for side in sides)
+        ]
+        for name in OF_EXAMPLES
+    )
+    better, low, high = paired_interval(losses[1], losses[0])
+    more, least, most = (100 * value for value in paired_interval(*hits))
+    print(
+        f"| {source} | {_recipe(runs[0])} | {runs[0]['steps']} | {_recipe(reference[0])} |"
+        f" {len(seeds)} | {better:+.3f} ({low:+.3f} to {high:+.3f}) |"
+        f" {more:+.2f} ({least:+.2f} to {most:+.2f}) |"
+    )
 
 
 def picture(model: Path, results: Path) -> None:
@@ -290,7 +458,7 @@ def picture(model: Path, results: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    base = AutoModelForCausalLM.from_pretrained(*_place(model), **_gguf(model), dtype=torch.float32)
+    base, _ = load(model)
     runs = [json.loads(line) for line in _lines(results)]
     sources = [
         name for name in dict.fromkeys(run["source"] for run in runs) if _compares(name, runs)
@@ -355,21 +523,28 @@ def flops_of_step(run: dict[str, Any], base: Any) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("prepare", "run", "table", "picture"))
+    commands = ("prepare", "run", "table", "intervals", "picture", "time")
+    parser.add_argument("command", choices=commands)
     parser.add_argument("sources", type=Path, nargs="*", metavar="SOURCE")
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--list", type=Path)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--until", type=float, default=float("inf"), help="start no run after it")
     given = parser.parse_intermixed_args(argv)
+    if given.model is None and given.command != "intervals":
+        parser.error(f"{given.command} needs --model")
     if given.command == "prepare":
         prepare(given.model, given.data, given.sources)
     elif given.command == "run":
         run_all(given.model, given.data, given.list, given.results, given.device, given.until)
+    elif given.command == "time":
+        time_all(given.model, given.data, given.list, given.device)
     elif given.command == "table":
         table(given.model, given.results)
+    elif given.command == "intervals":
+        intervals(given.results)
     else:
         picture(given.model, given.results)
 

@@ -22,6 +22,8 @@ LWO = {"lr": 1e-3, "stateless": "all", "embeddings": "always"}
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "LENGTH", 32)
     monkeypatch.setattr(recipes, "TAKEN_FROM", 8)
+    monkeypatch.setattr(recipes, "TURNS", 3)
+    monkeypatch.setattr(recipes, "UNTIMED", 1)
 
 
 def test_from_sources_to_a_table(
@@ -68,7 +70,17 @@ def test_from_sources_to_a_table(
     recipes.main(["table", *where, "--results", str(results)])
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + 3
+    assert rows[1].count("|") == rows[0].count("|") == rows[2].count("|")
     assert "lwo: lr 0.001, stateless all, embeddings always, 3 iterations | 3 |" in rows[2]
+    recipes.main(["intervals", "--results", str(results)])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + 2  # lwo and full, against lora
+    gain = found[2]["loss"] - found[0]["loss"]
+    assert f"| 3 | lora: lr 0.001 | 1 | {gain:+.3f} (" in rows[2]
+    recipes.main(["time", *where, "--list", str(runs)])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in rows[3:]] == ["| full: lr 0.001", "| lora: lr 0.001"]
+    assert rows[2].split(" | ")[2] == "1.00"
     recipes.main(["picture", *where, "--results", str(results)])
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # Runs from before the field was there took five iterations: other runs, with more operations.
@@ -105,8 +117,33 @@ def test_a_line_is_right_if_every_token_is(short: None) -> None:
     known = ids.clone()
     known[0, 17] += 1  # in line 4
     data = {"held": ids, "lines": lines}
-    loss, exact = recipes.score(_Fixed(known), data, "cpu")
+    losses, hits = recipes.score(_Fixed(known), data, "cpu")
     # Lines 0 and 1 begin too early, and the last one may go on.
-    assert exact == pytest.approx(100 * 4 / 5)
+    assert hits == [True, True, False, True, True]
     right = math.log(math.exp(10) + 15) - 10
-    assert loss == pytest.approx((30 * right + right + 10) / 31)
+    assert losses == pytest.approx([(30 * right + right + 10) / 31])
+
+
+def test_written_lines_are_right_where_every_token_was_the_likeliest(
+    short: None, tmp_path: Path
+) -> None:
+    source = tmp_path / "package"
+    source.mkdir()
+    for i in range(16):
+        lines = [f"    total = total + values[{i * j % 7}]" for j in range(20)]
+        (source / f"module_{i}.py").write_text("\n".join(["def f(values):", *lines, ""]))
+    folder, data = tmp_path / "model", tmp_path / "data.pt"
+    save_tiny_model(folder, [path.read_text() for path in source.iterdir()])
+    recipes.main(["prepare", "--model", str(folder), "--data", str(data), str(source)])
+    own = torch.load(data)["package"]
+    base, tokenizer = recipes.load(folder)
+    run = {"source": "package", "method": "full", "lwo": {"lr": 1e-2}, "steps": 60, "seed": 0}
+    training = recipes.Training(run, base, own["train"], "cpu")
+    for _ in range(run["steps"]):
+        training.step()
+    model = training.lwo.model
+    _, hits = recipes.score(model, own, "cpu")
+    assert 0 < sum(hits) < len(hits)
+    found = recipes.write(model, own, "cpu", tokenizer)
+    assert found["written_exact"] == pytest.approx(100 * sum(hits) / len(hits), abs=0.01)
+    assert found["written_exact"] <= found["edit_similarity"] < 100

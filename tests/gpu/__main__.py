@@ -34,6 +34,9 @@ BOUND_OF_WEIGHTS = 1e-6
 """After 14 steps. The norms compute in float32: now and then a sum in another order is rounded to
 another number, and AdamW turns any gradient into a step of about `lr`. An H200 differs by 4e-8; a
 missing step would by 3e-4."""
+BOUND_OF_DIRECTIONS = 1e-4
+"""`orthogonalise` makes the small parts of a gradient some 500 times larger, and with them what the
+norms round. A step moves a weight by about 1e-3."""
 
 
 class SkipError(Exception):
@@ -71,6 +74,21 @@ def check_suffix_backward(device: torch.device, strategy: str) -> str:
         )
     _require(dropped > 10, f"{dropped} sublayers were dropped")
     return f"{dropped} sublayers dropped"
+
+
+def check_stateless(device: torch.device, strategy: str) -> str:
+    """All layers move in every step, as on the CPU; the embedding with its own moments."""
+    settings = {"stateless": "all", "embeddings": "always", "state": "keep", "order": "random"}
+    here = _attach(_model(strategy, torch.float64, device), **settings)
+    there = _attach(oracle.tiny_model(tied=False, dtype=torch.float64), **settings)
+    for step in range(RECIPE.steps):
+        loss = _step(here, step, device)
+        expected = _step(there, step, torch.device("cpu"))
+        _equal(torch.tensor(loss), torch.tensor(expected), "the loss", BOUND_OF_WEIGHTS)
+    expected_weights = _weights(there)
+    for name, weight in _weights(here).items():
+        _equal(weight, expected_weights[name].double(), name, BOUND_OF_DIRECTIONS)
+    return f"{len(here.visit.stateless)} layers beside the active one"
 
 
 def _keep_busy(device: torch.device) -> None:
@@ -171,6 +189,8 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     },
     "suffix_backward, replicate": lambda device: check_suffix_backward(device, "replicate"),
     "suffix_backward, fsdp": lambda device: check_suffix_backward(device, "fsdp"),
+    "stateless, replicate": lambda device: check_stateless(device, "replicate"),
+    "stateless, fsdp": lambda device: check_stateless(device, "fsdp"),
     "parks": check_parks,
     "bf16 storage": check_bf16_storage,
     "watchdog": check_watchdog,
