@@ -639,6 +639,7 @@ class LWO:
             "steps_per_layer": self.config.steps_per_layer,
             "layer_weights": dict(self.config.layer_weights),
             "stateless": self.config.stateless,
+            "stateless_every": self.config.stateless_every,
         }
 
     def _refuse_mid_accumulation(self, what: str, remedy: str) -> None:

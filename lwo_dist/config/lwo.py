@@ -77,6 +77,14 @@ class LWOConfig(Settings):
             " all; strategy: fsdp or replicate"
         ),
     )
+    stateless_every: int = Field(
+        1,
+        ge=1,
+        description=(
+            "2: a step updates every second one of the layers of stateless, counted from the active"
+            " one; 3: every third; 1: all of them"
+        ),
+    )
     stateless_update: Literal["step", "backward"] = Field(
         "step",
         description=(
@@ -172,6 +180,11 @@ class LWOConfig(Settings):
             raise ValueError(
                 f"stateless: {self.stateless} needs the gradients that suffix_backward ="
                 f" {self.suffix_backward:g} leaves out; set suffix_backward: 1"
+            )
+        if self.stateless == "none" and self.stateless_every > 1:
+            raise ValueError(
+                f"stateless_every = {self.stateless_every} has no effect with stateless: none; set"
+                " stateless: suffix or all, or drop it"
             )
         if self.stateless_update == "backward" and self.gradient_accumulation_steps > 1:
             raise ValueError(

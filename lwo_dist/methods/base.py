@@ -114,12 +114,14 @@ class Method(ABC):
         return visits
 
     def _with_stateless(self, visit: Visit, layers: Sequence[Layer], config: LWOConfig) -> Visit:
+        here = layers.index(visit.active)
         others = tuple(
             layer
-            for layer in layers
+            for place, layer in enumerate(layers)
             if layer not in visit.stateful
             and not layer.is_outside
             and (config.stateless == "all" or layer.depth >= visit.active.depth)
+            and (place - here) % config.stateless_every == 0
         )
         return replace(visit, stateless=others)
 

@@ -16,7 +16,12 @@ class LayerWise(Method):
     """The embedding, each transformer layer (or group of neighbours), the head."""
 
     name = "lwo"
-    own_settings = ("lwo.embeddings", "lwo.stateless", "lwo.stateless_update")
+    own_settings = (
+        "lwo.embeddings",
+        "lwo.stateless",
+        "lwo.stateless_every",
+        "lwo.stateless_update",
+    )
     free_on_resume = ("lwo.stateless_update",)
 
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:

@@ -49,7 +49,7 @@ _LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during
 
 class ReplicateBuilder(StrategyBuilder):
     name = "replicate"
-    own_settings = ("lwo.stateless", "lwo.stateless_update")
+    own_settings = ("lwo.stateless", "lwo.stateless_every", "lwo.stateless_update")
     updates_whole_layers = True
     updates_in_backward = True
 

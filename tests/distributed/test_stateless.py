@@ -79,17 +79,15 @@ def newton_schulz(gradient: Tensor) -> Tensor:
     x = gradient / gradient.norm() / 1.02
     wide = x.T if x.shape[0] > x.shape[1] else x
     gram = wide @ wide.T
-    wide = 8.0934 * wide - 23.6205 * gram @ wide + 17.4462 * gram @ gram @ wide
+    wide = 7.0441 * wide - 19.4937 * gram @ wide + 14.169 * gram @ gram @ wide
     gram = wide @ wide.T
-    wide = 3.6366 * wide - 2.7219 * gram @ wide + 0.5365 * gram @ gram @ wide
-    gram = wide @ wide.T
-    wide = 2.6613 * wide - 1.9772 * gram @ wide + 0.4526 * gram @ gram @ wide
+    wide = 2.7004 * wide - 2.0091 * gram @ wide + 0.4562 * gram @ gram @ wide
     x = wide.T if x.shape[0] > x.shape[1] else wide
     return x * math.sqrt(max(x.shape))
 
 
 def plain_loop(
-    *, tied: bool, stateless: str, embeddings: str
+    *, tied: bool, stateless: str, embeddings: str, every: int = 1
 ) -> tuple[list[float], dict[str, Tensor]]:
     """AdamW on the active layer (and the embedding); the others move by their gradient alone."""
     model = make_model(tied)
@@ -121,7 +119,9 @@ def plain_loop(
         others = [
             parameters[name]
             for layer in inside
-            if layer is not active and moves(layer, active)
+            if layer is not active
+            and moves(layer, active)
+            and (layers.index(layer) - layers.index(active)) % every == 0
             for name in layer.parameter_names
         ]
         tokens, labels = oracle.global_batch(step)
@@ -163,9 +163,9 @@ def attached(
 
 
 def hook_loop(
-    strategy: str, tied: bool, stateless: str, embeddings: str
+    strategy: str, tied: bool, stateless: str, embeddings: str, every: int = 1
 ) -> tuple[list[float], dict[str, Tensor]]:
-    lwo = attached(tied, stateless, embeddings, strategy)
+    lwo = attached(tied, stateless, embeddings, strategy, stateless_every=every)
     shapes = {name: tuple(p.shape) for name, p in lwo.module.named_parameters()}
     storage = Storage(strategy, distributed.world_size())
     losses = []
@@ -218,6 +218,46 @@ def test_layers_without_state_equal_a_plain_loop(
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "stateless", "embeddings", "every"),
+    [
+        ("replicate", 1, "all", "always", 2),
+        ("replicate", 2, "all", "visit", 2),
+        ("replicate", 2, "suffix", "always", 3),
+        ("fsdp", 2, "all", "always", 2),
+    ],
+)
+def test_every_second_layer_without_state_equals_a_plain_loop(
+    strategy: str, world_size: int, stateless: str, embeddings: str, every: int
+) -> None:
+    expected, expected_weights = plain_loop(
+        tied=False, stateless=stateless, embeddings=embeddings, every=every
+    )
+    ranks = run_ranks(hook_loop, world_size, strategy, False, stateless, embeddings, every)
+    for losses, found in ranks:
+        assert losses == pytest.approx(expected, abs=1e-10)
+        for name, tensor in expected_weights.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_which_layers_move_beside_the_active_one() -> None:
+    lwo = attached(False, "all", "visit", stateless_every=2)
+    moving = {v.active.name: [layer.name for layer in v.stateless] for v in lwo.visits}
+    assert moving == {
+        "embed": ["layer_1", "layer_3"],
+        "layer_0": ["layer_2"],
+        "layer_1": ["layer_3"],
+        "layer_2": ["layer_0"],
+        "layer_3": ["layer_1"],
+        "head": ["layer_0", "layer_2"],
+    }
+    state = lwo.state_dict()
+    lwo.detach()
+    other = attached(False, "all", "visit", stateless_every=3)
+    with pytest.raises(UserError, match="made with stateless_every = 2"):
+        other.load_state_dict(state)
+
+
 def embeddings_always(tied: bool) -> tuple[list[float], dict[str, Tensor]]:
     return training.train(attached(tied, "none", "always", "fsdp"), RECIPE.steps)
 
@@ -253,6 +293,7 @@ def test_the_embedding_is_trained_in_every_step_under_zero(stage: int) -> None:
         (2, "replicate", "all", "always", "step"),
         (2, "fsdp", "all", "always", "step"),
         (1, "replicate", "all", "always", "backward"),
+        (2, "replicate", "all", "always", "every"),
     ],
 )
 def test_a_run_resumes_bit_for_bit(
@@ -264,10 +305,11 @@ def test_a_run_resumes_bit_for_bit(
     inputs: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    """Every layer changes in every step: the checkpoint has them all, and no state for most."""
+    """All layers change between two checkpoints, and most have no state."""
     overrides = [f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}"]
     overrides += [f"strategy={strategy}", "train.logging_steps=1", "checkpoint.steps=4"]
-    overrides += ["lwo.state=keep", "lwo.order=random", f"lwo.stateless_update={when}"]
+    overrides += ["lwo.state=keep", "lwo.order=random"]
+    overrides += ["lwo.stateless_every=2" if when == "every" else f"lwo.stateless_update={when}"]
     overrides += [f"cluster.num_workers={world_size}"]
     whole = prepare(make_config(inputs, tmp_path / "whole", *overrides))
     unbroken = run_ranks(whole_run, world_size, whole)[0]
@@ -375,6 +417,7 @@ def test_a_strategy_without_whole_gradients_refuses(own_method: bool) -> None:
         ({"stateless": "all", "batches": "cycle"}, "batches: fresh"),
         ({"embeddings": "always", "batches": "cycle"}, "batches: fresh"),
         ({"stateless": "suffix", "suffix_backward": 0.5}, "suffix_backward: 1"),
+        ({"stateless_every": 2}, "no effect with stateless: none"),
     ],
 )
 def test_settings_that_exclude_each_other(settings: dict[str, Any], said: str) -> None:
@@ -408,10 +451,13 @@ def test_a_run_refuses_before_it_starts(
 
 
 @pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
-@pytest.mark.parametrize("overrides", [("all", "always"), ("suffix", "visit")])
-def test_the_plan_is_what_is_measured(overrides: tuple[str, str], strategy: str) -> None:
-    stateless, embeddings = overrides
+@pytest.mark.parametrize(
+    "overrides", [("all", "always", 1), ("suffix", "visit", 1), ("all", "always", 2)]
+)
+def test_the_plan_is_what_is_measured(overrides: tuple[str, str, int], strategy: str) -> None:
+    stateless, embeddings, every = overrides
     more = (f"lwo.stateless={stateless}", f"lwo.embeddings={embeddings}")
+    more += (f"lwo.stateless_every={every}",)
     (row,) = compare(strategy, ["llama"], *more, methods=("lwo",))
     assert 0.97 < row["ratio"] < 1.03
     assert row["sent"] == row["plan_sent"]
@@ -426,11 +472,11 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, dtype=DTYPE)
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)
-    s[..., -1] = 0.0103
+    s[..., -1] = 0.0409
     matrices = u @ torch.diag_embed(s) @ v
     left, values, right = torch.linalg.svd(orthogonalise(1e-200 * matrices), full_matrices=False)
-    assert values.min() > 0.729
-    assert values.max() < 1.27
+    assert values.min() > 0.713
+    assert values.max() < 1.287
     assert orthogonalise(matrices).is_contiguous()
     # The directions are those of the gradient.
     torch.testing.assert_close(left @ right, u @ v)

@@ -25,7 +25,7 @@ __all__ = ["FSDPBuilder", "shard_model"]
 
 class FSDPBuilder(StrategyBuilder):
     name = "fsdp"
-    own_settings = ("fsdp.storage", "lwo.stateless")
+    own_settings = ("fsdp.storage", "lwo.stateless", "lwo.stateless_every")
     updates_whole_layers = True
 
     def drives(self, model: nn.Module) -> bool:
