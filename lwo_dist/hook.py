@@ -563,7 +563,9 @@ class LWO:
         self._refuse_mid_accumulation("load_state_dict()", "detach and attach again")
         by_layer = moments_by_layer(state_dict, self.layers, self.module)
         ours = self._schedule_of_layers()
-        for key, value in state_dict.get("schedule", ours).items():
+        # A state dict without `stateless_every` is older than that setting.
+        theirs = {"stateless_every": 1, **state_dict.get("schedule", ours)}
+        for key, value in theirs.items():
             if ours[key] != value:
                 raise UserError(
                     f"the checkpoint was made with {key} = {value}, the model is attached with"

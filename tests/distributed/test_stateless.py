@@ -256,6 +256,9 @@ def test_which_layers_move_beside_the_active_one() -> None:
     other = attached(False, "all", "visit", stateless_every=3)
     with pytest.raises(UserError, match="made with stateless_every = 2"):
         other.load_state_dict(state)
+    del state["schedule"]["stateless_every"]  # as before the setting was there
+    with pytest.raises(UserError, match="made with stateless_every = 1"):
+        other.load_state_dict(state)
 
 
 def embeddings_always(tied: bool) -> tuple[list[float], dict[str, Tensor]]:
