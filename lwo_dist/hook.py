@@ -633,7 +633,7 @@ class LWO:
         return switched
 
     def _schedule_of_layers(self) -> dict[str, Any]:
-        """What decides which layer is active at a step."""
+        """What decides which layers a step updates."""
         return {
             "layers": [visit.active.name for visit in self.visits],
             "order": self.config.order,

@@ -4,10 +4,9 @@ AdamW needs two moments to know how large a step each weight should take. A grad
 singular values set to 1 has a known size, so it can be used as it is: this is Muon (Jordan et al.,
 2024) without momentum. Scale does not matter, so these gradients are not clipped either.
 
-Muon takes five iterations with one polynomial. We take two, with the best polynomial for each
-(Polar Express; Amsel et al., 2025), at 0.4 of the operations: singular values below 0.04 of the
-norm stay smaller than with five, and training loses next to nothing by it
-(tests/benchmarks/README.md).
+Muon takes five iterations with one polynomial. Here two are enough, with the best polynomial for
+each (Polar Express; Amsel et al., 2025), at 0.4 of the operations. Singular values below 0.04 of
+the norm stay smaller than with five; the loss is nearly the same (tests/benchmarks/README.md).
 
 `torch.optim.Muon` is not used: it keeps a momentum buffer for each matrix, also with a momentum of
 0, computes in bf16 on every device, and cannot skip a step by a tensor on the device.
@@ -39,12 +38,13 @@ _QUINTICS = (
 )
 """Of each iteration, the coefficients of x -> a x + b x^3 + c x^5. One after the other they bring
 singular values between 0.04 and 1 to between 0.71 and 1.29: no two odd polynomials of degree 5
-come nearer to 1. Smaller ones grow 19-fold."""
+come nearer to 1. Smaller ones grow at most 19-fold."""
 ITERATIONS = len(_QUINTICS)
 _AT_ONCE = 2**24
 """Elements that are orthogonalised together; a larger matrix comes alone."""
 _MARGIN = 1.02
-"""The first polynomial is steep at 1: in bf16, a norm rounded down would turn 1 into 3."""
+"""The first polynomial is steep at 1: a norm that bf16 makes 1 % too small would turn 1 into
+2.9."""
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

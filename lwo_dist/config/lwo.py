@@ -81,8 +81,8 @@ class LWOConfig(Settings):
         1,
         ge=1,
         description=(
-            "2: a step updates every second one of the layers of stateless, counted from the active"
-            " one; 3: every third; 1: all of them"
+            "update only every n-th of the layers of stateless in a step, counted from the active"
+            " layer; 1: all of them"
         ),
     )
     stateless_update: Literal["step", "backward"] = Field(

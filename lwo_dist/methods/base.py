@@ -79,10 +79,10 @@ class Method(ABC):
         return [Visit(layer) for layer in layers]
 
     def cycle(self, layers: Sequence[Layer], config: LWOConfig) -> list[Visit]:
-        """`visits`, and beside each active layer what `config` trains in every step.
+        """`visits`, and what `config` trains beside each active layer.
 
         Raises:
-            UserError: `embeddings` or `stateless` would have no effect.
+            UserError: `embeddings`, `stateless` or `stateless_every` would have no effect.
         """
         visits = self.visits(layers)
         if config.embeddings == "always":
@@ -107,6 +107,11 @@ class Method(ABC):
         if config.stateless != "none":
             visits = [self._with_stateless(visit, layers, config) for visit in visits]
             if not any(visit.stateless for visit in visits):
+                if config.stateless_every > 1:
+                    raise UserError(
+                        f"lwo.stateless_every = {config.stateless_every} leaves no layer for"
+                        f" lwo.stateless: {config.stateless} to update; set a smaller one"
+                    )
                 raise UserError(
                     f"lwo.stateless: {config.stateless} has no effect with method: {self.name},"
                     " which leaves no transformer layer out of a visit; drop it"
@@ -114,14 +119,14 @@ class Method(ABC):
         return visits
 
     def _with_stateless(self, visit: Visit, layers: Sequence[Layer], config: LWOConfig) -> Visit:
-        here = layers.index(visit.active)
+        active = layers.index(visit.active)
         others = tuple(
             layer
-            for place, layer in enumerate(layers)
+            for index, layer in enumerate(layers)
             if layer not in visit.stateful
             and not layer.is_outside
             and (config.stateless == "all" or layer.depth >= visit.active.depth)
-            and (place - here) % config.stateless_every == 0
+            and (index - active) % config.stateless_every == 0
         )
         return replace(visit, stateless=others)
 

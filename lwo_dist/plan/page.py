@@ -96,7 +96,7 @@ def _explanations(plans: Plans, cluster: Cluster | None) -> Iterator[str]:
         yield f"> this config: {plan.method} with {plan.name}; worst in visits of {plan.visit}"
         yield (
             f"  checkpoints: {human_bytes(plan.whole_checkpoint_bytes)} the first time, then up to"
-            f" {human_bytes(plan.checkpoint_bytes)} for each layer that has changed since"
+            f" {human_bytes(plan.checkpoint_bytes)} for each visit since"
         )
 
 

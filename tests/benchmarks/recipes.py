@@ -15,7 +15,7 @@ the list is a run:
 
 besides `rank` of lora. Several processes may work on one list: each takes the next run. A finished
 run is never repeated. Runs of a source and seed see the same sequences in the same order. `time`
-runs no list to its end: its runs take turns, a step each, with nothing else on the device.
+takes 24 steps of each run, in turn, and prints the median. Keep the device free of other work.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,12 @@ LINE_TOKENS = 40
 RANK = 16
 MUON = 5
 """Iterations of the runs that do not say how many."""
-TURNS, UNTIMED = 24, 4
-"""Steps of each run that `time` takes, and how many of them warm up."""
-OF_EXAMPLES = ("losses", "hits")
-"""Of a result: what it has for each held-out sequence and line."""
+TURNS = 24
+"""Steps of each run that `time` takes."""
+UNTIMED = 4
+"""Of these, the first ones, which warm up."""
+OF_SEQUENCES = ("losses", "hits")
+"""Keys of a result that hold one value per held-out sequence."""
 
 
 # ---- data
@@ -173,7 +176,7 @@ def train(
         training.step()
         if step % max(1, run["steps"] // 6) == 0 or step == run["steps"]:
             losses, hits = score(lwo.model, data, device)
-            exact = 100 * statistics.fmean(hits)
+            exact = 100 * statistics.fmean(hit == "1" for hit in "".join(hits))
             curve.append([step, round(statistics.fmean(losses), 4), round(exact, 2)])
     memory = lwo.memory()
     return {
@@ -188,7 +191,7 @@ def train(
         "gradient_bytes": memory["gradient_bytes"],
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "losses": [round(loss, 4) for loss in losses],
-        "hits": "".join(map(str, map(int, hits))),
+        "hits": hits,
     }
 
 
@@ -208,16 +211,16 @@ def _order(number: int, wanted: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[list[float], list[bool]]:
-    """Of each sequence the loss in nats a token; of each scored line whether every token is the
-    likeliest.
+def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[list[float], list[str]]:
+    """Of each sequence the loss in nats a token, and a digit for each scored line: 1 if every token
+    is the likeliest.
 
     Given the true tokens before it, a line of which each token is the likeliest is what greedy
     decoding writes.
     """
     model.eval()
     losses: list[float] = []
-    right: list[bool] = []
+    right: list[str] = []
     for ids, numbers in zip(data["held"].split(8), data["lines"].split(8), strict=True):
         tokens = ids.long().to(device)
         with _bf16(device):
@@ -227,7 +230,9 @@ def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[list[float]
         losses += of_token.mean(1).tolist()
         hits = (logits.argmax(-1) == targets).cpu()
         for row, lines in zip(hits, numbers, strict=True):
-            right += [bool(row[places - 1].all()) for places in _scored(lines)]
+            right.append(
+                "".join("1" if row[places - 1].all() else "0" for places in _scored(lines))
+            )
     model.train()
     return losses, right
 
@@ -315,16 +320,18 @@ def run_all(model: Path, data: Path, runs: Path, results: Path, device: str, unt
         with results.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(found) + "\n")
-        shown = {key: value for key, value in found.items() if key not in OF_EXAMPLES}
+        shown = {key: value for key, value in found.items() if key not in OF_SEQUENCES}
         print(json.dumps(shown), flush=True)
 
 
 def time_all(model: Path, data: Path, runs: Path, device: str) -> None:
-    """Median step of each run. They take turns, so that what disturbs the machine disturbs all."""
+    """Print the median step time of each run. They take turns, so that what disturbs the machine
+    disturbs all.
+    """
     sources = torch.load(data)
     base, _ = load(model)
     contenders = [
-        (run, Training(run, base, sources[run["source"]]["train"], device))
+        (run, Training({**run, "steps": TURNS}, base, sources[run["source"]]["train"], device))
         for run in map(json.loads, _lines(runs))
     ]
     for turn in range(TURNS):
@@ -373,11 +380,8 @@ def table(model: Path, results: Path) -> None:
     for run in map(json.loads, _lines(results)):
         groups[_key({**run, "seed": None})].append(run)
     flops: dict[str, float] = {}
-    columns = (
-        "| source | recipe | steps | TFLOP | seeds | loss | lines right, % | BLEU | ms a step |"
-    )
-    print(columns)
-    print("|---" * columns.count(" | ") + "|---|")
+    print("| source | recipe | steps | TFLOP | seeds | loss | lines right, % | BLEU | ms a step |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for runs in groups.values():
         run = runs[0]
         recipe = _recipe(run)
@@ -401,14 +405,16 @@ def _mean_bleu(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def intervals(results: Path) -> None:
-    """How much better the others are than the best rate of each LoRA rank: means over the seeds
-    that both have, with paired 95 % intervals over sequences and lines.
+    """Compare every other recipe with the best run (rate and length) of each LoRA rank: means over
+    shared seeds, with paired 95 % intervals over the held-out sequences.
     """
     by_source: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in map(json.loads, _lines(results)):
-        if all(name in run for name in OF_EXAMPLES):
+        if all(name in run for name in OF_SEQUENCES):
             by_source[run["source"]][_key({**run, "seed": None})].append(run)
-    print("| source | recipe | steps | against | seeds | loss lower by | more lines right, % |")
+    print(
+        "| source | recipe | steps | against | seeds | loss lower by | lines right, points more |"
+    )
     print("|---|---|---|---|---|---|---|")
     for source, groups in by_source.items():
         best: dict[int, list[dict[str, Any]]] = {}
@@ -434,21 +440,27 @@ def _tell_interval(
     seeds = {run["seed"] for run in reference} & {run["seed"] for run in runs}
     if not seeds:
         return
-    sides = [[run for run in side if run["seed"] in seeds] for side in (reference, runs)]
-    losses, hits = (
-        [
-            [statistics.fmean(map(float, values)) for values in zip(*each, strict=True)]
-            for each in ([run[name] for run in side] for side in sides)
-        ]
-        for name in OF_EXAMPLES
-    )
-    better, low, high = paired_interval(losses[1], losses[0])
-    more, least, most = (100 * value for value in paired_interval(*hits))
+    theirs, ours = ([run for run in side if run["seed"] in seeds] for side in (reference, runs))
+    better, low, high = paired_interval(_mean_losses(ours), _mean_losses(theirs))
+    lines = list(map(len, ours[0]["hits"]))
+    before, after = (list(compress(_lines_right(side), lines)) for side in (theirs, ours))
+    more, least, most = paired_interval(before, after, list(filter(None, lines)))
     print(
-        f"| {source} | {_recipe(runs[0])} | {runs[0]['steps']} | {_recipe(reference[0])} |"
-        f" {len(seeds)} | {better:+.3f} ({low:+.3f} to {high:+.3f}) |"
-        f" {more:+.2f} ({least:+.2f} to {most:+.2f}) |"
+        f"| {source} | {_recipe(runs[0])} | {runs[0]['steps']} |"
+        f" {_recipe(reference[0])}; {reference[0]['steps']} steps | {len(seeds)} |"
+        f" {better:+.3f} ({low:+.3f} to {high:+.3f}) | {more:+.2f} ({least:+.2f} to {most:+.2f}) |"
     )
+
+
+def _mean_losses(runs: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each sequence."""
+    return [statistics.fmean(losses) for losses in zip(*(r["losses"] for r in runs), strict=True)]
+
+
+def _lines_right(runs: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each sequence, in %."""
+    joined = map("".join, zip(*(run["hits"] for run in runs), strict=True))
+    return [100 * hits.count("1") / max(1, len(hits)) for hits in joined]
 
 
 def picture(model: Path, results: Path) -> None:

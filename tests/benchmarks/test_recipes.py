@@ -76,7 +76,7 @@ def test_from_sources_to_a_table(
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + 2  # lwo and full, against lora
     gain = found[2]["loss"] - found[0]["loss"]
-    assert f"| 3 | lora: lr 0.001 | 1 | {gain:+.3f} (" in rows[2]
+    assert f"| 3 | lora: lr 0.001; 3 steps | 1 | {gain:+.3f} (" in rows[2]
     recipes.main(["time", *where, "--list", str(runs)])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[3:]] == ["| full: lr 0.001", "| lora: lr 0.001"]
@@ -119,7 +119,7 @@ def test_a_line_is_right_if_every_token_is(short: None) -> None:
     data = {"held": ids, "lines": lines}
     losses, hits = recipes.score(_Fixed(known), data, "cpu")
     # Lines 0 and 1 begin too early, and the last one may go on.
-    assert hits == [True, True, False, True, True]
+    assert hits == ["11011"]
     right = math.log(math.exp(10) + 15) - 10
     assert losses == pytest.approx([(30 * right + right + 10) / 31])
 
@@ -142,8 +142,33 @@ def test_written_lines_are_right_where_every_token_was_the_likeliest(
     for _ in range(run["steps"]):
         training.step()
     model = training.lwo.model
-    _, hits = recipes.score(model, own, "cpu")
-    assert 0 < sum(hits) < len(hits)
+    hits = "".join(recipes.score(model, own, "cpu")[1])
+    assert 0 < hits.count("1") < len(hits)
     found = recipes.write(model, own, "cpu", tokenizer)
-    assert found["written_exact"] == pytest.approx(100 * sum(hits) / len(hits), abs=0.01)
+    assert found["written_exact"] == pytest.approx(100 * hits.count("1") / len(hits), abs=0.01)
     assert found["written_exact"] <= found["edit_similarity"] < 100
+
+
+def test_intervals_are_over_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two seeds, and weighted by the number of lines of a sequence."""
+
+    def run(method: str, steps: int, seed: int, *hits: str) -> str:
+        lwo = {"lr": 1e-3}
+        named = {"source": "p", "method": method, "lwo": lwo, "steps": steps, "seed": seed}
+        losses = [1.0 + (method == "lora"), 2.0, 3.0]
+        return json.dumps({**named, "loss": steps / 10, "losses": losses, "hits": hits})
+
+    results = tmp_path / "results.jsonl"
+    lines = [
+        run("lora", 5, 0, "0000", "10", ""),
+        run("lora", 5, 1, "0000", "10", ""),
+        run("lora", 9, 0, "1111", "11", ""),  # a higher loss
+        run("lwo", 3, 0, "1100", "10", ""),
+        run("lwo", 3, 1, "1000", "10", ""),
+        run("lwo", 3, 2, "1111", "11", ""),  # a seed that LoRA lacks
+    ]
+    results.write_text("\n".join(lines))
+    recipes.main(["intervals", "--results", str(results)])
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert "| lora: lr 0.001; 5 steps | 2 | +0.333 (+0.000 to +1.000) |" in row
+    assert "| +25.00 (" in row  # 1.5 of 6 lines
