@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,22 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "UNTIMED", 1)
 
 
+def package(folder: Path, line: Callable[[int, int], str]) -> Path:
+    """16 files of 20 lines, line(file, number), and a model of their words in `folder`/model."""
+    source = folder / "package"
+    source.mkdir()
+    for i in range(16):
+        lines = [line(i, j) for j in range(20)]
+        (source / f"module_{i}.py").write_text("\n".join(["def f(values):", *lines, ""]))
+    save_tiny_model(folder / "model", [path.read_text() for path in source.iterdir()])
+    return source
+
+
 def test_from_sources_to_a_table(
     short: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = tmp_path / "package"
-    source.mkdir()
-    for i in range(16):
-        lines = [f"    total_{i} = total_{i} + values[{j}]" for j in range(20)]
-        (source / f"module_{i}.py").write_text("\n".join(["def f(values):", *lines, ""]))
+    source = package(tmp_path, lambda i, j: f"    total_{i} = total_{i} + values[{j}]")
     model, data = tmp_path / "model", tmp_path / "data.pt"
-    save_tiny_model(model, [path.read_text() for path in source.iterdir()])
     wanted: list[dict[str, Any]] = [
         {"source": "package", "method": method, "lwo": lwo, "steps": 3, "seed": 0}
         for method, lwo in (("lwo", LWO), ("full", {"lr": 1e-3}), ("lora", {"lr": 1e-3}))
@@ -127,13 +134,8 @@ def test_a_line_is_right_if_every_token_is(short: None) -> None:
 def test_written_lines_are_right_where_every_token_was_the_likeliest(
     short: None, tmp_path: Path
 ) -> None:
-    source = tmp_path / "package"
-    source.mkdir()
-    for i in range(16):
-        lines = [f"    total = total + values[{i * j % 7}]" for j in range(20)]
-        (source / f"module_{i}.py").write_text("\n".join(["def f(values):", *lines, ""]))
+    source = package(tmp_path, lambda i, j: f"    total = total + values[{i * j % 7}]")
     folder, data = tmp_path / "model", tmp_path / "data.pt"
-    save_tiny_model(folder, [path.read_text() for path in source.iterdir()])
     recipes.main(["prepare", "--model", str(folder), "--data", str(data), str(source)])
     own = torch.load(data)["package"]
     base, tokenizer = recipes.load(folder)
