@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tests.benchmarks import recipes
+from tests.benchmarks import recipe_runs, recipes
 from tests.models import save_tiny_model
 
 LWO = {"lr": 1e-3, "stateless": "all", "embeddings": "always"}
@@ -21,8 +21,8 @@ LWO = {"lr": 1e-3, "stateless": "all", "embeddings": "always"}
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipes, "LENGTH", 32)
-    monkeypatch.setattr(recipes, "TAKEN_FROM", 8)
+    monkeypatch.setattr(recipe_runs, "LENGTH", 32)
+    monkeypatch.setattr(recipe_runs, "TAKEN_FROM", 8)
     monkeypatch.setattr(recipes, "TURNS", 3)
     monkeypatch.setattr(recipes, "UNTIMED", 1)
 
@@ -124,7 +124,7 @@ def test_a_line_is_right_if_every_token_is(short: None) -> None:
     known = ids.clone()
     known[0, 17] += 1  # in line 4
     data = {"held": ids, "lines": lines}
-    losses, hits = recipes.score(_Fixed(known), data, "cpu")
+    losses, hits = recipe_runs.score(_Fixed(known), data, "cpu")
     # Lines 0 and 1 begin too early, and the last one may go on.
     assert hits == ["11011"]
     right = math.log(math.exp(10) + 15) - 10
@@ -138,15 +138,15 @@ def test_written_lines_are_right_where_every_token_was_the_likeliest(
     folder, data = tmp_path / "model", tmp_path / "data.pt"
     recipes.main(["prepare", "--model", str(folder), "--data", str(data), str(source)])
     own = torch.load(data)["package"]
-    base, tokenizer = recipes.load(folder)
+    base, tokenizer = recipe_runs.load(folder)
     run = {"source": "package", "method": "full", "lwo": {"lr": 1e-2}, "steps": 60, "seed": 0}
-    training = recipes.Training(run, base, own["train"], "cpu")
+    training = recipe_runs.Training(run, base, own["train"], "cpu")
     for _ in range(run["steps"]):
         training.step()
     model = training.lwo.model
-    hits = "".join(recipes.score(model, own, "cpu")[1])
+    hits = "".join(recipe_runs.score(model, own, "cpu")[1])
     assert 0 < hits.count("1") < len(hits)
-    found = recipes.write(model, own, "cpu", tokenizer)
+    found = recipe_runs.write(model, own, "cpu", tokenizer)
     assert found["written_exact"] == pytest.approx(100 * hits.count("1") / len(hits), abs=0.01)
     assert found["written_exact"] <= found["edit_similarity"] < 100
 
