@@ -100,7 +100,7 @@ def difference_figure(
             labels.append(f"{label}  {gain['mean']:+.3g}")
     axes.axvline(0, color=SOFT, linewidth=1)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)  # no labels while nothing can be compared
     axes.set_xlim(-1.1, 1.1)
     axes.set_xticks([])
     axes.set_title(f"better than {reference} to the right of the line", loc="left", color=INK)
