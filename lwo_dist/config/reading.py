@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from lwo_dist.errors import UserError
 
+from .base import MAX_SHOWN, one_line
 from .run import Config
 
 __all__ = ["load_config", "make_config", "read_values"]
@@ -19,7 +20,6 @@ __all__ = ["load_config", "make_config", "read_values"]
 _MAX_BYTES = 2**20
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
-_MAX_SHOWN = 200  # characters of a value shown in a message
 
 # What people type who know Hugging Face's TrainingArguments -> what to set here.
 _HF_NAMES = {
@@ -92,7 +92,7 @@ def make_config(values: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error, Config)) from None
     return config.with_steps(config.train.steps) if config.train.steps else config
 
 
@@ -109,7 +109,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} {error}") from None
     except _NOT_YAML as error:
         raise UserError(
-            f"config file {path} is not YAML: {' '.join(str(error).split())[:_MAX_SHOWN]}"
+            f"config file {path} is not YAML: {' '.join(str(error).split())[:MAX_SHOWN]}"
         ) from None
     if values is None:
         return {}
@@ -209,7 +209,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} must read key=value, for example lwo.lr=1e-4")
     *groups, name = key.split(".")
     if len(groups) > _MAX_DEPTH:
-        raise UserError(f"override {override[:_MAX_SHOWN]!r} has more than {_MAX_DEPTH} groups")
+        raise UserError(f"override {override[:MAX_SHOWN]!r} has more than {_MAX_DEPTH} groups")
     kind: Any = Config
     for group in groups:
         kind = _kind_of(kind, group)
@@ -222,11 +222,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         values[name] = _parse(text, _kind_of(kind, name))
     except _TooMuchError as error:
-        raise UserError(f"override {override[:_MAX_SHOWN]!r} {error}") from None
+        raise UserError(f"override {override[:MAX_SHOWN]!r} {error}") from None
     except _NOT_YAML:
         raise UserError(
-            f"override {override[:_MAX_SHOWN]!r}: {text[:_MAX_SHOWN]!r} is not a YAML value; quote"
-            " it"
+            f"override {override[:MAX_SHOWN]!r}: {text[:MAX_SHOWN]!r} is not a YAML value; quote it"
         ) from None
 
 
@@ -234,7 +233,7 @@ def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix:
     for key, value in values.items():
         field = model.model_fields.get(str(key))
         if field is None:
-            key = str(key)[:_MAX_SHOWN]
+            key = str(key)[:MAX_SHOWN]
             if key in _HF_NAMES:
                 raise UserError(f"unknown key {prefix}{key}; here it is {_HF_NAMES[key]}")
             hint = _nearest_key(key, model, prefix)
@@ -246,7 +245,7 @@ def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{prefix}{key} = {repr(value)[:_MAX_SHOWN]} must be a group of keys:"
+                    f"{prefix}{key} = {repr(value)[:MAX_SHOWN]} must be a group of keys:"
                     f" {', '.join(annotation.model_fields)}"
                 )
             _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
@@ -271,22 +270,3 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             keys.append(f"{prefix}{name}")
     return keys
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = ".".join(str(part)[:_MAX_SHOWN] for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if first["type"] == "value_error":
-        return f"{location}: {message}" if location else message
-    field: Any = Config
-    for part in first["loc"]:
-        field = getattr(field, "model_fields", {}).get(str(part))
-        if field is None:
-            break
-        description = field.description
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            field = field.annotation
-        else:
-            return f"{location} = {repr(first['input'])[:_MAX_SHOWN]}: {message} ({description})"
-    return f"{location} = {repr(first['input'])[:_MAX_SHOWN]}: {message}"

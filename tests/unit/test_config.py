@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -316,8 +317,27 @@ def test_a_config_can_be_written_and_read_again(tmp_path: Path) -> None:
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValidationError):
         load_config().lwo.lr = 1.0  # type: ignore[misc]
-    with pytest.raises(ValidationError, match="extra"):
-        LWOConfig(steps_per_layr=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0}, "lr = 0: must be greater than 0 (peak learning rate of AdamW)"),
+        ({"steps_per_layr": 3}, "unknown key steps_per_layr; did you mean steps_per_layer?"),
+        ({"learning_rate": 1e-4}, "unknown key learning_rate; known here: lr, betas, eps,"),
+        ({"order": "weighted"}, "order: weighted needs layer_weights"),
+        ({"layer_weights": {"head": "x"}}, "layer_weights.head = 'x': must be a valid number"),
+    ],
+)
+def test_settings_in_code_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        LWOConfig(**settings)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_group_in_code_is_refused_with_its_path() -> None:
+    with pytest.raises(UserError, match=r"^lwo\.lr = -1: must be greater than 0"):
+        Config(lwo={"lr": -1})  # type: ignore[arg-type]
 
 
 def test_every_field_says_what_it_is() -> None:
