@@ -58,8 +58,11 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "value_error":
         return f"{location}: {message}" if location else message
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location, model.model_fields, n=1)
-        known = ", ".join(model.model_fields)
+        group: Any = model
+        for part in first["loc"][:-1]:
+            group = group.model_fields[str(part)].annotation
+        near = difflib.get_close_matches(str(first["loc"][-1]), group.model_fields, n=1)
+        known = ", ".join(group.model_fields)
         mend = f"did you mean {near[0]}?" if near else f"known here: {known}"
         return f"unknown key {location}; {mend}"
     field: Any = model

@@ -338,6 +338,8 @@ def test_settings_in_code_are_refused_in_one_line(settings: dict[str, Any], mess
 def test_a_group_in_code_is_refused_with_its_path() -> None:
     with pytest.raises(UserError, match=r"^lwo\.lr = -1: must be greater than 0"):
         Config(lwo={"lr": -1})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^unknown key lwo\.lrr; did you mean lr\?"):
+        Config(lwo={"lrr": 1})  # type: ignore[arg-type]
 
 
 def test_every_field_says_what_it_is() -> None:
