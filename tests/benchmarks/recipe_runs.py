@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ from lwo_dist.orthogonal import ITERATIONS
 from lwo_dist.registry import METHODS
 from lwo_dist.tasks import metrics
 
-__all__ = ["Training", "load", "lora_settings", "prepare", "score", "train", "write"]
+__all__ = ["Training", "by_count", "load", "lora_settings", "prepare", "score", "train", "write"]
 
 LENGTH = 512
+"""Tokens of a sequence, unless `--length` says otherwise."""
 SEQUENCES = 8
 """Of a step."""
 WARMUP = 4
+POINTS = 6
+"""Of the curve of the held-out loss, unless a run says otherwise."""
+COUNTS = (0, 1, 3, 11, 51, 301)
+"""How often a token was trained on: the least of each class."""
 SCORED = 96
 """Held-out sequences."""
 TAKEN_FROM = 128
@@ -41,7 +47,8 @@ RANK = 16
 # ---- data
 
 
-def prepare(model: Path, target: Path, sources: Sequence[Path]) -> None:
+def prepare(model: Path, target: Path, sources: Sequence[Path], length: int) -> None:
+    """Sequences of `length` tokens of each source."""
     tokenizer = AutoTokenizer.from_pretrained(*_place(model), **_gguf(model))
     data = {}
     for source in sources:
@@ -51,15 +58,15 @@ def prepare(model: Path, target: Path, sources: Sequence[Path]) -> None:
         usable = [text for text in texts if 200 < len(text) < 200_000]
         held = max(1, len(usable) // 8)
         generator = torch.Generator().manual_seed(0)
-        scored, lines = _windows(tokenizer, usable[:held])
+        scored, lines = _windows(tokenizer, usable[:held], length)
         chosen = torch.randperm(len(scored), generator=generator)[:SCORED]
-        train, _ = _windows(tokenizer, usable[held:])
+        train, _ = _windows(tokenizer, usable[held:], length)
         data[source.name] = {"train": train, "held": scored[chosen], "lines": lines[chosen]}
         print(f"{source.name}: {len(train)} sequences to train on, {len(chosen)} held out")
     torch.save(data, target)
 
 
-def _windows(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _windows(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Token ids, and of each token the number of the line that it is part of; -1: not scored."""
     ids: list[int] = []
     lines: list[int] = []
@@ -78,11 +85,11 @@ def _windows(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
             lines.append(number if content and full else -1)
         ids.append(tokenizer.eos_token_id)
         lines.append(-1)
-    number = len(ids) // LENGTH
-    shape = (number, LENGTH)
+    number = len(ids) // length
+    shape = (number, length)
     return (
-        torch.tensor(ids[: number * LENGTH], dtype=torch.int32).view(shape),
-        torch.tensor(lines[: number * LENGTH], dtype=torch.int32).view(shape),
+        torch.tensor(ids[: number * length], dtype=torch.int32).view(shape),
+        torch.tensor(lines[: number * length], dtype=torch.int32).view(shape),
     )
 
 
@@ -120,6 +127,11 @@ class Training:
         self._train = train
         self._order = _order(len(train), run["steps"] * SEQUENCES, run["seed"])
 
+    @property
+    def seen(self) -> Tensor:
+        """The sequences of all steps so far."""
+        return self._train[self._order[: len(self.seconds) * SEQUENCES]]
+
     def step(self) -> None:
         began = time.perf_counter()
         chosen = self._order[len(self.seconds) * SEQUENCES :][:SEQUENCES]
@@ -139,18 +151,22 @@ def train(
     training = Training(run, base, data["train"], device)
     lwo = training.lwo
     curve = []
+    every = max(1, run["steps"] // run.get("points", POINTS))
     for step in range(1, run["steps"] + 1):
         training.step()
-        if step % max(1, run["steps"] // 6) == 0 or step == run["steps"]:
-            losses, hits = score(lwo.model, data, device)
+        if step % every == 0 or step == run["steps"]:
+            of_tokens, hits = score(lwo.model, data, device)
+            losses = of_tokens.mean(1).tolist()
             exact = 100 * statistics.fmean(hit == "1" for hit in "".join(hits))
             curve.append([step, round(statistics.fmean(losses), 4), round(exact, 2)])
     memory = lwo.memory()
     return {
         **run,
+        "length": data["train"].shape[1],
         "loss": curve[-1][1],
         "exact": curve[-1][2],
-        **write(lwo.model, data, device, tokenizer),
+        **(write(lwo.model, data, device, tokenizer) if run.get("write", True) else {}),
+        "by_count": by_count(of_tokens, data["held"], training.seen),
         "curve": curve,
         "iterations": ITERATIONS,
         "ms": round(1000 * statistics.median(training.seconds), 1),
@@ -178,15 +194,15 @@ def _order(number: int, wanted: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[list[float], list[str]]:
-    """Of each sequence the loss in nats a token, and a digit for each scored line: 1 if every token
-    is the likeliest.
+def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[Tensor, list[str]]:
+    """The loss of each token of each sequence but its first, in nats; and of each sequence a digit
+    for each scored line: 1 if every token is the likeliest.
 
     Given the true tokens before it, a line of which each token is the likeliest is what greedy
     decoding writes.
     """
     model.eval()
-    losses: list[float] = []
+    losses = []
     right: list[str] = []
     for ids, numbers in zip(data["held"].split(8), data["lines"].split(8), strict=True):
         tokens = ids.long().to(device)
@@ -194,14 +210,27 @@ def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[list[float]
             logits = model(input_ids=tokens).logits[:, :-1].float()
         targets = tokens[:, 1:]
         of_token = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-        losses += of_token.mean(1).tolist()
+        losses.append(of_token.cpu())
         hits = (logits.argmax(-1) == targets).cpu()
         for row, lines in zip(hits, numbers, strict=True):
             right.append(
                 "".join("1" if row[places - 1].all() else "0" for places in _scored(lines))
             )
     model.train()
-    return losses, right
+    return torch.cat(losses), right
+
+
+def by_count(losses: Tensor, held: Tensor, seen: Tensor) -> list[list[float | None]]:
+    """Of the held-out tokens that are at least `least` and less than the next `least` times in
+    `seen`: [`least`, how many they are, their mean loss].
+    """
+    vocabulary = 1 + int(torch.stack([held.max(), seen.max()]).max())
+    times = torch.bincount(seen.flatten(), minlength=vocabulary)[held[:, 1:].long()]
+    found: list[list[float | None]] = []
+    for least, below in pairwise((*COUNTS, torch.inf)):
+        own = losses[(times >= least) & (times < below)]
+        found.append([least, len(own), round(own.mean().item(), 4) if len(own) else None])
+    return found
 
 
 def _scored(lines: Tensor) -> list[Tensor]:

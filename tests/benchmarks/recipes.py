@@ -5,6 +5,7 @@
         --results FILE.jsonl
     python tests/benchmarks/recipes.py table --model MODEL --results FILE.jsonl
     python tests/benchmarks/recipes.py intervals --results FILE.jsonl
+    python tests/benchmarks/recipes.py tokens --results FILE.jsonl
     python tests/benchmarks/recipes.py picture --model MODEL --results FILE.jsonl
     python tests/benchmarks/recipes.py time --model MODEL --data FILE.pt --list RUNS.jsonl
 
@@ -13,9 +14,11 @@ the list is a run:
 
     {"source": "forgelm", "method": "lwo", "lwo": {"lr": 1e-3}, "steps": 93, "seed": 0}
 
-besides `rank` of lora. Several processes may work on one list: each takes the next run. A finished
-run is never repeated. Runs of a source and seed see the same sequences in the same order. `time`
-takes 24 steps of each run, in turn, and prints the median. Keep the device free of other work.
+besides `rank` of lora, `points` of the curve, and `"write": false` where no line shall be written.
+Several processes may work on one list: each takes the next run. A finished run is never repeated.
+Runs of a source and seed see the same sequences in the same order. `tokens` shows the loss by how
+often a run has trained on a token. `time` takes 24 steps of each run, in turn, and prints the
+median. Keep the device free of other work.
 """
 
 from __future__ import annotations
@@ -199,6 +202,26 @@ def intervals(results: Path) -> None:
                     _tell_interval(source, reference, runs)
 
 
+def tokens(results: Path) -> None:
+    """Held-out loss by how often the run has trained on a token; means over the seeds."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in map(json.loads, _lines(results)):
+        if "by_count" in run:
+            groups[_key({**run, "seed": None})].append(run)
+    classes = [f"from {least}" for least in recipe_runs.COUNTS]
+    print(f"| source | recipe | steps | seeds | all | {' | '.join(classes)} |")
+    print(f"|---|---|---|---|---|{'---|' * len(classes)}")
+    for runs in groups.values():
+        means = []
+        for class_of_each in zip(*(run["by_count"] for run in runs), strict=True):
+            losses = [loss for _, _, loss in class_of_each if loss is not None]
+            means.append(f"{statistics.fmean(losses):.3f}" if losses else "")
+        print(
+            f"| {runs[0]['source']} | {_recipe(runs[0])} | {runs[0]['steps']} | {len(runs)} |"
+            f" {_mean_loss(runs):.3f} | {' | '.join(means)} |"
+        )
+
+
 def _mean_loss(runs: Sequence[dict[str, Any]]) -> float:
     return statistics.fmean(run["loss"] for run in runs)
 
@@ -297,29 +320,29 @@ def flops_of_step(run: dict[str, Any], base: Any) -> float:
     method.prepare(model, Config(lora=lora_settings(run)))
     config = LWOConfig(**run["lwo"])
     visits = method.cycle(method.layers(model, config), config)
-    forward_and_backward = flops_per_sequence(
-        model, visits, recipe_runs.LENGTH, recipe_runs.LENGTH - 1
-    )
+    length = run.get("length", recipe_runs.LENGTH)
+    forward_and_backward = flops_per_sequence(model, visits, length, length - 1)
     orthogonalised = update_flops(model, visits) * _iterations(run) / ITERATIONS
     return recipe_runs.SEQUENCES * forward_and_backward + orthogonalised
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = ("prepare", "run", "table", "intervals", "picture", "time")
+    commands = ("prepare", "run", "table", "intervals", "tokens", "picture", "time")
     parser.add_argument("command", choices=commands)
     parser.add_argument("sources", type=Path, nargs="*", metavar="SOURCE")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--length", type=int, default=recipe_runs.LENGTH, help="tokens")
     parser.add_argument("--list", type=Path)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--until", type=float, default=float("inf"), help="start no run after it")
     given = parser.parse_intermixed_args(argv)
-    if given.model is None and given.command != "intervals":
+    if given.model is None and given.command not in ("intervals", "tokens"):
         parser.error(f"{given.command} needs --model")
     if given.command == "prepare":
-        prepare(given.model, given.data, given.sources)
+        prepare(given.model, given.data, given.sources, given.length)
     elif given.command == "run":
         run_all(given.model, given.data, given.list, given.results, given.device, given.until)
     elif given.command == "time":
@@ -328,6 +351,8 @@ def main(argv: list[str] | None = None) -> None:
         table(given.model, given.results)
     elif given.command == "intervals":
         intervals(given.results)
+    elif given.command == "tokens":
+        tokens(given.results)
     else:
         picture(given.model, given.results)
 

@@ -21,7 +21,7 @@ LWO = {"lr": 1e-3, "stateless": "all", "embeddings": "always"}
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_runs, "LENGTH", 32)
+    monkeypatch.setattr(recipe_runs, "LENGTH", 64)  # prepare is told 32
     monkeypatch.setattr(recipe_runs, "TAKEN_FROM", 8)
     monkeypatch.setattr(recipes, "TURNS", 3)
     monkeypatch.setattr(recipes, "UNTIMED", 1)
@@ -50,7 +50,7 @@ def test_from_sources_to_a_table(
     runs, results = tmp_path / "runs.jsonl", tmp_path / "results.jsonl"
     runs.write_text("\n".join(map(json.dumps, wanted)))
     where = ["--model", str(model), "--data", str(data), "--device", "cpu"]
-    recipes.main(["prepare", *where, str(source)])
+    recipes.main(["prepare", *where, "--length", "32", str(source)])
     again = ["run", *where, "--list", str(runs), "--results", str(results)]
     recipes.main(again)
     claims = results.with_suffix(".claims")
@@ -84,6 +84,12 @@ def test_from_sources_to_a_table(
     assert len(rows) == 2 + 2  # lwo and full, against lora
     gain = found[2]["loss"] - found[0]["loss"]
     assert f"| 3 | lora: lr 0.001; 3 steps | 1 | {gain:+.3f} (" in rows[2]
+    recipes.main(["tokens", "--results", str(results)])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + 3
+    all_tokens = sum(number for _, number, _ in found[0]["by_count"])
+    of_classes = sum(number * loss for _, number, loss in found[0]["by_count"] if number)
+    assert of_classes / all_tokens == pytest.approx(found[0]["loss"], abs=1e-4)
     recipes.main(["time", *where, "--list", str(runs)])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in rows[3:]] == ["| full: lr 0.001", "| lora: lr 0.001"]
@@ -125,10 +131,20 @@ def test_a_line_is_right_if_every_token_is(short: None) -> None:
     known[0, 17] += 1  # in line 4
     data = {"held": ids, "lines": lines}
     losses, hits = recipe_runs.score(_Fixed(known), data, "cpu")
+    assert losses.shape == (1, 31)
     # Lines 0 and 1 begin too early, and the last one may go on.
     assert hits == ["11011"]
     right = math.log(math.exp(10) + 15) - 10
-    assert losses == pytest.approx([(30 * right + right + 10) / 31])
+    assert losses.mean().item() == pytest.approx((30 * right + right + 10) / 31)
+
+
+def test_tokens_are_classed_by_how_often_they_were_trained_on() -> None:
+    held = torch.tensor([[9, 0, 1, 2], [9, 3, 4, 3]])
+    seen = torch.tensor([[1, 2, 2], [2, 4, 4]])  # 0 and 3 never, 1 once, 2 three times, 4 twice
+    losses = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    found = recipe_runs.by_count(losses, held, seen)
+    none = [[least, 0, None] for least in (11, 51, 301)]
+    assert found == [[0, 3, pytest.approx(11 / 3, abs=1e-4)], [1, 2, 3.5], [3, 1, 3.0], *none]
 
 
 def test_written_lines_are_right_where_every_token_was_the_likeliest(
@@ -136,7 +152,8 @@ def test_written_lines_are_right_where_every_token_was_the_likeliest(
 ) -> None:
     source = package(tmp_path, lambda i, j: f"    total = total + values[{i * j % 7}]")
     folder, data = tmp_path / "model", tmp_path / "data.pt"
-    recipes.main(["prepare", "--model", str(folder), "--data", str(data), str(source)])
+    where = ["--model", str(folder), "--data", str(data)]
+    recipes.main(["prepare", *where, "--length", "32", str(source)])
     own = torch.load(data)["package"]
     base, tokenizer = recipe_runs.load(folder)
     run = {"source": "package", "method": "full", "lwo": {"lr": 1e-2}, "steps": 60, "seed": 0}
