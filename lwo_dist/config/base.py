@@ -6,17 +6,15 @@ message ends in the description of the field that it is about.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lwo_dist.errors import UserError
 
-__all__ = ["MAX_SHOWN", "Settings", "one_line"]
+from .refusals import one_line
 
-MAX_SHOWN = 200
-"""Characters of a value that a message shows."""
+__all__ = ["Settings"]
 
 
 class Settings(BaseModel):
@@ -48,31 +46,3 @@ class Settings(BaseModel):
 
     # As pydantic's own: a group inside another is checked with it, and its errors keep their path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that is wrong with the values of `model`, in one line."""
-    first = error.errors()[0]
-    location = ".".join(str(part)[:MAX_SHOWN] for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if first["type"] == "value_error":
-        return f"{location}: {message}" if location else message
-    if first["type"] == "extra_forbidden":
-        group: Any = model
-        for part in first["loc"][:-1]:
-            group = group.model_fields[str(part)].annotation
-        near = difflib.get_close_matches(str(first["loc"][-1]), group.model_fields, n=1)
-        known = ", ".join(group.model_fields)
-        mend = f"did you mean {near[0]}?" if near else f"known here: {known}"
-        return f"unknown key {location}; {mend}"
-    field: Any = model
-    for part in first["loc"]:
-        field = getattr(field, "model_fields", {}).get(str(part))
-        if field is None:
-            break
-        description = field.description
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            field = field.annotation
-        else:
-            return f"{location} = {repr(first['input'])[:MAX_SHOWN]}: {message} ({description})"
-    return f"{location} = {repr(first['input'])[:MAX_SHOWN]}: {message}"

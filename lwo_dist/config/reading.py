@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from lwo_dist.errors import UserError
 
-from .base import MAX_SHOWN, one_line
+from .refusals import MAX_SHOWN, one_line
 from .run import Config
 
 __all__ = ["load_config", "make_config", "read_values"]
@@ -20,40 +19,6 @@ __all__ = ["load_config", "make_config", "read_values"]
 _MAX_BYTES = 2**20
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
-
-# What people type who know Hugging Face's TrainingArguments -> what to set here.
-_HF_NAMES = {
-    "adam_beta1": "lwo.betas",
-    "adam_beta2": "lwo.betas",
-    "adam_epsilon": "lwo.eps",
-    "bf16": "train.precision=bf16",
-    "block_size": "train.sequence_length",
-    "dataset_name": "data.source",
-    "eval_steps": "eval.steps",
-    "eval_strategy": "eval.steps",
-    "fp16": "train.precision, bf16 or fp32",
-    "learning_rate": "lwo.lr",
-    "load_best_model_at_end": "eval.metric; the best checkpoint is always exported",
-    "max_length": "train.sequence_length",
-    "max_seq_length": "train.sequence_length",
-    "max_steps": "train.steps",
-    "metric_for_best_model": "eval.metric",
-    "model_name_or_path": "model.name",
-    "num_epochs": "train.epochs",
-    "num_processes": "cluster.num_workers",
-    "num_train_epochs": "train.epochs",
-    "output_dir": "storage and run_name",
-    "per_device_eval_batch_size": "eval.batch_size",
-    "per_device_train_batch_size": "train.global_batch_size, sequences over all workers",
-    "report_to": "tracking.enabled",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "save_steps": "checkpoint.steps",
-    "save_total_limit": "checkpoint.keep",
-    "torch_dtype": "train.precision",
-    "train_batch_size": "train.global_batch_size, sequences over all workers",
-    "train_file": "data.source",
-    "warmup_ratio": "lwo.warmup_steps",
-}
 
 
 def load_config(
@@ -88,7 +53,6 @@ def make_config(values: dict[str, Any]) -> Config:
     Raises:
         UserError: unknown key (with the nearest valid one), wrong value.
     """
-    _refuse_unknown_keys(values, Config, "")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -176,7 +140,7 @@ def _keep_text(node: yaml.Node, kind: Any) -> None:
         for item in node.value:
             _keep_text(item, item_kind)
     elif isinstance(node, yaml.MappingNode):
-        (key_kind,) = _arguments(kind, dict)[:1] or (Any,)
+        (key_kind,) = _arguments(kind, dict)[:1] or (str,)
         for key, value in node.value:
             _keep_text(key, key_kind)
             _keep_text(value, _kind_of(kind, str(key.value)))
@@ -227,46 +191,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(
             f"override {override[:MAX_SHOWN]!r}: {text[:MAX_SHOWN]!r} is not a YAML value; quote it"
         ) from None
-
-
-def _refuse_unknown_keys(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
-    for key, value in values.items():
-        field = model.model_fields.get(str(key))
-        if field is None:
-            key = str(key)[:MAX_SHOWN]
-            if key in _HF_NAMES:
-                raise UserError(f"unknown key {prefix}{key}; here it is {_HF_NAMES[key]}")
-            hint = _nearest_key(key, model, prefix)
-            mend = (
-                f"did you mean {hint}?" if hint else f"known here: {', '.join(model.model_fields)}"
-            )
-            raise UserError(f"unknown key {prefix}{key}; {mend}")
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{prefix}{key} = {repr(value)[:MAX_SHOWN]} must be a group of keys:"
-                    f" {', '.join(annotation.model_fields)}"
-                )
-            _refuse_unknown_keys(value, annotation, f"{prefix}{key}.")
-
-
-def _nearest_key(key: str, model: type[BaseModel], prefix: str) -> str | None:
-    by_name: dict[str, str] = {}
-    for path in _all_keys(Config):
-        by_name.setdefault(path.rpartition(".")[2], path)
-    if key in by_name:  # At the wrong depth: `lr` for `lwo.lr`.
-        return by_name[key]
-    here = difflib.get_close_matches(key, model.model_fields, n=1)
-    elsewhere = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
-    return f"{prefix}{here[0]}" if here else by_name[elsewhere[0]] if elsewhere else None
-
-
-def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
