@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -107,11 +106,11 @@ def _mend_key(path: list[str], model: type[BaseModel]) -> str:
 
 def _seen_from(model: type[BaseModel], name: str) -> str | None:
     """`lwo.lr` is `lr` to LWOConfig, and nothing to other groups."""
-    for own in (name, name.partition(".")[2]):
-        first = re.match(r"\w+", own)
-        if first and first[0] in model.model_fields:
-            return own
-    return None
+    group, dot, own = name.partition(".")
+    if dot and model.__name__.lower() == f"{group}config":
+        return own
+    needed = {group} if dot else set(name.split(" and "))
+    return name if needed <= model.model_fields.keys() else None
 
 
 def _nearest_key(

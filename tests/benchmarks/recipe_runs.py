@@ -221,8 +221,8 @@ def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[Tensor, lis
 
 
 def by_count(losses: Tensor, held: Tensor, seen: Tensor) -> list[list[float | None]]:
-    """Of the held-out tokens that are at least `least` and less than the next `least` times in
-    `seen`: [`least`, how many they are, their mean loss].
+    """Held-out tokens by how often they occur in `seen`; of each class: [its least count, how many
+    tokens, their mean loss].
     """
     vocabulary = 1 + int(torch.stack([held.max(), seen.max()]).max())
     times = torch.bincount(seen.flatten(), minlength=vocabulary)[held[:, 1:].long()]

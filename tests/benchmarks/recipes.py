@@ -14,7 +14,7 @@ the list is a run:
 
     {"source": "forgelm", "method": "lwo", "lwo": {"lr": 1e-3}, "steps": 93, "seed": 0}
 
-besides `rank` of lora, `points` of the curve, and `"write": false` where no line shall be written.
+besides `rank` of lora, `points` of the curve, and `"write": false` to write no lines.
 Several processes may work on one list: each takes the next run. A finished run is never repeated.
 Runs of a source and seed see the same sequences in the same order. `tokens` shows the loss by how
 often a run has trained on a token. `time` takes 24 steps of each run, in turn, and prints the
@@ -85,13 +85,13 @@ def taken(results: Path, runs: Sequence[dict[str, Any]], until: float) -> Iterat
 
 
 def run_all(model: Path, data: Path, runs: Path, results: Path, device: str, until: float) -> None:
-    known = {_key(json.loads(line)) for line in _lines(results)}
-    todo = [
-        run
-        for run in map(json.loads, _lines(runs))
-        if _key({**run, "iterations": ITERATIONS}) not in known
-    ]
     sources = torch.load(data)
+    known = {_key(json.loads(line)) for line in _lines(results)}
+    todo = []
+    for run in map(json.loads, _lines(runs)):
+        length = sources[run["source"]]["train"].shape[1]
+        if _key({**run, "iterations": ITERATIONS, "length": length}) not in known:
+            todo.append(run)
     base, tokenizer = load(model)
     for run in taken(results, todo, until):
         found = train(run, base, sources[run["source"]], device, tokenizer)
@@ -132,7 +132,14 @@ def _lines(path: Path) -> list[str]:
 
 def _key(run: dict[str, Any]) -> str:
     named = {key: run.get(key) for key in ("source", "method", "rank", "lwo", "steps", "seed")}
-    return json.dumps({**named, "iterations": _iterations(run)}, sort_keys=True)
+    return json.dumps(
+        {**named, "length": _length(run), "iterations": _iterations(run)}, sort_keys=True
+    )
+
+
+def _length(run: dict[str, Any]) -> int:
+    """Tokens of a sequence."""
+    return int(run.get("length", recipe_runs.LENGTH))
 
 
 def _iterations(run: dict[str, Any]) -> int:
@@ -151,19 +158,19 @@ def table(model: Path, results: Path) -> None:
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in map(json.loads, _lines(results)):
         groups[_key({**run, "seed": None})].append(run)
-    flops: dict[str, float] = {}
+    flops: dict[tuple[str, int], float] = {}
     print("| source | recipe | steps | TFLOP | seeds | loss | lines right, % | BLEU | ms a step |")
     print("|---|---|---|---|---|---|---|---|---|")
     for runs in groups.values():
         run = runs[0]
         recipe = _recipe(run)
-        if recipe not in flops:
-            flops[recipe] = flops_of_step(run, base)
+        if (recipe, _length(run)) not in flops:
+            flops[recipe, _length(run)] = flops_of_step(run, base)
         losses = [each["loss"] for each in runs]
         spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
         print(
             f"| {run['source']} | {recipe} | {run['steps']} |"
-            f" {run['steps'] * flops[recipe] / 1e12:,.0f} | {len(runs)} |"
+            f" {run['steps'] * flops[recipe, _length(run)] / 1e12:,.0f} | {len(runs)} |"
             f" {statistics.fmean(losses):.3f}{spread} |"
             f" {statistics.fmean(each['exact'] for each in runs):.1f} |"
             f" {_mean_bleu(runs)} |"
@@ -203,7 +210,10 @@ def intervals(results: Path) -> None:
 
 
 def tokens(results: Path) -> None:
-    """Held-out loss by how often the run has trained on a token; means over the seeds."""
+    """Held-out loss by how often the run has trained on a token; means over the seeds.
+
+    The classes depend on the steps: compare runs of the same steps and seeds only.
+    """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in map(json.loads, _lines(results)):
         if "by_count" in run:
@@ -268,7 +278,7 @@ def picture(model: Path, results: Path) -> None:
         name for name in dict.fromkeys(run["source"] for run in runs) if _compares(name, runs)
     ]
     figure, panels = pyplot.subplots(1, len(sources), figsize=(6.5 * len(sources), 4.8))
-    flops: dict[str, float] = {}
+    flops: dict[tuple[str, int], float] = {}
     colours = {"lora": "tab:orange", "full": "tab:grey", "lwo": "tab:blue"}
     styles = ("-", "--", ":", "-.")
     for panel, source in zip([panels] if len(sources) == 1 else panels, sources, strict=True):
@@ -277,10 +287,10 @@ def picture(model: Path, results: Path) -> None:
             if run["source"] != source:
                 continue
             recipe = _recipe(run)
-            if recipe not in flops:
-                flops[recipe] = flops_of_step(run, base)
+            if (recipe, _length(run)) not in flops:
+                flops[recipe, _length(run)] = flops_of_step(run, base)
             steps, losses = zip(*((step, loss) for step, loss, _ in run["curve"]), strict=True)
-            work = [step * flops[recipe] / 1e12 for step in steps]
+            work = [step * flops[recipe, _length(run)] / 1e12 for step in steps]
             drawn[run["method"]] += 1
             panel.plot(
                 work,
@@ -320,7 +330,7 @@ def flops_of_step(run: dict[str, Any], base: Any) -> float:
     method.prepare(model, Config(lora=lora_settings(run)))
     config = LWOConfig(**run["lwo"])
     visits = method.cycle(method.layers(model, config), config)
-    length = run.get("length", recipe_runs.LENGTH)
+    length = _length(run)
     forward_and_backward = flops_per_sequence(model, visits, length, length - 1)
     orthogonalised = update_flops(model, visits) * _iterations(run) / ITERATIONS
     return recipe_runs.SEQUENCES * forward_and_backward + orthogonalised
@@ -333,7 +343,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("sources", type=Path, nargs="*", metavar="SOURCE")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--length", type=int, default=recipe_runs.LENGTH, help="tokens")
+    parser.add_argument(
+        "--length", type=int, default=recipe_runs.LENGTH, help="prepare: tokens of a sequence"
+    )
     parser.add_argument("--list", type=Path)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -102,6 +102,12 @@ def test_from_sources_to_a_table(
     claims.unlink()
     recipes.main(again)
     assert [json.loads(line) for line in claims.read_text().splitlines()] == [wanted[0]]
+    # Runs at another length are other runs, with other operations.
+    longer = {**found[1], "length": 64}
+    results.write_text("".join(f"{json.dumps(run)}\n" for run in (found[0], longer, found[2])))
+    claims.unlink()
+    recipes.main(again)
+    assert [json.loads(line) for line in claims.read_text().splitlines()] == [wanted[1]]
     model_of = AutoModelForCausalLM.from_pretrained(model)
     two, five, none = (
         recipes.flops_of_step(run, model_of) for run in (found[0], old, {**old, "iterations": 0})

@@ -326,6 +326,7 @@ def test_a_config_does_not_change() -> None:
         ({"steps_per_layr": 3}, "unknown key steps_per_layr; did you mean steps_per_layer?"),
         ({"learning_rate": 1e-4}, "unknown key learning_rate; here it is lr"),
         ({"bf16": True}, "unknown key bf16; known here: lr, betas, eps,"),
+        ({"output_dir": "x"}, "unknown key output_dir; known here: lr, betas, eps,"),
         ({"order": "weighted"}, "order: weighted needs layer_weights"),
         ({"layer_weights": {"head": "x"}}, "layer_weights.head = 'x': must be a valid number"),
     ],
