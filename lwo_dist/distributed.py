@@ -178,6 +178,13 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> 
     return tensor
 
 
+def all_reduce_max(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The maximum of each element over the ranks of `group`, in place."""
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 def all_to_all(
     tensor: torch.Tensor, to: Sequence[int], of: Sequence[int], group: dist.ProcessGroup
 ) -> torch.Tensor:

@@ -27,6 +27,7 @@ from . import distributed
 from .config import LWOConfig
 from .errors import UserError
 from .guard import Guard
+from .head_rows import HeadRows
 from .layers import (
     Layer,
     Visit,
@@ -49,6 +50,7 @@ from .strategies import Moments, StrategyBuilder
 from .strategies.refusals import (
     CheckpointingWatch,
     refuse_compiled,
+    refuse_head_rows,
     refuse_stateless,
     refuse_stateless_in_16_bit,
     refuse_update_in_backward,
@@ -215,6 +217,7 @@ class LWO:
             )
         refuse_stateless(builder.name, builder.updates_whole_layers, self.visits)
         refuse_update_in_backward(builder.name, builder.updates_in_backward, config, self.visits)
+        refuse_head_rows(builder.name, builder.masks_rows, config, self.module)
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early
@@ -232,6 +235,9 @@ class LWO:
         self._prefix: PrefixReuse | None = None
         if config.batches == "cycle":
             self._prefix = PrefixReuse(self.module, config, self.visits, self.strategy)
+        self._head_rows: HeadRows | None = None
+        if config.head_rows == "batch":
+            self._head_rows = HeadRows(self.module, self.visits, self.strategy)
         self._suffix = SuffixBackward(
             self.module,
             self.visits,
@@ -347,6 +353,8 @@ class LWO:
         self.strategy.refuse_changes()
         self._guard.refuse_interference()
         self._guard.warn_if_unreached(layer)
+        if self._head_rows is not None:
+            self.strategy.kept_rows = self._head_rows.take(self.visit)
         with self._guard.ours():
             step = self.strategy.step if wait else self.strategy.step_ahead
             update = step(lr, max_grad_norm)
@@ -405,6 +413,8 @@ class LWO:
         if self._prefix is not None:
             self._prefix.end()
         self._suffix.end()
+        if self._head_rows is not None:
+            self._head_rows.end()
         self.strategy.deactivate()
         # Before the strategy's own part, which depends on what is trainable.
         for name, parameter in named_parameters(self.module).items():
@@ -583,6 +593,8 @@ class LWO:
         self.step_count = step
         self.skipped_steps = torch.tensor(float(state_dict["skipped_steps"]))
         self._active = -1  # even if the layer stays: its optimizer is rebuilt
+        if self._head_rows is not None:
+            self._head_rows.forget()
         if self._prefix is not None:
             self._prefix.forget()
         self._follow_schedule()

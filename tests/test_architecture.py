@@ -26,7 +26,7 @@ FLOORS = [
     {"schedule", "optimizer", "orthogonal", "heads", "sublayers", "run_info", "lease", "cache"},
     {"methods", "callback", "losses"},
     {"strategies"},
-    {"guard", "state", "borders", "suffix"},
+    {"guard", "state", "borders", "suffix", "head_rows"},
     {"prefix"},
     {"hook"},
     {"lwo_dist"},  # The face of the package: what `import lwo_dist` offers.
@@ -59,6 +59,7 @@ CORE = {
     "git",
     "guard",
     "handles",
+    "head_rows",
     "heads",
     "hook",
     "layers",

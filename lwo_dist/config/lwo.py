@@ -69,6 +69,13 @@ class LWOConfig(Settings):
             " in every step, beside the active layer"
         ),
     )
+    head_rows: Literal["all", "batch"] = Field(
+        "all",
+        description=(
+            "all: every row of the head has a gradient; batch: only the rows of tokens in the"
+            " step's batches, so that AdamW does not move the others: strategy: fsdp or replicate"
+        ),
+    )
     stateless: Literal["none", "suffix", "all"] = Field(
         "none",
         description=(

@@ -18,6 +18,7 @@ class LayerWise(Method):
     name = "lwo"
     own_settings = (
         "lwo.embeddings",
+        "lwo.head_rows",
         "lwo.stateless",
         "lwo.stateless_every",
         "lwo.stateless_update",

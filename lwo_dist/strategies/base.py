@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ __all__ = [
     "Strategy",
     "StrategyBuilder",
     "Update",
+    "mask_rows",
     "update_shards",
 ]
 
@@ -79,6 +80,8 @@ class StrategyBuilder(ABC):
     """Whether it can update matrices from their whole gradients (`lwo.stateless`)."""
     updates_in_backward = False
     """Whether it can do so in the backward pass (`lwo.stateless_update: backward`)."""
+    masks_rows = False
+    """Whether its `step` can set rows of gradients to 0 (`Strategy.kept_rows`, `lwo.head_rows`)."""
 
     def drives(self, model: nn.Module) -> bool:
         """Whether this strategy can train a model that the caller has already wrapped."""
@@ -148,10 +151,13 @@ class Strategy(ABC):
         forward_is_collective: if so, every rank must run the same number of forward passes.
         lr_in_backward: the rate of the step that the next `backward` belongs to; the hook sets it
             for `lwo.stateless_update: backward`.
+        kept_rows: parameter name -> [rows], 1 where the next `step` uses a row of the gradient, 0
+            where it counts as 0; equal on all ranks. The hook sets it for `lwo.head_rows: batch`.
     """
 
     forward_is_collective = False
     lr_in_backward = 0.0
+    kept_rows: Mapping[str, Tensor] = {}
 
     def __init__(self, module: nn.Module, layers: Sequence[Layer], config: LWOConfig):
         self.module = module
@@ -254,6 +260,14 @@ class Strategy(ABC):
 
         Across ranks, or those of a replica, each element appears once; padding is zero.
         """
+
+    # ---- what the ranks have in common
+
+    def any_rank(self, mask: Tensor) -> Tensor:
+        """Per element of a uint8 tensor, the maximum over the ranks that share a step."""
+        for group in self._forward_groups():
+            distributed.all_reduce_max(mask, group)
+        return mask
 
     # ---- layers that a forward pass does not run (`batches: cycle`)
 
@@ -376,6 +390,14 @@ class Strategy(ABC):
         value = self._non_finite
         self._non_finite = 0.0
         return value
+
+
+def mask_rows(gradients: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    """Multiply each row of a gradient by its element of `kept`, in place; NaN stays NaN."""
+    for name, mask in kept.items():
+        gradient = gradients[name]
+        rows = mask.to(gradient.device, gradient.dtype)
+        gradient.mul_(rows.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 def update_shards(

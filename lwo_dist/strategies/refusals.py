@@ -28,6 +28,7 @@ from .base import Strategy
 __all__ = [
     "CheckpointingWatch",
     "refuse_compiled",
+    "refuse_head_rows",
     "refuse_stateless",
     "refuse_stateless_in_16_bit",
     "refuse_update_in_backward",
@@ -266,6 +267,27 @@ def refuse_update_in_backward(
         raise UserError(
             f"stateless_update: backward cannot be used with strategy: {strategy}; set strategy:"
             " replicate, or stateless_update: step"
+        )
+
+
+def refuse_head_rows(strategy: str, masks_rows: bool, config: LWOConfig, model: nn.Module) -> None:
+    """Refuse `lwo.head_rows: batch` where nobody can change a gradient before its update, or see
+    the tokens of a pass.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if config.head_rows == "all":
+        return
+    if not masks_rows:
+        raise UserError(
+            f"head_rows: batch cannot be used with strategy: {strategy}; set strategy: fsdp or"
+            " replicate, or head_rows: all"
+        )
+    if _is_compiled(model):
+        raise UserError(
+            "head_rows: batch cannot be used with a model that is compiled as a whole, which runs"
+            " no hooks that note its tokens; compile its layers instead, or set head_rows: all"
         )
 
 

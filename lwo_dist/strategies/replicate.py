@@ -35,6 +35,7 @@ from .base import (
     Strategy,
     StrategyBuilder,
     Update,
+    mask_rows,
     update_shards,
 )
 from .changes import changed
@@ -49,9 +50,15 @@ _LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during
 
 class ReplicateBuilder(StrategyBuilder):
     name = "replicate"
-    own_settings = ("lwo.stateless", "lwo.stateless_every", "lwo.stateless_update")
+    own_settings = (
+        "lwo.head_rows",
+        "lwo.stateless",
+        "lwo.stateless_every",
+        "lwo.stateless_update",
+    )
     updates_whole_layers = True
     updates_in_backward = True
+    masks_rows = True
 
     def drives(self, model: nn.Module) -> bool:
         return isinstance(model, nn.Module)
@@ -184,6 +191,8 @@ class Replicate(Strategy):
         self._follow_storage()
         for flat in self._trained.values():
             flat.collect(self._parameters)
+            own = flat.gradient_views
+            mask_rows(own, {name: rows for name, rows in self.kept_rows.items() if name in own})
         for flat in self._trained.values():
             flat.reduce()
         non_finite = self._take_non_finite()

@@ -19,7 +19,7 @@ from lwo_dist.names import named_parameters
 from lwo_dist.optimizer import make_adamw
 from lwo_dist.schedule import make_schedule
 from lwo_dist.strategies.base import ModelSource, Strategy, StrategyBuilder
-from lwo_dist.strategies.refusals import refuse_stateless
+from lwo_dist.strategies.refusals import refuse_head_rows, refuse_stateless
 
 from . import settings
 
@@ -105,6 +105,7 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
         layers = without_frozen(layers, flags)
     visits = method.cycle(layers, config)
     refuse_stateless(DeepSpeedBuilder.name, DeepSpeedBuilder.updates_whole_layers, visits)
+    refuse_head_rows(DeepSpeedBuilder.name, DeepSpeedBuilder.masks_rows, config, model)
     schedule = make_schedule(config, [visit.active.name for visit in visits])
     first = visits[schedule.active_layer(0)]
     trained = set(first.parameter_names)

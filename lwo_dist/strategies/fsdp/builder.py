@@ -25,8 +25,9 @@ __all__ = ["FSDPBuilder", "shard_model"]
 
 class FSDPBuilder(StrategyBuilder):
     name = "fsdp"
-    own_settings = ("fsdp.storage", "lwo.stateless", "lwo.stateless_every")
+    own_settings = ("fsdp.storage", "lwo.head_rows", "lwo.stateless", "lwo.stateless_every")
     updates_whole_layers = True
+    masks_rows = True
 
     def drives(self, model: nn.Module) -> bool:
         return isinstance(model, FSDPModule)

@@ -32,6 +32,7 @@ from lwo_dist.strategies.base import (
     Moments,
     Strategy,
     Update,
+    mask_rows,
     update_shards,
 )
 from lwo_dist.strategies.changes import KnownParameters, changed
@@ -90,6 +91,8 @@ class FullyShard(Strategy):
         self._replicas = self._mesh.size() // self._mesh.shape[-1]
         assert_same_on_mesh(model, self._mesh)
         self._weight_decay = config.weight_decay
+        if config.head_rows == "batch":
+            self._refuse_unknown_tokens()
         self._layer_of = {name: layer.name for layer in layers for name in layer.parameter_names}
         self._stored = {name: p.dtype for name, p in named_parameters(model).items()}
         self._below: list[Any] = []  # handles of hooks
@@ -217,6 +220,7 @@ class FullyShard(Strategy):
             whole = self._trained[name].grad
             gradient = local_shard(whole) if whole is not None else torch.zeros_like(shard)
             shard.grad = gradient_of[name] = gradient
+        mask_rows(gradient_of, self._rows_of_shards())
         non_finite = self._take_non_finite()
         if any(map(has_all_reduce_hook, self._groups)):
             non_finite = 0.0  # of ranks of this mesh only; the gradients are those of all
@@ -242,6 +246,22 @@ class FullyShard(Strategy):
         self._not_gathered_in_step = self._not_gathered
         self._not_gathered = 0
         return update
+
+    def _refuse_unknown_tokens(self) -> None:
+        if any(map(has_all_reduce_hook, self._groups)):
+            raise UserError(
+                "head_rows: batch cannot be used with set_all_reduce_hook, as the tokens of ranks"
+                " outside of the mesh are not known; set head_rows: all"
+            )
+
+    def _rows_of_shards(self) -> dict[str, Tensor]:
+        """Of `kept_rows`, those of this rank's shards."""
+        if self.kept_rows:
+            self._refuse_unknown_tokens()
+        return {
+            name: shard_like(rows, self._trained[name], rows.dtype)
+            for name, rows in self.kept_rows.items()
+        }
 
     def flush(self) -> None:
         """Reshard: a forward without backward leaves the root gathered."""
