@@ -23,6 +23,7 @@ from .handles import remove
 from .layers import Visit
 from .names import named_parameters
 from .strategies import Strategy
+from .strategies.refusals import is_compiled
 
 __all__ = ["HeadRows"]
 
@@ -34,8 +35,8 @@ class HeadRows:
     """Notes the tokens that `module` is given in passes with gradients, until `end`.
 
     Raises:
-        UserError: the model does not say which modules are its embedding and head, or no visit
-            trains the head with optimizer state.
+        UserError: the model does not say which modules are its embedding and head, no visit trains
+            the head with optimizer state, or the embedding is compiled.
     """
 
     def __init__(self, module: nn.Module, visits: Sequence[Visit], strategy: Strategy):
@@ -47,6 +48,11 @@ class HeadRows:
             if any(parameter is own for own in head.parameters(recurse=False))
         }
         self._refuse_untrained(visits)
+        if any(is_compiled(part) and embedding in part.modules() for part in module.modules()):
+            raise UserError(
+                "head_rows: batch cannot be used where the embedding is part of a compiled module,"
+                " in which its tokens cannot be noted; compile single layers, or set head_rows: all"
+            )
         self._strategy = strategy
         # An encoder-decoder's two stacks have modules of their own with the same matrix.
         matrices = {id(p) for part in (embedding, head) for p in part.parameters()}
@@ -117,7 +123,8 @@ class HeadRows:
     def _refuse_untrained(self, visits: Sequence[Visit]) -> None:
         if not any(self._of(visit) for visit in visits):
             raise UserError(
-                "head_rows: batch has no effect, as no step trains the head; set head_rows: all"
+                "head_rows: batch has no effect, as no step trains the head's own matrix; set"
+                " head_rows: all"
             )
         for visit in visits:
             for layer in visit.stateless:
@@ -130,14 +137,14 @@ class HeadRows:
 
 _NO_TOKENS = (
     "head_rows: batch must know which tokens a step has, and the model was given none; pass"
-    " input_ids to it, not inputs_embeds, or labels beside those, or set head_rows: all"
+    " input_ids instead of inputs_embeds, or labels as well, or set head_rows: all"
 )
 
 
 def _part(module: nn.Module, getter: str) -> Any:
     try:
         found = getattr(module, getter, lambda: None)()
-    except NotImplementedError:  # transformers', for a model that it cannot tell it of
+    except NotImplementedError:  # from transformers, for a model whose parts it does not know
         found = None
     if found is None:
         raise UserError(

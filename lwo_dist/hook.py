@@ -217,7 +217,7 @@ class LWO:
             )
         refuse_stateless(builder.name, builder.updates_whole_layers, self.visits)
         refuse_update_in_backward(builder.name, builder.updates_in_backward, config, self.visits)
-        refuse_head_rows(builder.name, builder.masks_rows, config, self.module)
+        refuse_head_rows(builder.name, builder.masks_rows, config)
         self.rest = Layer("rest", tuple(rest_names(self.module, self.layers)))
         self.schedule = make_schedule(config, [visit.active.name for visit in self.visits])
         learning_rate(config, self.schedule, 0)  # refuse a schedule without a length early

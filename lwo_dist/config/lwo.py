@@ -73,7 +73,7 @@ class LWOConfig(Settings):
         "all",
         description=(
             "all: every row of the head has a gradient; batch: only the rows of tokens in the"
-            " step's batches, so that AdamW does not move the others: strategy: fsdp or replicate"
+            " step's batches, so that AdamW does not move the others; strategy: fsdp or replicate"
         ),
     )
     stateless: Literal["none", "suffix", "all"] = Field(

@@ -27,6 +27,7 @@ from .base import Strategy
 
 __all__ = [
     "CheckpointingWatch",
+    "is_compiled",
     "refuse_compiled",
     "refuse_head_rows",
     "refuse_stateless",
@@ -79,13 +80,13 @@ def refuse_compiled(model: nn.Module) -> None:
     Raises:
         UserError: `torch.compile` was called on the model, or on a part with all of its layers.
     """
-    if not any(_is_compiled(module) for module in model.modules()):
+    if not any(is_compiled(module) for module in model.modules()):
         return
     stacks = {stack.modules: stack.path for stack in find_stacks(model)}
     for name, module in model.named_modules():
         name = clean_name(name)
         inside = [stacks[part] for part in module.modules() if part in stacks]
-        if _is_compiled(module) and inside:
+        if is_compiled(module) and inside:
             raise UserError(
                 f"torch.compile was called on {name or 'the model'} as a whole: each visit would"
                 " need a graph of its own, and dynamo stops at its recompile_limit; compile each"
@@ -93,8 +94,8 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    # By `layer.compile()`, or the wrapper that `torch.compile(layer)` returns.
+def is_compiled(module: nn.Module) -> bool:
+    """By `module.compile()`, or the wrapper that `torch.compile(module)` returns."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
@@ -270,24 +271,16 @@ def refuse_update_in_backward(
         )
 
 
-def refuse_head_rows(strategy: str, masks_rows: bool, config: LWOConfig, model: nn.Module) -> None:
-    """Refuse `lwo.head_rows: batch` where nobody can change a gradient before its update, or see
-    the tokens of a pass.
+def refuse_head_rows(strategy: str, masks_rows: bool, config: LWOConfig) -> None:
+    """Refuse `lwo.head_rows: batch` where nobody can change a gradient before its update.
 
     Raises:
         UserError: with the remedy.
     """
-    if config.head_rows == "all":
-        return
-    if not masks_rows:
+    if config.head_rows == "batch" and not masks_rows:
         raise UserError(
             f"head_rows: batch cannot be used with strategy: {strategy}; set strategy: fsdp or"
             " replicate, or head_rows: all"
-        )
-    if _is_compiled(model):
-        raise UserError(
-            "head_rows: batch cannot be used with a model that is compiled as a whole, which runs"
-            " no hooks that note its tokens; compile its layers instead, or set head_rows: all"
         )
 
 

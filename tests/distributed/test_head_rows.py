@@ -204,11 +204,11 @@ def test_tokens_of_a_pass_that_is_not_used_are_dropped_with_the_state() -> None:
 def test_a_pass_without_tokens_is_an_error() -> None:
     model = oracle.tiny_model(tied=True)
     lwo = lwo_dist.attach(model, LWOConfig(embeddings="always", head_rows="batch"))
-    with pytest.raises(RuntimeError, match="pass input_ids to it, not inputs_embeds"):
+    with pytest.raises(RuntimeError, match="pass input_ids instead of inputs_embeds"):
         lwo.model(inputs_embeds=torch.randn(1, 12, 24))
     hidden = model.model.norm(torch.randn(1, 12, 24))
     lwo.backward(model.lm_head(hidden).square().mean())
-    with pytest.raises(RuntimeError, match="pass input_ids to it, not inputs_embeds"):
+    with pytest.raises(RuntimeError, match="pass input_ids instead of inputs_embeds"):
         lwo.step()
 
 
@@ -234,8 +234,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(UserError, match="head, which holds the head, is trained without"):
         lwo_dist.attach(oracle.tiny_model(tied=False), config, HeadWithoutState())
     compiled = oracle.tiny_model(tied=True)
-    compiled.compile(backend="eager")
-    with pytest.raises(UserError, match="cannot be used with a model that is compiled as a whole"):
+    compiled.model.compile(backend="eager")
+    with pytest.raises(UserError, match="where the embedding is part of a compiled module"):
         lwo_dist.attach(compiled, config, "full")
     adapted = get_peft_model(
         oracle.tiny_model(tied=False), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])

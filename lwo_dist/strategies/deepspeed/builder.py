@@ -105,7 +105,7 @@ def prepare(model: nn.Module, config: LWOConfig, method: Method) -> list[list[nn
         layers = without_frozen(layers, flags)
     visits = method.cycle(layers, config)
     refuse_stateless(DeepSpeedBuilder.name, DeepSpeedBuilder.updates_whole_layers, visits)
-    refuse_head_rows(DeepSpeedBuilder.name, DeepSpeedBuilder.masks_rows, config, model)
+    refuse_head_rows(DeepSpeedBuilder.name, DeepSpeedBuilder.masks_rows, config)
     schedule = make_schedule(config, [visit.active.name for visit in visits])
     first = visits[schedule.active_layer(0)]
     trained = set(first.parameter_names)
