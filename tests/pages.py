@@ -39,7 +39,8 @@ def _rows(model: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             table += _rows(field.annotation, f"{prefix}{name}.")
         else:
-            default = field.get_default(call_default_factory=True)
+            # Some defaults depend on settings above them: `{}` is where none of those is set.
+            default = field.get_default(call_default_factory=True, validated_data={})
             shown = "" if default in (None, {}) else f"`{default}`"
             table.append(f"| `{prefix}{name}` | {shown} | {field.description} |")
     return table
@@ -50,7 +51,7 @@ _IN_BF16 = ["train.precision=bf16", "fsdp.storage=bf16"]
 _METHODS = {
     "LWO": [],
     "LWO, `fsdp.storage: bf16`": _IN_BF16,
-    "LWO, `stateless: all`": ["lwo.stateless=all", "lwo.embeddings=always"],
+    "LWO, `stateless: all`": ["lwo.stateless=all"],
     "full": ["method=full"],
     "LoRA, rank 16": ["method=lora", *_IN_BF16],
 }

@@ -75,4 +75,9 @@ def _lines(group: type[BaseModel], values: Mapping[str, Any], indent: str) -> It
         flow = yaml.safe_dump(
             value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**6
         )
-        yield f"{indent}{name}: {flow.removesuffix(_END).strip()}"
+        unset = ""
+        if field.default_factory not in (None, dict):
+            default = field.get_default(call_default_factory=True, validated_data=dict(values))
+            # Written out, it would not follow the setting that its default depends on.
+            unset = "# " if value == default else ""
+        yield f"{indent}{unset}{name}: {flow.removesuffix(_END).strip()}"

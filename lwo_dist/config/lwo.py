@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from .base import Settings
 
 __all__ = ["LWOConfig"]
+
+
+def _default(alone: Any, *, with_stateless: Any) -> Callable[[dict[str, Any]], Any]:
+    """A default factory for a setting whose best value depends on `stateless`."""
+
+    def choose(values: dict[str, Any]) -> Any:
+        if values.get("stateless", "none") == "none":
+            return alone
+        # `embeddings` and `head_rows` suit an embedding and a head that are trained.
+        trained = values.get("train_embeddings", True) and values.get("train_head", True)
+        return with_stateless if trained else alone
+
+    return choose
 
 
 class LWOConfig(Settings):
@@ -29,11 +43,25 @@ class LWOConfig(Settings):
     max_grad_norm: float = Field(
         1.0, ge=0, description="clip the active layer's gradient norm; 0 turns it off"
     )
-    steps_per_layer: int = Field(10, ge=1, description="optimizer steps that a layer stays active")
-    order: Literal["ascending", "descending", "random", "weighted"] = Field(
-        "ascending",
+    stateless: Literal["none", "suffix", "all"] = Field(
+        "none",
         description=(
-            "order of the layers; random is reshuffled each cycle, weighted draws by layer_weights"
+            "transformer layers updated alongside the active one, by their orthogonalised gradient"
+            " and without optimizer state: none, those above it (which backward crosses anyway), or"
+            " all; suffix and all change the defaults of steps_per_layer, order, embeddings and"
+            " head_rows; strategy: fsdp or replicate"
+        ),
+    )
+    steps_per_layer: int = Field(
+        default_factory=_default(10, with_stateless=1),
+        ge=1,
+        description="optimizer steps that a layer stays active; unset: 10, with stateless 1",
+    )
+    order: Literal["ascending", "descending", "random", "weighted"] = Field(
+        default_factory=_default("ascending", with_stateless="random"),
+        description=(
+            "order of the layers; random is reshuffled each cycle, weighted draws by layer_weights;"
+            " unset: ascending, with stateless random"
         ),
     )
     layer_weights: dict[str, float] = Field(
@@ -63,25 +91,18 @@ class LWOConfig(Settings):
         1, ge=1, description="neighbouring transformer layers trained as one layer"
     )
     embeddings: Literal["visit", "always"] = Field(
-        "visit",
+        default_factory=_default("visit", with_stateless="always"),
         description=(
             "visit: the embedding and the head have visits of their own; always: they are trained"
-            " in every step, beside the active layer"
+            " in every step, beside the active layer; unset: visit, with stateless always"
         ),
     )
     head_rows: Literal["all", "batch"] = Field(
-        "all",
+        default_factory=_default("all", with_stateless="batch"),
         description=(
             "all: every row of the head has a gradient; batch: only the rows of tokens in the"
-            " step's batches, so that AdamW does not move the others; strategy: fsdp or replicate"
-        ),
-    )
-    stateless: Literal["none", "suffix", "all"] = Field(
-        "none",
-        description=(
-            "transformer layers updated alongside the active one, by their orthogonalised gradient"
-            " and without optimizer state: none, those above it (which backward crosses anyway), or"
-            " all; strategy: fsdp or replicate"
+            " step's batches, so that AdamW does not move the others; unset: all, with stateless"
+            " batch; strategy: fsdp or replicate"
         ),
     )
     stateless_every: int = Field(
@@ -171,18 +192,18 @@ class LWOConfig(Settings):
                 f"layer_weights has no effect with order: {self.order}; set order: weighted or"
                 " drop it"
             )
-        if self.batches == "cycle" and self.order != "ascending":
-            raise ValueError(
-                f"batches: cycle needs order: ascending, not {self.order}: hidden states are kept"
-                " from one layer to the next above it"
-            )
-        for name, default in (("embeddings", "visit"), ("stateless", "none")):
+        for name, default in (("stateless", "none"), ("embeddings", "visit")):
             value = getattr(self, name)
             if value != default and self.batches == "cycle":
                 raise ValueError(
                     f"{name}: {value} cannot be used with batches: cycle, which needs the layers"
                     f" below the active one unchanged; set batches: fresh or {name}: {default}"
                 )
+        if self.batches == "cycle" and self.order != "ascending":
+            raise ValueError(
+                f"batches: cycle needs order: ascending, not {self.order}: hidden states are kept"
+                " from one layer to the next above it"
+            )
         if self.stateless != "none" and self.suffix_backward < 1:
             raise ValueError(
                 f"stateless: {self.stateless} needs the gradients that suffix_backward ="

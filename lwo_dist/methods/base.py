@@ -98,7 +98,7 @@ class Method(ABC):
             if not outside or not inside or len(visits) == 1 or lost:
                 raise UserError(
                     f"lwo.embeddings: always does not fit method: {self.name}, which has no visits"
-                    " of the embedding or the head alone beside others; drop it"
+                    " of the embedding or the head alone beside others; set lwo.embeddings: visit"
                 )
             visits = [
                 replace(visit, also=tuple(dict.fromkeys((*visit.also, *outside))))

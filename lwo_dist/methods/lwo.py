@@ -17,9 +17,9 @@ class LayerWise(Method):
 
     name = "lwo"
     own_settings = (
+        "lwo.stateless",  # first: the next two depend on it
         "lwo.embeddings",
         "lwo.head_rows",
-        "lwo.stateless",
         "lwo.stateless_every",
         "lwo.stateless_update",
     )

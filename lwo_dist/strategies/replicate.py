@@ -51,10 +51,10 @@ _LARGE = 2**20  # elements: such a gradient is moved into the flat buffer during
 class ReplicateBuilder(StrategyBuilder):
     name = "replicate"
     own_settings = (
-        "lwo.head_rows",
         "lwo.stateless",
         "lwo.stateless_every",
         "lwo.stateless_update",
+        "lwo.head_rows",
     )
     updates_whole_layers = True
     updates_in_backward = True

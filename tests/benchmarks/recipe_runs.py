@@ -114,6 +114,7 @@ class Training:
         method.prepare(model, Config(lora=lora_settings(run)))
         model.to(device).train()
         settings = {"steps_per_layer": 1, "order": "random", "state": "keep"}
+        settings |= {"embeddings": "visit", "head_rows": "all"}
         if run["method"] != "lwo":
             settings = {}
         config = LWOConfig(

@@ -229,7 +229,7 @@ def lwo(job: Job, **levers: Any) -> Contender:
 
 def lwo_stateless(job: Job, **levers: Any) -> Contender:
     """With other layers updated without state, by the hook, on whole fp32 weights."""
-    return hooked(job, make_model(job), "lwo", order="random", **levers)
+    return hooked(job, make_model(job), "lwo", order="random", head_rows="all", **levers)
 
 
 def full(job: Job) -> Contender:
@@ -423,7 +423,7 @@ def quiet() -> Iterator[None]:
 PREFIX: dict[str, Any] = {"batches": "cycle"}
 SUFFIX: dict[str, Any] = {"suffix_backward": 0.25}
 ALL: dict[str, Any] = {"stateless": "all", "embeddings": "always"}
-ABOVE: dict[str, Any] = {"stateless": "suffix"}
+ABOVE: dict[str, Any] = {"stateless": "suffix", "embeddings": "visit"}
 
 METHODS: dict[str, Rival] = {
     "lwo": Rival(lwo),

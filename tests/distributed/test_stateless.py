@@ -133,7 +133,7 @@ def attached(
         model=model or make_model(tied),
         stateless=stateless,
         embeddings=embeddings,
-        **more,
+        **{"order": "ascending", "head_rows": "all"} | more,
     )
 
 
@@ -339,7 +339,7 @@ class Pairs(LayerWise):
 def test_a_method_of_ones_own_keeps_its_layers_without_state() -> None:
     layers = find_layers(oracle.tiny_model(tied=False))
     for stateless, expected in (("none", [["layer_1"], []]), ("all", None)):
-        visits = Pairs().cycle(layers, lwo_dist.LWOConfig(stateless=stateless))
+        visits = Pairs().cycle(layers, lwo_dist.LWOConfig(stateless=stateless, embeddings="visit"))
         found = [[layer.name for layer in visit.stateless] for visit in visits]
         expected = expected or [
             ["layer_1", "layer_2", "layer_3"],
@@ -357,7 +357,9 @@ def test_layers_of_the_callers_own_are_refused() -> None:
 def test_layers_that_change_without_a_visit_are_trained() -> None:
     names = {}
     for stateless in ("none", "suffix", "all"):
-        config = lwo_dist.LWOConfig(stateless=stateless, steps_per_layer=2)
+        config = lwo_dist.LWOConfig(
+            stateless=stateless, steps_per_layer=2, order="ascending", embeddings="visit"
+        )
         lwo = lwo_dist.attach(oracle.tiny_model(tied=False), config)
         names[stateless] = lwo.never_trained(4)  # embed, layer_0
         lwo.detach()

@@ -362,6 +362,23 @@ def test_the_shipped_configs_are_valid(path: Path) -> None:
     check_config(load_config(path))
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (10, "ascending", "visit", "all")),
+        ({"stateless": "all"}, (1, "random", "always", "batch")),
+        ({"stateless": "suffix", "steps_per_layer": 5}, (5, "random", "always", "batch")),
+        ({"stateless": "all", "embeddings": "visit"}, (1, "random", "visit", "batch")),
+        ({"stateless": "all", "train_head": False}, (1, "random", "visit", "all")),
+    ],
+)
+def test_stateless_brings_its_defaults_along(
+    given: dict[str, Any], expected: tuple[int, str, str, str]
+) -> None:
+    found = LWOConfig(**given)
+    assert (found.steps_per_layer, found.order, found.embeddings, found.head_rows) == expected
+
+
 def test_keeping_moments_needs_a_switch() -> None:
     with pytest.raises(
         UserError, match="lwo.state: keep has no effect with method: full, which never switches"
@@ -433,13 +450,15 @@ def test_the_defaults_are_printed_as_a_file_that_is_the_defaults(
     lines = [line.strip() for line in text.splitlines()]
     shown = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     for key in refusals.all_keys(Config):
-        assert any(line.startswith(f"{key.rpartition('.')[2]}: ") for line in lines), key
+        own = f"{key.rpartition('.')[2]}: "
+        assert any(line.removeprefix("# ").startswith(own) for line in lines), key
     for group in [Config, LWOConfig]:
         for field in group.model_fields.values():
             assert field.description is None or field.description in shown
     assert max(map(len, text.splitlines())) <= 100
-    # The schedule's length follows when the file is given another number of steps.
+    # What depends on another setting follows when the file is given another value of that.
     assert load_config(_write(tmp_path, text), ["train.steps=7"]).lwo.max_steps == 7
+    assert load_config(_write(tmp_path, text), ["lwo.stateless=all"]).lwo.order == "random"
 
 
 def test_the_settings_of_a_run_are_printed_as_they_are_resolved(

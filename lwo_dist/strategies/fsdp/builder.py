@@ -25,7 +25,7 @@ __all__ = ["FSDPBuilder", "shard_model"]
 
 class FSDPBuilder(StrategyBuilder):
     name = "fsdp"
-    own_settings = ("fsdp.storage", "lwo.head_rows", "lwo.stateless", "lwo.stateless_every")
+    own_settings = ("fsdp.storage", "lwo.stateless", "lwo.stateless_every", "lwo.head_rows")
     updates_whole_layers = True
     masks_rows = True
 
