@@ -23,7 +23,17 @@ from lwo_dist.orthogonal import ITERATIONS
 from lwo_dist.registry import METHODS
 from lwo_dist.tasks import metrics
 
-__all__ = ["Training", "by_count", "load", "lora_settings", "prepare", "score", "train", "write"]
+__all__ = [
+    "Training",
+    "by_count",
+    "load",
+    "lora_settings",
+    "prepare",
+    "score",
+    "settings_of",
+    "train",
+    "write",
+]
 
 LENGTH = 512
 """Tokens of a sequence, unless `--length` says otherwise."""
@@ -113,18 +123,15 @@ class Training:
         method = METHODS.get(run["method"])
         method.prepare(model, Config(lora=lora_settings(run)))
         model.to(device).train()
-        settings = {"steps_per_layer": 1, "order": "random", "state": "keep"}
-        settings |= {"embeddings": "visit", "head_rows": "all"}
-        if run["method"] != "lwo":
-            settings = {}
         config = LWOConfig(
-            **{**settings, "warmup_steps": WARMUP, **run["lwo"]},
+            **{"warmup_steps": WARMUP, **settings_of(run)},
             seed=run["seed"],
             max_steps=run["steps"],
         )
         self.lwo = lwo_dist.attach(model, config, method)
         self.seconds: list[float] = []
         self._device = device
+        self._precision = precision_of(run, device)
         self._train = train
         self._order = _order(len(train), run["steps"] * SEQUENCES, run["seed"])
 
@@ -137,7 +144,7 @@ class Training:
         began = time.perf_counter()
         chosen = self._order[len(self.seconds) * SEQUENCES :][:SEQUENCES]
         ids = self._train[chosen].long().to(self._device)
-        with _bf16(self._device):
+        with _autocast(self._device, self._precision):
             loss = lwo_dist.causal_lm_loss(self.lwo.model, {"input_ids": ids, "labels": ids})
         self.lwo.backward(loss)
         self.lwo.step()
@@ -151,12 +158,13 @@ def train(
 ) -> dict[str, Any]:
     training = Training(run, base, data["train"], device)
     lwo = training.lwo
+    precision = precision_of(run, device)
     curve = []
     every = max(1, run["steps"] // run.get("points", POINTS))
     for step in range(1, run["steps"] + 1):
         training.step()
         if step % every == 0 or step == run["steps"]:
-            of_tokens, hits = score(lwo.model, data, device)
+            of_tokens, hits = score(lwo.model, data, device, precision)
             losses = of_tokens.mean(1).tolist()
             exact = 100 * statistics.fmean(hit == "1" for hit in "".join(hits))
             curve.append([step, round(statistics.fmean(losses), 4), round(exact, 2)])
@@ -166,7 +174,7 @@ def train(
         "length": data["train"].shape[1],
         "loss": curve[-1][1],
         "exact": curve[-1][2],
-        **(write(lwo.model, data, device, tokenizer) if run.get("write", True) else {}),
+        **(write(lwo.model, data, device, precision, tokenizer) if run.get("write", True) else {}),
         "by_count": by_count(of_tokens, data["held"], training.seen),
         "curve": curve,
         "iterations": ITERATIONS,
@@ -179,8 +187,21 @@ def train(
     }
 
 
-def _bf16(device: str) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+def precision_of(run: dict[str, Any], device: str) -> str:
+    """bf16 on a GPU and fp32 on a CPU, unless the run says otherwise."""
+    return str(run.get("precision", "bf16" if device == "cuda" else "fp32"))
+
+
+def _autocast(device: str, precision: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
+def settings_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Its `lwo`, and what all lists take for granted."""
+    if run["method"] != "lwo":
+        return dict(run["lwo"])
+    visits = {"steps_per_layer": 1, "order": "random", "state": "keep"}
+    return visits | {"embeddings": "visit", "head_rows": "all"} | run["lwo"]
 
 
 def lora_settings(run: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +216,9 @@ def _order(number: int, wanted: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[Tensor, list[str]]:
+def score(
+    model: Any, data: dict[str, Tensor], device: str, precision: str
+) -> tuple[Tensor, list[str]]:
     """The loss of each token of each sequence but its first, in nats; and of each sequence a digit
     for each scored line: 1 if every token is the likeliest.
 
@@ -207,7 +230,7 @@ def score(model: Any, data: dict[str, Tensor], device: str) -> tuple[Tensor, lis
     right: list[str] = []
     for ids, numbers in zip(data["held"].split(8), data["lines"].split(8), strict=True):
         tokens = ids.long().to(device)
-        with _bf16(device):
+        with _autocast(device, precision):
             logits = model(input_ids=tokens).logits[:, :-1].float()
         targets = tokens[:, 1:]
         of_token = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
@@ -246,7 +269,9 @@ def _scored(lines: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def write(model: Any, data: dict[str, Tensor], device: str, tokenizer: Any) -> dict[str, float]:
+def write(
+    model: Any, data: dict[str, Tensor], device: str, precision: str, tokenizer: Any
+) -> dict[str, float]:
     """Scores of the first `WRITTEN` scored lines of each sequence, written by greedy decoding."""
     prompts, references = [], []
     for ids, lines in zip(data["held"].long(), data["lines"], strict=True):
@@ -261,7 +286,7 @@ def write(model: Any, data: dict[str, Tensor], device: str, tokenizer: Any) -> d
         # Padding on the left, so that all lines begin at the same place.
         padded = torch.stack([pad(ids, (longest - len(ids), 0)) for ids in part])
         mask = torch.stack([torch.arange(longest) >= longest - len(ids) for ids in part]).long()
-        with _bf16(device):
+        with _autocast(device, precision):
             found = model.generate(
                 input_ids=padded.to(device),
                 attention_mask=mask.to(device),

@@ -132,6 +132,8 @@ def _lines(path: Path) -> list[str]:
 
 def _key(run: dict[str, Any]) -> str:
     named = {key: run.get(key) for key in ("source", "method", "rank", "lwo", "steps", "seed")}
+    if "precision" in run:
+        named["precision"] = run["precision"]
     return json.dumps(
         {**named, "length": _length(run), "iterations": _iterations(run)}, sort_keys=True
     )
@@ -318,6 +320,8 @@ def _recipe(run: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in run["lwo"].items())
     if _iterations(run):
         settings += f", {_iterations(run)} iterations"
+    if "precision" in run:
+        settings += f", {run['precision']}"
     return f"{run['method']}{rank}: {settings}"
 
 
@@ -328,7 +332,7 @@ def flops_of_step(run: dict[str, Any], base: Any) -> float:
     model = copy.deepcopy(base).to("meta")
     method = METHODS.get(run["method"])
     method.prepare(model, Config(lora=lora_settings(run)))
-    config = LWOConfig(**run["lwo"])
+    config = LWOConfig(**recipe_runs.settings_of(run))
     visits = method.cycle(method.layers(model, config), config)
     length = _length(run)
     forward_and_backward = flops_per_sequence(model, visits, length, length - 1)

@@ -136,7 +136,7 @@ def test_a_line_is_right_if_every_token_is(short: None) -> None:
     known = ids.clone()
     known[0, 17] += 1  # in line 4
     data = {"held": ids, "lines": lines}
-    losses, hits = recipe_runs.score(_Fixed(known), data, "cpu")
+    losses, hits = recipe_runs.score(_Fixed(known), data, "cpu", "fp32")
     assert losses.shape == (1, 31)
     # Lines 0 and 1 begin too early, and the last one may go on.
     assert hits == ["11011"]
@@ -167,9 +167,9 @@ def test_written_lines_are_right_where_every_token_was_the_likeliest(
     for _ in range(run["steps"]):
         training.step()
     model = training.lwo.model
-    hits = "".join(recipe_runs.score(model, own, "cpu")[1])
+    hits = "".join(recipe_runs.score(model, own, "cpu", "fp32")[1])
     assert 0 < hits.count("1") < len(hits)
-    found = recipe_runs.write(model, own, "cpu", tokenizer)
+    found = recipe_runs.write(model, own, "cpu", "fp32", tokenizer)
     assert found["written_exact"] == pytest.approx(100 * hits.count("1") / len(hits), abs=0.01)
     assert found["written_exact"] <= found["edit_similarity"] < 100
 

@@ -24,6 +24,11 @@ from lwo_dist.plan.live import LiveBytes
 DTYPE = torch.float64
 
 
+def choose(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+    """On any CPU."""
+    monkeypatch.setattr("lwo_dist.orthogonal._multiplies_bf16", lambda device_type: bf16)
+
+
 class CountKernels(TorchDispatchMode):
     """By name; a view is none."""
 
@@ -66,6 +71,19 @@ def test_a_matrix_of_rank_one_does_not_grow_in_bf16() -> None:
     assert orthogonalise(single.bfloat16()).max() < 1.29
 
 
+def test_where_bf16_is_faster_float32_is_computed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 20, 50)
+    choose(monkeypatch, bf16=False)
+    exact = orthogonalise(matrices)
+    torch.testing.assert_close(exact, orthogonalise(matrices.double()).float())
+    choose(monkeypatch, bf16=True)
+    found = orthogonalise(matrices)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 2e-2
+
+
 def test_many_matrices_take_as_many_kernels_as_one() -> None:
     def kernels(number: int) -> Counter[str]:
         weights = [torch.randn(6, 4) for _ in range(number)]
@@ -96,7 +114,10 @@ def test_more_than_fit_at_once_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 2048), (4, 96, 96), (60, 40), (2, 3, 90, 30)])
-def test_it_needs_the_memory_that_the_plan_says(shape: tuple[int, ...]) -> None:
+def test_it_needs_the_memory_that_the_plan_says(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(monkeypatch, bf16=False)
     with LiveBytes() as live:
         stack = torch.randn(shape)
         live.peak = live.now
@@ -108,6 +129,7 @@ def test_it_needs_the_memory_that_the_plan_says(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("at_once", [2**24, 3 * 96 * 96])
 def test_so_does_an_update_in_several_rounds(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lwo_dist.orthogonal._AT_ONCE", at_once)
+    choose(monkeypatch, bf16=False)
     with LiveBytes() as live:
         weights = [torch.randn(96, 96) for _ in range(9)]
         before = live.peak = live.now
