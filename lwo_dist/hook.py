@@ -573,13 +573,15 @@ class LWO:
         self._refuse_mid_accumulation("load_state_dict()", "detach and attach again")
         by_layer = moments_by_layer(state_dict, self.layers, self.module)
         ours = self._schedule_of_layers()
-        # A state dict without `stateless_every` is older than that setting.
-        theirs = {"stateless_every": 1, **state_dict.get("schedule", ours)}
+        # A state dict without one of these is older than that setting.
+        older = {"stateless_every": 1, "head_rows": "all"}
+        theirs = {**older, **state_dict.get("schedule", ours)}
         for key, value in theirs.items():
             if ours[key] != value:
                 raise UserError(
                     f"the checkpoint was made with {key} = {value}, the model is attached with"
-                    f" {ours[key]}; attach with the same layers and LWOConfig to resume"
+                    f" {ours[key]}; attach with the same layers and LWOConfig to resume, and set"
+                    " what now has another default"
                 )
         step = state_dict["step"]
         scheduled = self.visits[self.schedule.active_layer(step)].active.name
@@ -645,7 +647,7 @@ class LWO:
         return switched
 
     def _schedule_of_layers(self) -> dict[str, Any]:
-        """What decides which layers a step updates."""
+        """What decides which layers, and which of their rows, a step updates."""
         return {
             "layers": [visit.active.name for visit in self.visits],
             "order": self.config.order,
@@ -654,6 +656,7 @@ class LWO:
             "layer_weights": dict(self.config.layer_weights),
             "stateless": self.config.stateless,
             "stateless_every": self.config.stateless_every,
+            "head_rows": self.config.head_rows,
         }
 
     def _refuse_mid_accumulation(self, what: str, remedy: str) -> None:

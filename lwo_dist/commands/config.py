@@ -60,6 +60,7 @@ def _lines(group: type[BaseModel], values: Mapping[str, Any], indent: str) -> It
     import yaml
     from pydantic import BaseModel
 
+    before: dict[str, Any] = {}
     for name, field in group.model_fields.items():
         value = values[name]
         kind = field.annotation
@@ -77,7 +78,8 @@ def _lines(group: type[BaseModel], values: Mapping[str, Any], indent: str) -> It
         )
         unset = ""
         if field.default_factory not in (None, dict):
-            default = field.get_default(call_default_factory=True, validated_data=dict(values))
+            default = field.get_default(call_default_factory=True, validated_data=before)
             # Written out, it would not follow the setting that its default depends on.
             unset = "# " if value == default else ""
+        before[name] = value
         yield f"{indent}{unset}{name}: {flow.removesuffix(_END).strip()}"

@@ -48,20 +48,20 @@ class LWOConfig(Settings):
         description=(
             "transformer layers updated alongside the active one, by their orthogonalised gradient"
             " and without optimizer state: none, those above it (which backward crosses anyway), or"
-            " all; suffix and all change the defaults of steps_per_layer, order, embeddings and"
-            " head_rows; strategy: fsdp or replicate"
+            " all; suffix and all change the defaults of steps_per_layer, order, state, embeddings"
+            " and head_rows; strategy: fsdp or replicate"
         ),
     )
     steps_per_layer: int = Field(
         default_factory=_default(10, with_stateless=1),
         ge=1,
-        description="optimizer steps that a layer stays active; unset: 10, with stateless 1",
+        description="optimizer steps that a layer stays active; unset: 10, or 1 with stateless",
     )
     order: Literal["ascending", "descending", "random", "weighted"] = Field(
         default_factory=_default("ascending", with_stateless="random"),
         description=(
             "order of the layers; random is reshuffled each cycle, weighted draws by layer_weights;"
-            " unset: ascending, with stateless random"
+            " unset: ascending, or random with stateless"
         ),
     )
     layer_weights: dict[str, float] = Field(
@@ -72,9 +72,10 @@ class LWOConfig(Settings):
         0, ge=0, description="seed of the random and weighted orders, and of suffix_backward"
     )
     state: Literal["reset", "keep"] = Field(
-        "reset",
+        default_factory=_default("reset", with_stateless="keep"),
         description=(
-            "a layer's moments at a switch: reset drops them, keep parks them for its next visit"
+            "a layer's moments at a switch: reset drops them, keep parks them for its next visit;"
+            " unset: reset, or keep with stateless"
         ),
     )
     inactive_master: Literal["host", "discard"] = Field(
@@ -94,15 +95,16 @@ class LWOConfig(Settings):
         default_factory=_default("visit", with_stateless="always"),
         description=(
             "visit: the embedding and the head have visits of their own; always: they are trained"
-            " in every step, beside the active layer; unset: visit, with stateless always"
+            " in every step, beside the active layer; unset: visit, or always with stateless where"
+            " both are trained"
         ),
     )
     head_rows: Literal["all", "batch"] = Field(
         default_factory=_default("all", with_stateless="batch"),
         description=(
             "all: every row of the head has a gradient; batch: only the rows of tokens in the"
-            " step's batches, so that AdamW does not move the others; unset: all, with stateless"
-            " batch; strategy: fsdp or replicate"
+            " step's batches, so that AdamW does not move the others; unset: all, or batch with"
+            " stateless where the embedding and the head are trained; strategy: fsdp or replicate"
         ),
     )
     stateless_every: int = Field(

@@ -67,11 +67,17 @@ def refuse_settings_of_others(
             readers.setdefault(key, []).append(other.name)
     for key, names in readers.items():
         value = _at(config, key)
-        if key not in chosen.own_settings and value != _at(Config(), key):
+        if key not in chosen.own_settings and value != _at(Config(), key) and _is_set(config, key):
             raise UserError(
                 f"{key} = {value} has no effect with {kind}: {getattr(config, kind)}; set "
                 f"{kind}: {' or '.join(names)}, or drop it"
             )
+
+
+def _is_set(config: Config, key: str) -> bool:
+    """Whether it was given; some defaults depend on other settings."""
+    group, _, name = key.rpartition(".")
+    return name in (_at(config, group) if group else config).model_fields_set
 
 
 def _at(config: Config, key: str) -> Any:

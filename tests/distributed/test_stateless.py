@@ -133,7 +133,7 @@ def attached(
         model=model or make_model(tied),
         stateless=stateless,
         embeddings=embeddings,
-        **{"order": "ascending", "head_rows": "all"} | more,
+        **{"order": "ascending", "state": "reset", "head_rows": "all"} | more,
     )
 
 
@@ -234,6 +234,11 @@ def test_which_layers_move_beside_the_active_one() -> None:
     del state["schedule"]["stateless_every"]  # as before the setting was there
     with pytest.raises(UserError, match="made with stateless_every = 1"):
         other.load_state_dict(state)
+    other.detach()
+    del state["schedule"]["head_rows"]
+    rows = attached(False, "all", "visit", head_rows="batch")
+    with pytest.raises(UserError, match="made with head_rows = all"):
+        rows.load_state_dict(state)
 
 
 def embeddings_always(tied: bool) -> tuple[list[float], dict[str, Tensor]]:

@@ -365,18 +365,28 @@ def test_the_shipped_configs_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, (10, "ascending", "visit", "all")),
-        ({"stateless": "all"}, (1, "random", "always", "batch")),
-        ({"stateless": "suffix", "steps_per_layer": 5}, (5, "random", "always", "batch")),
-        ({"stateless": "all", "embeddings": "visit"}, (1, "random", "visit", "batch")),
-        ({"stateless": "all", "train_head": False}, (1, "random", "visit", "all")),
+        ({}, (10, "ascending", "reset", "visit", "all")),
+        ({"stateless": "all"}, (1, "random", "keep", "always", "batch")),
+        ({"stateless": "suffix", "steps_per_layer": 5}, (5, "random", "keep", "always", "batch")),
+        ({"stateless": "all", "embeddings": "visit"}, (1, "random", "keep", "visit", "batch")),
+        ({"stateless": "all", "train_head": False}, (1, "random", "keep", "visit", "all")),
     ],
 )
 def test_stateless_brings_its_defaults_along(
-    given: dict[str, Any], expected: tuple[int, str, str, str]
+    given: dict[str, Any], expected: tuple[int, str, str, str, str]
 ) -> None:
     found = LWOConfig(**given)
-    assert (found.steps_per_layer, found.order, found.embeddings, found.head_rows) == expected
+    schedule = (found.steps_per_layer, found.order, found.state)
+    assert (*schedule, found.embeddings, found.head_rows) == expected
+
+
+@pytest.mark.parametrize("unusual", ["steps_per_layer=10", "order=ascending", "head_rows=batch"])
+def test_printed_settings_read_back_as_they_were(
+    unusual: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["lwo.stateless=all", "lwo.train_head=false", f"lwo.{unusual}"]
+    text = printed(capsys, *overrides)
+    assert load_config(_write(tmp_path, text)).lwo == load_config(None, overrides).lwo
 
 
 def test_keeping_moments_needs_a_switch() -> None:
