@@ -229,7 +229,8 @@ def lwo(job: Job, **levers: Any) -> Contender:
 
 def lwo_stateless(job: Job, **levers: Any) -> Contender:
     """With other layers updated without state, by the hook, on whole fp32 weights."""
-    return hooked(job, make_model(job), "lwo", order="random", head_rows="all", **levers)
+    own: dict[str, Any] = {"order": "random", "state": "reset", "head_rows": "all"}
+    return hooked(job, make_model(job), "lwo", **own, **levers)
 
 
 def full(job: Job) -> Contender:
@@ -423,7 +424,7 @@ def quiet() -> Iterator[None]:
 PREFIX: dict[str, Any] = {"batches": "cycle"}
 SUFFIX: dict[str, Any] = {"suffix_backward": 0.25}
 ALL: dict[str, Any] = {"stateless": "all", "embeddings": "always"}
-ABOVE: dict[str, Any] = {"stateless": "suffix", "embeddings": "visit"}
+ABOVE: dict[str, Any] = {"stateless": "suffix"}
 
 METHODS: dict[str, Rival] = {
     "lwo": Rival(lwo),
@@ -431,7 +432,9 @@ METHODS: dict[str, Rival] = {
     "lwo+suffix": Rival(partial(lwo, **SUFFIX), tuple(SUFFIX)),
     "lwo+prefix+suffix": Rival(partial(lwo, **PREFIX, **SUFFIX), (*PREFIX, *SUFFIX)),
     "lwo+stateless": Rival(partial(lwo_stateless, **ALL), tuple(ALL)),
-    "lwo+stateless suffix": Rival(partial(lwo_stateless, **ABOVE), tuple(ABOVE)),
+    "lwo+stateless suffix": Rival(
+        partial(lwo_stateless, embeddings="visit", **ABOVE), tuple(ABOVE)
+    ),
     "plain_lwo": Rival(plain_lwo),
     "lora": Rival(lora),
     "lora+suffix": Rival(partial(lora_by_the_hook, **SUFFIX), tuple(SUFFIX)),
