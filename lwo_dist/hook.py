@@ -580,8 +580,8 @@ class LWO:
             if ours[key] != value:
                 raise UserError(
                     f"the checkpoint was made with {key} = {value}, the model is attached with"
-                    f" {ours[key]}; attach with the same layers and LWOConfig to resume, and set"
-                    " what now has another default"
+                    f" {ours[key]}; attach with the same layers and LWOConfig to resume (a default"
+                    " may have changed since)"
                 )
         step = state_dict["step"]
         scheduled = self.visits[self.schedule.active_layer(step)].active.name

@@ -104,7 +104,8 @@ class LWOConfig(Settings):
         description=(
             "all: every row of the head has a gradient; batch: only the rows of tokens in the"
             " step's batches, so that AdamW does not move the others; unset: all, or batch with"
-            " stateless where the embedding and the head are trained; strategy: fsdp or replicate"
+            " stateless where the embedding and the head are trained; a loop that shifts its"
+            " targets itself needs all; strategy: fsdp or replicate"
         ),
     )
     stateless_every: int = Field(

@@ -14,7 +14,9 @@ from lwo_dist import cli
 from lwo_dist.config import Config, LWOConfig, refusals
 from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
-from lwo_dist.strategies.checks import check_config
+from lwo_dist.methods.base import Method
+from lwo_dist.registry import METHODS
+from lwo_dist.strategies.checks import check_config, refuse_settings_of_others
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -378,6 +380,25 @@ def test_stateless_brings_its_defaults_along(
     found = LWOConfig(**given)
     schedule = (found.steps_per_layer, found.order, found.state)
     assert (*schedule, found.embeddings, found.head_rows) == expected
+
+
+class ReadsStateless(Method):
+    """A method of one's own that reads one setting of `lwo` and not those that depend on it."""
+
+    name = "reads_stateless"
+    own_settings = ("lwo.stateless",)
+
+    def layers(self, model: Any, config: LWOConfig) -> list[Any]:
+        raise NotImplementedError
+
+
+def test_only_settings_that_were_given_are_refused_as_another_methods() -> None:
+    def refuse(**lwo: Any) -> None:
+        refuse_settings_of_others(Config(lwo=LWOConfig(**lwo)), "method", ReadsStateless(), METHODS)
+
+    refuse(stateless="all")
+    with pytest.raises(UserError, match=r"lwo\.embeddings = always has no effect with method"):
+        refuse(stateless="all", embeddings="always")
 
 
 @pytest.mark.parametrize("unusual", ["steps_per_layer=10", "order=ascending", "head_rows=batch"])
