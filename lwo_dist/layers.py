@@ -81,6 +81,10 @@ class Visit:
         """Those with optimizer state."""
         return (self.active, *self.also)
 
+    def also_in(self, following: Visit | None) -> tuple[Layer, ...]:
+        """The layers of `also` that are in the next visit's too."""
+        return tuple(layer for layer in self.also if following and layer in following.also)
+
     @property
     def parameter_names(self) -> tuple[str, ...]:
         return tuple(name for layer in self.layers for name in layer.parameter_names)

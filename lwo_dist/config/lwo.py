@@ -75,7 +75,7 @@ class LWOConfig(Settings):
         default_factory=_default("reset", with_stateless="keep"),
         description=(
             "a layer's moments at a switch: reset drops them, keep parks them for its next visit;"
-            " unset: reset, or keep with stateless"
+            " those of embeddings: always go on. Unset: reset, or keep with stateless"
         ),
     )
     inactive_master: Literal["host", "discard"] = Field(

@@ -182,7 +182,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def deactivate(self, following: Visit | None = None) -> None:
-        """Drop the visit's gradients and optimizer, after parking its moments if they are kept.
+        """Drop the visit's gradients and optimizer, after parking the moments that are kept.
 
         Its weights stay exact, unless they are stored in 16 bits and `inactive_master: discard` is
         set.
@@ -321,8 +321,8 @@ class Strategy(ABC):
     def import_state(self, layer: Layer, state: Moments) -> None:
         """Replace the moments of `layer` with those of `export_state`; {} clears them.
 
-        They may come from any strategy and world size. Moments of an inactive layer are parked, or
-        dropped under `state: reset`.
+        They may come from any strategy and world size. Moments of a layer outside the visit are
+        parked, or dropped under `state: reset`.
         """
         self._staying.pop(layer.name, None)
         if self._is_active(layer):
@@ -354,13 +354,19 @@ class Strategy(ABC):
     def _is_active(self, layer: Layer) -> bool:
         return self._visit is not None and layer in self._visit.stateful
 
-    def _park_moments(self, following: Visit | None = None) -> None:
-        if not self._keeps_moments or self._visit is None:
+    def _park_moments(self, following: Visit | None, *, in_place: bool = True) -> None:
+        """Keep the moments that outlive the visit: all with `state: keep`, else those of layers
+        that both visits train alongside their active one.
+
+        Args:
+            in_place: moments that `following` needs stay on the device, and are not parked.
+        """
+        if self._visit is None:
             return
-        stay = following.stateful if following is not None else ()
-        for layer in self._visit.stateful:
+        kept = self._visit.stateful if self._keeps_moments else self._visit.also_in(following)
+        for layer in kept:
             shards = self._shards_of_optimizer(layer)
-            if layer in stay:
+            if in_place and following is not None and layer in following.stateful:
                 self._staying[layer.name] = shards
             else:
                 self._parked_moments.put(layer.name, shards)

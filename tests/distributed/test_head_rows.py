@@ -42,12 +42,22 @@ def plain_loop(*, tied: bool, embeddings: str, rows: str) -> tuple[list[float], 
     always = [layer for layer in layers if layer.is_outside] if embeddings == "always" else []
     visited = [layer for layer in layers if layer not in always]
     head = model.get_output_embeddings().weight
-    losses = []
+    losses: list[float] = []
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     for step in range(RECIPE.steps):
         if step % RECIPE.steps_per_layer == 0:
             active = visited[step // RECIPE.steps_per_layer % len(visited)]
+            fresh = [active] if step else [active, *always]
+            optimizers |= {
+                layer.name: torch.optim.AdamW(
+                    [parameters[name] for name in layer.parameter_names],
+                    lr=RECIPE.lr,
+                    eps=RECIPE.eps,
+                    weight_decay=0.01,
+                )
+                for layer in fresh
+            }
             mine = [parameters[n] for layer in (active, *always) for n in layer.parameter_names]
-            optimizer = torch.optim.AdamW(mine, lr=RECIPE.lr, eps=RECIPE.eps, weight_decay=0.01)
         tokens, labels = oracle.global_batch(step)
         loss = oracle.loss_sum(model, tokens, labels) / (labels[:, 1:] != -100).sum()
         model.zero_grad()
@@ -57,7 +67,8 @@ def plain_loop(*, tied: bool, embeddings: str, rows: str) -> tuple[list[float], 
             assert absent and head.grad is not None and head.grad[absent].abs().min() > 0
             head.grad[absent] = 0
         nn.utils.clip_grad_norm_(mine, RECIPE.max_grad_norm)
-        optimizer.step()
+        for layer in (active, *always):
+            optimizers[layer.name].step()
         losses.append(loss.item())
     return losses, {name: p.detach() for name, p in parameters.items()}
 

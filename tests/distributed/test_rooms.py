@@ -47,7 +47,9 @@ def config(state: str) -> lwo_dist.LWOConfig:
 
 
 def plain_loop(dtype: torch.dtype, state: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Every layer of a visit has an optimizer of its own, fresh or kept."""
+    """Every layer of a visit has an optimizer of its own, fresh or kept; with `reset`, that of a
+    layer goes on if it is beside the active one in this visit and the last.
+    """
     model = prepared(dtype)
     parameters = dict(model.named_parameters())
     visits = METHOD.visits(METHOD.layers(model, config(state)))
@@ -56,7 +58,9 @@ def plain_loop(dtype: torch.dtype, state: str) -> tuple[list[float], dict[str, T
     for step in range(RECIPE.steps):
         visit = visits[step // RECIPE.steps_per_layer % len(visits)]
         if step % RECIPE.steps_per_layer == 0 and state == "reset":
-            optimizers = {}
+            last = visits[(step - 1) // RECIPE.steps_per_layer % len(visits)]
+            both = {layer.name for layer in visit.also if layer in last.also}
+            optimizers = {name: own for name, own in optimizers.items() if name in both}
         for layer in visit.layers:
             if layer.name not in optimizers:
                 mine = [parameters[name] for name in layer.parameter_names]

@@ -64,7 +64,9 @@ def newton_schulz(gradient: Tensor) -> Tensor:
 def plain_loop(
     *, tied: bool, stateless: str, embeddings: str, every: int = 1
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """AdamW on the active layer (and the embedding); the others move by their gradient alone."""
+    """AdamW on the active layer, fresh in each visit, and, if they are always trained, on the
+    embedding and the head, which go on; the others move by their gradient alone.
+    """
     model = make_model(tied)
     parameters = dict(model.named_parameters())
     layers = find_layers(model)
@@ -82,7 +84,7 @@ def plain_loop(
     for step in range(RECIPE.steps):
         active = visited[step // RECIPE.steps_per_layer % len(visited)]
         if step % RECIPE.steps_per_layer == 0:
-            optimizers = {}
+            optimizers = {layer.name: optimizers[layer.name] for layer in always if step}
         for layer in (active, *always):
             if layer.name not in optimizers:
                 optimizers[layer.name] = torch.optim.AdamW(
@@ -277,6 +279,7 @@ def test_the_embedding_is_trained_in_every_step_under_zero(stage: int) -> None:
         (2, "fsdp", "all", "always", "stateless_update=step"),
         (1, "replicate", "all", "always", "stateless_update=backward"),
         (2, "replicate", "all", "always", "stateless_every=2"),
+        (2, "fsdp", "all", "always", "state=reset"),
     ],
 )
 def test_a_run_resumes_bit_for_bit(

@@ -115,7 +115,8 @@ class DeepSpeedZero(Strategy):
     def deactivate(self, following: Visit | None = None) -> None:
         if self._visit is None:
             return
-        self._park_moments()  # all: the next ZeRO optimizer has storage of its own
+        # The next ZeRO optimizer has storage of its own.
+        self._park_moments(following, in_place=False)
         for name in self._visit.parameter_names:
             if self._parameters[name].dtype != torch.float32:
                 self._park_master(name, self._part(name))
