@@ -149,7 +149,7 @@ def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> floa
 def _shape(config: LWOConfig, offset: int, length: int | None) -> float:
     kind = config.lr_scheduler_type
     if kind == "auto":
-        kind = "constant" if length is None else "cosine"
+        kind = "constant" if length is None else "linear"
     if offset < config.warmup_steps:
         return (offset + 1) / config.warmup_steps
     if kind == "constant":

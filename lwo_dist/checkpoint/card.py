@@ -201,7 +201,7 @@ def _training(state: Mapping[str, Any], base: str, dtype: str, *, adapter: bool)
     )
     schedule = lwo["lr_scheduler_type"]
     if schedule == "auto":
-        schedule = "cosine"  # as the length of a run is known
+        schedule = "linear"  # as the length of a run is known
     layers = ""
     if about["method"] == "lwo":
         layers = f", {lwo['steps_per_layer']} steps per layer, order {_safe(lwo['order'])}"

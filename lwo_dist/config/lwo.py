@@ -139,7 +139,7 @@ class LWOConfig(Settings):
     lr_scheduler_type: Literal["auto", "constant", "linear", "cosine"] = Field(
         "auto",
         description=(
-            "decay after the warm-up; auto: cosine where the length of the stretch is known, as it"
+            "decay after the warm-up; auto: linear where the length of the stretch is known, as it"
             " is in a run, else constant"
         ),
     )

@@ -198,10 +198,11 @@ def _autocast(device: str, precision: str) -> torch.autocast:
 
 def settings_of(run: dict[str, Any]) -> dict[str, Any]:
     """Its `lwo`, and what all lists take for granted."""
+    decay = {"lr_scheduler_type": "cosine"}
     if run["method"] != "lwo":
-        return dict(run["lwo"])
+        return decay | run["lwo"]
     visits = {"steps_per_layer": 1, "order": "random", "state": "keep"}
-    return visits | {"embeddings": "visit", "head_rows": "all"} | run["lwo"]
+    return decay | visits | {"embeddings": "visit", "head_rows": "all"} | run["lwo"]
 
 
 def lora_settings(run: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def rates(steps: int, **settings: object) -> list[float]:
 
 def test_the_learning_rate_over_run_cycle_and_visit() -> None:
     assert rates(3) == [1.0, 1.0, 1.0]  # auto, without a length
-    assert rates(4, max_steps=4) == rates(4, lr_scheduler_type="cosine", max_steps=4)
+    assert rates(4, max_steps=4) == rates(4, lr_scheduler_type="linear", max_steps=4)
     assert rates(4, lr_scheduler_type="constant", max_steps=4) == [1.0] * 4
     assert rates(4, lr_scheduler_type="linear", max_steps=4) == [1.0, 0.75, 0.5, 0.25]
     assert rates(5, lr_scheduler_type="linear", max_steps=4, warmup_steps=2) == [
