@@ -389,7 +389,7 @@ class ReadsStateless(Method):
     own_settings = ("lwo.stateless",)
 
     def layers(self, model: Any, config: LWOConfig) -> list[Any]:
-        raise NotImplementedError
+        raise AssertionError("a refusal needs no layers")
 
 
 def test_only_settings_that_were_given_are_refused_as_another_methods() -> None:
