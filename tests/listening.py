@@ -89,7 +89,11 @@ class Watch:
                     self._add(psutil.Process(int(pid)), address)
 
     def _add(self, process: psutil.Process, address: str) -> None:
-        words = " ".join(process.cmdline())
+        words = " ".join(process.cmdline()).strip()
+        # A process has none for a moment while it ends, or while it changes its title. The look
+        # before or after has its sockets under its name.
+        if not words:
+            return
         name = next((name for part, name in _NAMES.items() if part in words), words)
         self.found.add((name, _kind(address.removeprefix("::ffff:"))))
 
