@@ -2,7 +2,7 @@
 
 The training loop, whole:
 
-    lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-4, steps_per_layer=10))
+    lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(steps_per_layer=10))
     for batch in batches:
         lwo.backward(lwo.model(**batch).loss)
         lwo.step()

@@ -127,7 +127,7 @@ def attach(
             `batches: cycle`, a model that draws random numbers in training.
 
     Example:
-        >>> lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(lr=1e-4, steps_per_layer=50))
+        >>> lwo = lwo_dist.attach(model, lwo_dist.LWOConfig(steps_per_layer=50))
         >>> for batch in batches:
         ...     loss = lwo.model(**batch).loss
         ...     lwo.backward(loss)
@@ -194,6 +194,7 @@ class LWO:
         self.model = model
         self.module = builder.module(model)
         _refuse_attached(self.module)
+        config = how.with_rate(self.module, config)
         self.config = config
         self._flags = own_flags(self.module)
         if layers is not None and (config.stateless, config.embeddings) != ("none", "visit"):
@@ -251,7 +252,7 @@ class LWO:
         self._suffix.choose(self.step_count, self.visit)
         _ATTACHED[self.module] = weakref.ref(self)
         if config.inactive_master == "discard":
-            warn_of_rounding(self.strategy, config.lr, config.steps_per_layer)
+            warn_of_rounding(self.strategy, config.peak_lr, config.steps_per_layer)
         self._checkpointing = CheckpointingWatch(self.module)
 
     # ---- a step
@@ -685,7 +686,7 @@ def _refuse_attached(module: nn.Module) -> None:
 
 
 def _method(method: str | Method) -> Method:
-    found: Method = METHODS.get(method) if isinstance(method, str) else method
+    found: Method = METHODS.instance(method)
     return found
 
 
@@ -695,7 +696,7 @@ def _builder(model: nn.Module, strategy: str | StrategyBuilder | None) -> Strate
     fitting = next(builder for builder in reversed(builders) if builder.drives(model))
     if strategy is None:
         return fitting
-    chosen: StrategyBuilder = STRATEGIES.get(strategy) if isinstance(strategy, str) else strategy
+    chosen: StrategyBuilder = STRATEGIES.instance(strategy)
     if chosen.name in STRATEGIES.names and chosen.name != fitting.name:
         raise UserError(
             f"strategy={chosen.name!r} cannot train a {type(model).__name__} that is wrapped for "

@@ -19,7 +19,7 @@ def make_adamw(config: LWOConfig, shards: Sequence[Sequence[Tensor]]) -> torch.o
     """
     return torch.optim.AdamW(
         [{"params": list(layer)} for layer in shards],
-        lr=config.lr,
+        lr=config.peak_lr,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,

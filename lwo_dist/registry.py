@@ -57,6 +57,14 @@ class Registry:
             raise UserError(f"{self.key}: {error}") from None
         return _instance(self.key, target)
 
+    def instance(self, chosen: Any) -> Any:
+        """`get` of a name; anything else is an instance already.
+
+        Raises:
+            UserError: as `get`.
+        """
+        return self.get(chosen) if isinstance(chosen, str) else chosen
+
     def all(self) -> list[Any]:
         """Every built-in implementation, in the order of the names."""
         return [self.get(name) for name in self.names]

@@ -213,6 +213,7 @@ def _build(
         if checkpoint is not None:
             refuse_other_base(config, digest, checkpoint.state)
     lwo = _make_hook(config, checkpoint, device)
+    config = _with_rate(config, lwo)
     refuse_tokens(config.model.name, lwo.module, data.highest_token)
     refuse_long_sequences(config.model.name, lwo.module, config.train.sequence_length)
     if config.train.packing:
@@ -296,6 +297,13 @@ def _with_length(config: Config, data: PreparedData) -> Config:
             flush=True,
         )
     return config.with_steps(steps)
+
+
+def _with_rate(config: Config, lwo: LWO) -> Config:
+    """`lwo.lr` as the hook has chosen it for this model, where it is unset."""
+    if config.lwo.lr is None:
+        say(f"lwo.lr is unset: {lwo.config.peak_lr:g}, for method {config.method} and this model")
+    return config.model_copy(update={"lwo": lwo.config})
 
 
 def _evaluation(

@@ -140,7 +140,7 @@ def learning_rate(config: LWOConfig, schedule: LayerSchedule, step: int) -> floa
     else:
         offset = step
         length = config.max_steps
-    rate = config.lr * _shape(config, offset, length)
+    rate = config.peak_lr * _shape(config, offset, length)
     if config.visit_ramp_steps:
         rate *= min(1.0, (step_in_visit + 1) / config.visit_ramp_steps)
     return rate

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from lwo_dist.errors import UserError
+
 from .base import Settings
 
 __all__ = ["LWOConfig"]
@@ -28,13 +30,15 @@ def _default(alone: Any, *, with_stateless: Any) -> Callable[[dict[str, Any]], A
 class LWOConfig(Settings):
     """What the hook needs: the optimizer, the schedule of layers and of the learning rate.
 
-    The defaults suit a pretrained model of a billion parameters and more. A layer is trained in few
-    steps, so it needs 2 to 10 times the learning rate of full fine-tuning, which is 1e-5 to 2e-5
-    there; small models take more (SmolLM2-135M: 1e-3, where full takes 1e-4). Visits of 10 steps
-    reach all layers of such a model within 300 steps, and longer ones learned nothing more.
+    The defaults suit a pretrained model of a billion parameters and more. Visits of 10 steps reach
+    all layers of such a model within 300 steps, and longer ones learned nothing more.
     """
 
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description=("peak learning rate of AdamW; unset: by the method and the model's width"),
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
@@ -181,6 +185,17 @@ class LWOConfig(Settings):
             "optimizer steps of the run; a decay over the run needs it (a run fills it in)"
         ),
     )
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, once it is known: `attach` sets it where it is unset.
+
+        Raises:
+            UserError: it is unset.
+        """
+        if self.lr is None:
+            raise UserError("lr is unset, and there is no model to choose it by; set lr")
+        return self.lr
 
     @model_validator(mode="after")
     def _check(self) -> LWOConfig:

@@ -1,7 +1,7 @@
 """Layer-wise optimisation in a loop of Hugging Face's accelerate.
 
 accelerator = Accelerator(gradient_accumulation_steps=2)
-model, optimizer, batches = prepare(accelerator, model, LWOConfig(lr=1e-4), batches)
+model, optimizer, batches = prepare(accelerator, model, LWOConfig(), batches)
 for batch in batches:
     with accelerator.accumulate(model):
         accelerator.backward(model(**batch).loss)
@@ -25,6 +25,7 @@ from lwo_dist.errors import UserError
 from lwo_dist.hook import attach
 from lwo_dist.hook import prepare as freeze_all_but_first
 from lwo_dist.methods import Method
+from lwo_dist.registry import METHODS
 
 from .optimizer import LWOOptimizer, read_state, write_state
 from .settings import (
@@ -87,7 +88,8 @@ def prepare(
                 " LWOConfig says; leave the optimizer out, and make a scheduler for the optimizer"
                 " that prepare returns"
             )
-    optimizer = LWOOptimizer(model, config.lr)
+    config = METHODS.instance(method).with_rate(model, config)
+    optimizer = LWOOptimizer(model, config.peak_lr)
     prepared: list[Any]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         complete_deepspeed(accelerator)
@@ -162,10 +164,10 @@ def _optimizer_of_engine(
     """The optimizer that the engine is made with: AdamW of what is trained first."""
     first = freeze_all_but_first(model, config, method)
     if "optimizer" in accelerator.deepspeed_plugin.deepspeed_config:
-        return DummyOptim(first, lr=config.lr, weight_decay=config.weight_decay)
+        return DummyOptim(first, lr=config.peak_lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(
         first,
-        lr=config.lr,
+        lr=config.peak_lr,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,

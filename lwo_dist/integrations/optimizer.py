@@ -172,7 +172,7 @@ class LWOOptimizer(torch.optim.Optimizer):
         config = self.lwo.config
         group = self.param_groups[0]
         # Every scheduler of torch but ReduceLROnPlateau leaves an `initial_lr`.
-        if "initial_lr" not in group and group["lr"] == config.lr:
+        if "initial_lr" not in group and group["lr"] == config.peak_lr:
             return None
         if self._schedule_of_config:
             raise UserError(

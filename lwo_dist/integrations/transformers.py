@@ -212,7 +212,7 @@ class LWOTrainerMixin:
 
     def _attach(self, config: LWOConfig) -> None:
         if self.is_deepspeed_enabled:
-            optimizer = LWOOptimizer(self.model, config.lr)
+            optimizer = LWOOptimizer(self.model, config.peak_lr)
             if self.model_wrapped.lr_scheduler is None:  # then it has one of the Trainer
                 rates = self.optimizer.param_groups[0]
                 keys = ("lr", "initial_lr")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,6 +58,10 @@ class Method(ABC):
     """Whether `lwo.suffix_backward` drops sublayers that are trained too, which then have no
     gradient in that step. For methods that train all of them at once."""
 
+    rate_times_width: float | None = None
+    """The peak learning rate where `lwo.lr` is unset, times the size of a hidden state; None: it
+    must be set."""
+
     def check(self, config: Config) -> None:
         """Refuse run settings that have no effect with this method. Raises: UserError."""
 
@@ -65,6 +71,22 @@ class Method(ABC):
         All ranks call it with the same global seed. The base model's parameters may be on the meta
         device; added parameters must be on the CPU, with their initial values.
         """
+
+    def with_rate(self, model: nn.Module, config: LWOConfig) -> LWOConfig:
+        """`config` with `lr` set: if it is unset, to `rate_times_width` / width, in two digits.
+
+        The width is the size of a hidden state. Adam's best rate falls in proportion to it (Yang et
+        al., *Tensor Programs V*, 2022, table 3).
+
+        Raises:
+            UserError: this method has no rate.
+        """
+        if config.lr is not None:
+            return config
+        if self.rate_times_width is None:
+            raise UserError(f"method: {self.name} has no learning rate of its own; set lwo.lr")
+        rate = self.rate_times_width / _width(model)
+        return config.model_copy(update={"lr": float(f"{rate:.1e}")})
 
     @abstractmethod
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
@@ -145,3 +167,19 @@ class Method(ABC):
             f"method: {self.name} trains the model's own weights, so there is no adapter; export"
             " the model"
         )
+
+
+def _width(model: nn.Module) -> int:
+    """The size that most of the matrices' elements have as a dimension: that of a hidden state.
+
+    In a transformer nearly every matrix has it. Embeddings may have others, and do not count.
+    """
+    elements: Counter[int] = Counter()
+    for module in model.modules():
+        for parameter in () if isinstance(module, nn.Embedding) else module.parameters(False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves empty tensors
+            for size in set(shape[-2:] if len(shape) > 1 else ()):
+                elements[size] += math.prod(shape)
+    if not elements:
+        raise UserError(f"a {type(model).__name__} has no matrices to choose a rate by; set lwo.lr")
+    return max(elements, key=lambda size: (elements[size], -size))

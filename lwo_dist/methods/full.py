@@ -17,6 +17,7 @@ class FullFineTuning(Method):
     """The baseline for LWO, using the same hook, strategies and trainer."""
 
     name = "full"
+    rate_times_width = 0.1  # 1.7e-4 for SmolLM2-135M
     drops_trained = True
 
     def check(self, config: Config) -> None:

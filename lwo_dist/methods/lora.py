@@ -29,6 +29,7 @@ class LoRA(Method):
     """
 
     name = "lora"
+    rate_times_width = 1.2  # 2.1e-3 for SmolLM2-135M
     extras = ("lora",)
     own_settings = tuple(f"lora.{name}" for name in LoRAConfig.model_fields)
     changes_model = True

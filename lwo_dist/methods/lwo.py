@@ -16,6 +16,7 @@ class LayerWise(Method):
     """The embedding, each transformer layer (or group of neighbours), the head."""
 
     name = "lwo"
+    rate_times_width = 0.6  # 1.0e-3 for SmolLM2-135M
     own_settings = (
         "lwo.stateless",  # first: the next two depend on it
         "lwo.embeddings",

@@ -43,4 +43,7 @@ def test_it_trains_and_exports(path: Path, tmp_path: Path) -> None:
     scores = summary["eval"]
     assert scores["after"]["eval/loss"] < scores["before"]["eval/loss"]
     assert (tmp_path / "runs" / "r" / "model" / "model.safetensors").is_file()
+    rate = ready.lwo.lr or 0.019  # 0.6 / 32, the width of this model
+    card = (tmp_path / "runs" / "r" / "model" / "README.md").read_text()
+    assert f"learning rate {rate:g} (" in card
     assert json.loads((tmp_path / "runs" / "r" / "summary.json").read_text()) == summary

@@ -324,7 +324,7 @@ def test_a_config_does_not_change() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0}, "lr = 0: must be greater than 0 (peak learning rate of AdamW)"),
+        ({"lr": 0}, "lr = 0: must be greater than 0 (peak learning rate of AdamW; unset:"),
         ({"steps_per_layr": 3}, "unknown key steps_per_layr; did you mean steps_per_layer?"),
         ({"learning_rate": 1e-4}, "unknown key learning_rate; here it is lr"),
         ({"bf16": True}, "unknown key bf16; known here: lr, betas, eps,"),

@@ -83,12 +83,16 @@ def test_the_users_settings_are_honoured() -> None:
     )  # the user's own mapping is left as it was
 
 
-def test_lwo_wins_over_the_optimizer_and_says_so() -> None:
+@pytest.mark.parametrize(
+    ("overrides", "rate"), [(("lwo.lr=1e-4",), "0.0001"), ((), "by method and width")]
+)
+def test_lwo_wins_over_the_optimizer_and_says_so(overrides: tuple[str, ...], rate: str) -> None:
     theirs = {
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "eps": 1e-8}}
     }
-    with pytest.warns(UserWarning, match=r"lwo wins over optimizer.params: lr 0.0003 -> 0.0001$"):
-        assert "optimizer" not in resolve(make(theirs), 1)
+    message = rf"lwo wins over optimizer.params: lr 0.0003 -> {rate}$"
+    with pytest.warns(UserWarning, match=message):
+        assert "optimizer" not in resolve(make(theirs, *overrides), 1)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_visits_that_do_not_fit_are_refused(visits: list[Visit], message: str) -
             return visits
 
     with pytest.raises(UserError, match=message):
-        lwo_dist.attach(tiny(), LWOConfig(), Odd())
+        lwo_dist.attach(tiny(), LWOConfig(lr=1e-3), Odd())
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])

@@ -127,6 +127,6 @@ def make_engine(
         deepspeed: a complete DeepSpeed config.
     """
     by_layer = prepare(model, config, method)
-    optimizer = make_adamw(config, by_layer)
+    optimizer = make_adamw(method.with_rate(model, config), by_layer)
     parameters = [parameter for layer in by_layer for parameter in layer]
     return load_deepspeed().build_engine(model, parameters, optimizer, deepspeed)

@@ -172,7 +172,7 @@ def precision(config: Config) -> str:
 
 def _warn_overruled(theirs: Mapping[str, Any], lwo: LWOConfig) -> None:
     ours = {
-        "lr": lwo.lr,
+        "lr": "by method and width" if lwo.lr is None else lwo.lr,
         "betas": list(lwo.betas),
         "eps": lwo.eps,
         "weight_decay": lwo.weight_decay,
