@@ -1,6 +1,6 @@
 """Layer-wise optimisation in any training loop.
 
-    lwo = lwo_dist.attach(model, LWOConfig(lr=1e-4, steps_per_layer=50))
+    lwo = lwo_dist.attach(model, LWOConfig(steps_per_layer=50))
     for batch in batches:
         loss = lwo.model(**batch).loss
         lwo.backward(loss)

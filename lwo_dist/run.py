@@ -212,6 +212,7 @@ def _build(
         digest = distributed.on_rank_0(base_digest, config.model)
         if checkpoint is not None:
             refuse_other_base(config, digest, checkpoint.state)
+    config = _with_rate_of(checkpoint, config)
     lwo = _make_hook(config, checkpoint, device)
     config = _with_rate(config, lwo)
     refuse_tokens(config.model.name, lwo.module, data.highest_token)
@@ -299,6 +300,15 @@ def _with_length(config: Config, data: PreparedData) -> Config:
     return config.with_steps(steps)
 
 
+def _with_rate_of(checkpoint: Checkpoint | None, config: Config) -> Config:
+    """`lwo.lr` as the run had it until now, where it is unset."""
+    if checkpoint is None or config.lwo.lr is not None:
+        return config
+    rate = checkpoint.state["run"]["lwo"]["lr"]
+    say(f"lwo.lr is unset: {rate:g}, as the checkpoint says")
+    return config.model_copy(update={"lwo": config.lwo.model_copy(update={"lr": rate})})
+
+
 def _with_rate(config: Config, lwo: LWO) -> Config:
     """`lwo.lr` as the hook has chosen it for this model, where it is unset."""
     if config.lwo.lr is None:
@@ -384,6 +394,7 @@ def _finish(trainer: Trainer, run_folder: RunFolder, record: dict[str, Any]) -> 
         "strategy": config.strategy,
         "world_size": distributed.world_size(),
         "steps": trainer.lwo.step_count,
+        "learning_rate": trainer.lwo.config.peak_lr,
         "ended_early": trainer.ended_early,
         "base_model": config.model.name,
         "fingerprint": trainer.data.fingerprint,

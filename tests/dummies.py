@@ -29,6 +29,7 @@ class Gains(Method):
 
     name = "gains"
     changes_model = True
+    rate_times_width = 0.6
 
     def prepare(self, model: nn.Module, config: Config) -> None:
         (stack,) = find_stacks(model)

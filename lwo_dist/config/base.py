@@ -25,9 +25,9 @@ class Settings(BaseModel):
 
     Example:
         >>> from lwo_dist import LWOConfig
-        >>> LWOConfig(lr=0)
+        >>> LWOConfig(betas=(1.0, 0.9))
         Traceback (most recent call last):
-        lwo_dist.errors.UserError: lr = 0: must be greater than 0 (peak learning rate of AdamW)
+        lwo_dist.errors.UserError: betas (1.0, 0.9) must lie in [0, 1)
     """
 
     model_config = ConfigDict(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lwo_dist.config import Config, LWOConfig
 from lwo_dist.errors import UserError
@@ -59,8 +60,8 @@ class Method(ABC):
     gradient in that step. For methods that train all of them at once."""
 
     rate_times_width: float | None = None
-    """The peak learning rate where `lwo.lr` is unset, times the size of a hidden state; None: it
-    must be set."""
+    """Divided by the size of a hidden state, it is the peak learning rate where `lwo.lr` is unset.
+    None: that must be set."""
 
     def check(self, config: Config) -> None:
         """Refuse run settings that have no effect with this method. Raises: UserError."""
@@ -73,20 +74,26 @@ class Method(ABC):
         """
 
     def with_rate(self, model: nn.Module, config: LWOConfig) -> LWOConfig:
-        """`config` with `lr` set: if it is unset, to `rate_times_width` / width, in two digits.
+        """`config` with `lr` set: if it is unset, to `rate_times_width` / width, rounded to two
+        significant digits.
 
         The width is the size of a hidden state. Adam's best rate falls in proportion to it (Yang et
         al., *Tensor Programs V*, 2022, table 3).
 
         Raises:
-            UserError: this method has no rate.
+            UserError: this method has no rate, or the model has no width.
         """
         if config.lr is not None:
             return config
-        if self.rate_times_width is None:
-            raise UserError(f"method: {self.name} has no learning rate of its own; set lwo.lr")
+        self.refuse_unset_rate(config)
+        assert self.rate_times_width is not None
         rate = self.rate_times_width / _width(model)
         return config.model_copy(update={"lr": float(f"{rate:.1e}")})
+
+    def refuse_unset_rate(self, config: LWOConfig) -> None:
+        """Raise UserError if neither `config` nor this method has a learning rate."""
+        if config.lr is None and self.rate_times_width is None:
+            raise UserError(f"method: {self.name} has no learning rate of its own; set lwo.lr")
 
     @abstractmethod
     def layers(self, model: nn.Module, config: LWOConfig) -> list[Layer]:
@@ -172,14 +179,28 @@ class Method(ABC):
 def _width(model: nn.Module) -> int:
     """The size that most of the matrices' elements have as a dimension: that of a hidden state.
 
-    In a transformer nearly every matrix has it. Embeddings may have others, and do not count.
+    In a transformer nearly every matrix has it. Embeddings may have others, and do not count. The
+    smaller one of a tie.
     """
     elements: Counter[int] = Counter()
-    for module in model.modules():
-        for parameter in () if isinstance(module, nn.Embedding) else module.parameters(False):
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves empty tensors
-            for size in set(shape[-2:] if len(shape) > 1 else ()):
-                elements[size] += math.prod(shape)
+    for name, parameter in _matrices(model):
+        if not parameter.is_floating_point():
+            raise UserError(
+                f"{name} is of {parameter.dtype}, packed, so that its shape says nothing of the"
+                " model's width; set lr"
+            )
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves empty tensors
+        for size in set(shape[-2:]):
+            elements[size] += math.prod(shape)
     if not elements:
-        raise UserError(f"a {type(model).__name__} has no matrices to choose a rate by; set lwo.lr")
+        raise UserError(f"a {type(model).__name__} has no matrices to choose a rate by; set lr")
     return max(elements, key=lambda size: (elements[size], -size))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of linear layers, and stacks of them, as experts are."""
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | _ConvNd):
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if len(getattr(parameter, "ds_shape", parameter.shape)) in (2, 3):
+                    yield name, parameter

@@ -33,6 +33,7 @@ def check_config(config: Config, *, elsewhere: bool = False) -> None:
     refuse_settings_of_others(config, "strategy", chosen, STRATEGIES)
     refuse_settings_of_others(config, "method", method, METHODS)
     method.check(config)
+    method.refuse_unset_rate(config.lwo)
     chosen.check(config)
     if config.lwo.inactive_master == "discard" and not chosen.stores_16_bit(config):
         raise UserError(

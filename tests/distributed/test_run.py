@@ -398,6 +398,22 @@ def test_a_resumed_run_follows_the_unbroken_one(
         assert (expected[name] - found[name]).abs().max() < 3e-5, name
 
 
+def test_a_resumed_run_without_a_rate_keeps_that_of_its_checkpoint(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def config(storage: str, rate: str) -> Config:
+        settings = ("checkpoint.steps=5", f"lwo.lr={rate}")
+        return prepare(make_config(inputs, tmp_path / storage, *settings))
+
+    summary, _ = run_ranks(run_and_record, 1, config("a", "2e-3"))[0]
+    with pytest.raises(RanksError, match="stopped by the test"):
+        run_ranks(stop_after, 1, config("b", "2e-3"), 5)
+    resumed, _ = run_ranks(run_and_record, 1, config("b", "null"))[0]
+    assert summary["learning_rate"] == resumed["learning_rate"] == 2e-3
+    expected, found = exported(summary), exported(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_run_that_ended_early_is_not_trained_again(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -11,11 +11,14 @@ from torch import nn
 
 import lwo_dist
 from lwo_dist import LWOConfig
+from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer
 from lwo_dist.methods import Method
 from lwo_dist.registry import METHODS
+from lwo_dist.run import _with_rate
 from lwo_dist.schedule import learning_rate
+from lwo_dist.strategies.checks import check_config
 from tests import families, oracle
 
 HIDDEN = 32  # of the families' models
@@ -58,7 +61,7 @@ def test_a_rate_that_is_set_stays() -> None:
     assert rate(oracle.tiny_model(tied=True), lr=3e-5) == 3e-5
 
 
-def test_the_hook_trains_with_it_and_says_it() -> None:
+def test_the_hook_trains_with_it_and_reports_it() -> None:
     rates, weights = [], []
     for config in (LWOConfig(), LWOConfig(lr=0.025)):
         lwo = lwo_dist.attach(oracle.tiny_model(tied=True), config)
@@ -68,6 +71,13 @@ def test_the_hook_trains_with_it_and_says_it() -> None:
         weights.append(lwo.module.state_dict())
     assert rates == [0.025] * 4
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    lwo = lwo_dist.attach(oracle.tiny_model(tied=True), LWOConfig())
+    assert _with_rate(load_config(), lwo).lwo.lr == 0.025
+    said = capsys.readouterr().out
+    assert said == "lwo.lr is unset: 0.025, for method lwo and this model\n"
 
 
 def test_a_method_without_one_is_refused_by_name() -> None:
@@ -80,6 +90,40 @@ def test_a_method_without_one_is_refused_by_name() -> None:
     message = r"^method: own has no learning rate of its own; set lwo\.lr$"
     with pytest.raises(UserError, match=message):
         lwo_dist.attach(oracle.tiny_model(tied=True), LWOConfig(), Own())
+
+
+def test_a_run_of_such_a_method_is_refused_before_it_starts() -> None:
+    settings = ["method=tests.dummies:Dying"]
+    with pytest.raises(UserError, match=r"has no learning rate of its own; set lwo\.lr$"):
+        check_config(load_config(None, settings))
+    check_config(load_config(None, [*settings, "lwo.lr=1e-3"]))
+
+
+def test_embeddings_and_convolutions_do_not_count() -> None:
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(1000, 40),
+            "convolution": nn.Conv1d(40, 40, 10),
+            "up": nn.Linear(16, 8),
+            "experts": nn.ParameterList([nn.Parameter(torch.ones(3, 8, 10))]),
+        }
+    )
+    assert rate(model, "full") == 0.013  # 0.1 / 8
+
+
+def test_of_two_sizes_the_smaller_is_the_width() -> None:
+    assert rate(nn.Linear(10, 5), "full") == rate(nn.Linear(5, 10), "full") == 0.02
+
+
+def test_a_packed_model_is_refused() -> None:
+    model = oracle.tiny_model(tied=True)
+    linear = model.get_submodule("model.layers.0.mlp.up_proj")
+    packed = torch.zeros(600, 1, dtype=torch.uint8)  # as bitsandbytes keeps four bits
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    message = r"^model\.layers\.0\.mlp\.up_proj\.weight is of torch\.uint8, packed, so that its"
+    with pytest.raises(UserError, match=message):
+        rate(model, "lora")
+    assert rate(model, "lora", lr=1e-4) == 1e-4
 
 
 def test_a_model_without_matrices_is_refused() -> None:
