@@ -159,6 +159,7 @@ class Dying(Method):
     """Its run dies without a word, as under a kernel that is out of memory."""
 
     name = "dying"
+    rate_times_width = 0.6
 
     def prepare(self, model: nn.Module, config: Config) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

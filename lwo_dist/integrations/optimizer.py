@@ -218,7 +218,6 @@ def read_state(
     if not keep:
         return {}
     state["rates"] = [group["lr"] for group in optimizer.rate_groups]
-    state["peak_lr"] = optimizer.lwo.config.peak_lr
     if optimizer._scheduler_of_engine is not None:
         state["scheduler_of_engine"] = optimizer._scheduler_of_engine.state_dict()
     return state
@@ -235,9 +234,7 @@ def write_state(optimizer: LWOOptimizer, state: Mapping[str, Any]) -> None:
     if optimizer._scheduler_of_engine is not None and "scheduler_of_engine" in state:
         optimizer._scheduler_of_engine.load_state_dict(state["scheduler_of_engine"])
     for group, rate in zip(optimizer.rate_groups, state["rates"], strict=False):
-        # One that no scheduler has set was LWOConfig's, which may have another rate now.
-        if "initial_lr" in group or rate != state.get("peak_lr"):
-            group["lr"] = rate
+        group["lr"] = rate
 
 
 def write_weights(lwo: LWO, state: Mapping[str, Any]) -> None:

@@ -107,6 +107,8 @@ def test_the_default_store_holds_all_that_the_run_said(storage, first_use, capfd
     config = config_for()
     run_id = create_run(config, storage, "whole")
     assert create_run(config, storage, "whole") == run_id
+    # The rate is not known before there is a model.
+    config = config.model_copy(update={"lwo": config.lwo.model_copy(update={"lr": 1e-4})})
     callback = begin(config, storage, "whole", run_id)
     train(callback)
     (storage / "whole" / "summary.json").write_text("{}")

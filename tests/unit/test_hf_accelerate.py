@@ -199,23 +199,6 @@ def test_without_a_scheduler_the_config_sets_the_rate() -> None:
     assert rates[0] == 5e-4
 
 
-def test_a_state_of_another_rate_goes_on_with_that_of_the_config(tmp_path: Path) -> None:
-    rates = []
-    for lr in (1e-3, None):
-        config = LWOConfig(lr=lr, lr_scheduler_type="linear", max_steps=10)
-        accelerator, (model, optimizer, loader) = make(config)
-        if lr is None:
-            accelerator.load_state(str(tmp_path / "state"))
-        for batch in list(loader)[:4]:
-            with accelerator.accumulate(model):
-                accelerator.backward(model(**batch).loss)
-                optimizer.step()
-                optimizer.zero_grad()
-        accelerator.save_state(str(tmp_path / "state"))
-        rates.append(optimizer.report.lr)
-    assert rates == [pytest.approx(1e-3 * 0.9), pytest.approx(0.025 * 0.7)]  # steps 1 and 3 of 10
-
-
 def test_a_loop_may_accumulate_by_no_sync() -> None:
     accelerator, (model, optimizer, loader) = make()
     first, second = list(loader)[:2]

@@ -15,6 +15,7 @@ from lwo_dist.config.reading import load_config
 from lwo_dist.errors import UserError
 from lwo_dist.layers import Layer
 from lwo_dist.methods import Method
+from lwo_dist.methods.lwo import LayerWise
 from lwo_dist.registry import METHODS
 from lwo_dist.run import _with_rate
 from lwo_dist.schedule import learning_rate
@@ -92,11 +93,13 @@ def test_a_method_without_one_is_refused_by_name() -> None:
         lwo_dist.attach(oracle.tiny_model(tied=True), LWOConfig(), Own())
 
 
-def test_a_run_of_such_a_method_is_refused_before_it_starts() -> None:
-    settings = ["method=tests.dummies:Dying"]
-    with pytest.raises(UserError, match=r"has no learning rate of its own; set lwo\.lr$"):
-        check_config(load_config(None, settings))
-    check_config(load_config(None, [*settings, "lwo.lr=1e-3"]))
+def test_a_run_of_such_a_method_is_refused_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LayerWise, "rate_times_width", None)
+    with pytest.raises(UserError, match=r"^method: lwo has no learning rate of its own; set lwo"):
+        check_config(load_config())
+    check_config(load_config(None, ["lwo.lr=1e-3"]))
 
 
 def test_embeddings_and_convolutions_do_not_count() -> None:
